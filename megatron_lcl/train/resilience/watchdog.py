@@ -31,6 +31,8 @@ from megatron_lcl.train.resilience.signals import Stopped, leave
 PERIOD_SECONDS = 1.0
 SUSPICION_SECONDS = 8.0
 """a process that is silent for so long is dead, once a collective has failed here"""
+_WAITING = ("/torch/distributed/", f"{os.sep}megatron_lcl{os.sep}parallel{os.sep}mesh.py")
+"""code in which a process waits for others"""
 
 
 @dataclass
@@ -110,7 +112,8 @@ class Watchdog:
         self._since = time.monotonic(), self.long_limit
         """when the last heartbeat was, and how many seconds from then on are no hang"""
         self._others: dict[int, tuple[State, float]] = {}
-        self._last_contact = time.monotonic()
+        self._last_contact = self._last_read = time.monotonic()
+        """when the store last answered, and when it last gave what the others had published"""
         self._suspicious = False
         self._closing = threading.Event()
 
@@ -168,16 +171,31 @@ class Watchdog:
         while not self._closing.wait(self.publish_period):
             try:
                 self._publish()
-                others = [r for r in range(self.size) if r in self._others or self._store.check([_key(r)])]
+                unseen = [r for r in range(self.size) if r != self.rank and r not in self._others]
+                others = [*self._others, *self._published(unseen)]
                 lines = self._store.multi_get([_key(r) for r in others]) if others else []
             except RuntimeError:
                 return  # the store is gone, and with it process 0 or the launcher: see `_fault`
-            self._last_contact = now = time.monotonic()
+            self._last_contact = self._last_read = now = time.monotonic()
             for rank, line in zip(others, lines, strict=True):
                 state = State(**json.loads(line))
                 before = self._others.get(rank)
-                if rank != self.rank and (before is None or before[0].num_published != state.num_published):
+                if before is None or before[0].num_published != state.num_published:
                     self._others[rank] = state, now
+
+    def _published(self, ranks: list[int]) -> list[int]:
+        """Those of them that have published something: one question for all, and for halves while the answer is no.
+
+        A question for each would be as many, to the one server, as the square of the processes.
+        """
+        if not ranks:
+            return []
+        all_have = self._store.check([_key(r) for r in ranks])
+        self._last_contact = time.monotonic()
+        if all_have or len(ranks) == 1:
+            return ranks if all_have else []
+        half = len(ranks) // 2
+        return self._published(ranks[:half]) + self._published(ranks[half:])
 
     def _publish(self) -> None:
         state = self._state
@@ -205,7 +223,7 @@ class Watchdog:
                 nodes = [state.host] if state.broken else []
                 return Fault(f"process {rank} failed while {state.at()}: {state.ended}", nodes, state.code)
         for rank, (state, when) in others.items():
-            heard = self._last_contact - when > 3 * self.publish_period  # the store, while nothing came of it
+            heard = self._last_read - when > 3 * self.publish_period  # the others, while nothing came of it
             if state.ended is None and now - when > silence and heard:
                 silent = f"silent for {now - when:.0f} s, while {state.at()}"
                 return Fault(f"process {rank} died or its machine did: {silent}", [state.host])
@@ -266,7 +284,8 @@ def _location() -> tuple[str, bool]:
     """Where the main thread is, by the innermost function of this package, and whether it waits for other processes."""
     main = threading.main_thread().ident
     frames = list(traceback.walk_stack(sys._current_frames().get(main or 0)))
-    waits = any("/torch/distributed/" in frame.f_code.co_filename for frame, _ in frames[:8])
+    # what has been started is waited for in torch's own code, without a frame, and in ours where collectives are
+    waits = any(name in frame.f_code.co_filename for frame, _ in frames[:8] for name in _WAITING)
     ours = [(f, line) for f, line in frames if f"{os.sep}megatron_lcl{os.sep}" in f.f_code.co_filename]
     frame, line = (ours or frames)[0]
     return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}", waits
