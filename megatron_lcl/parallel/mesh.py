@@ -28,7 +28,7 @@ def connect_on_demand() -> None:
 
     torch's default connects all to all where a group is made: sockets and requests to the store grow with the square
     of the processes, and past about a thousand of them, or a limit of 1,024 open files, no group comes about
-    (pytorch/gloo issues 327 and 419). Collectives talk to a logarithmic number of processes.
+    (pytorch/gloo issues 327 and 419). Sums and gathers go round a ring: a process talks to two others.
     """
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
