@@ -108,7 +108,7 @@ class OneNumber(Averages):
         self.flat, self.state = torch.zeros(1), {}
         base = SimpleNamespace(state={self.flat: self.state})
         engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=base))
-        super().__init__(config, engine, None)  # type: ignore[arg-type]
+        super().__init__(config, engine)
 
     def _states(self) -> Any:
         yield self.flat, self.state
