@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
 import torch
 
 from megatron_lcl.config import Config
+from megatron_lcl.errors import UserError
 from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.settings import offloaded
 
@@ -32,12 +34,16 @@ def skips_on_device(config: Config) -> bool:
 
 _SHARED = "deepspeed.runtime.utils"
 """module of functions that the optimizers' own modules import"""
+_QUESTION = "is_invalid_grad_norm"
+"""that by which they ask whether to step"""
 
 
 def skip_on_device(optimizer: Any) -> None:
     """Let a step of DeepSpeed's optimizer whose gradient is not finite change nothing, without asking on the host.
 
     optimizer: one of its ZeRO optimizers, around a base optimizer that takes `found_inf`, where the answer is found.
+    UserError where DeepSpeed does not ask as it has since 0.19.8: what stands in for its question would not be called,
+    and numbers that are not finite would go into the weights.
     """
     plain, base = optimizer.step, optimizer.optimizer
 
@@ -47,8 +53,12 @@ def skip_on_device(optimizer: Any) -> None:
         return False
 
     modules = [importlib.import_module(name) for name in (_SHARED, type(optimizer).__module__)]
+    if not all(hasattr(module, _QUESTION) for module in modules):
+        raise UserError(
+            f"DeepSpeed {version('deepspeed')} is too old or too new; pip install 'deepspeed>=0.19.8,<0.20'"
+        )
     replaced = {
-        "is_invalid_grad_norm": go_on,
+        _QUESTION: go_on,
         "mask_nan_or_inf_with_val_inplace": _mask,
         "clip_tensors_by_global_norm": _clip,
     }
