@@ -11,7 +11,8 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from megatron_lcl.report.charts import DASHES, NUM_COLORS, Line, Mark, chart, short
-from megatron_lcl.report.series import Event, Points, Series
+from megatron_lcl.report.events import NAMES, Event, Events
+from megatron_lcl.report.series import Points, Series
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def words(name: str) -> str:
     return _WORD.sub(" ", name)
 
 
-def groups(series: Mapping[str, Series], last_step: int, events: Sequence[Event]) -> list[Group]:
+def groups(series: Mapping[str, Series], last_step: int, events: Mapping[str, Events]) -> list[Group]:
     """All charts of a run."""
     drawn = {name: one for name, one in series.items() if one.num_values > 1 and not one.is_zero}
     marks = marks_of(events, last_step)
@@ -257,32 +258,20 @@ def groups(series: Mapping[str, Series], last_step: int, events: Sequence[Event]
     return found
 
 
-def marks_of(events: Sequence[Event], last_step: int) -> list[Mark]:
+def marks_of(events: Mapping[str, Events], last_step: int) -> list[Mark]:
     """Events as marks, one of a kind where a chart has room for no more."""
-    kept: dict[tuple[str, int], list[Event]] = {}
-    for event in events:
-        kept.setdefault((event.kind, event.step * 150 // max(last_step, 1)), []).append(event)
+    kept: dict[tuple[str, int], tuple[Event, int]] = {}
+    for kind, of_kind in events.items():
+        for event, number in of_kind.stretches:
+            place = kind, event.step * 150 // max(last_step, 1)
+            first, before = kept.get(place, (event, 0))
+            kept[place] = first, before + number
     marks = []
-    for (kind, _), some in kept.items():
-        more = f", and {len(some) - 1} more" if len(some) > 1 else ""
-        text = some[0].text if kind == "phase" else f"{NAMES.get(kind, kind)}: {some[0].text}"
-        marks.append(Mark(some[0].step, kind, text + more))
+    for (kind, _), (first, number) in kept.items():
+        more = f", and {number - 1:,} more" if number > 1 else ""
+        text = first.text if kind == "phase" else f"{NAMES.get(kind, kind)}: {first.text}"
+        marks.append(Mark(first.step, kind, text + more))
     return marks
-
-
-NAMES = {
-    "phase": "phase",
-    "resumed": "resumed",
-    "skipped": "step skipped",
-    "rewind": "rewind",
-    "stopped": "stopped",
-    "changed": "settings changed",
-    "rejected": "checkpoint rejected",
-    "differ": "replicas differ",
-    "weights": "initial weights",
-    "health": "health",
-    "stragglers": "slowest processes",
-}
 
 
 def _figure(spec: Spec, series: Mapping[str, Series], last_step: int, marks: Sequence[Mark]) -> Markup:

@@ -30,7 +30,8 @@ from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT
 from megatron_lcl.evaluate.labeled import RESULT as LABELED
 from megatron_lcl.report import charts
 from megatron_lcl.report.charts import short
-from megatron_lcl.report.curves import NAMES, groups
+from megatron_lcl.report.curves import groups
+from megatron_lcl.report.events import NAMES, newest, numbers
 from megatron_lcl.report.gallery import read_gallery, read_json, read_others
 from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.series import Metrics
@@ -45,8 +46,6 @@ MAX_THUMBNAIL = 320
 """pixels of an example image's longer side"""
 MAX_PACKS = 16
 """of the first batch that are shown"""
-MAX_EVENTS = 60
-"""lines of what happened"""
 MAX_PROFILES = 60
 """files that are linked"""
 
@@ -80,7 +79,7 @@ class RunPage:
         run, metrics = self.run, self.metrics
         config = self.config = configs.load(run / CONFIG)  # which a run that goes on may have written anew
         root = Path(__file__).resolve().parents[2]
-        evaluation, events = read_json(run / RESULT), metrics.incidents()
+        evaluation, events = read_json(run / RESULT), metrics.events
         last = metrics.last if "images_per_second" in metrics.last else None
         profile, planned = list(_profile(run, folder)), read_json(run / PLAN, "plan --json") or self._plan()
         has = {
@@ -112,10 +111,11 @@ class RunPage:
             planned=planned,
             beside_plan=beside_plan,
             slowest=slowest,
-            events=events,
-            marks={event.kind for event in events},
+            events=newest(events),
+            num_events=sum(of_kind.number for of_kind in events.values()),
+            numbers_of_events=numbers(events),
+            marks=set(events),
             event_names=NAMES,
-            max_events=MAX_EVENTS,
             evaluation=evaluation,
             labeled=labeled,
             examples=examples,

@@ -26,7 +26,8 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout_results import RESULT
 from megatron_lcl.report.charts import DASHES, NUM_COLORS, Line, chart
-from megatron_lcl.report.curves import FOLDED, NAMES, figure, specs_for
+from megatron_lcl.report.curves import FOLDED, figure, specs_for
+from megatron_lcl.report.events import numbers
 from megatron_lcl.report.page import AREA, REPORT, template, text_of
 from megatron_lcl.report.page import link as link_to
 from megatron_lcl.report.series import Metrics
@@ -85,8 +86,7 @@ class Run:
     @property
     def incidents(self) -> str:
         """What happened beside steps, counted."""
-        counts = Counter(event.kind for event in self.metrics.incidents() if event.kind not in ("phase", "weights"))
-        return ", ".join(f"{number} × {NAMES.get(kind, kind)}" for kind, number in counts.items())
+        return numbers({k: events for k, events in self.metrics.events.items() if k not in ("phase", "weights")})
 
     @property
     def final(self) -> Mapping[str, float]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ import msgspec
 import numpy as np
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.report.events import Event, Events, audited
+from megatron_lcl.report.follow import ReadSoFar
 from megatron_lcl.report.slowest import Slowest
 from megatron_lcl.run_folder import METRICS
 from megatron_lcl.train.resilience.audit import AUDIT
@@ -26,8 +29,6 @@ MAX_BUCKETS = 400
 """stretches of a curve: more than a chart has pixels"""
 MAX_METRICS = 400
 """names that are kept; a file with more is not of a run of ours"""
-MAX_EVENTS = 200
-"""of a kind, whose facts are kept"""
 _PENDING = 4096
 """numbers that wait to be put into stretches"""
 OF_PAIRS = ("contrastive", "image_accuracy", "text_accuracy", "positive_similarity", "hardest_negative_similarity")
@@ -113,16 +114,6 @@ def _joined(rows: np.ndarray, width: int) -> np.ndarray:
 
 
 @dataclass
-class Event:
-    """Something that happened between two steps."""
-
-    kind: str
-    step: int
-    time: float | None
-    text: str
-
-
-@dataclass
 class Metrics:
     """What a run's metrics.jsonl and audit.jsonl say so far; `read` goes on where it stopped."""
 
@@ -138,14 +129,13 @@ class Metrics:
     seconds: float = 0.0
     """between lines of the run's processes, without the time in between"""
     _uncounted: float = 0.0
-    events: list[Event] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-    """of events, by kind"""
     slowest: Slowest = field(default_factory=Slowest)
     num_bad_images: int = 0
-    _at: tuple[int, int] = (0, 0)
-    """lines and bytes that were read"""
-    _seen: tuple[Any, ...] = ()
+    _events: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
+    _audited: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
+    """those of audit.jsonl"""
+    _read: ReadSoFar = field(default_factory=ReadSoFar)
+    _audit_read: ReadSoFar = field(default_factory=ReadSoFar)
 
     @classmethod
     def of(cls, run: Path) -> Metrics:
@@ -155,41 +145,30 @@ class Metrics:
         return metrics
 
     def read(self) -> bool:
-        """Take in the lines that have come since, whole ones; returns whether there were any.
+        """Take in the whole lines that have come since; returns whether there was anything new.
 
-        A file that was cut, as by a rewind or where a run goes on, is read anew.
+        Where a file was cut, as by a rewind or where a run goes on, both are read anew.
         """
-        seen = tuple(_state(self.run / name) for name in (METRICS, AUDIT))
-        if seen == self._seen:
-            return False
-        at = self._at
-        before = self._seen[0] if self._seen else None
-        if before != seen[0] and (before is None or seen[0] is None or seen[0][0] != before[0] or seen[0][1] < at[1]):
+        metrics, audit = self.run / METRICS, self.run / AUDIT
+        is_cut = not (self._read.is_of(metrics) and self._audit_read.is_of(audit))
+        if is_cut:
             for name, value in vars(type(self)(self.run)).items():
                 setattr(self, name, value)
-        self._seen = seen
-        path = self.run / METRICS
-        if path.is_file():
-            with path.open("rb") as file:
-                file.seek(self._at[1])
-                for raw in file:
-                    if not raw.endswith(b"\n"):
-                        break
-                    self._at = self._at[0] + 1, self._at[1] + len(raw)
-                    self._take(_parsed(raw, path, self._at[0]))
-        return True
+        before = self._read.num_lines, self._audit_read.num_lines
+        for raw in self._read.new_lines(metrics):
+            self._take(_parsed(raw, metrics, self._read.num_lines))
+        for raw in self._audit_read.new_lines(audit):
+            if event := audited(raw):
+                self._audited[event.kind].add(event)
+        return is_cut or (self._read.num_lines, self._audit_read.num_lines) != before
 
-    def incidents(self) -> list[Event]:
-        """What happened, in the order of the steps: from audit.jsonl, and what only metrics.jsonl says."""
-        found, counts = list(self.events), dict(self.counts)
-        steps = {event.step for event in found if event.kind == "skipped"}
-        for event in read_events(self.run):
-            if event.kind == "skipped" and event.step in steps:
-                continue
-            counts[event.kind] = counts.get(event.kind, 0) + 1
-            if counts[event.kind] <= MAX_EVENTS:
-                found.append(event)
-        return sorted(found, key=lambda event: (event.step, event.time or 0))
+    @property
+    def events(self) -> Mapping[str, Events]:
+        """What happened, by kind.
+
+        Both files have skipped steps: audit.jsonl all, metrics.jsonl not those from before a rewind.
+        """
+        return self._events | self._audited
 
     def _take(self, line: Mapping[str, Any]) -> None:
         step, time = line.get("step"), line.get("time")
@@ -243,9 +222,7 @@ class Metrics:
             series.add(step, value)
 
     def _event(self, kind: str, step: int, time: float | None, text: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        if self.counts[kind] <= MAX_EVENTS:
-            self.events.append(Event(kind, step, time, text))
+        self._events[kind].add(Event(kind, step, time, text))
 
 
 def _straggler(one: Mapping[str, Any]) -> str:
@@ -276,14 +253,6 @@ def _as_now(line: Mapping[str, Any]) -> Mapping[str, Any]:
     return changed | over_ranks(line)
 
 
-def _state(path: Path) -> tuple[int, int, int] | None:
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return None
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
 def _parsed(raw: bytes, path: Path, number: int) -> Mapping[str, Any]:
     try:
         try:
@@ -295,45 +264,3 @@ def _parsed(raw: bytes, path: Path, number: int) -> Mapping[str, Any]:
             f"{path}, line {number} is damaged ({error}); delete this line, and the others are read"
         ) from None
     return line if isinstance(line, dict) else {}
-
-
-_AUDITED = {
-    "step skipped": "skipped",
-    "rewind": "rewind",
-    "stopped": "stopped",
-    "changed": "changed",
-    "checkpoint rejected": "rejected",
-    "replicas differ": "differ",
-    "initial weights": "weights",
-}
-"""events of audit.jsonl, by the kind that they are here"""
-
-
-def read_events(run: Path) -> Iterator[Event]:
-    """The events of a run's audit.jsonl, oldest first; a line that was cut off in writing is passed over."""
-    path = run / AUDIT
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for raw in file:
-            try:
-                line = json.loads(raw)
-                yield Event(
-                    _AUDITED.get(line["event"], line["event"]), int(line["step"]), line.get("time"), _said(line)
-                )
-            except (ValueError, KeyError, TypeError):
-                continue
-
-
-def _said(line: Mapping[str, Any]) -> str:
-    if line["event"] == "rewind":
-        return f"back to step {line.get('to', 0):,}, without the packs of the steps between"
-    if line["event"] == "stopped":
-        return f"signal {line.get('signal')}; saved at step {line.get('saved', 0):,}"
-    if line["event"] == "changed":
-        return ", ".join(line.get("settings", ())) or "; ".join(line.get("warnings", ()))
-    if line["event"] == "checkpoint rejected":
-        return f"{Path(line.get('folder', '')).name}: {'; '.join(line.get('faults', ())[:3])}"
-    if line["event"] == "initial weights":
-        return str(line.get("path", ""))
-    return str(line.get("reason", ""))

@@ -44,7 +44,10 @@ def make_run(run: Path, **settings: str) -> Path:
         [{"node": "node-a", "rank": 1, "last": 70, **row}, {"node": "node-b", "rank": 3, "last": 30, **row}],
         [{"node": "node-b", "rank": 2, "last": 90, **row, "lag_seconds": 0.006, "phase": "forward"}],
     ]
-    lines += [{"step": step, "stragglers": report} for step, report in zip((139, STEPS), reports, strict=True)]
+    lines += [
+        {"step": step, "stragglers": report, "time": 1.7e9 + STEPS}
+        for step, report in zip((139, STEPS), reports, strict=True)
+    ]
     for step in range(20, STEPS + 1, 20):
         heldout = {"bits_per_token": 9.0 - step / 50, "image_to_context_recall_at_10": step / 300, "chance_at_10": 0.1}
         labeled = {"knn_accuracy": step / 250, "zero_shot_accuracy": step / 400, "chance": 0.1}

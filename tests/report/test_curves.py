@@ -12,7 +12,8 @@ import pytest
 
 from megatron_lcl.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Line, chart, short, shorts, ticks
 from megatron_lcl.report.curves import groups
-from megatron_lcl.report.series import Event, Metrics, Series
+from megatron_lcl.report.events import Event, Events
+from megatron_lcl.report.series import Metrics, Series
 
 PATH = re.compile(r'<path class="line (\w+)" data-label="([^"]*)"[^>]* d="([^"]*)"')
 
@@ -38,7 +39,8 @@ def drawn(lines: Sequence[Mapping[str, Any]], events: Sequence[Event] = ()) -> d
     metrics = Metrics(run=None)  # type: ignore[arg-type]
     for line in lines:
         metrics._take(line)
-    figures = [f for group in groups(metrics.series, metrics.last_step, events) for f in group.figures]
+    by_kind = {kind: Events(e for e in events if e.kind == kind) for kind in dict.fromkeys(e.kind for e in events)}
+    figures = [f for group in groups(metrics.series, metrics.last_step, by_kind) for f in group.figures]
     return {html.unescape(re.findall(r"<b>(.*?)</b>", figure)[0]): str(figure) for figure in figures}
 
 
@@ -84,7 +86,7 @@ def test_others_metrics_have_charts_too() -> None:
     metrics = Metrics(run=None)  # type: ignore[arg-type]
     for line in lines:
         metrics._take(line)
-    assert [g.title for g in groups(metrics.series, 4, ())][-2:] == ["Further metrics", "Theirs"]
+    assert [g.title for g in groups(metrics.series, 4, {})][-2:] == ["Further metrics", "Theirs"]
 
 
 def test_a_curve_stands_where_its_numbers_say() -> None:

@@ -18,8 +18,9 @@ from megatron_lcl.data.loading.ledger import open_run_ledger
 from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import DEVICES, assumed_rates
 from megatron_lcl.plan.predict import predict
-from megatron_lcl.report.page import MAX_EVENTS, write_report
-from megatron_lcl.report.runs import find_runs
+from megatron_lcl.report.events import MAX_EVENTS
+from megatron_lcl.report.page import write_report
+from megatron_lcl.report.runs import Run, find_runs
 from megatron_lcl.report.series import MAX_BUCKETS
 from megatron_lcl.report.slowest import MAX_NODES
 from megatron_lcl.run_folder import PROGRESS, WEIGHTS
@@ -40,7 +41,7 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     assert "3 GiB</b>peak memory" in section(page, "status")
     events = section(page, "events")
     kinds = re.findall(r'<span class="tag (\w+)">([^<]*)</span></td><td>([^<]*)', events)
-    assert [kind for kind, *_ in kinds] == ["skipped", "rewind", "phase", "stragglers", "resumed", "stragglers"]
+    assert [kind for kind, *_ in kinds] == ["skipped", "rewind", "phase", "resumed", "stragglers", "stragglers"]
     assert kinds[0][1:] == ("step skipped", "the loss is nan")
     assert kinds[1][2] == "back to step 50, without the packs of the steps between"
     assert "80.0 %</b>k-NN accuracy" in section(page, "labelled")
@@ -187,7 +188,13 @@ def test_a_long_run_has_a_page_of_the_same_size(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(lines)
     with (run / "audit.jsonl").open("a") as file:
-        file.writelines(f'{{"event": "step skipped", "step": {s}, "reason": "r"}}\n' for s in range(300, 30_000))
+        file.writelines(
+            f'{{"time": {1.7e9 + s}, "event": "step skipped", "step": {s}, "reason": "r"}}\n'
+            for s in range(300, 30_000)
+        )
+        file.write(f'{{"time": {1.7e9 + 10**6}, "event": "rewind", "step": 999990, "to": 999000}}\n')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(f'{{"step": {s}, "skipped": "r", "time": {1.7e9 + s}}}\n' for s in range(300, 30_000))
     page = write_report(run).read_text()
     assert len(page) < small + 150_000
     paths = re.findall(r'<path class="line[^>]* d="([^"]*)"', page)
@@ -197,5 +204,16 @@ def test_a_long_run_has_a_page_of_the_same_size(run: Path) -> None:
         float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", re.findall(r'class="line[^>]* d="([^"]*)"', loss)[0])
     ]
     assert min(heights) < 20 < 60 < sorted(heights)[1], "the spike, alone at the top"
-    assert section(page, "events").count("<tr>") == 1 + MAX_EVENTS
-    assert "more: audit.jsonl and metrics.jsonl have all" in page
+    happened = section(page, "events")
+    assert happened.count("<tr>") == 1 + MAX_EVENTS
+    assert "back to step 999,000, without" in happened.rpartition("<tr>")[2], "the last one is the newest"
+    assert '<td class="number">29,941</td>' in happened
+    assert '<td class="number">29,940</td>' not in happened
+    assert "29,707 events: " in happened
+    assert "29,701 × step skipped, 2 × rewind" in happened, "each once, though two files have them"
+    assert f"the {29_707 - MAX_EVENTS:,} earlier ones are in audit.jsonl and metrics.jsonl" in happened
+    marks = re.findall(r'class="mark incident skipped".*?<title>step ([\d,]+), .*?, and ([\d,]+) more<', loss)
+    steps, more = ([int(number.replace(",", "")) for number in column] for column in zip(*marks, strict=True))
+    assert (steps[0], steps[-1] > 25_000) == (60, True), "over all steps"
+    assert sum(more) + len(more) == 29_701
+    assert "29,701 × step skipped, 2 × rewind" in Run.of(run).incidents

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.report.series import MAX_BUCKETS, MAX_EVENTS, MAX_METRICS, Metrics, Series
+from megatron_lcl.report import series
+from megatron_lcl.report.events import MAX_EVENTS, MAX_STRETCHES, Event, Events, audited, newest, numbers
+from megatron_lcl.report.series import MAX_BUCKETS, MAX_METRICS, Metrics, Series
+from megatron_lcl.train.telemetry.lines import keep_lines_before
 
 
 def write(run: Path, lines: Iterable[Mapping[str, Any]], mode: str = "w", name: str = "metrics.jsonl") -> None:
@@ -119,9 +122,10 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
             {"step": 3, "loss": 2.0, "num_pairs": 4, "contrastive": 1.0, "image_accuracy": 0.5, "time": 9.0},
             {"step": 3, "attention": "dense", "loss_kernels": "torch", "time": 1000.0},
             {"step": 4, "loss": 1.0, "time": 1003.0, "on": True, "words": "x"},
-            {"step": 4, "health": {"metric": "latent_spread", "says": "all the same"}},
+            {"step": 4, "health": {"metric": "latent_spread", "says": "all the same"}, "time": 1003.0},
             {
                 "step": 4,
+                "time": 1003.0,
                 "stragglers": [{"node": "n1", "rank": 3, "last": 2, "of": 9, "lag_seconds": 0.5, "phase": "data"}],
             },
         ],
@@ -136,11 +140,12 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
     with (tmp_path / "audit.jsonl").open("a") as file:
         file.write('{"cut')
     metrics = Metrics.of(tmp_path)
-    assert [(e.kind, e.step) for e in metrics.incidents()] == [
-        ("phase", 0), ("skipped", 2), ("stopped", 3), ("resumed", 3), ("health", 4), ("stragglers", 4), ("skipped", 9),
-        ("rewind", 9),
+    happened = newest(metrics.events)
+    assert [(e.kind, e.step) for e in happened] == [
+        ("phase", 0), ("skipped", 2), ("skipped", 9), ("rewind", 9), ("stopped", 3), ("resumed", 3), ("health", 4),
+        ("stragglers", 4),
     ]  # fmt: skip
-    said = {e.kind: e.text for e in metrics.incidents()}
+    said = {e.kind: e.text for e in happened}
     assert said["stragglers"] == "process 3 (node n1) last in 2 of 9 lines, by 0.5 s a step, in data"
     assert metrics.num_bad_images == 2
     assert metrics.seconds == 12.0, "not the time in which nothing ran"
@@ -159,4 +164,54 @@ def test_names_and_events_without_end_are_bounded(tmp_path: Path) -> None:
     write(tmp_path, [{"event": "step skipped", "step": s, "reason": "x"} for s in range(1000)], name="audit.jsonl")
     metrics = Metrics.of(tmp_path)
     assert len(metrics.series) <= MAX_METRICS
-    assert len(metrics.incidents()) <= 2 * MAX_EVENTS
+    assert [e.step for e in newest(metrics.events)] == list(range(1000))[-MAX_EVENTS:]
+
+
+def test_marks_of_many_events_are_spread_over_the_steps_of_the_run() -> None:
+    events = Events(Event("skipped", step, None, "x") for step in range(0, 1_000_000, 100))
+    first, numbers = zip(*events.stretches, strict=True)
+    assert MAX_STRETCHES // 3 < len(first) <= MAX_STRETCHES
+    assert sum(numbers) == events.number == 10_000
+    assert max(numbers) <= 2 * min(numbers[:-1])
+    assert [event.step for event in events.newest] == list(range(0, 1_000_000, 100))[-MAX_EVENTS:]
+
+
+def test_of_a_file_that_was_cut_and_has_grown_again_nothing_old_stays(tmp_path: Path) -> None:
+    """No look comes between the cut, which is in place, and the lines after it, which are other ones."""
+    lines = [{"step": s, "loss": 1 / s, "time": 10.0 * s} for s in range(1, 60)]
+    write(tmp_path, [{"step": 0, "loss_kernels": "torch", "time": 0.0}, *lines])
+    write(tmp_path, [{"time": 1.0, "event": "stopped", "step": 59, "signal": 15}], name="audit.jsonl")
+    followed = Metrics.of(tmp_path)
+    keep_lines_before(tmp_path / "metrics.jsonl", 20)
+    start = {"step": 20, "loss_kernels": "torch", "hardware": {"device": "other"}, "time": 1e6}
+    write(tmp_path, [start, *({**line, "loss": 2.0, "time": 1e6 + 9 * s} for s, line in enumerate(lines[20:]))], "a")
+    write(tmp_path, ({"step": s, "loss": 3.0, "time": 2e6 + s} for s in range(60, 90)), "a")
+    assert followed.read()
+    anew = Metrics.of(tmp_path)
+    assert anew.events["resumed"].number == 1
+    for name in ("last_step", "last", "seconds", "hardware", "first_time", "last_time"):
+        assert getattr(followed, name) == getattr(anew, name), name
+    assert newest(followed.events) == newest(anew.events)
+    assert numbers(followed.events) == numbers(anew.events) == "1 × resumed, 1 × stopped"
+    np.testing.assert_array_equal(followed.series["loss"].points()[2], anew.series["loss"].points()[2])
+    assert not followed.read()
+
+
+def test_the_audit_is_read_on_and_not_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = [{"time": 1.0 * s, "event": "step skipped", "step": s, "reason": "x"} for s in range(1000)]
+    write(tmp_path, audit[:-1], name="audit.jsonl")
+    followed, read = Metrics.of(tmp_path), []
+
+    def counted(raw: bytes) -> Event | None:
+        read.append(raw)
+        return audited(raw)
+
+    monkeypatch.setattr(series, "audited", counted)
+    assert not followed.read()
+    write(tmp_path, audit[-1:], "a", "audit.jsonl")
+    assert followed.read()
+    assert len(read) == 1
+    assert numbers(followed.events) == "1,000 × step skipped"
+    (tmp_path / "audit.jsonl").unlink()
+    assert followed.read()
+    assert not followed.events

@@ -1,0 +1,123 @@
+"""What happened in a run beside its steps: how often, the newest, and where over the steps.
+
+Memory does not grow with the number of events.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_EVENTS = 60
+"""the newest, which are shown"""
+MAX_STRETCHES = 400
+"""of steps, in which the events of a kind are counted"""
+
+
+@dataclass
+class Event:
+    """Something that happened between two steps."""
+
+    kind: str
+    step: int
+    time: float | None
+    text: str
+
+
+class Events:
+    """The events of one kind, added in the order in which they happened."""
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.number = 0
+        self.newest: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._width = 1
+        """steps of a stretch"""
+        self._stretches: dict[int, tuple[Event, int]] = {}
+        for event in events:
+            self.add(event)
+
+    def add(self, event: Event) -> None:
+        """One more."""
+        self.number += 1
+        self.newest.append(event)
+        self._count(event, 1)
+        while len(self._stretches) > MAX_STRETCHES:
+            counted, self._stretches = self.stretches, {}
+            self._width *= 2
+            for first, number in counted:
+                self._count(first, number)
+
+    @property
+    def stretches(self) -> list[tuple[Event, int]]:
+        """Over all steps, of each stretch that has any: the first event, and how many there are."""
+        return list(self._stretches.values())
+
+    def _count(self, event: Event, number: int) -> None:
+        first, before = self._stretches.get(event.step // self._width, (event, 0))
+        self._stretches[event.step // self._width] = first, before + number
+
+
+def newest(events: Mapping[str, Events]) -> list[Event]:
+    """The last MAX_EVENTS of all kinds, in the order in which they happened: after a rewind, steps begin again."""
+    found = [event for of_kind in events.values() for event in of_kind.newest]
+    return sorted(found, key=lambda event: (event.time or 0, event.step))[-MAX_EVENTS:]
+
+
+NAMES = {
+    "phase": "phase",
+    "resumed": "resumed",
+    "skipped": "step skipped",
+    "rewind": "rewind",
+    "stopped": "stopped",
+    "changed": "settings changed",
+    "rejected": "checkpoint rejected",
+    "differ": "replicas differ",
+    "weights": "initial weights",
+    "health": "health",
+    "stragglers": "slowest processes",
+}
+"""of kinds, on the page"""
+
+
+def numbers(events: Mapping[str, Events]) -> str:
+    """How many there are of each kind: `3 × step skipped, 1 × rewind`."""
+    return ", ".join(f"{of_kind.number:,} × {NAMES.get(kind, kind)}" for kind, of_kind in events.items())
+
+
+_AUDITED = {
+    "step skipped": "skipped",
+    "rewind": "rewind",
+    "stopped": "stopped",
+    "changed": "changed",
+    "checkpoint rejected": "rejected",
+    "replicas differ": "differ",
+    "initial weights": "weights",
+}
+"""events of audit.jsonl, by the kind that they are here"""
+
+
+def audited(raw: bytes) -> Event | None:
+    """The event of a line of audit.jsonl; None: it was cut off in writing."""
+    try:
+        line = json.loads(raw)
+        return Event(_AUDITED.get(line["event"], line["event"]), int(line["step"]), line.get("time"), _said(line))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _said(line: Mapping[str, Any]) -> str:
+    if line["event"] == "rewind":
+        return f"back to step {line.get('to', 0):,}, without the packs of the steps between"
+    if line["event"] == "stopped":
+        return f"signal {line.get('signal')}; saved at step {line.get('saved', 0):,}"
+    if line["event"] == "changed":
+        return ", ".join(line.get("settings", ())) or "; ".join(line.get("warnings", ()))
+    if line["event"] == "checkpoint rejected":
+        return f"{Path(line.get('folder', '')).name}: {'; '.join(line.get('faults', ())[:3])}"
+    if line["event"] == "initial weights":
+        return str(line.get("path", ""))
+    return str(line.get("reason", ""))
