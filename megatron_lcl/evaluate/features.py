@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -156,16 +156,21 @@ def _cached(
         if kind == "patches":
             need_patches(encoder.name, shape)
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".npy", dir=file.parent)
-        os.close(handle)
+        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")  # who may read it, the umask says
         try:
-            new_array(Path(name), _TYPES[kind], (len(images), *shape)).flush()
-            write = partial(_write, Path(name), kind)
+            new_array(temporary, _TYPES[kind], (len(images), *shape)).flush()
+            write = partial(_write, temporary, kind)
             map_batches(encoder, images, write, batch_size, processes, f"{kind} features", progress)
-            os.replace(name, file)
+            temporary.replace(file)
         finally:
-            Path(name).unlink(missing_ok=True)
-    return np.load(file, mmap_mode="r")
+            temporary.unlink(missing_ok=True)
+    try:
+        return np.load(file, mmap_mode="r")
+    except PermissionError:
+        raise UserError(
+            f"{file} was written by another user, and may not be read; name another folder (--cache DIR), or have that "
+            f"user share it (chmod a+r {file})"
+        ) from None
 
 
 def _write(file: Path, kind: Kind, encoder: Encoder, first: int, images: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ from data.corpora import write_corpus
 from PIL import Image
 from PIL import features as pillow
 from s3_fixtures import upload
+from users import as_other, mode_of, needs_root, shared_folder, succeeds, umask
 
 from megatron_lcl.cli import main
 from megatron_lcl.curate.duplicates.evaluation import EvaluationImages
 from megatron_lcl.data.corpus.probe import image_suffixes
 from megatron_lcl.data.corpus.store import Shard
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import features
 from megatron_lcl.evaluate.features import image_features
 from megatron_lcl.evaluate.results import Metric, Result, table, write_json, write_picture
@@ -163,6 +166,31 @@ def test_features_are_cached_by_content(
     computed = encoder.calls
     image_features(encoder, images, cache=tmp_path, progress=False)
     assert encoder.calls > computed
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o022, 0o077], ids=oct)
+def test_the_umask_says_who_may_read_features(folder: Path, tmp_path: Path, encoder, mask: int) -> None:  # type: ignore[no-untyped-def]
+    with umask(mask):
+        (tmp_path / "file").touch()
+        image_features(encoder, open_images(folder, "test").images[:3], cache=tmp_path / "cache", progress=False)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert mode_of(file) == mode_of(tmp_path / "file")
+
+
+@needs_root
+def test_features_that_another_user_keeps_are_one_line(folder: Path, encoder) -> None:  # type: ignore[no-untyped-def]
+    def reads() -> None:
+        with pytest.raises(
+            UserError, match=r"npy was written by another user, .*; name another folder \(--cache DIR\)"
+        ):
+            image_features(encoder, images, cache=cache, progress=False)
+
+    with shared_folder(0o2777) as cache:
+        shutil.copytree(folder / "test", cache / "images")
+        images = open_images(cache / "images").images[:3]
+        with umask(0o077):
+            image_features(encoder, images, cache=cache, progress=False)
+        assert succeeds(as_other(reads))
 
 
 def test_bad_data(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]

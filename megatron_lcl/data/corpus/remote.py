@@ -32,7 +32,7 @@ import xxhash
 from filelock import lock_descriptor
 
 from megatron_lcl.data.corpus.files import hash_file, replace_bytes, sync
-from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
+from megatron_lcl.data.corpus.scratch import clear_dead, lock_file, scratch_folder
 from megatron_lcl.data.storage.blocks import Blocks, Room, disk_use
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import About, Store
@@ -190,9 +190,10 @@ class Remote:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock on a file, once no other process does; there may be none, or one on each machine: it saves work."""
-    with open(path, "w") as file:
-        with contextlib.suppress(OSError):  # no locks here
-            lock_descriptor(file.fileno(), blocking=True)
+    with lock_file(path) as lock:
+        if lock is not None:
+            with contextlib.suppress(OSError):  # no locks here
+                lock_descriptor(lock, blocking=True)
         yield
 
 

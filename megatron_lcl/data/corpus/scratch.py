@@ -90,19 +90,44 @@ def is_used(work: Path) -> bool:
 
 
 @contextmanager
+def lock_file(path: Path) -> Iterator[int | None]:
+    """The descriptor of a file to be locked, which is made where it is missing; None where it may not be opened.
+
+    In a folder of several users it may be another's, which may only be read: it is locked all the same, but on NFS.
+    PermissionError where it is missing and may not be made.
+    """
+    descriptor = _open_lock(path)
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        if not path.exists():
+            raise
+    with suppress(OSError):
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return None
+
+
+@contextmanager
 def waiting_for_others(file: Path) -> Iterator[None]:
     """Hold a lock on `file`, once no other process does; without one where the file system has no locks.
 
     The lock ends with its process, however that ends. (filelock's `FileLock` would put a marker file in its place where
     there are no locks, which a process that is killed on another machine leaves behind for ever.)
     """
-    with open(file, "w") as lock:
-        try:
-            if not lock_descriptor(lock.fileno(), blocking=False):
-                logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
-                lock_descriptor(lock.fileno(), poll_interval=_POLL_SECONDS)
-        except OSError:
-            pass  # no locks here
+    with lock_file(file) as lock:
+        if lock is not None:
+            with suppress(OSError):  # no locks here
+                if not lock_descriptor(lock, blocking=False):
+                    logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
+                    lock_descriptor(lock, poll_interval=_POLL_SECONDS)
         yield
 
 

@@ -51,9 +51,9 @@ class Ahead:
         self._reader, self._packs_of, self._stride, self._stop = reader, packs_of, stride, stop
         self._depth = reader.data.look_ahead
         self._pool = ThreadPoolExecutor(_THREADS)
-        self._tokens: dict[int, list[Future[None]]] = {}
-        self._images: dict[int, list[Future[None]]] = {}
-        self._used: set[Blocks] = set()
+        self._tokens: dict[int, dict[Blocks, Future[None]]] = {}
+        """what was asked for, by the micro-batches that need it"""
+        self._images: dict[int, dict[Blocks, Future[None]]] = {}
 
     def begin(self, turn: int) -> None:
         """Ask for what the next micro-batches need, and wait for what this one does."""
@@ -62,27 +62,28 @@ class Ahead:
                 self._tokens[later] = self._ask(self._token_ranges(later), later)
         for later in self._turns(turn, self._depth):
             if later not in self._images:
-                for token in self._tokens[later]:
+                for token in self._tokens[later].values():
                     token.result()
                 self._images[later] = self._ask(self._image_ranges(later), later)
-        for image in self._images[turn]:
+        for image in self._images[turn].values():
             image.result()
 
     def end(self, turn: int) -> None:
-        """A micro-batch is assembled: what only it needed may go."""
-        for blocks in self._used:
-            blocks.release(turn)
+        """A micro-batch is assembled: what only it needed may go.
+
+        Only the files that it was read from are asked, of which a large corpus has tens of thousands more.
+        """
         for asked in (self._tokens, self._images):
             for past in [past for past in asked if past <= turn]:
-                del asked[past]
+                for blocks in asked.pop(past):
+                    blocks.release(turn)
 
     def _turns(self, turn: int, depth: int) -> range:
         stop = turn + depth * self._stride + 1
         return range(turn, stop if self._stop is None else min(stop, self._stop), self._stride)
 
-    def _ask(self, ranges: _Ranges, turn: int) -> list[Future[None]]:
-        self._used.update(ranges)
-        return [self._pool.submit(blocks.ahead, wanted, turn) for blocks, wanted in ranges.items()]
+    def _ask(self, ranges: _Ranges, turn: int) -> dict[Blocks, Future[None]]:
+        return {blocks: self._pool.submit(blocks.ahead, wanted, turn) for blocks, wanted in ranges.items()}
 
     def _token_ranges(self, turn: int) -> _Ranges:
         """Of the documents, whole ones, also where only a part of one is read."""

@@ -19,9 +19,9 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,9 +32,10 @@ import xxhash
 from filelock import lock_descriptor
 
 from megatron_lcl.config import Data
-from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.files import replace_bytes, sync
 from megatron_lcl.data.corpus.remote import user_cache
-from megatron_lcl.errors import UserError, free_space, naming
+from megatron_lcl.data.corpus.scratch import lock_file
+from megatron_lcl.errors import UserError, free_space
 
 RECORD = "chunk.json"
 """the file of a folder that outlives it, as <folder>.json"""
@@ -50,6 +51,7 @@ DAY = 86400.0
 """what others have mapped, and what may still be built, is deleted when its time is older"""
 GONE = (errno.ENOENT, errno.ESTALE)
 """errors of a file that was deleted"""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LEFT_OVER = {".old": 0.0, ".tmp": DAY, ".lock": DAY, ".json": 30 * DAY}
 """ages at which what is no folder in use is deleted"""
 _SHARED = ("packs-", "documents-")
@@ -77,18 +79,16 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     A builder that dies frees its lock; one that only seems to live is waited for no longer than LOST_SECONDS. UserError
     where the folder cannot be written.
     """
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_name(folder.name + ".lock"), "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(
-            f"the pack index cannot be written to {folder.parent} ({error.strerror}); set data.cache to another folder"
-        ) from None
-    with lock:
+    with contextlib.ExitStack() as until_built:
+        try:
+            if folder.is_dir():
+                return folder
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = until_built.enter_context(lock_file(folder.with_name(folder.name + ".lock")))
+        except OSError as error:
+            raise _unwritable(folder.parent, error) from None
         began = time.monotonic()
-        while not _acquired(lock.fileno()):
+        while not _acquired(lock):
             if folder.is_dir():
                 return folder
             if time.monotonic() - began > LOST_SECONDS and not _being_built(folder):
@@ -103,13 +103,20 @@ def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable
     """What `opened` makes of a folder that is there or is built; again, where it is deleted in between or not whole.
 
     Releases that did not sync what they built may have left files that are empty or end too early, after a power
-    failure; `opened` raises ValueError or EOFError for them. UserError where such a folder cannot be deleted.
+    failure; `opened` raises ValueError or EOFError for them. UserError where such a folder cannot be deleted, and where
+    another user has built one that only that user may read.
     """
     deleted = True
     for left in (2, 1, 0):
         built = build_once(folder, build)
         try:
             return opened(built)
+        except PermissionError as error:
+            raise UserError(
+                f"{built} was built by another user, and may not be read ({error.strerror}); set data.cache to another "
+                f"folder, or have that user share it (chmod -R a+rX {built}) and build with such a umask (022, or 002 "
+                "for a group)"
+            ) from None
         except OSError as error:
             if error.errno not in GONE or not left:
                 raise
@@ -122,8 +129,10 @@ def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable
     raise AssertionError
 
 
-def _acquired(descriptor: int) -> bool:
+def _acquired(descriptor: int | None) -> bool:
     """The lock is ours, or there are none."""
+    if descriptor is None:
+        return True
     try:
         return lock_descriptor(descriptor, blocking=False)
     except OSError:
@@ -135,27 +144,34 @@ def _being_built(folder: Path) -> bool:
 
 
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".tmp", dir=folder.parent))
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")  # who may use it, the umask says
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from None
     try:
         with _kept_fresh(temporary):
             build(temporary)
             for path in (*temporary.iterdir(), temporary):  # else a renamed folder may have empty files after a crash
                 sync(path)
-        temporary.chmod(0o755)
         try:
             temporary.rename(folder)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another builder came first
                 raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _FULL:
             raise
-        raise UserError(
-            f"the pack index cannot be written to {folder.parent} ({error.strerror}, {free_space(folder.parent)}); "
-            "make room there, or set data.cache to another folder"
-        ) from None
+        raise _unwritable(folder.parent, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unwritable(cache: Path, error: OSError) -> UserError:
+    said, remedy = str(error.strerror), "set data.cache to another folder"
+    if error.errno in _FULL:
+        said, remedy = f"{said}, {free_space(cache)}", f"make room there, or {remedy}"
+    return UserError(f"the pack index cannot be written to {cache} ({said}); {remedy}")
 
 
 @contextlib.contextmanager
@@ -280,23 +296,25 @@ def trim(cache: Path, limit: float, keep: Path) -> None:
 
     What a process has open (as far as locks say so), what was used of late and the folder `keep` stay. Deleting the
     wrong thing costs the time to build it again; only a mapped `documents-…` must not go under a reader, so those have
-    to be unused for a day. Records and what was left by dead builders go when they are old.
+    to be unused for a day. Records and what was left by dead builders go when they are old. What only another user may
+    delete stays, and counts.
     """
     folders = []
-    with contextlib.suppress(OSError):
-        for path in list(cache.iterdir()):
-            age = _age(path)
-            if not path.name.startswith(_SHARED) or age == float("inf"):
-                continue
-            if path.is_dir() and not path.suffix:
-                folders.append((age, path, _size(path)))
-            elif age > _LEFT_OVER.get(path.suffix, float("inf")):
+    for path in list(cache.glob("*")):
+        age = _age(path)
+        if not path.name.removeprefix(".").startswith(_SHARED) or age == float("inf"):
+            continue
+        if path.is_dir() and not path.suffix:
+            folders.append((age, path, _size(path)))
+        elif age > _LEFT_OVER.get(path.suffix, float("inf")):
+            with contextlib.suppress(OSError):  # another user's
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     total = sum(size for *_, size in folders)
     for age, path, size in sorted(folders, reverse=True):
         unused = age > _unused_seconds(path)
         wanted = (total > limit and unused) or (_is_chunk(path) and age > CONSUMED_SECONDS)
-        if wanted and path != keep and not _in_use(path) and _delete(path):
+        # one that cannot be emptied would keep its room under another name, and not count
+        if wanted and path != keep and os.access(path, os.W_OK) and not _in_use(path) and _delete(path):
             total -= size
 
 
@@ -321,26 +339,14 @@ def _in_use(folder: Path) -> bool:
 
 def _delete(folder: Path) -> bool:
     """Delete a folder but for its record, which is under its new name before it is gone under the old one."""
+    gone = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.old")
     try:
         if (folder / RECORD).exists():
-            _replace(_record_of(folder), (folder / RECORD).read_bytes())
-        gone = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".old", dir=folder.parent))
+            replace_bytes(_record_of(folder), (folder / RECORD).read_bytes())
         folder.rename(gone)
     except OSError:  # another process was faster, or the folder is another user's
         return False
     shutil.rmtree(gone, ignore_errors=True)
-    folder.with_name(folder.name + ".lock").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not there, or another user's
+        folder.with_name(folder.name + ".lock").unlink()
     return True
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file as a whole, whoever else does so at the same time."""
-    descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
-    try:
-        with naming(path), open(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -215,8 +215,8 @@ class _Files:
 
     def __init__(self, path: Path, size: int) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self.data = os.open(path, flags, 0o644)
-        self.have = os.open(f"{path}.have", flags, 0o644)
+        self.data = os.open(path, flags, 0o666)
+        self.have = os.open(f"{path}.have", flags, 0o666)
         if os.fstat(self.data).st_size < size:
             os.truncate(self.data, size)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from users import as_other, needs_root, shared_folder, succeeds
 
 from megatron_lcl.data.corpus import scratch
+from megatron_lcl.data.corpus.remote import locked
 
 
 @pytest.mark.parametrize(
@@ -36,3 +41,31 @@ def test_left_or_in_use(tmp_path: Path, here: bool, alive: bool, written: int | 
     assert folder.exists() == (stays or not here)
     scratch.clear_dead(tmp_path, 86400.0)
     assert folder.exists() == stays
+
+
+@needs_root
+@pytest.mark.parametrize("lock", [scratch.waiting_for_others, locked])
+def test_a_lock_file_of_another_user(lock: Callable[[Path], AbstractContextManager[None]]) -> None:
+    """Who may only read it waits for that user all the same, and who may not even that goes on."""
+
+    def use() -> None:
+        with lock(folder / "x.lock"):
+            pass
+
+    with shared_folder(0o3777) as folder, open(folder / "x.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (folder / "x.lock").chmod(0o644)
+        process = as_other(use)
+        process.join(0.5)
+        assert process.is_alive()
+        (folder / "x.lock").chmod(0o600)
+        assert succeeds(as_other(use))
+        fcntl.flock(held, fcntl.LOCK_UN)
+        assert succeeds(process)
+    with shared_folder(0o755) as folder:
+
+        def refused() -> None:
+            with pytest.raises(PermissionError, match=r"x\.lock"):
+                use()
+
+        assert succeeds(as_other(refused))

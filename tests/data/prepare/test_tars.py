@@ -5,8 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import random
+import runpy
+import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from data import writers
@@ -14,7 +18,7 @@ from data.helpers import documents_of
 from data.writers import picture
 
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers import create, tars
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.evaluate.sources import open_images
 
@@ -151,3 +155,12 @@ def test_a_compressed_tar_that_is_cut_or_damaged(part: float, tmp_path: Path) ->
         texts, bad = texts_of(tmp_path / "0.tar.gz")
         assert bad[LOST] == 1
         assert len(texts) <= NUM_SAMPLES
+
+
+def test_what_zstandard_raises_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tarfile` opens it too from Python 3.14 on; its error is of no type that others are."""
+    module: Any = ModuleType("compression.zstd")
+    module.ZstdError = type("ZstdError", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "compression", ModuleType("compression"))
+    monkeypatch.setitem(sys.modules, "compression.zstd", module)
+    assert module.ZstdError in runpy.run_path(str(tars.__file__))["DAMAGE"]

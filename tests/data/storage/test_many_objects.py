@@ -19,6 +19,7 @@ import pytest
 from corpora import random_documents, write_corpus
 from s3_fixtures import readable_by_all, upload
 from s3_server import Proxy
+from users import mode_of, umask
 
 from megatron_lcl.data.corpus import remote
 from megatron_lcl.data.corpus.remote import Remote
@@ -66,6 +67,14 @@ def test_more_objects_than_files_may_be_open(tmp_path: Path, hard: int) -> None:
         assert hard // 4 <= len(os.listdir("/proc/self/fd")) <= hard // 2 + 4
 
     assert in_child(read_all) == 0
+
+
+def test_the_umask_says_who_may_use_the_blocks(tmp_path: Path) -> None:
+    with umask(0o002):
+        (tmp_path / "file").touch()
+        Blocks(Objects(), "0", len(CONTENT), None, tmp_path, Room(tmp_path, "none", 0)).read(0, 10)  # type: ignore[arg-type]
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "0", "0.have"}
+    assert {mode_of(path) for path in tmp_path.iterdir()} == {mode_of(tmp_path / "file")}
 
 
 def test_seldom_are_files_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import lzma
 import re
 import tarfile
@@ -15,7 +17,11 @@ from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import MAX_FILE, FilesImporter
 from megatron_lcl.errors import UserError
 
-DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
+DAMAGE: tuple[type[Exception], ...] = (
+    tarfile.TarError, OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError,
+)  # fmt: skip
+with contextlib.suppress(ImportError):  # `tarfile` opens Zstandard too from Python 3.14 on
+    DAMAGE += (importlib.import_module("compression.zstd").ZstdError,)
 _MAX_HEADER = 1 << 20
 """bytes of a name that stands before a member, or of its attributes, which on a Mac may be some hundred KiB"""
 _HEADERS = (
