@@ -321,7 +321,7 @@ class Training:
             skipped = self.bad.record((step.number, step.packs), result.loss if result else None, applied, step.scale)
             if skipped:
                 self.telemetry.skipped(number, skipped, lr)
-                packs = [self.ledger.locate(step.packs + i) for i in range(step.global_batch)]
+                packs = self.ledger.ranges(step.packs, step.global_batch)
                 self.audit.write("step skipped", number, reason=skipped, packs=packs)
             else:
                 averaged = self.averages.count(number, self.progress.averaged)
