@@ -210,7 +210,8 @@ class Metrics:
                 "stragglers", step, time, "; ".join(_straggler(one) for one in last[:5] if isinstance(one, dict))
             )
         if isinstance(bad := line.get("bad_images"), list):
-            self.num_bad_images += len(bad)
+            number = line.get("num_bad_images_since")  # earlier versions named them all
+            self.num_bad_images += number if isinstance(number, int) else len(bad)
         for name, value in line.items():
             if name in _NO_METRICS or not (value is None or isinstance(value, int | float)) or isinstance(value, bool):
                 continue
@@ -233,7 +234,7 @@ def _straggler(one: Mapping[str, Any]) -> str:
     return f"{who} last in {one.get('last')} of {one.get('of')} lines{behind}, in {one.get('phase')}"
 
 
-_NO_METRICS = frozenset({"step", "time", "phase"})
+_NO_METRICS = frozenset({"step", "time", "phase", "num_bad_images_since"})
 _AT_START = frozenset({"retain_bytes", "phase", "contrast_share"})
 """what lines have that a process writes before its first step, or before a phase"""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +52,7 @@ from megatron_lcl.train.resilience.watchdog import Watchdog, timeout_of
 from megatron_lcl.train.result import PendingResult, StepResult, read_results
 from megatron_lcl.train.resume_point import ResumePoint, ledger_from, resolve_resume_point
 from megatron_lcl.train.telemetry import Telemetry
+from megatron_lcl.train.telemetry.bad_image_log import BadImageLog
 from megatron_lcl.train.telemetry.meter import StepMeter
 from megatron_lcl.train.telemetry.profile import Profile
 
@@ -147,6 +147,7 @@ class Training:
         self.watchdog = watchdog
         self.stepper = build_stepper(engine, config, mesh)
         self.meter = StepMeter(config, mesh, self.stepper.clock, telemetry)
+        self.bad_images = BadImageLog(mesh.world, telemetry)
         run, clock = Path(config.train.output), self.stepper.clock
         self.profile = Profile(config, mesh, engine.module, clock, run, telemetry.say)
         self.audit = Audit(run, mesh.is_first)
@@ -283,10 +284,9 @@ class Training:
         if self.profile.ends_after(step + 1, step + 1 == config.train.steps):
             with self.watchdog.long_phase(step + 1, "writing a profile"):
                 self.profile.finish()
-        if counts["num_bad_images"]:
-            read = own.read if own else []
-            reasons = mesh.world.gather_objects([reason for batch in read for _, reason in batch.bad_images])
-            self.telemetry.bad_images(step + 1, list(itertools.chain.from_iterable(reasons)))
+        self.bad_images.add(counts["num_bad_images"], own.read if own else ())
+        if self.telemetry.is_logged(step + 1):
+            self.bad_images.write(step + 1)
 
     def _read(self, always: bool = False) -> list[tuple[Unread, StepResult | None]]:
         """The steps since the last ones read, where it is time to know what they gave: one wait for the device.
@@ -321,7 +321,7 @@ class Training:
             skipped = self.bad.record((step.number, step.packs), result.loss if result else None, applied, step.scale)
             if skipped:
                 self.telemetry.skipped(number, skipped, lr)
-                packs = [self.ledger.locate(step.packs + i) for i in range(step.global_batch)]
+                packs = self.ledger.ranges(step.packs, step.global_batch)
                 self.audit.write("step skipped", number, reason=skipped, packs=packs)
             else:
                 averaged = self.averages.count(number, self.progress.averaged)
@@ -357,6 +357,7 @@ class Training:
             self.saver.finish_pending()
 
     def _save(self) -> None:
+        self.bad_images.write(self.progress.step)
         with self.meter.waiting():
             self._compare_replicas()
         if not self.bad.consecutive:
@@ -406,6 +407,7 @@ class Training:
     def _rewind(self) -> None:
         """Back to the last checkpoint before the bad steps; their packs are skipped from then on."""
         at, (step, packs), run = self.progress.step, self.bad.began, Path(self.config.train.output)
+        self.bad_images.write(at)  # else they would be counted with the steps that are made again
         with self.watchdog.long_phase(at, "rewinding"):
             self.saver.finish_pending()
             found: tuple[Path | None, dict[Path, list[str]], Changes] = (None, {}, Changes())

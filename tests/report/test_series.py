@@ -118,7 +118,8 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
             {"step": 0, "phase": 1, "image_size": 16, "time": 0.0},
             {"step": 1, "loss": math.nan, "grad_norm": math.inf, "num_pairs": 0, "contrastive": 0.0, "time": 5.0},
             {"step": 2, "skipped": "loss is nan", "lr": 0.1, "time": 6.0},
-            {"step": 2, "bad_images": ["a: empty", "b: cut"], "time": 6.0},
+            {"step": 2, "bad_images": ["a: empty", "b: cut"], "time": 6.0},  # of an earlier version
+            {"step": 3, "bad_images": ["a: empty", "b: cut"], "num_bad_images_since": 40, "time": 7.0},
             {"step": 3, "loss": 2.0, "num_pairs": 4, "contrastive": 1.0, "image_accuracy": 0.5, "time": 9.0},
             {"step": 3, "attention": "dense", "loss_kernels": "torch", "time": 1000.0},
             {"step": 4, "loss": 1.0, "time": 1003.0, "on": True, "words": "x"},
@@ -147,15 +148,15 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
     ]  # fmt: skip
     said = {e.kind: e.text for e in happened}
     assert said["stragglers"] == "process 3 (node n1) last in 2 of 9 lines, by 0.5 s a step, in data"
-    assert metrics.num_bad_images == 2
+    assert metrics.num_bad_images == 42
     assert metrics.seconds == 12.0, "not the time in which nothing ran"
     assert metrics.series["loss"].num_values == 2
     assert metrics.series["contrastive"].num_values == 1, "no mean over no pairs"
     assert metrics.series["chance_accuracy"].last == 0.25, "earlier versions did not write it"
-    assert {"on", "words", "skipped", "phase", "step", "time"}.isdisjoint(metrics.series)
+    assert {"on", "words", "skipped", "phase", "step", "time", "num_bad_images_since"}.isdisjoint(metrics.series)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write("{damaged}\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 11 is damaged \(.*\); delete this line"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 12 is damaged \(.*\); delete this line"):
         Metrics.of(tmp_path)
 
 

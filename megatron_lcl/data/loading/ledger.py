@@ -133,6 +133,15 @@ class Ledger:
                 pack += stop - start
         return pack
 
+    def ranges(self, consumed: int, count: int) -> list[tuple[int, int]]:
+        """Numbers of the `count` packs that come after `consumed` packs were used: ranges (first, stop), in order."""
+        first, found = self.locate(consumed), []
+        for start, stop in self._skipped():
+            if first < start < first + count:
+                found.append((first, start))
+                first, count = stop, count - (start - first)
+        return [*found, (first, first + count)]
+
     def skip(self, consumed: int, count: int) -> Ledger:
         """A ledger in which the `count` packs that would follow after `consumed` packs are not used.
 

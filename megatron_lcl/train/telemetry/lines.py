@@ -14,33 +14,44 @@ from megatron_lcl.run_folder import METRICS
 def keep_lines_before(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing.
 
-    In place: for that a full disk has room, and whoever has the file open goes on writing into it.
+    In place: for that a full disk has room, and whoever has the file open goes on writing into it. Line by line: kept
+    ones that stand behind dropped ones are moved to where these began.
     """
     if not path.exists():
         return
-    kept, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
-    if kept != lines:
-        with path.open("r+b") as file:
-            file.write("".join(kept).encode())
-            file.truncate()
+    with path.open("rb") as lines, path.open("r+b") as kept:
+        stop = 0  # of what is kept; never behind where `lines` reads
+        for line in lines:
+            values = _values(line)
+            if values is None or values["step"] > step:
+                continue
+            if stop < lines.tell() - len(line):
+                kept.seek(stop)
+                kept.write(line)
+            stop += len(line)
+        if stop < lines.tell():
+            kept.truncate(stop)
 
 
 def measured_after(run: Path, step: int) -> set[str]:
     """The names of the numbers after a step, the last one that metrics.jsonl tells of; none where it does not."""
     path, names = run / METRICS, set[str]()
-    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
-        with contextlib.suppress(ValueError):  # cut off in writing
-            found = json.loads(line)
-            if found["step"] < step:
-                break
-            names |= found.keys()
+    if path.exists():
+        with path.open("rb") as lines:
+            for line in lines:
+                values = _values(line)
+                if values is not None and values["step"] >= step:
+                    names |= values.keys()
     return names
+
+
+def _values(line: bytes) -> dict[str, Any] | None:
+    """What a line says, with its `step`; None where it was cut off in writing."""
+    with contextlib.suppress(ValueError):
+        values = json.loads(line) if line.endswith(b"\n") else None
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            return values
+    return None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -220,10 +220,11 @@ class Telemetry:
     def _leave_alone(self, tracker: str, error: Exception) -> None:
         self.say(f"{tracker} gets no more metrics: {' '.join(str(error).split())}; metrics.jsonl has them all")
 
-    def bad_images(self, step: int, reasons: list[str]) -> None:
-        """Images of a step that did not decode: all to the metrics; the first, the tenth, … also to the console."""
-        self.write({"step": step, "bad_images": reasons})
-        before, self._num_bad = self._num_bad, self._num_bad + len(reasons)
+    def bad_images(self, step: int, number: int, reasons: list[str]) -> None:
+        """Images that did not decode up to a step, since this was said last; the first, the tenth, … of all also to
+        the console. reasons: of some, of one at least."""
+        self.write({"step": step, "bad_images": reasons, "num_bad_images_since": number})
+        before, self._num_bad = self._num_bad, self._num_bad + number
         if len(str(before)) < len(str(self._num_bad)) or not before:
             self.say(f"step {step}: an image is skipped, {reasons[0]} ({self._num_bad:,} so far, see {METRICS})")
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 from corpora import MakeCorpus, random_documents
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.corpus import store
@@ -142,6 +144,15 @@ def test_skipped_packs_are_jumped_over(make_corpus: MakeCorpus) -> None:
     assert [twice.locate(n) for n in range(5)] == [0, 1, 2, 8, 9]
     assert twice.entries[:2] == once.entries
     assert index_of(data_of((corpus.path, 1)), previous=twice)[5].entries.tolist()
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20))), st.integers(0, 40), st.integers(1, 60))
+def test_ranges_of_packs_are_those_packs(skipped: list[tuple[int, int]], consumed: int, count: int) -> None:
+    ledger = Ledger({}, tuple({"from_pack": first, "skip": number} for first, number in skipped))
+    ranges = ledger.ranges(consumed, count)
+    numbers = [ledger.locate(consumed + i) for i in range(count)]
+    assert [number for first, stop in ranges for number in range(first, stop)] == numbers
+    assert all(stop < first for (_, stop), (first, _) in itertools.pairwise(ranges)), "as few as can be"
 
 
 def test_a_setting_that_fixes_the_packs_cannot_change_in_a_run(make_corpus: MakeCorpus) -> None:

@@ -118,6 +118,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
     run.point = SimpleNamespace(folder=None)  # type: ignore[assignment]
     said = SimpleNamespace(say=lambda _: None, rewind=lambda _: None, write=lambda *_, **__: None)
     run.telemetry = run.audit = said  # type: ignore[assignment]
+    run.bad_images = SimpleNamespace(write=lambda _: None)  # type: ignore[assignment]
 
     changes = Changes(new_loss=True)
     monkeypatch.setattr("megatron_lcl.train.run.changes_since", lambda *_: changes)

@@ -190,11 +190,12 @@ def test_bad_images_are_said_when_they_first_come_and_at_powers_of_ten(
     config = configs.load(None, {"train.progress": "false"})
     with Telemetry(tmp_path, config, True, 0) as telemetry:
         for step in range(1, 61):
-            telemetry.bad_images(step, [f"image {step}: cut off", f"image {step} b: empty"])
+            telemetry.bad_images(step, 2, [f"image {step}: cut off"])
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in said] == ["step 1", "step 5", "step 50"]
     assert said[1] == "step 5: an image is skipped, image 5: cut off (10 so far, see metrics.jsonl)"
-    assert read_metrics(tmp_path)[6]["bad_images"] == ["image 7: cut off", "image 7 b: empty"]
+    line = read_metrics(tmp_path)[6]
+    assert (line["bad_images"], line["num_bad_images_since"]) == (["image 7: cut off"], 2)
 
 
 @pytest.mark.parametrize("objective", ["lcl", "generation"])

@@ -121,6 +121,7 @@ def test_comparing_replicas_before_a_save_is_waited_for(tmp_path: Path) -> None:
         training: Any = object.__new__(Training)
         training.meter = StepMeter(config_of(), MESH, Clock(CPU), telemetry)
         training.bad, training.saver, training.watchdog = mock.Mock(consecutive=1), mock.Mock(), mock.MagicMock()
+        training.bad_images = mock.Mock()
         training.progress, training.loader = Progress(1, 4, {}), None
         training._compare_replicas = lambda: time.sleep(0.05)
         training._save()

@@ -1,0 +1,69 @@
+"""Lines of metrics.jsonl that a run drops, and those that it reads, when it goes on."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from megatron_lcl.run_folder import METRICS
+from megatron_lcl.train.telemetry.lines import keep_lines_before, measured_after
+
+
+def line(step: int, length: int = 1_000, **values: object) -> bytes:
+    """One of about so many bytes."""
+    return json.dumps({"step": step, **values, "text": "x" * length}).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ([line(1), line(2)], [0, 1]),
+        ([line(1), line(2), line(3), line(4)], [0, 1]),
+        ([line(1), line(3), line(2, 30_000), line(4), line(2, 7)], [0, 2, 4]),  # of saves in the background
+        ([line(3), line(1), line(2)], [1, 2]),
+        ([line(1), b'{"st\n', b"\xff\xfe\n", b"3\n", b'{"step": null}\n', line(2), b'{"step": 2}'], [0, 5]),
+        ([line(4)], []),
+        ([], []),
+    ],
+)
+def test_what_is_kept_is_as_it_was(written: list[bytes], kept: list[int], tmp_path: Path) -> None:
+    """And whoever has the file open goes on behind it."""
+    path = tmp_path / METRICS
+    path.write_bytes(b"".join(written))
+    with path.open("ab") as file:
+        keep_lines_before(path, 2)
+        assert path.read_bytes() == b"".join(written[number] for number in kept)
+        file.write(line(3))
+    assert path.read_bytes() == b"".join([*(written[number] for number in kept), line(3)])
+
+
+def test_a_long_file_takes_no_memory(tmp_path: Path) -> None:
+    """Dropped are one of its first lines and a third of the others, the last line of all is kept."""
+    path = tmp_path / METRICS
+    with path.open("wb") as file:
+        file.writelines([line(0), line(9_001), *(line(step) for step in range(1, 9_000)), line(6_000, heldout=1.0)])
+    lines = path.read_bytes().splitlines(keepends=True)
+    expected = b"".join(one for one in lines if json.loads(one)["step"] <= 6_000)
+    size = path.stat().st_size
+    del lines
+    tracemalloc.start()
+    try:
+        keep_lines_before(path, 6_000)
+        assert measured_after(tmp_path, 6_000) == {"step", "heldout", "text"}
+        assert tracemalloc.get_traced_memory()[1] < size / 50
+    finally:
+        tracemalloc.stop()
+    assert path.read_bytes() == expected
+
+
+def test_what_was_measured_after_a_step(tmp_path: Path) -> None:
+    """Also where a line of an earlier step, of a save in the background, stands behind it."""
+    assert measured_after(tmp_path, 2) == set()
+    (tmp_path / METRICS).write_bytes(
+        b"".join([line(1, heldout=0.5), line(2, loss=1.0), line(2, labeled=0.5), line(1, checkpoint_bytes=9), b'{"st'])
+    )
+    assert measured_after(tmp_path, 2) == {"step", "text", "loss", "labeled"}
+    assert measured_after(tmp_path, 3) == set()
