@@ -407,6 +407,7 @@ class Training:
         """Back to the last checkpoint before the bad steps; their packs are skipped from then on."""
         at, (step, packs), run = self.progress.step, self.bad.began, Path(self.config.train.output)
         with self.watchdog.long_phase(at, "rewinding"):
+            self.profile.finish()  # its last step may be far from where the run goes back to
             self.saver.finish_pending()
             found: tuple[Path | None, dict[Path, list[str]], Changes] = (None, {}, Changes())
             if self.mesh.is_first:
