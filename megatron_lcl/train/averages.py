@@ -7,6 +7,7 @@ So averages are sharded as these are, lie in the same files, and go on at any la
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.model.transfer import from_host
 from megatron_lcl.train.checkpoint.state import is_average
 from megatron_lcl.train.optimizers.pieces import flats_of
+
+MOST = 4096
+"""weights that an average is of; of an exponential one those within 1 / (1 - d). In float32 the n-th changes nothing
+where it differs from the average by less than n * 6e-8 of it: for so many 0.02 %; bfloat16 rounds by up to 0.4 %"""
 
 
 def average_names(config: Config) -> dict[str, float]:
@@ -55,10 +60,10 @@ class Averages:
         self._names = average_names(config)
         self._averaged: Mapping[str, int] = {}
         self._numbers: dict[str, torch.Tensor] = {}
-        """of how many steps the weights are in each, where the masters lie"""
+        """over how many steps each is, where the masters lie"""
 
     def begin(self, averaged: Mapping[str, int], steps: int) -> dict[str, int]:
-        """Go on from a checkpoint that a run of `steps` steps wrote, with the weights of so many steps in each average
+        """Go on from a checkpoint that a run of `steps` steps wrote, with each average over so many steps
         (Progress.averaged); those averages with which the run goes on. Of the others nothing is kept.
 
         A mean of the last steps begins anew where these begin later than those of that run, as they do when a run is
@@ -77,7 +82,7 @@ class Averages:
 
     @torch.no_grad()
     def update(self, step: int, skipped: torch.Tensor | bool) -> None:
-        """Take in the weights after step number `step` (from 1), if it was not skipped.
+        """Go on with the weights after step number `step` (from 1), if it was not skipped.
 
         skipped: a scalar, 1 or 0, where only the device knows it.
         """
@@ -93,7 +98,7 @@ class Averages:
                 state[name].lerp_(flat.detach(), weight)  # with weight 1 it is these, with 0 what it was, by bits
 
     def count(self, step: int, averaged: Mapping[str, int]) -> dict[str, int]:
-        """Of how many steps the weights are in each average with those after step number `step`, which was applied."""
+        """Over how many steps each average is with step number `step`, which was applied."""
         begun = {name: averaged.get(name, 0) + 1 for name in self._names if self._has_begun(name, step)}
         return dict(averaged) | begun
 
@@ -106,15 +111,24 @@ class Averages:
         steps = steps or self._config.train.steps
         return steps - max(1, round(steps * self._names[name]))
 
+    def _every(self, name: str) -> int:
+        """How many steps come to one whose weights are taken in, so that those of up to MOST are."""
+        steps, value = self._config.train.steps, self._names[name]
+        spanned = steps - self._before(name) if name.startswith("tail_") else min(1 / (1 - value), steps)
+        return math.ceil(spanned / MOST)
+
     def _next_weight(self, name: str, value: float, device: torch.device, skipped: torch.Tensor | bool) -> torch.Tensor:
-        """Count the step, and the weight of what is taken in, float32."""
+        """Count the step, and the weight of what is taken in, float32; 0 where nothing is.
+
+        Of every so many steps that were not skipped the first one's are, for all of them. As the steps are counted, not
+        those taken in, it goes on rightly from a checkpoint that was written with another number.
+        """
         if name not in self._numbers:
             self._numbers[name] = from_host([self._averaged.get(name, 0)], device, torch.float64)[0]
-        number = self._numbers[name]
-        if isinstance(skipped, bool):
-            return weight_of_next(name, value, number.add_(1)).float()
-        number.add_(1 - skipped)
-        return torch.where(skipped > 0, 0.0, weight_of_next(name, value, number)).float()
+        number, every = self._numbers[name], self._every(name)
+        before = number.add_(1 - skipped) - 1
+        weight = weight_of_next(name, value**every, before / every + 1)
+        return torch.where((before % every == 0) & (skipped == 0), weight, 0.0).float()
 
     @contextlib.contextmanager
     def evaluated(self, averaged: Mapping[str, int]) -> Iterator[str | None]:

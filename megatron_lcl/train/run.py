@@ -409,6 +409,7 @@ class Training:
         at, (step, packs), run = self.progress.step, self.bad.began, Path(self.config.train.output)
         self.bad_images.write(at)  # else they would be counted with the steps that are made again
         with self.watchdog.long_phase(at, "rewinding"):
+            self.profile.finish()  # its last step may be far from where the run goes back to
             self.saver.finish_pending()
             found: tuple[Path | None, dict[Path, list[str]], Changes] = (None, {}, Changes())
             if self.mesh.is_first:

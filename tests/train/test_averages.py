@@ -103,8 +103,9 @@ def assert_exports(run: Path, average: Path, tmp_path: Path) -> None:
 class OneNumber(Averages):
     """Averages of one number, without an engine; the weights after a step are its number."""
 
-    def __init__(self, steps: int, tail: float) -> None:
-        config = configs.load(None, {"average.tail": f"[{tail}]", "average.ema": "[0.5]", "train.steps": str(steps)})
+    def __init__(self, steps: int, tail: float, ema: float = 0.5) -> None:
+        averages = {"average.tail": f"[{tail}]", "average.ema": f"[{ema}]"}
+        config = configs.load(None, averages | {"train.steps": str(steps)})
         self.flat, self.state = torch.zeros(1), {}
         base = SimpleNamespace(state={self.flat: self.state})
         engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=base))
@@ -164,3 +165,64 @@ def test_steps_that_were_skipped_keep_no_tail_that_is_too_long() -> None:
     assert averaged == {"ema_0.5": 8}
     after.steps(11, 14, averaged)
     assert after.state["tail_0.5"].item() == 12.5
+
+
+def test_a_change_late_in_a_long_run_is_not_lost() -> None:
+    """Of a million steps the mean of the last 100,000, and an exponential average over as many: 1, and from step
+    950,001 on a little more, which is less than float32 can add of one step."""
+    number, more, begun, decay = 10_000, 0.003, 950_000, 0.99999
+    run = OneNumber(1_000_000, 0.1, decay)
+    names = {"tail_0.1": 50_000, "ema_0.99999": begun}
+    run.state.update({name: torch.ones(1) for name in names})
+    averaged = run.begin(names, 1_000_000)
+    run.flat.fill_(1 + more)
+    for step in range(begun + 1, begun + number + 1):
+        run.update(step, False)
+        averaged = run.count(step, averaged)
+    assert averaged == {name: before + number for name, before in names.items()}
+    tail = more * number / (50_000 + number)
+    ema = more * (1 - decay**number) / (1 - decay ** (begun + number))
+    torch.testing.assert_close(run.state["tail_0.1"].item() - 1, tail, rtol=0.1, atol=0)
+    torch.testing.assert_close(run.state["ema_0.99999"].item() - 1, ema, rtol=0.1, atol=0)
+
+
+def test_of_a_long_tail_and_a_slow_average_every_kth_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the device alone knows what was skipped, and resumed anywhere, to the last bit; no host waits."""
+    monkeypatch.setattr("megatron_lcl.train.averages.MOST", 4)
+    skipped, weights = {11, 12, 16, 19}, torch.rand(21, generator=torch.Generator().manual_seed(0))
+
+    def go_on(run: OneNumber, first: int, last: int, averaged: dict[str, int]) -> dict[str, int]:
+        for step in range(first, last + 1):
+            run.flat.fill_(weights[step])
+            run.update(step, torch.tensor(float(step in skipped)))
+            averaged = averaged if step in skipped else run.count(step, averaged)
+        return averaged
+
+    whole = OneNumber(20, 0.5, 0.9)
+    averaged = go_on(whole, 1, 20, {})
+    assert averaged == {"ema_0.9": 16, "tail_0.5": 6}
+    applied = [step for step in range(1, 21) if step not in skipped]
+    tail = weights[[step for step in applied if step > 10][::3]]  # 10 steps, 4 of which may be taken
+    torch.testing.assert_close(whole.state["tail_0.5"], tail.mean()[None])
+    ema, decay = weights[applied[::3]], 0.9**3
+    factors = torch.tensor([decay ** (len(ema) - 1 - number) for number in range(len(ema))])
+    torch.testing.assert_close(whole.state["ema_0.9"], (ema @ factors / factors.sum())[None])
+    for at in range(1, 20):
+        before, after = OneNumber(20, 0.5, 0.9), OneNumber(20, 0.5, 0.9)
+        averaged = go_on(before, 1, at, {})
+        after.state.update({name: before.state[name].clone() for name in averaged})
+        assert go_on(after, at + 1, 20, after.begin(averaged, 20)) == {"ema_0.9": 16, "tail_0.5": 6}
+        assert after.state == whole.state, at
+
+
+def test_a_tail_of_which_every_step_was_taken_goes_on_with_every_kth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a checkpoint of an earlier version: six steps, and then every third, each for three."""
+    before, after = OneNumber(24, 0.5), OneNumber(24, 0.5)
+    averaged = before.steps(1, 18, {})
+    assert averaged["tail_0.5"] == 6
+    monkeypatch.setattr("megatron_lcl.train.averages.MOST", 4)
+    after.state.update(before.state)
+    averaged = after.steps(19, 24, after.begin(averaged, 24))
+    assert averaged["tail_0.5"] == 12
+    mean = (sum(range(13, 19)) + 3 * 19 + 3 * 22) / 12
+    torch.testing.assert_close(after.state["tail_0.5"].item(), mean, rtol=1e-6, atol=0)

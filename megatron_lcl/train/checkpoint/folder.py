@@ -83,7 +83,7 @@ class Progress:
     guard: dict[str, Any] = field(default_factory=dict)
     """what was counted of bad steps (train.resilience.bad_steps.BadSteps.state)"""
     averaged: dict[str, int] = field(default_factory=dict)
-    """of how many steps the weights are in each average (train.averages)"""
+    """over how many steps each average of the weights is (train.averages)"""
     contrast: dict[str, Any] = field(default_factory=dict)
     """what `contrast.strategy: auto` came to (train.strategy.Choice); empty where the config names a strategy"""
     layout: Layout = Layout()

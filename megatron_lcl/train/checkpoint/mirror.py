@@ -36,10 +36,16 @@ class Mirror:
         if self.only is not None:  # a web server lists nothing
             whole = step_of(Path(self.only)) >= 0 and self.store.exists(f"{self.only}/{MANIFEST}")
             return [self.only] if whole else []
-        found = (Path(name) for name, _ in self.store.list())
-        names = (path.parent.name for path in found if path.name == MANIFEST and len(path.parts) == 2)
-        steps = (name for name in names if step_of(Path(name)) >= 0)
-        return sorted(steps, key=lambda name: step_of(Path(name)))
+        return self._whole(self._copies())
+
+    def _copies(self) -> list[str]:
+        """Names of the copies, whole or not, oldest first. Nothing below them is listed: thousands may be kept."""
+        names = (name for name in self.store.versions(deep=False) if step_of(Path(name)) >= 0)
+        return sorted(names, key=lambda name: step_of(Path(name)))
+
+    def _whole(self, copies: list[str]) -> list[str]:
+        manifests = self.store.head([f"{name}/{MANIFEST}" for name in copies])
+        return [name for name, manifest in zip(copies, manifests, strict=True) if manifest]
 
     def has(self, folder: Path) -> bool:
         """Whether there is a whole copy of this very checkpoint, not of another of the same step."""
@@ -56,11 +62,11 @@ class Mirror:
         if not self.has(folder):
             self.store.delete([f"{folder.name}/{MANIFEST}"])  # of the same step, saved again after a rewind or a resume
             put_files(self.store, folder, read_manifest(folder), MANIFEST, f"{folder.name}/")
-        own, copies = step_of(folder), range(max(step_of(folder), reached) + 1)
-        complete = [Path(name) for name in self.complete() if step_of(Path(name)) <= own]
+        own, copies = step_of(folder), self._copies()
+        complete = [Path(name) for name in self._whole(copies) if step_of(Path(name)) <= own]
         kept = {copy.name for copy in complete} - {old.name for old in (superseded(complete, keep) if keep else ())}
-        parts = [(name, Path(Path(name).parts[0])) for name, _ in self.store.list()]
-        stale = [name for name, copy in parts if step_of(copy) in copies and copy.name not in kept]
+        gone = [name for name in copies if step_of(Path(name)) <= max(own, reached) and name not in kept]
+        stale = [name for copy in gone for name, _ in self.store.list(copy)]
         self.store.delete(sorted(stale, key=lambda name: Path(name).name != MANIFEST))
 
     def restore(self, run: Path) -> Path | None:

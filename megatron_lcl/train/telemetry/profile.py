@@ -73,7 +73,8 @@ class Profile:
         return step in self._steps and (last or step == self._steps[-1])
 
     def finish(self) -> None:
-        """Write what was traced, and print every process's table; all call it."""
+        """Write what was traced, and print every process's table; all call it. Steps that are made again, as after a
+        rewind, are traced anew."""
         text = self._finish()
         for rank, table in enumerate(self._mesh.world.gather_objects(text)):
             if table:
@@ -90,7 +91,7 @@ class Profile:
             torch.cuda.memory._record_memory_history()
         detail = self._clock.detail = Clock(self._clock.device)
         self._until_end.enter_context(layers_timed(self._module, self._model, detail))
-        self._profiler = torch.profiler.profile(activities=activities)
+        self._profiler, self._num_traced = torch.profiler.profile(activities=activities), 0
         self._profiler.start()
         detail.start()
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -252,13 +253,17 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
 
     late, spike: the host learns it at step 12, the next one that is logged; what was made since then is forgotten.
     """
-    run = tmp_path / "run"
+    run, profiled = tmp_path / "run", []
     words = ["--config", config_file, "--guard.max_bad_steps", "2"]
     if kind == "spike":
         words += ["--guard.spike_sigmas", "6", "--guard.spike_window", "8"]
     if kind != "nan":
         words += ["--train.log_every", "12", "--checkpoint.every", "6"]
-    train(run, *words, plant=poison, planted=([26, 31], "spike" if kind == "spike" else "nan"))
+    else:
+        words += ["--profile", "7:11"]
+        profiled = ["2", "5"]
+    said = train(run, *words, plant=poison, planted=([26, 31], "spike" if kind == "spike" else "nan"))
+    assert re.findall(r"process 0, (\d+) steps of", said) == profiled, "it is not left running over steps 5 and 6"
     assert losses(run) == (without if kind == "nan" else without[-1:])
     events = [(line["event"], line["step"]) for line in read_audit(run)]
     assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]

@@ -237,3 +237,25 @@ def test_a_url_to_go_on_from(s3: Proxy, place: str, tmp_path: Path, monkeypatch:
     (tmp_path / "other" / CHECKPOINTS / "model.ckpt").touch()
     with pytest.raises(UserError, match="holds other files and no config"):
         resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))
+
+
+def test_what_is_kept_is_not_listed(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the other copies, thousands may be, it is only asked whether they have a manifest."""
+    mirror, keep, ask = Mirror(place), Checkpoint(keep_last=1, keep_every=10), Store._ask
+    listed: list[tuple[str, int]] = []
+
+    def counting(self: Store, operation: str, *arguments: Any) -> Any:
+        reply = ask(self, operation, *arguments)
+        if operation == "list":
+            listed.append((arguments[0], len(reply)))
+        return reply
+
+    for step in (10, 20, 30, 35):
+        mirror.upload(saved(tmp_path, step), keep, step)
+    monkeypatch.setattr(Store, "_ask", counting)
+    mirror.upload(saved(tmp_path, 40), keep, 40)
+    assert listed == [("", 5), ("step-00000035", 3)]
+    listed.clear()
+    assert mirror.restore(tmp_path / "run") is not None
+    assert listed == [("", 4)]
+    assert mirror.complete() == [f"step-{step:08d}" for step in (10, 20, 30, 40)]

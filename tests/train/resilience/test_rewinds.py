@@ -108,7 +108,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
         bad.record((step, 4 * step), math.nan, False, None)
     if saved == 4:
         save(tmp_path, saved)
-    run, kept = Training.__new__(Training), []
+    run, kept, ended = Training.__new__(Training), [], []
     run.config = SimpleNamespace(train=SimpleNamespace(output=str(tmp_path)))  # type: ignore[assignment]
     run.progress, run.ledger, run.bad = Progress(9, 36, {}), Ledger(SETTINGS), bad
     run.watchdog = SimpleNamespace(long_phase=lambda *_: contextlib.nullcontext())  # type: ignore[assignment]
@@ -116,6 +116,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
     world = SimpleNamespace(broadcast_object=lambda value: value)
     run.mesh = SimpleNamespace(is_first=True, world=world)  # type: ignore[assignment]
     run.point = SimpleNamespace(folder=None)  # type: ignore[assignment]
+    run.profile = SimpleNamespace(finish=lambda: ended.append("profile"))  # type: ignore[assignment]
     said = SimpleNamespace(say=lambda _: None, rewind=lambda _: None, write=lambda *_, **__: None)
     run.telemetry = run.audit = said  # type: ignore[assignment]
     run.bad_images = SimpleNamespace(write=lambda _: None)  # type: ignore[assignment]
@@ -130,6 +131,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(run, "_go_to", go_to)
     run._rewind()
+    assert ended == ["profile"]
     (progress,) = kept
     assert (progress.step, progress.packs) == (saved, 4 * saved)
     assert (progress.guard["consecutive"], progress.guard["rewinds"]) == (0, 1)

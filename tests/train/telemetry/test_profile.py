@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small_model_of_telemetry import batch, config_of
@@ -11,7 +14,7 @@ from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.model.lcl import LayerList
 from megatron_lcl.train.telemetry.clock import Clock
-from megatron_lcl.train.telemetry.profile import check_profile, layers_timed, profiled_steps, table_by_part
+from megatron_lcl.train.telemetry.profile import Profile, check_profile, layers_timed, profiled_steps, table_by_part
 
 
 def test_steps_and_processes_that_are_not_there_are_refused() -> None:
@@ -56,3 +59,23 @@ def test_the_table_is_of_one_step_longest_first() -> None:
     table = table_by_part({"data": 1.0, "forward": 3.0, "other": 0.0}, 2).splitlines()
     assert table[0] == "2 steps of 2000.0 ms:"
     assert [line.split() for line in table[2:]] == [["forward", "1500.00", "75.0%"], ["data", "500.00", "25.0%"]]
+
+
+def test_steps_that_are_made_again_are_traced_anew(tmp_path: Path) -> None:
+    """As after a rewind: what was traced is written, nothing stays hooked, and the next trace counts from its first."""
+    config, said = config_of(profile="3:9"), []
+    model, clock = LayerList(*build_layers(config.model, 2.0)), Clock(torch.device("cpu"))
+    world = SimpleNamespace(rank=0, gather_objects=lambda text: [text])
+    profile = Profile(config, SimpleNamespace(world=world), model, clock, tmp_path, said.append)  # type: ignore[arg-type]
+    for steps in ((3, 4, 5), (2, 3, 4)):
+        for step in steps:
+            profile.before(step)
+        assert any(layer._forward_hooks for layer in model)
+        profile.finish()
+        assert not any(layer._forward_hooks for layer in model)
+        assert clock.detail is None
+        (trace,) = tmp_path.rglob("*.json.gz")
+        trace.unlink()
+    assert [text.split(" of ")[0] for text in said] == ["process 0, 3 steps", "process 0, 2 steps"]
+    profile.finish()
+    assert len(said) == 2
