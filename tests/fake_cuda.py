@@ -24,11 +24,15 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorDeviceMismatchError,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError as DeviceMismatch
+except ImportError:  # torch 2.11 has no error of its own for it
+    DeviceMismatch = RuntimeError
 
 CUDA = torch.device("cuda", 0)
 ROOT = Path(__file__).parents[1]
@@ -292,11 +296,11 @@ class Watch(TorchDispatchMode):
             if name == "equal":
                 return True
             return True if tensors[0].dtype == torch.bool else 1.0 if tensors[0].is_floating_point() else 1
-        except FakeTensorDeviceMismatchError as error:
-            self.faults.append(place(str(error)))
-            raise
         except DynamicOutputShapeException:
             self.faults.append(place(f"the size of what {name} gives is data"))
+            raise
+        except DeviceMismatch as error:
+            self.faults.append(place(str(error)))
             raise
 
     def _look_at(self, name: str, function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -27,6 +29,10 @@ def test_the_kernels_process_keeps_its_devices():
     run_kernels("-k", "devices", CUDA_VISIBLE_DEVICES="0")
 
 
+@pytest.mark.skipif(
+    Version(metadata.version("triton")) < Version("3.7") and Version(metadata.version("numpy")) >= Version("2.5"),
+    reason="the interpreter of this Triton converts arrays in a way that NumPy 2.5 does not have",
+)
 def test_interpreted_kernels_give_the_same():
     run_kernels(TRITON_INTERPRET="1")
 
