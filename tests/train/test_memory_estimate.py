@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_lcl import config as configs
+from megatron_lcl import machine
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
@@ -247,7 +248,7 @@ def test_what_is_trained_keeps_its_graph() -> None:
     assert config.model.vision.layers * (whole - blocks[0]) < whole - without_vision  # which has the patches too
 
 
-def test_the_least_limit_counts(tmp_path: Path) -> None:
+def test_the_least_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the machine and of the control groups around this process, of both versions."""
     (tmp_path / "meminfo").write_text("MemTotal:  1000 kB\nMemFree: 1 kB\nSwapTotal: 24 kB\n")
     assert memory._physical(tmp_path / "meminfo") == 2**20
@@ -258,13 +259,19 @@ def test_the_least_limit_counts(tmp_path: Path) -> None:
     (job.parent / "memory.max").write_text("5000\n")
     (job / "memory.max").write_text("max\n")
     (tmp_path / "cgroup").write_text("0::/slurm/job\n")
-    assert sorted(memory._limits(tmp_path / "cgroup", tmp_path / "root")) == [7, 5000]
+
+    def limits(own: str, root: str) -> list[float]:
+        monkeypatch.setattr(machine, "OWN", tmp_path / own)
+        monkeypatch.setattr(machine, "ROOT", tmp_path / root)
+        return sorted(memory._limits())
+
+    assert limits("cgroup", "root") == [7, 5000]
     old = tmp_path / "old" / "memory" / "docker"
     old.mkdir(parents=True)
     (old / "memory.limit_in_bytes").write_text("6000\n")
     (tmp_path / "cgroup").write_text("9:cpu,cpuacct:/docker\n8:memory:/docker\n")
-    assert list(memory._limits(tmp_path / "cgroup", tmp_path / "old")) == [6000]
-    assert list(memory._limits(tmp_path / "none", tmp_path / "root")) == []
+    assert limits("cgroup", "old") == [6000]
+    assert limits("none", "root") == []
     if not torch.cuda.is_available():
         assert memory.available(2).size == memory.available(1).size / 2 > 0
 
