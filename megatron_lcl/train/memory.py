@@ -23,6 +23,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
+from megatron_lcl.data.loading.shared_memory import free_shared_memory
 from megatron_lcl.machine import control_groups
 from megatron_lcl.model.layers import layer_kinds, num_parameters
 from megatron_lcl.train.averages import average_names
@@ -173,18 +174,25 @@ class Memory:
     size: float
     where: str
     on_gpu: bool = False
+    shared: float = math.inf
+    """bytes free in this machine's shared memory, for all processes"""
+    local: int = 1
+    """processes on this machine"""
 
 
 def available(local: int) -> Memory:
-    """A visible GPU's memory (the largest one's); without one, that of this machine for `local` processes.
+    """A visible GPU's memory (the largest one's); without one, that of this machine for `local` processes. And the
+    shared memory beside it.
 
     Swap counts, and a cgroup's limit.
     """
+    shared = free_shared_memory()
     if torch.cuda.is_available():
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        return Memory(max(sizes), f"the GPU has {in_gb(max(sizes))} GB", True)
+        return Memory(max(sizes), f"the GPU has {in_gb(max(sizes))} GB", True, shared, local)
     size = min([_physical(Path("/proc/meminfo")), *_limits()])
-    return Memory(size / local, f"this machine has {in_gb(size)} GB" + (f" for {local} processes" if local > 1 else ""))
+    where = f"this machine has {in_gb(size)} GB" + (f" for {local} processes" if local > 1 else "")
+    return Memory(size / local, where, False, shared, local)
 
 
 def _physical(meminfo: Path) -> float:
