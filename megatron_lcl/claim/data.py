@@ -30,7 +30,7 @@ from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.demo.write import DOCUMENTS, EVALUATE, SOURCES, Labeled, write_labeled
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.sources import ImageSet, open_images
-from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.machine import num_cores
 
 TRAINED = "emoji"
 SETS = (TRAINED, "things")

@@ -9,7 +9,7 @@ from megatron_lcl.demo import emoji, manual, things
 from megatron_lcl.demo.packages import fetch
 from megatron_lcl.demo.write import is_written, summary, write
 from megatron_lcl.errors import UserError
-from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.machine import num_cores
 
 SOURCE = "source"
 """the folder of the output with the packages as they were fetched"""

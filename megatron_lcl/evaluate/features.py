@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus.files import new_array
+from megatron_lcl.data.corpus.remote import user_cache
 from megatron_lcl.data.loading.images import DECODING
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
@@ -41,8 +42,8 @@ _TOLD = 10**9
 
 
 def default_cache() -> Path:
-    """`megatron_lcl/features` under the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lcl" / "features"
+    """`megatron_lcl/features` under the user's cache folder. UserError as `user_cache`."""
+    return user_cache() / "features"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
 from megatron_lcl.evaluate.workers import run_batches
-from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.machine import num_cores
 
 
 class Patches(Protocol):

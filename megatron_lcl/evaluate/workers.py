@@ -19,7 +19,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
 from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
-from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.machine import num_cores
 
 T = TypeVar("T")
 Work = Callable[[Encoder, int, torch.Tensor], T]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.losses.generation import rows_of_chunk
-from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.machine import num_cores
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.work import BLOCK_BACKWARD, BLOCK_FORWARD, sizes_of

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
+from megatron_lcl.data.loading.batch import batch_bytes
+from megatron_lcl.data.loading.shared_memory import PREFETCH
 from megatron_lcl.errors import in_bytes
 from megatron_lcl.model.layers import num_of_parts, num_parameters
 from megatron_lcl.plan.devices import DEVICES
@@ -22,8 +24,6 @@ from megatron_lcl.train.simulate import Usage
 SHOWN = 10
 """layouts that are listed"""
 STRATEGIES = "retain: activations of all micro-batches are saved until the loss; recompute: every forward runs twice"
-PREFETCH = 2
-"""batches that a worker of torch's DataLoader has ready (its default)"""
 
 
 def lines(plan: Plan, images: float | None = None) -> Iterator[str]:
@@ -139,10 +139,8 @@ def _loader(plan: Plan, config: Config) -> str:
     """Host memory of the loader's batches on a node."""
     target, split = plan.target, config.parallel.tensor * config.parallel.pipeline
     replicas = max(1, target.node_size // split)
-    images = config.train.micro_batch * slots(config, target.text_per_image)
-    batch = (
-        images * 3 * config.model.vision.image_size**2 + 4 * 5 * config.train.micro_batch * config.data.tokens_per_pack
-    )
+    images = slots(config, target.text_per_image)
+    batch = batch_bytes(config.train.micro_batch, config.data.tokens_per_pack, images, config.model.vision.image_size)
     workers, ahead = config.data.workers, max(1, PREFETCH * config.data.workers)
     return (
         f"{replicas * workers} processes on a node, {in_bytes(replicas * ahead * batch)} of batches read ahead "

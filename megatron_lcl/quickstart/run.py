@@ -28,7 +28,7 @@ from megatron_lcl.demo.train import CACHE, RUN, check_steps, name_pictures, pack
 from megatron_lcl.demo.write import CORPORA, DOCUMENTS, TRAINING, is_written, training_texts, write
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
-from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.machine import num_cores
 from megatron_lcl.report.page import REPORT, write_report
 from megatron_lcl.run_folder import CONFIG
 

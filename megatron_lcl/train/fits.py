@@ -15,9 +15,11 @@ from typing import Any
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
+from megatron_lcl.data.loading.batch import batch_bytes
+from megatron_lcl.data.loading.shared_memory import check_shared_memory
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.kernels import check_compile
-from megatron_lcl.train.layout import check_layout
+from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import (
     Estimate,
     Memory,
@@ -73,10 +75,12 @@ def _largest(config: Config, processes: int, images_per_pack: Slots, on_gpu: boo
 
 
 def check_memory(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> Estimate:
-    """What a process needs at least; UserError where it is not there, with its parts and the nearest that fits.
+    """What a process needs at least; UserError where it is not there, with its parts and the nearest that fits, or
+    where shared memory has no room for the micro-batches of loader processes.
 
     has: what a process has.
     """
+    _check_batches(config, processes, has, images_per_pack)
     needs = largest_estimate(config, processes, images_per_pack, has.on_gpu)
     if needs.total > has.size:
         raise UserError(
@@ -84,6 +88,17 @@ def check_memory(config: Config, processes: int, has: Memory, images_per_pack: S
             + remedy(config, processes, has, images_per_pack)
         )
     return needs
+
+
+def _check_batches(config: Config, processes: int, has: Memory, images_per_pack: Slots) -> None:
+    split = config.parallel.tensor * config.parallel.pipeline  # one process of so many reads
+    for phase, images in zip(phases_of(config), slots_of_phases(config, images_per_pack), strict=True):
+        data, train = phase.config.data, phase.config.train
+        slots, size = images or data.images_per_pack or 1, phase.config.model.vision.image_size
+        batch = batch_bytes(train.micro_batch, data.tokens_per_pack, slots, size)
+        # for a GPU they are copied from there at once, else a step's stay where they are
+        kept = 0 if has.on_gpu else num_micro_batches(phase.config, check_layout(phase.config, processes))
+        check_shared_memory(batch, kept, config.data.workers, max(1, has.local // split), has.shared)
 
 
 def check_step(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> bool:

@@ -30,7 +30,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError, complain
-from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.machine import num_cores
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal
 

@@ -23,6 +23,8 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
+from megatron_lcl.data.loading.shared_memory import free_shared_memory
+from megatron_lcl.machine import control_groups
 from megatron_lcl.model.layers import layer_kinds, num_parameters
 from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.checkpoint.folder import Progress, last_progress
@@ -172,18 +174,25 @@ class Memory:
     size: float
     where: str
     on_gpu: bool = False
+    shared: float = math.inf
+    """bytes free in this machine's shared memory, for all processes"""
+    local: int = 1
+    """processes on this machine"""
 
 
 def available(local: int) -> Memory:
-    """A visible GPU's memory (the largest one's); without one, that of this machine for `local` processes.
+    """A visible GPU's memory (the largest one's); without one, that of this machine for `local` processes. And the
+    shared memory beside it.
 
     Swap counts, and a cgroup's limit.
     """
+    shared = free_shared_memory()
     if torch.cuda.is_available():
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        return Memory(max(sizes), f"the GPU has {in_gb(max(sizes))} GB", True)
-    size = min([_physical(Path("/proc/meminfo")), *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
-    return Memory(size / local, f"this machine has {in_gb(size)} GB" + (f" for {local} processes" if local > 1 else ""))
+        return Memory(max(sizes), f"the GPU has {in_gb(max(sizes))} GB", True, shared, local)
+    size = min([_physical(Path("/proc/meminfo")), *_limits()])
+    where = f"this machine has {in_gb(size)} GB" + (f" for {local} processes" if local > 1 else "")
+    return Memory(size / local, where, False, shared, local)
 
 
 def _physical(meminfo: Path) -> float:
@@ -195,24 +204,13 @@ def _physical(meminfo: Path) -> float:
         return math.inf
 
 
-def _limits(own: Path, root: Path) -> Iterator[float]:
-    """Limits of this process's cgroup and those around it (version 2; of version 1 the memory controller's)."""
-    try:
-        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        return
-    for _, controllers, path in groups:
-        if controllers and "memory" not in controllers.split(","):
+def _limits() -> Iterator[float]:
+    """Limits of this process's control group and those around it."""
+    for folder, version in control_groups("memory"):
+        try:
+            yield float((folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")).read_text())
+        except (OSError, ValueError):  # "max", or a container that shows no more than its own group
             continue
-        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-        folder = base / path.strip("/")
-        for ancestor in (folder, *folder.parents):
-            if ancestor == base.parent:
-                break
-            try:
-                yield float((ancestor / name).read_text())
-            except (OSError, ValueError):  # "max", or a container that shows no more than its own group
-                continue
 
 
 def local_processes(processes: int, nodes: int | None = None) -> int:

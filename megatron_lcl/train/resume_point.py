@@ -65,7 +65,12 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
     until_end: takes the first process's lock on the run folder.
     """
 
-    has = min(mesh.world.gather_objects(available(local_processes(mesh.world.size))), key=lambda memory: memory.size)
+    everywhere = mesh.world.gather_objects(available(local_processes(mesh.world.size)))
+    has = replace(
+        min(everywhere, key=lambda memory: memory.size),
+        shared=min(memory.shared for memory in everywhere),
+        local=max(memory.local for memory in everywhere),
+    )
 
     def decide() -> ResumePoint | str:
         try:

@@ -33,11 +33,11 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.losses import contrastive, generation, sigmoid
+from megatron_lcl.machine import num_cores
 from megatron_lcl.model.drop_path import DropPath
 from megatron_lcl.model.flops import Numbers
 from megatron_lcl.model.layers import layer_specs
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
-from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.parallel.mesh import ALONE, Axis
 from megatron_lcl.train.averages import Averages
 from megatron_lcl.train.engine import (

@@ -189,6 +189,21 @@ def test_the_memory_is_that_of_a_node_of_the_run(
     assert (code, err, shares) == (0, "", [4, 4])
 
 
+def test_a_shared_memory_that_is_too_small(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_shared_memory", lambda: 64 * 2**10)
+    started = [*tiny, "--processes", "2", "--data.workers"]
+    code, _, err = dry_run(capsys, *started, "8")
+    assert code == 2
+    assert re.search(r"the 8 loader processes of each of 2 replicas .* in /dev/shm, .*--shm-size.*data.workers", err)
+    assert main(["train", *started, "8"]) == 2, "nothing is started"
+    assert "8 loader processes" in capsys.readouterr().err
+    assert dry_run(capsys, *started, "0")[0] == 0
+    monkeypatch.setattr(dryrun, "is_elsewhere", lambda nodes: True)
+    assert dry_run(capsys, *started, "8")[0] == 0, "the run's machines have their own"
+
+
 def _not_dry(capsys: pytest.CaptureFixture[str], tiny: list[str]) -> str:
     assert main(["train", "--nodes", "2", *tiny]) == 2
     return capsys.readouterr().err

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.machine import num_cores
 from megatron_lcl.train import dryrun, launch
 from megatron_lcl.train.checkpoint import folder as checkpoint
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_lcl import config as configs
+from megatron_lcl import machine
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.train import checks, fits, memory, strategy
 from megatron_lcl.train.fits import check_memory, check_step
@@ -247,7 +252,39 @@ def test_what_is_trained_keeps_its_graph() -> None:
     assert config.model.vision.layers * (whole - blocks[0]) < whole - without_vision  # which has the patches too
 
 
-def test_the_least_limit_counts(tmp_path: Path) -> None:
+def test_batches_of_loader_processes_need_room_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker's default is 64 MB, which a ViT-B/16's loader processes fill."""
+    config = in_bfloat16(ROOT / "configs" / "lcl_vitb16_interleaved.yaml")
+    batch = 27 * 3 * 224**2 + 20 * 8192
+    has = {"shared": 2 * 8 * batch, "local": 1}
+    check_memory(config, 1, replace(CARD, **has), [27])
+    message = refusal(config, 1, replace(CARD, **{**has, "shared": 2 * 8 * batch - 1}), [27])
+    assert message.startswith("the 8 loader processes hand over their batches in /dev/shm, up to 67.6 MB at once, and")
+    assert message.endswith("give the container more (--shm-size or --ipc=host of docker), or lower data.workers (8)")
+    assert "of each of 4 replicas on a machine" in refusal(config, 8, replace(CARD, **{**has, "local": 4}), [27])
+    pipeline = configs.replace(config, parallel__pipeline=4, contrast__strategy="recompute")
+    check_memory(pipeline, 4, replace(CARD, **{**has, "local": 4}), [27])  # one process of four reads
+    check_memory(configs.replace(config, data__workers=0), 1, replace(CARD, shared=0), [27])
+    later = configs.replace(config, schedule__phases=({"steps": 9, "image_size": 448},))
+    assert "up to " in refusal(later, 1, replace(CARD, **has), [27] * len(phases_of(later)))
+    # on a CPU, a step's micro-batches stay there beside those of the loader processes
+    slow = configs.replace(config, train__dtype="float32", contrast__strategy="recompute", train__global_batch=4)
+    memory_of_host = Memory(1e12, "", False, (2 * 8 + 4) * batch - 1)
+    assert "up to 84.6 MB" in refusal(slow, 1, memory_of_host, [27])
+    check_memory(slow, 1, replace(memory_of_host, shared=(2 * 8 + 4) * batch), [27])
+
+    small = SimpleNamespace(f_bavail=16384, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda _: small)
+    assert memory.available(1).shared == 64 * 2**20
+
+    def nothing(_: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "statvfs", nothing)
+    assert memory.available(1).shared == math.inf
+
+
+def test_the_least_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the machine and of the control groups around this process, of both versions."""
     (tmp_path / "meminfo").write_text("MemTotal:  1000 kB\nMemFree: 1 kB\nSwapTotal: 24 kB\n")
     assert memory._physical(tmp_path / "meminfo") == 2**20
@@ -258,13 +295,19 @@ def test_the_least_limit_counts(tmp_path: Path) -> None:
     (job.parent / "memory.max").write_text("5000\n")
     (job / "memory.max").write_text("max\n")
     (tmp_path / "cgroup").write_text("0::/slurm/job\n")
-    assert sorted(memory._limits(tmp_path / "cgroup", tmp_path / "root")) == [7, 5000]
+
+    def limits(own: str, root: str) -> list[float]:
+        monkeypatch.setattr(machine, "OWN", tmp_path / own)
+        monkeypatch.setattr(machine, "ROOT", tmp_path / root)
+        return sorted(memory._limits())
+
+    assert limits("cgroup", "root") == [7, 5000]
     old = tmp_path / "old" / "memory" / "docker"
     old.mkdir(parents=True)
     (old / "memory.limit_in_bytes").write_text("6000\n")
     (tmp_path / "cgroup").write_text("9:cpu,cpuacct:/docker\n8:memory:/docker\n")
-    assert list(memory._limits(tmp_path / "cgroup", tmp_path / "old")) == [6000]
-    assert list(memory._limits(tmp_path / "none", tmp_path / "root")) == []
+    assert limits("cgroup", "old") == [6000]
+    assert limits("none", "root") == []
     if not torch.cuda.is_available():
         assert memory.available(2).size == memory.available(1).size / 2 > 0
 

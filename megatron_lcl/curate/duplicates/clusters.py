@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numba
 import numpy as np
 
+from megatron_lcl.compiled import compiled
 from megatron_lcl.data.prepare.sorting import sorted_rows
 
 LIMIT = 64
@@ -24,7 +24,7 @@ _BYTES_OF_ROW = 48
 _CHUNK = 1 << 20
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def find(parent: np.ndarray, row: int) -> int:
     """The first row of a row's cluster, which the rows on the way are then nearer to (path halving)."""
     while parent[row] != row:
@@ -33,7 +33,7 @@ def find(parent: np.ndarray, row: int) -> int:
     return row
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def unite(parent: np.ndarray, one: int, other: int) -> None:
     """Join two rows' clusters; the first row of both stands for it, whatever the order of calls."""
     one, other = find(parent, one), find(parent, other)
@@ -43,7 +43,7 @@ def unite(parent: np.ndarray, one: int, other: int) -> None:
         parent[one] = other
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def difference(one: np.ndarray, other: np.ndarray, bits: bool, limit: int) -> int:
     """How many entries (bits: how many bits) of two descriptions differ; more than `limit` are not counted on."""
     total = 0
@@ -62,7 +62,7 @@ def difference(one: np.ndarray, other: np.ndarray, bits: bool, limit: int) -> in
     return total
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def unite_alike(
     rows: np.ndarray, starts: np.ndarray, described: np.ndarray, bits: bool, limit: int, parent: np.ndarray
 ) -> None:

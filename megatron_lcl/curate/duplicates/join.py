@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import numba
 import numpy as np
 
+from megatron_lcl.compiled import compiled
 from megatron_lcl.curate.duplicates.clusters import MEMORY, difference, equal_keys, find, unite_alike
 from megatron_lcl.curate.duplicates.minhash import choose_bands
 from megatron_lcl.curate.duplicates.settings import Action, DocumentDuplicates, ImageDuplicates
@@ -241,7 +241,7 @@ def same_content(digest: np.ndarray, scratch: Path, memory: int) -> np.ndarray:
     return parent
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _key(entries: np.ndarray) -> np.ndarray:
     """uint64 [N], a hash of each row, uint32 [N, K]."""
     out = np.zeros(len(entries), np.uint64)
@@ -251,7 +251,7 @@ def _key(entries: np.ndarray) -> np.ndarray:
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _first_two(shown: np.ndarray, parent: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
     """The first two places of each cluster, by its first row, and let every row name this one."""
     for row in range(len(parent)):

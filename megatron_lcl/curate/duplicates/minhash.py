@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import re
 
-import numba
 import numpy as np
 
+from megatron_lcl.compiled import compiled
 from megatron_lcl.data.loading.hashes import mix
 
 _WORD = re.compile(r"\w+")
@@ -34,7 +34,7 @@ def word_hashes(text: str) -> np.ndarray:
     return _hashes(np.frombuffer(" ".join(words).encode(errors="surrogatepass"), np.uint8), len(words))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _hashes(text: np.ndarray, num: int) -> np.ndarray:
     """FNV-1a of `num` words with a space between them."""
     out = np.full(num, _FNV_START)
@@ -47,7 +47,7 @@ def _hashes(text: np.ndarray, num: int) -> np.ndarray:
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def shingle_hashes(words: np.ndarray, size: int) -> np.ndarray:
     """uint64 [S]: a hash of every `size` consecutive words, uint64 [W]; of all words where there are fewer."""
     num = max(1, len(words) - size + 1) if len(words) else 0
@@ -72,7 +72,7 @@ def hash_functions(num: int) -> tuple[np.ndarray, np.ndarray]:
     return factors | _U(1), summands
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _least(shingles: np.ndarray, factors: np.ndarray, summands: np.ndarray, out: np.ndarray) -> None:
     for x in shingles:
         for p in range(len(factors)):

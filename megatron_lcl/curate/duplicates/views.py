@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from PIL import Image as Pillow
 
+from megatron_lcl.compiled import compiled
 from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
 
 Rectangle = tuple[float, float, float, float]
@@ -80,7 +80,7 @@ def view_hashes(
     return np.packbits(bits, axis=1).view(_U).ravel(), np.array(detailed)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def nearest(
     asked: np.ndarray, asked_ok: np.ndarray, kept: np.ndarray, kept_ok: np.ndarray, by: np.ndarray, radius: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -9,9 +9,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numba
 import numpy as np
 
+from megatron_lcl.compiled import compiled
 from megatron_lcl.curate.documents import Range, address
 from megatron_lcl.curate.duplicates.clusters import MEMORY, unite
 from megatron_lcl.curate.duplicates.facts import NOTHING, Facts, places
@@ -147,7 +147,7 @@ def read_head(head: str | None) -> tuple[np.ndarray, float]:
     return weight, bias
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _unite_pairs(parent: np.ndarray, rows: np.ndarray, others: np.ndarray) -> None:
     for k in range(len(rows)):
         unite(parent, rows[k], others[k])

@@ -47,15 +47,23 @@ UNUSED_SECONDS = 86400.0
 _PREFIX = "corpora-"
 
 
-def user_cache() -> Path:
-    """megatron_lcl in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lcl"
+def user_cache(given: str | Path | None = None) -> Path:
+    """`given` (a run's `data.cache`), or megatron_lcl in the user's cache folder. UserError where there is neither:
+    a container's user may have no home folder."""
+    try:
+        if given:
+            return Path(given).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lcl"
+    except RuntimeError:  # of Path
+        raise UserError(
+            f"there is no home folder for {given or 'the cache'}; set XDG_CACHE_HOME or data.cache to a folder"
+        ) from None
 
 
 @lru_cache(maxsize=64)  # a corpus does not change, and a run opens one often
 def open_remote(url: str, cache: str | Path | None, manifest_name: str) -> Remote:
     """The corpus at a URL, with its manifest on the disk. UserError where there is none."""
-    return Remote(url, Path(cache).expanduser() if cache else user_cache(), manifest_name)
+    return Remote(url, user_cache(cache), manifest_name)
 
 
 class Remote:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from multiprocessing.connection import Connection, wait
 
 from megatron_lcl.data.engines.task import Task, do_logged
 from megatron_lcl.interrupts import end_on_interrupt, end_with_parent, holding_interrupts
+from megatron_lcl.machine import num_cores
 
 _POLL = 1.0
 """seconds that `ended` waits"""
@@ -34,7 +34,7 @@ class _Local:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._context = multiprocessing.get_context("spawn")
-        self._at_once = max(1, len(os.sched_getaffinity(0)) // task.cpus)
+        self._at_once = max(1, num_cores() // task.cpus)
         self._waiting: deque[int] = deque()
         self._running: dict[int, tuple[int, multiprocessing.process.BaseProcess, Connection]] = {}
         """by the process's sentinel: job, process, where it says what went wrong"""

@@ -27,6 +27,7 @@ from megatron_lcl.config.types import STRICT
 from megatron_lcl.data.engines.task import Task, do_logged, one_line
 from megatron_lcl.errors import UserError, in_bytes
 from megatron_lcl.fields import build, put
+from megatron_lcl.machine import num_cores
 
 _POLL = 1.0
 """seconds that `ended` waits"""
@@ -106,7 +107,7 @@ def _connect(ray: Any, settings: RaySettings, cpus: float, folder: str) -> None:
         return
     if given == "auto":
         raise UserError("no Ray runs on this machine: `ray start` joins it to a cluster, `--ray local` needs none")
-    num_cpus = max(len(os.sched_getaffinity(0)), math.ceil(cpus))
+    num_cpus = max(num_cores(), math.ceil(cpus))
     ray.init(
         address=_LOCAL, num_cpus=num_cpus, object_store_memory=_STORE_BYTES, include_dashboard=False, _temp_dir=folder,
         **quiet,

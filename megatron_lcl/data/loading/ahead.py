@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.reader import PackReader
+from megatron_lcl.data.loading.shared_memory import put_there
 from megatron_lcl.data.storage.blocks import Blocks
 from megatron_lcl.data.storage.store import url_of
 
@@ -23,7 +24,8 @@ _Ranges = dict[Blocks, list[tuple[int, int]]]
 
 
 class Turns(Dataset[PackedBatch]):
-    """The micro-batches of a loader by their numbers, `stop` of them (None: without end)."""
+    """The micro-batches of a loader by their numbers, `stop` of them (None: without end); those of loader processes in
+    shared memory."""
 
     def __init__(self, reader: PackReader, packs_of: Callable[[int], tuple[int, ...]], stop: int | None) -> None:
         self._reader, self._packs_of, self._stop = reader, packs_of, stop
@@ -31,11 +33,15 @@ class Turns(Dataset[PackedBatch]):
         self._remote = any(url_of(corpus.path) for corpus in reader.data.corpora)
 
     def __getitem__(self, turn: int) -> PackedBatch:
+        worker = torch.utils.data.get_worker_info()
+        batch = self._read(turn, worker.num_workers if worker else 1)
+        return put_there(batch) if worker else batch
+
+    def _read(self, turn: int, num_workers: int) -> PackedBatch:
         if not self._remote:
             return self._reader[self._packs_of(turn)]
         if self._ahead is None:
-            worker = torch.utils.data.get_worker_info()
-            self._ahead = Ahead(self._reader, self._packs_of, worker.num_workers if worker else 1, self._stop)
+            self._ahead = Ahead(self._reader, self._packs_of, num_workers, self._stop)
         self._ahead.begin(turn)
         batch = self._reader[self._packs_of(turn)]
         self._ahead.end(turn)

@@ -116,6 +116,11 @@ def fields_of_kind(kind: Kind) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(PackedBatch) if f.metadata["kind"] == kind)
 
 
+def batch_bytes(packs: int, tokens_per_pack: int, images_per_pack: int, image_size: int) -> int:
+    """Bytes of a batch's tensors: its images, and five integers of a token slot (the runs have fewer)."""
+    return packs * (images_per_pack * 3 * image_size**2 + 4 * 5 * tokens_per_pack)
+
+
 def integer_sizes(B: int, T: int, I: int, R: int, K: int = 0) -> dict[str, int]:  # noqa: E741
     """Elements of each integer tensor, by name; shape legend as above. K: 0 where no patch is left out."""
     return {

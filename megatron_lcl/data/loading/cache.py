@@ -59,10 +59,8 @@ _T = TypeVar("_T")
 
 
 def cache_folder(data: Data) -> Path:
-    """`data.cache`, or megatron_lcl in the user's cache folder."""
-    if data.cache is not None:
-        return Path(data.cache).expanduser()
-    return user_cache()
+    """See `user_cache`."""
+    return user_cache(data.cache)
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from megatron_lcl.compiled import compiled
 
 _U = np.uint64
 _GOLDEN, _MIX1, _MIX2 = _U(0x9E3779B97F4A7C15), _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def mix(key: Any, value: Any) -> Any:
     """A 64-bit hash of (key, value): SplitMix64's finalizer (Steele, Lea & Flood 2014), twice."""
     x = _U(key) + _GOLDEN * (_U(value) + _U(1))
@@ -22,13 +23,13 @@ def mix(key: Any, value: Any) -> Any:
     return x
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def uniform(key: Any, value: Any) -> float:
     """A number in [0, 1) from the hash of (key, value)."""
     return float(mix(key, value) >> _U(11)) * 2.0**-53
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def shuffled(key: Any, size: int, start: int, stop: int) -> np.ndarray:
     """Elements start … stop-1 of a pseudorandom permutation of range(size), int64; any part of it costs only itself.
 

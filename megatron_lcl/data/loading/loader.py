@@ -22,6 +22,7 @@ from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.reader import PackReader, SequenceOrigin
 from megatron_lcl.data.loading.rules import INTERLEAVED, Sequences
 from megatron_lcl.data.loading.sequential_index import SequentialIndex
+from megatron_lcl.data.loading.shared_memory import PREFETCH, SharedMemoryFullError, full
 from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError
 
@@ -155,6 +156,7 @@ class PackedLoader(Iterable[PackedBatch]):
             sampler=numbers,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers,
+            prefetch_factor=PREFETCH,
             pin_memory=self._pin,
             worker_init_fn=_start_worker,
             multiprocessing_context="fork",
@@ -171,6 +173,8 @@ class PackedLoader(Iterable[PackedBatch]):
                 batch = next(batches)
             except StopIteration:
                 return
+            except SharedMemoryFullError:
+                raise full() from None
             except RuntimeError as error:
                 raise self._explained(error) from error
             yield batch

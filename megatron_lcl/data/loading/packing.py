@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
+
+from megatron_lcl.compiled import compiled
 
 _U = np.uint64
 _ONE, _ALL = _U(1), _U(0xFFFFFFFFFFFFFFFF)
@@ -34,7 +35,7 @@ def choose_images_per_pack(images_per_token: float, tokens_per_pack: int) -> int
     return low if low >= wanted or low / wanted >= wanted / (low + 1) else low + 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def blend(tokens: np.ndarray, starts: np.ndarray, weights: np.ndarray, served: np.ndarray) -> np.ndarray:
     """From which corpus each next document comes, int16, until one corpus's list is at its end.
 
@@ -64,7 +65,7 @@ def blend(tokens: np.ndarray, starts: np.ndarray, weights: np.ndarray, served: n
         position[best] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _highest(bits: Any) -> int:
     """Position of the highest set bit."""
     n = 0
@@ -75,7 +76,7 @@ def _highest(bits: Any) -> int:
     return n
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _largest(words: np.ndarray, summary: np.ndarray, limit: int) -> int:
     """The largest member of a set of integers that is at most `limit`, or -1. `summary` has a bit per non-zero word."""
     w = limit >> 6
@@ -93,7 +94,7 @@ def _largest(words: np.ndarray, summary: np.ndarray, limit: int) -> int:
     return (w << 6) + _highest(words[w])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _take(stock: Any, m: int, t: int) -> None:
     """Take one sequence of m images and t tokens out of the stock."""
     words, summary, count = stock
@@ -104,7 +105,7 @@ def _take(stock: Any, m: int, t: int) -> None:
             summary[m, t >> 12] &= ~(_ONE << _U((t >> 6) & 63))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _give(stock: Any, m: int, t: int) -> None:
     """Put one back."""
     words, summary, count = stock
@@ -113,7 +114,7 @@ def _give(stock: Any, m: int, t: int) -> None:
     summary[m, t >> 12] |= _ONE << _U((t >> 6) & 63)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _best_last(stock: Any, room: int, slots: int, price_t: float, price_m: float) -> tuple[float, int, int]:
     """The sequence that wastes least of `room` tokens and `slots` images: (cost of the waste, images, tokens or -1)."""
     words, summary, _ = stock
@@ -125,7 +126,7 @@ def _best_last(stock: Any, room: int, slots: int, price_t: float, price_m: float
     return best, best_m, best_t
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def best_fit(
     tokens: np.ndarray, images: np.ndarray, max_tokens: int, max_images: int, max_count: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -240,7 +241,7 @@ def best_fit(
     return order, offsets[: packs + 1].copy()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def next_fit(tokens: np.ndarray, images: np.ndarray, max_tokens: int, max_images: int, max_count: int) -> np.ndarray:
     """Pack N sequences in their order: offsets int64 [B+1]."""
     offsets = np.zeros(len(tokens) + 1, np.int64)

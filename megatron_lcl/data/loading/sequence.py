@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
+from megatron_lcl.compiled import compiled
 from megatron_lcl.data.loading.hashes import mix, uniform
 from megatron_lcl.data.loading.rules import Rules
 
@@ -27,7 +27,7 @@ _PLACE, _TEXT = 1 << 32, 1 << 33
 # --- selection ----------------------------------------------------------------------------------------------------
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def select(similarity: np.ndarray, matched: np.ndarray, key: Any, rules: Rules) -> np.ndarray:
     """Which of M placements stay, bool [M]; the number that stays does not depend on `key`.
 
@@ -61,7 +61,7 @@ def select(similarity: np.ndarray, matched: np.ndarray, key: Any, rules: Rules) 
     return keep
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def measure(
     lengths: np.ndarray,
     modes: np.ndarray,
@@ -117,7 +117,7 @@ def measure(
     return pairs
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _num_preceded(modes: np.ndarray, matched: np.ndarray, keep: np.ndarray, rules: Rules) -> int:
     """How many of a document's kept images may stand behind a text, in whatever way `arrange` places them."""
     num_texts = len(modes) - len(matched)
@@ -137,7 +137,7 @@ def _num_preceded(modes: np.ndarray, matched: np.ndarray, keep: np.ndarray, rule
 # --- arrangement -------------------------------------------------------------------------------------------------
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def arrange(
     lengths: np.ndarray,
     modes: np.ndarray,
@@ -218,13 +218,13 @@ def arrange(
     return _cut(modes, parts[:num], rules)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _put(rows: np.ndarray, count: int, sequence: int, piece: Any, start: int, stop: int) -> int:
     rows[count, 0], rows[count, 1], rows[count, 2], rows[count, 3] = sequence, piece, start, stop
     return count + 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _cut(modes: np.ndarray, order: np.ndarray, rules: Rules) -> np.ndarray:
     """order: rows (unit, piece, start, stop), not empty ones, as they stand; an image has one position."""
     one_ended = rules.reference_pairs and len(order) == 2 and modes[order[0, 1]] != modes[order[1, 1]]
@@ -281,7 +281,7 @@ def _cut(modes: np.ndarray, order: np.ndarray, rules: Rules) -> np.ndarray:
     return rows[:count].copy()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _pairs(
     lengths: np.ndarray,
     modes: np.ndarray,
@@ -323,14 +323,14 @@ def _pairs(
     return rows[:count].copy()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _pair_tokens(text: int, rules: Rules) -> int:
     """Token slots of a pair with so many tokens of text: `<sot> text <soi>`, and its caption, if it has one."""
     alone = 0 if rules.captions_alone else text + 2
     return alone + (text + rules.caption_patches + 4 if rules.caption_patches > 0 else 0)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def has_ends(rows: np.ndarray, modes: np.ndarray, rules: Rules) -> tuple[bool, bool]:
     """Whether the sequences of an arrangement begin with `<sot>` and end with `<eot>`.
 
@@ -346,7 +346,7 @@ def has_ends(rows: np.ndarray, modes: np.ndarray, rules: Rules) -> tuple[bool, b
     return True, True
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def arranged_sizes(
     lengths: np.ndarray,
     modes: np.ndarray,

@@ -242,7 +242,7 @@ def _profile() -> dict[str, str]:
     try:
         parser.read(Path(file).expanduser())
         section = parser[name]
-    except (OSError, ConfigError, KeyError, UnicodeDecodeError):
+    except (OSError, ConfigError, KeyError, UnicodeDecodeError, RuntimeError):  # the last of a user without a home
         if "AWS_PROFILE" in os.environ:
             raise StorageError(f"AWS_PROFILE is {name!r}, which {file} does not have; set {KEYS}") from None
         return {}

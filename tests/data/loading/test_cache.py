@@ -8,11 +8,13 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pwd
 import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from corpora import MakeCorpus, jpeg, random_documents
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data.corpus.remote import user_cache
 from megatron_lcl.data.loading import cache as cache_module
 from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index as pack_index
@@ -32,6 +35,7 @@ from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.loading.source import Source, open_source
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.features import default_cache
 
 P, CONTEXT, PACKS = 4, 128, 260
 
@@ -462,3 +466,25 @@ def test_replay_of_an_earlier_step_starts_from_the_nearest_state(
             before = len(chunks_in(there.data))
             assert replay_html(there, INTERLEAVED, step, ledger=saved) == page
             assert len(chunks_in(there.data)) - before <= 2, "its own and perhaps the next"
+
+
+@pytest.mark.parametrize("given", [None, "~/cache"])
+def test_a_user_without_a_home_folder_is_told_to_name_a_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None
+) -> None:
+    """As in a container that runs with a number for its user: `docker run --user 1234`."""
+
+    def unknown(uid: int) -> Any:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    data = Data(corpora=(Corpus("c"),), cache=given)
+    for wanting in (partial(cache_module.cache_folder, data), *([] if given else [default_cache, user_cache])):
+        with pytest.raises(
+            UserError, match=r"no home folder for (~|the cache).*; set XDG_CACHE_HOME or data\.cache to"
+        ):
+            wanting()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "megatron_lcl" / "features"

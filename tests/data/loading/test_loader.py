@@ -6,7 +6,10 @@ import dataclasses
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -298,6 +301,43 @@ def test_a_killed_worker_is_an_error_that_names_the_sample(
     assert time.monotonic() - started < 30
     pack = int(str(caught.value).split("at pack ")[1].split(":")[0])
     assert f"document {loader.provenance(pack)[0].document} of" in str(caught.value)
+
+
+def test_a_full_shared_memory_is_an_error_of_one_line(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus("c", random_documents(50, 5))
+    inherited = torch.Tensor.share_memory_
+
+    def share(tensor: torch.Tensor) -> torch.Tensor:
+        if torch.utils.data.get_worker_info():
+            raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
+        return inherited(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    with pytest.raises(UserError, match=r"hand over their batches: .* are free in /dev/shm; .*--shm-size.*workers$"):
+        next(iter(loader_of(corpus.path, data={"workers": 1})))
+
+
+READS = """
+import sys
+from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data.loading.loader import PackedLoader
+data = Data(corpora=(Corpus(sys.argv[1]),), cache=sys.argv[2], tokens_per_pack=256, images_per_pack=8, workers=2)
+list(PackedLoader(data, 4, 224, 96, steps=3))
+"""
+
+
+@pytest.mark.slow
+def test_a_small_shared_memory_ends_the_reading(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    """As in a container of docker, only smaller: a batch has more than the whole of it."""
+    path = str(make_corpus("c", random_documents(50, 5)).path)
+    inside = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+    if os.geteuid() or not shutil.which("unshare") or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    list(loader_of(Path(path), steps=1))  # numba compiles
+    command = [*inside, sys.executable, "-c", READS, path, str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.search(r"UserError: loader processes cannot hand over .* of 1.05 MB are free in /dev/shm", done.stderr)
 
 
 def _serve(path: str, connection: Any) -> None:

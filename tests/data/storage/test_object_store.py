@@ -17,6 +17,7 @@ import boto3
 import pytest
 from s3_server import Proxy
 
+from megatron_lcl.data.storage import server
 from megatron_lcl.data.storage import store as module
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import Store, url_of
@@ -255,3 +256,13 @@ def test_urls(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="begins with s3:// is none: Invalid IPv6 URL") as raised:
         url_of("s3://user:planted@[bucket/a")
     assert "planted" not in str(raised.value)
+
+
+def test_a_user_without_a_home_folder_has_no_keys_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", without)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert server._profile() == {}

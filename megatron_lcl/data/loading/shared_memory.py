@@ -1,0 +1,65 @@
+"""Shared memory, in which loader processes hand over their micro-batches."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from pathlib import Path
+
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.errors import UserError, free_space, in_bytes
+
+FOLDER = Path("/dev/shm")
+PREFETCH = 2
+"""micro-batches that each loader process makes ahead, the one that it is making included"""
+REMEDY = "give the container more (--shm-size or --ipc=host of docker), or lower data.workers"
+
+
+class SharedMemoryFullError(RuntimeError):
+    """A micro-batch of a loader process has no place there."""
+
+
+def free_shared_memory() -> float:
+    """Bytes; infinite where the system does not show it as a folder."""
+    try:
+        found = os.statvfs(FOLDER)
+    except OSError:
+        return math.inf
+    return found.f_bavail * found.f_frsize
+
+
+def check_shared_memory(batch: float, kept: int, workers: int, replicas: int, free: float) -> None:
+    """UserError where micro-batches that lie there at once are more than is free.
+
+    batch: bytes of one; kept: how many a replica keeps there that it has got; workers: of a replica; replicas: on this
+    machine; free: bytes.
+    """
+    needs = replicas * (PREFETCH * workers + kept) * batch
+    if workers and needs > free:
+        of = f" of each of {replicas} replicas on a machine" if replicas > 1 else ""
+        raise UserError(
+            f"the {workers} loader processes{of} hand over their batches in {FOLDER}, up to {in_bytes(needs)} at once, "
+            f"and {in_bytes(free)} are free there; {REMEDY} ({workers})"
+        )
+
+
+def put_there(batch: PackedBatch) -> PackedBatch:
+    """Move a batch there. SharedMemoryFullError where it is full.
+
+    Left to the queue of `multiprocessing`, this would fail in a thread of it that drops the batch, for which the main
+    process would wait for ever.
+    """
+    try:
+        for tensor in (batch.tokens, batch.images):  # all integers are in one storage
+            tensor.share_memory_()
+    except RuntimeError as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise SharedMemoryFullError(str(error)) from None
+    return batch
+
+
+def full() -> UserError:
+    """What is to be said where the main process gets SharedMemoryFullError."""
+    return UserError(f"loader processes cannot hand over their batches: {free_space(FOLDER)}; {REMEDY}")
