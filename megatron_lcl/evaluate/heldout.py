@@ -31,7 +31,7 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
 from megatron_lcl.data.loading.sequential_index import SequentialIndex
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
 from megatron_lcl.evaluate.heldout_results import (
@@ -149,13 +149,11 @@ class HeldOutEvaluation:
     ) -> tuple[HeldOut, list[Example]]:
         """Measure the model after `step` steps; the numbers are on every process, the examples on the first one.
 
-        Raises UserError, on every process, if the corpus has nothing for the tasks.
+        Raises RunError, on every process, if the corpus has nothing for the tasks.
         """
         mesh, packs = self.mesh, self.packs
         if not self.num_batches:
-            raise UserError(
-                f"{self.corpus} has no document that the rules of evaluation leave; nothing can be measured"
-            )
+            raise RunError(f"{self.corpus} has no document that the rules of evaluation leave; nothing can be measured")
         own = _ReplicaOutputs()
         origins: list[_Origin] = []
         bad: list[str] = []
@@ -185,7 +183,7 @@ class HeldOutEvaluation:
             result = replace(result, bad_images=tuple(itertools.chain.from_iterable(mesh.data.gather_objects(bad))))
         if not result.pairs and not result.targets:
             undecodable = f" ({len(result.bad_images)} of its images do not decode)" if result.bad_images else ""
-            raise UserError(
+            raise RunError(
                 f"{self.corpus} has nothing for {' and '.join(self.tasks)}{undecodable}; there is nothing to evaluate"
             )
         return result, self._examples(origins, picked)

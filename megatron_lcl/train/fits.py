@@ -16,8 +16,9 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading.batch import batch_bytes
-from megatron_lcl.data.loading.shared_memory import check_shared_memory
+from megatron_lcl.data.loading.shared_memory import PREFETCH, check_shared_memory
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.rules import heldout_data
 from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import (
@@ -92,13 +93,24 @@ def check_memory(config: Config, processes: int, has: Memory, images_per_pack: S
 
 def _check_batches(config: Config, processes: int, has: Memory, images_per_pack: Slots) -> None:
     split = config.parallel.tensor * config.parallel.pipeline  # one process of so many reads
+    ahead = PREFETCH * config.data.workers
     for phase, images in zip(phases_of(config), slots_of_phases(config, images_per_pack), strict=True):
         data, train = phase.config.data, phase.config.train
         slots, size = images or data.images_per_pack or 1, phase.config.model.vision.image_size
         batch = batch_bytes(train.micro_batch, data.tokens_per_pack, slots, size)
         # for a GPU they are copied from there at once, else a step's stay where they are
         kept = 0 if has.on_gpu else num_micro_batches(phase.config, check_layout(phase.config, processes))
-        check_shared_memory(batch, kept, config.data.workers, max(1, has.local // split), has.shared)
+        needs = (ahead + kept) * batch + ahead * _heldout_batch(config)
+        check_shared_memory(needs, config.data.workers, max(1, has.local // split), has.shared)
+
+
+def _heldout_batch(config: Config) -> int:
+    """Bytes of a micro-batch of evaluations during the run, whose loader processes come beside those of training."""
+    if not config.train.evaluate_every or config.evaluate.corpus is None:
+        return 0
+    data, tokens = heldout_data(config, config.evaluate.corpus), config.train.micro_batch * config.data.tokens_per_pack
+    packs, slots = max(1, tokens // data.tokens_per_pack), data.images_per_pack or 1
+    return batch_bytes(packs, data.tokens_per_pack, slots, config.model.vision.image_size)
 
 
 def check_step(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> bool:

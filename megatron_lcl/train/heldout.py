@@ -13,7 +13,7 @@ from typing import Any
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.errors import RunError, UserError, describe_os_error
+from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.evaluate.heldout import TASKS as CORPUS_TASKS
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks
 from megatron_lcl.evaluate.heldout_results import write_heldout
@@ -128,8 +128,6 @@ class HeldOutMeter:
         except _Interrupted:
             self.telemetry.say(f"the evaluation after step {step} is broken off")
             return False
-        except UserError as error:  # on every process
-            raise RunError(str(error)) from None
         return True
 
     def _measure_heldout(self, evaluation: HeldOutEvaluation, step: int, average: str | None) -> None:

@@ -272,10 +272,16 @@ def test_batches_of_loader_processes_need_room_in_shared_memory(monkeypatch: pyt
     memory_of_host = Memory(1e12, "", False, (2 * 8 + 4) * batch - 1)
     assert "up to 84.6 MB" in refusal(slow, 1, memory_of_host, [27])
     check_memory(slow, 1, replace(memory_of_host, shared=(2 * 8 + 4) * batch), [27])
+    # evaluations during the run have loader processes of their own, for packs of a context with ten images each
+    measured = configs.replace(config, evaluate__corpus="held-out", train__evaluate_every=10)
+    both = 2 * 8 * (batch + 4 * (10 * 3 * 224**2 + 20 * 2048))
+    check_memory(measured, 1, replace(CARD, shared=both), [27])
+    assert "hand over their batches" in refusal(measured, 1, replace(CARD, shared=both - 1), [27])
 
-    small = SimpleNamespace(f_bavail=16384, f_frsize=4096)
-    monkeypatch.setattr(os, "statvfs", lambda _: small)
-    assert memory.available(1).shared == 64 * 2**20
+    for blocks, free in ((16384, 64 * 2**20), (0, math.inf)):  # a tmpfs without a limit says 0
+        found = SimpleNamespace(f_blocks=blocks, f_bavail=blocks, f_frsize=4096)
+        monkeypatch.setattr(os, "statvfs", lambda _, found=found: found)
+        assert memory.available(1).shared == free
 
     def nothing(_: object) -> None:
         raise FileNotFoundError

@@ -97,6 +97,9 @@ def lock_file(path: Path) -> Iterator[int | None]:
     PermissionError where it is missing and may not be made.
     """
     descriptor = _open_lock(path)
+    if descriptor is not None:
+        with suppress(OSError):  # another user's
+            os.utime(descriptor)  # it is in use: old ones are deleted
     try:
         yield descriptor
     finally:

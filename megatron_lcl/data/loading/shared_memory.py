@@ -21,26 +21,24 @@ class SharedMemoryFullError(RuntimeError):
 
 
 def free_shared_memory() -> float:
-    """Bytes; infinite where the system does not show it as a folder."""
+    """Bytes; infinite where the system does not show it as a folder, or it has no limit."""
     try:
         found = os.statvfs(FOLDER)
     except OSError:
         return math.inf
-    return found.f_bavail * found.f_frsize
+    return found.f_bavail * found.f_frsize if found.f_blocks else math.inf  # a tmpfs of size=0 says 0 of everything
 
 
-def check_shared_memory(batch: float, kept: int, workers: int, replicas: int, free: float) -> None:
+def check_shared_memory(needs: float, workers: int, replicas: int, free: float) -> None:
     """UserError where micro-batches that lie there at once are more than is free.
 
-    batch: bytes of one; kept: how many a replica keeps there that it has got; workers: of a replica; replicas: on this
-    machine; free: bytes.
+    needs: bytes of a replica's; workers: of a replica; replicas: on this machine; free: bytes.
     """
-    needs = replicas * (PREFETCH * workers + kept) * batch
-    if workers and needs > free:
+    if workers and replicas * needs > free:
         of = f" of each of {replicas} replicas on a machine" if replicas > 1 else ""
         raise UserError(
-            f"the {workers} loader processes{of} hand over their batches in {FOLDER}, up to {in_bytes(needs)} at once, "
-            f"and {in_bytes(free)} are free there; {REMEDY} ({workers})"
+            f"the {workers} loader processes{of} hand over their batches in {FOLDER}, up to "
+            f"{in_bytes(replicas * needs)} at once, and {in_bytes(free)} are free there; {REMEDY} ({workers})"
         )
 
 

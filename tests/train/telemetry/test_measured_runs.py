@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from small_corpus import make_corpus
@@ -15,7 +16,9 @@ from train.resilience import fleet
 
 from megatron_lcl import config as configs
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.model import flops
+from megatron_lcl.train.heldout import HeldOutMeter
 from megatron_lcl.train.telemetry.clock import PHASES
 
 STEPS, EVERY, LAG = 12, 4, 0.1
@@ -138,3 +141,12 @@ def test_a_profile_is_written_and_parses(run: tuple[Path, str]) -> None:
         assert "Self CPU" in text
     assert "process 1, 2 steps of " in said
     assert "vision backward" in said
+
+
+def test_what_one_process_alone_meets_in_an_evaluation_is_its_own_error() -> None:
+    """As a full /dev/shm: as an error of all, the others would be left waiting, and it would not be printed."""
+    meter = HeldOutMeter.__new__(HeldOutMeter)
+    meter.labeled, meter.evaluation = None, Mock(run=Mock(side_effect=UserError("full")))
+    with pytest.raises(UserError, match="full") as raised:
+        meter.measure(1)
+    assert not isinstance(raised.value, RunError)
