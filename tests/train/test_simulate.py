@@ -36,7 +36,8 @@ from megatron_lcl.train.engine import (
 from megatron_lcl.train.fits import DOUBT, check_step
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.memory import Memory, largest_estimate
-from megatron_lcl.train.simulate import _processes, _simulate, _Storages, num_in_flight, simulate
+from megatron_lcl.train.simulate import _processes, _simulate, num_in_flight, simulate
+from megatron_lcl.train.storages import Storages
 
 BIG = KEPT // 4 * 2
 """numbers of a tensor of 64 MiB, float32, whose memory is given back"""
@@ -49,12 +50,12 @@ def no_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def storages() -> Iterator[_Storages]:
-    with FakeTensorMode(), _Storages() as storages:
+def storages() -> Iterator[Storages]:
+    with FakeTensorMode(), Storages() as storages:
         yield storages
 
 
-def test_of_a_buffer_what_is_written_counts(storages: _Storages) -> None:
+def test_of_a_buffer_what_is_written_counts(storages: Storages) -> None:
     buffer = torch.empty(BIG)
     assert (storages.peak, storages.touched) == (4 * BIG, 0)
     buffer[: BIG // 4].fill_(1.0)
@@ -64,7 +65,7 @@ def test_of_a_buffer_what_is_written_counts(storages: _Storages) -> None:
     assert storages.touched == 4 * BIG
 
 
-def test_small_ones_stay_when_they_are_freed(storages: _Storages) -> None:
+def test_small_ones_stay_when_they_are_freed(storages: Storages) -> None:
     small = torch.zeros(BIG // 4)
     del small
     large = torch.zeros(BIG)
@@ -123,7 +124,7 @@ def test_the_allocator_says_what_the_heap_takes() -> None:
     assert run_processes(places_of_blocks, 1) == [[True, False, False]]
 
 
-def test_shapes_alone_are_no_memory(storages: _Storages) -> None:
+def test_shapes_alone_are_no_memory(storages: Storages) -> None:
     kept = torch.zeros(BIG, device="meta")
     assert storages.peak == storages.touched == 0, kept.shape
 
@@ -131,7 +132,7 @@ def test_shapes_alone_are_no_memory(storages: _Storages) -> None:
 def test_gloo_copies_what_it_gathers_and_scatters() -> None:
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        with FakeTensorMode(), _Storages() as storages:
+        with FakeTensorMode(), Storages() as storages:
             whole, half = torch.zeros(BIG), torch.zeros(BIG // 2)
             held = whole.nbytes + half.nbytes
             dist.all_reduce(whole)
@@ -150,7 +151,7 @@ def test_gloo_copies_what_it_gathers_and_scatters() -> None:
 def test_what_is_sent_counts_while_it_is_there_but_for_what_stays() -> None:
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        with FakeTensorMode(), _Storages() as storages:
+        with FakeTensorMode(), Storages() as storages:
             weights, computed = torch.zeros(BIG), torch.zeros(BIG)
             assert storages.begin_step() == 2 * weights.nbytes
             dist.all_reduce(weights)
@@ -169,7 +170,7 @@ def test_what_is_sent_counts_while_it_is_there_but_for_what_stays() -> None:
 
 def test_losses_count_what_they_compute_with() -> None:
     rows, width, vocabulary = 300, 64, 1000
-    with FakeTensorMode(), _Storages() as storages:
+    with FakeTensorMode(), Storages() as storages:
         hidden = torch.zeros(rows, width, requires_grad=True)
         weight = torch.zeros(vocabulary, width, requires_grad=True)
         targets = torch.zeros(rows, dtype=torch.int64)
@@ -263,7 +264,7 @@ def held(rank: int, tree: dict[str, Any]) -> tuple[int, int, int, int]:
         return [pack_padded(row.repeat(packs * 4, 1), rows, images, config.model) for images in pixels]
 
     try:
-        with _Storages() as storages:
+        with Storages() as storages:
             stepper = build_stepper(build_engine(build_module(config, mesh), config, mesh), config, mesh)
             stepper.run(batches(), 1e-3)
             next_batches = batches()  # as in training: what attention makes of a batch goes with it
