@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
 
 class UserError(ValueError):
     """Bad input, settings or surroundings. The message says in one line what is wrong and what to do about it.
@@ -22,6 +20,11 @@ class UserError(ValueError):
 
 class RunError(UserError):
     """What every process of a run finds, with the same message; only the first process prints it."""
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or a user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_on_disk(
@@ -54,7 +57,7 @@ def describe_os_error(error: OSError, place: str | os.PathLike[str] | None = Non
     if where is None or isinstance(where, int):
         return said
     where = os.fsdecode(where)
-    return f"{where}: {said}" + (f" ({free_space(Path(where))})" if error.errno in _FULL else "")
+    return f"{where}: {said}" + (f" ({free_space(Path(where))})" if is_full(error) else "")
 
 
 def complain(line: str) -> None:

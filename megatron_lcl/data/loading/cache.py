@@ -35,7 +35,7 @@ from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.files import replace_bytes, sync
 from megatron_lcl.data.corpus.remote import user_cache
 from megatron_lcl.data.corpus.scratch import lock_file
-from megatron_lcl.errors import UserError, free_space
+from megatron_lcl.errors import UserError, free_space, is_full
 
 RECORD = "chunk.json"
 """the file of a folder that outlives it, as <folder>.json"""
@@ -51,7 +51,6 @@ DAY = 86400.0
 """what others have mapped, and what may still be built, is deleted when its time is older"""
 GONE = (errno.ENOENT, errno.ESTALE)
 """errors of a file that was deleted"""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LEFT_OVER = {".old": 0.0, ".tmp": DAY, ".lock": DAY, ".json": 30 * DAY}
 """ages at which what is no folder in use is deleted"""
 _SHARED = ("packs-", "documents-")
@@ -158,7 +157,7 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another builder came first
                 raise
     except OSError as error:
-        if error.errno not in _FULL:
+        if not is_full(error):
             raise
         raise _unwritable(folder.parent, error) from None
     finally:
@@ -167,7 +166,7 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
 
 def _unwritable(cache: Path, error: OSError) -> UserError:
     said, remedy = str(error.strerror), "set data.cache to another folder"
-    if error.errno in _FULL:
+    if is_full(error):
         said, remedy = f"{said}, {free_space(cache)}", f"make room there, or {remedy}"
     return UserError(f"the pack index cannot be written to {cache} ({said}); {remedy}")
 

@@ -16,7 +16,7 @@ from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, read_manifest
 from megatron_lcl.data.corpus.drops import LOG
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
-from megatron_lcl.errors import UserError, free_space
+from megatron_lcl.errors import UserError, free_space, is_full
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
@@ -102,7 +102,7 @@ def clear_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise UserError(
                 f"no space left for {folder}, {free_space(folder)}; free some and run the same command again"
             ) from None

@@ -12,7 +12,6 @@ deleting what was unused longest would read f²/2.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -26,6 +25,7 @@ import xxhash
 
 from megatron_lcl.data.storage.open_files import allow_open_files
 from megatron_lcl.data.storage.store import Store
+from megatron_lcl.errors import is_full
 
 BLOCK = 4096
 MERGE = 16
@@ -37,7 +37,6 @@ _LOOK_SHARE = 0.1
 """of the time, at most, in which a process looks how much room there is: a large cache has 100,000s of files"""
 _FULL_SECONDS = 600.0
 """until it looks again where there was none: all that is ever deleted is a corpus that nobody has read for a day"""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Room:
@@ -191,7 +190,7 @@ class Blocks:
             _write_at(files.data, content, first * BLOCK)
             _write_at(files.have, hashes.tobytes(), 8 * first)
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_full(error):
                 raise
             return False
         return True
