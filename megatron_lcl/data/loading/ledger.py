@@ -275,6 +275,7 @@ def open_ledger(
         if settings["images_per_pack"] is None:
             settings["images_per_pack"] = _choose_images(data, num_placeholders, context_length, sequences)
         return Ledger(settings, ({"from_pack": 0, "blend": blend},))
+    settings["version"] = min(VERSION, previous.settings["version"])  # its packs stay what they were
     _check_unchanged(settings, previous.settings, but)
     return _with_blend(previous, blend, consumed)
 

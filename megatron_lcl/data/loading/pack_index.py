@@ -41,7 +41,7 @@ from megatron_lcl.data.loading.hashes import shuffled
 from megatron_lcl.data.loading.ledger import Ledger, Segment, kept_states, open_ledger
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.data.loading.sequence import END
-from megatron_lcl.data.loading.source import VERSION, Source, key, open_source
+from megatron_lcl.data.loading.source import Source, key, open_source
 from megatron_lcl.errors import UserError
 
 __all__ = ["Ledger", "Pack", "PackIndex", "open_ledger"]
@@ -226,6 +226,7 @@ class PackIndex:
                     s["context_length"],
                     s["images_per_pack"],
                     _sequences(s),
+                    version=s["version"],
                 )
                 break
             else:
@@ -289,7 +290,7 @@ class PackIndex:
         current = max(i for i, e in enumerate(blends) if i == 0 or e["from_pack"] <= state["pack"])
         later = [e["from_pack"] for e in blends[current + 1 :]]
         inputs: dict[str, Any] = {
-            "version": VERSION,
+            "version": self.segment.settings["version"],
             "settings": self.segment.settings,
             "blend": [[c["fingerprint"], c["weight"]] for c in blends[current]["blend"]],
             "until": min(later, default=None),

@@ -69,16 +69,21 @@ class Rules(NamedTuple):
     """a pair's caption is its only sequence"""
     alternatives: bool = False
     """the texts of a document are alternatives: one is drawn, and the others are not there"""
+    cut_beside_images: bool = False
+    """a text too long for one sequence with an image of its segment is cut, so that what fits of it stands beside the
+    image"""
 
     @property
     def image_tokens(self) -> int:
         """Token slots of one image: `<soi>`, P placeholders, `<eoi>`."""
         return self.num_patches + 2
 
-    def facts(self) -> dict[str, Any]:
-        """All of it by name, without what earlier versions did not have, where it is off: their caches stay good."""
-        later = ("captions_alone", "alternatives")
-        return {name: value for name, value in self._asdict().items() if value or name not in later}
+    def of_whole_documents(self) -> dict[str, Any]:
+        """What the sizes of whole documents depend on, by name, without what earlier versions did not have, where it
+        is off: their caches stay good."""
+        later = ("captions_alone", "alternatives", "cut_beside_images")
+        rules = self._replace(max_images=0, cut_beside_images=False)._asdict()
+        return {name: value for name, value in rules.items() if value or name not in later}
 
 
 def rules_for(
@@ -92,11 +97,12 @@ def rules_for(
     matched: bool = False,
     carry_text: bool = False,
     alternatives: bool = False,
+    cut_beside_images: bool = True,
 ) -> Rules:
     """The rules for documents of one kind: pairs (their texts alternatives or not), matched or (neither) natural.
     UserError if not even one image fits a sequence.
 
-    carry_text, alternatives: see `Rules`.
+    carry_text, alternatives, cut_beside_images: see `Rules`.
     """
     max_tokens = min(context_length, data.tokens_per_pack)
     smallest = num_patches + 5 if sequences.interleaved or sequences.captions else 4
@@ -130,4 +136,5 @@ def rules_for(
         caption_patches=num_patches if sequences.captions else 0,
         captions_alone=sequences.captions and not sequences.doubled,
         alternatives=alternatives,
+        cut_beside_images=cut_beside_images,
     )

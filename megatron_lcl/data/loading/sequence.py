@@ -157,8 +157,8 @@ def arrange(
     A matched image (or that of a pair) stands before its segment with probability `image_first`, else after it; other
     images and all texts stand in stored order. Of texts that are alternatives one is drawn. A document over
     `max_tokens` or `max_images` is cut between segments, a segment and its images staying together where they fit one
-    sequence; a text is cut only if it is itself too long, or (`carry_text`) for an image after it that would begin a
-    sequence.
+    sequence; a text is cut only if it is itself too long, or too long beside an image of its segment
+    (`cut_beside_images`), or (`carry_text`) for an image after it that would begin a sequence.
 
     begin, until: of its positions in that order only these, cut as if they were all. Each token of a text and each
     image is one, with P = 0 each pair; so positions do not depend on how long a sequence may be.
@@ -270,15 +270,27 @@ def _cut(modes: np.ndarray, order: np.ndarray, rules: Rules) -> np.ndarray:
             room, slots = room - image_tokens, slots - 1
             continue
         start, last = order[i, 2], order[i, 3]
-        if last - start > room and last - start <= capacity:
-            sequence, room, slots = sequence + 1, capacity, rules.max_images
+        cut = last
+        if rules.cut_beside_images and _is_image_of(unit, i + 1, order, modes):
+            if last - start + image_tokens > room or slots == 0:  # the image begins a sequence, behind what fits there
+                cut = max(start, last - (capacity - image_tokens))
+        elif rules.cut_beside_images and _is_image_of(unit, i - 1, order, modes):
+            pass  # the image stands there: as much as fits follows it
+        elif last - start > room and last - start <= capacity:
+            cut = start
         while start < last:
-            if room == 0:
+            if room == 0 or start == cut:
                 sequence, room, slots = sequence + 1, capacity, rules.max_images
-            stop = min(last, start + room)
+            stop = min(last if start >= cut else cut, start + room)
             count = _put(rows, count, sequence, piece, start, stop)
             room, start = room - (stop - start), stop
     return rows[:count].copy()
+
+
+@compiled
+def _is_image_of(unit: Any, i: int, order: np.ndarray, modes: np.ndarray) -> bool:
+    """Whether row i of an order is there, an image, and of this unit."""
+    return 0 <= i < len(order) and order[i, 0] == unit and modes[order[i, 1]] == 1
 
 
 @compiled

@@ -37,7 +37,11 @@ from megatron_lcl.data.loading.sequence import (
 )
 from megatron_lcl.errors import UserError
 
-VERSION = 1
+VERSION = 2
+"""of the rules by which documents become packs; a run keeps that with which it began (`Ledger.settings`). 1: a text too
+long for one sequence with the image of its segment stood in another one (`Rules.cut_beside_images`)"""
+_SIZES_VERSION = 1
+"""of the rules by which whole documents are measured: caches are named by it"""
 _THREADS = 16
 """shards that are measured at once: of a billion documents 130 GB are read, while other processes wait"""
 
@@ -77,15 +81,12 @@ class Source:
     def __init__(self, corpus: Corpus, rules: Mapping[Kind, Rules], seed: int, cache: Path) -> None:
         self.corpus, self.rules, self._rules = corpus, rules["natural"], rules
         self.key = key(seed, int(corpus.fingerprint[:16], 16))
-        # sizes of whole documents do not depend on max_images
-        # and caches of corpora without captions are those of releases that had no such kind
+        # caches of corpora without captions are those of releases that had no such kind
         has_captions = any(shard.get(KIND) == "captions" for shard in corpus.manifest["shards"])
         whole = {
-            kind: of_kind._replace(max_images=0).facts()
-            for kind, of_kind in rules.items()
-            if kind != "captions" or has_captions
+            kind: of_kind.of_whole_documents() for kind, of_kind in rules.items() if kind != "captions" or has_captions
         }
-        inputs = {"version": VERSION, "corpus": corpus.fingerprint, "rules": whole}
+        inputs = {"version": _SIZES_VERSION, "corpus": corpus.fingerprint, "rules": whole}
         build_and_open(cache / f"documents-{fingerprint(inputs)}", self._measure, self._open)
 
     def _open(self, folder: Path) -> None:
@@ -210,9 +211,10 @@ def open_source(
     images_per_pack: int,
     sequences: Sequences = INTERLEAVED,
     carry_text: bool = False,
+    version: int = VERSION,
 ) -> Source:
-    """A corpus as a source of sequences."""
-    rules = rules_of_kinds(data, num_patches, context_length, images_per_pack, sequences, carry_text)
+    """A corpus as a source of sequences. version: see `VERSION`."""
+    rules = rules_of_kinds(data, num_patches, context_length, images_per_pack, sequences, carry_text, version)
     if corpus.remote:
         corpus.remote.room.limit = data.storage_cache_gb * 1e9
     return Source(corpus, rules, data.seed, cache_folder(data))
@@ -225,6 +227,7 @@ def rules_of_kinds(
     images_per_pack: int,
     sequences: Sequences = INTERLEAVED,
     carry_text: bool = False,
+    version: int = VERSION,
 ) -> dict[Kind, Rules]:
     """The rules for documents of each kind."""
     return {
@@ -238,6 +241,7 @@ def rules_of_kinds(
             alternatives=kind == "captions",
             sequences=sequences,
             carry_text=carry_text,
+            cut_beside_images=version > 1 and not carry_text,  # evaluation has rules of its own
         )
         for kind in KINDS
     }

@@ -130,7 +130,7 @@ def test_the_draw_is_even_and_sizes_are_of_what_is_drawn() -> None:
         assert min(counts.values()) > 160  # 200 ± 3.5 standard deviations
 
 
-def test_what_caches_are_named_by_is_what_it_was() -> None:
+def test_what_caches_of_sizes_are_named_by_is_what_it_was() -> None:
     """Of corpora without captions, read by the objectives there were: the fields of releases that had no captions."""
     before = {
         *("num_patches", "max_tokens", "max_images", "selects", "min_similarity", "images_per_segment"),
@@ -138,9 +138,9 @@ def test_what_caches_are_named_by_is_what_it_was() -> None:
         "caption_patches",
     }
     for sequences in (INTERLEAVED, PAIRS, CAPTIONED_PAIRS):
-        assert rules_for(Data(), P, CONTEXT, 4, pairs=True, sequences=sequences).facts().keys() == before
-    assert "captions_alone" in rules_for(Data(), P, CONTEXT, 4, pairs=True, sequences=CAPTIONS).facts()
-    assert "alternatives" in rules_for(Data(), P, CONTEXT, 4, pairs=True, alternatives=True).facts()
+        assert rules_for(Data(), P, CONTEXT, 4, pairs=True, sequences=sequences).of_whole_documents().keys() == before
+    assert "captions_alone" in rules_for(Data(), P, CONTEXT, 4, pairs=True, sequences=CAPTIONS).of_whole_documents()
+    assert "alternatives" in rules_for(Data(), P, CONTEXT, 4, pairs=True, alternatives=True).of_whole_documents()
 
 
 def test_pairs_with_several_texts_read_as_they_did(tmp_path: Path) -> None:

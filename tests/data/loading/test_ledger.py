@@ -170,7 +170,7 @@ def test_a_run_of_an_earlier_version_goes_on_corpus_by_corpus(make_corpus: MakeC
 
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1)])
 def test_what_a_phase_leaves_of_a_blend_is_read_in_its_shares(
-    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch, weights: tuple[float, float]
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: tuple[float, float]
 ) -> None:
     """The first phase ends in the first third of the window that its packs are planned from."""
     a, b = (make_corpus(name, random_documents(400, seed, mean_text=10)) for name, seed in (("a", 11), ("b", 12)))
@@ -196,7 +196,8 @@ def test_what_a_phase_leaves_of_a_blend_is_read_in_its_shares(
     assert len(ahead) > 200
     assert np.abs(ahead).max() < 2 * 256, "two packs"
     monkeypatch.setattr(packing, "best_fit", as_they_come)
-    monkeypatch.setattr(pack_index, "VERSION", -1)  # and chunks of their own
+    own_chunks = dataclasses.replace(config.data, cache=str(tmp_path / "as they come"))
+    config = dataclasses.replace(config, data=own_chunks)
     _, ahead, documents = left()
     assert np.abs(ahead).max() <= documents.max(), "one document, where packs take them in order"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import MakeCorpus, random_documents
+from corpora import MakeCorpus, jpeg, random_documents
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,6 +165,28 @@ def test_a_setting_that_fixes_the_packs_cannot_change_in_a_run(make_corpus: Make
         open_ledger(data, P, 64, previous=ledger)
     kept = open_ledger(data, P, CONTEXT, previous=ledger)
     assert kept.settings["images_per_pack"] == ledger.settings["images_per_pack"]
+    later = dataclasses.replace(ledger, settings={**ledger.settings, "version": 3})
+    with pytest.raises(ValueError, match="version is 2, but this run began with 3"):
+        open_ledger(data, P, CONTEXT, previous=later)
+
+
+def test_a_run_keeps_the_rules_of_the_version_that_began_it(make_corpus: MakeCorpus) -> None:
+    """Version 1 put an image apart from a text that did not fit beside it."""
+    corpus = make_corpus(
+        "c", [[[1] * length, (jpeg(0), None, None)] for length in range(100, 140)], source="webdataset"
+    )
+    data = data_of((corpus.path, 1), image_first=0.0)
+    new = open_ledger(data, P, CONTEXT)
+    old = dataclasses.replace(new, settings={**new.settings, "version": 1})
+
+    def images_alone(index: PackIndex) -> int:
+        source = index.source(corpus.fingerprint)
+        rows = [source.arranged(d, 0)[0] for d in range(len(corpus))]
+        return sum(int(r[-1, 0] != r[-2, 0]) for r in rows)
+
+    assert images_alone(index_of(data, new)) == 0
+    assert images_alone(index_of(data, old)) == 6  # of 121 to 126 tokens: what is left of longer ones fits
+    assert index_of(data, old).ledger.settings == old.settings
 
 
 def test_seed_corpus_and_config_each_give_their_own_index(make_corpus: MakeCorpus, cache: Path) -> None:
@@ -258,7 +280,7 @@ def test_chunks_of_many_corpora_are_not_small(tmp_path: Path, monkeypatch: pytes
     weights = [63.0, *[1.0] * 63]
     blend = [{"path": n, "fingerprint": n, "weight": w} for n, w in zip(names, weights, strict=True)]
     settings = {"tokens_per_pack": 8192, "images_per_pack": 1, "num_patches": P, "context_length": 8192}
-    ledger = Ledger({**settings, "contrast_only": False}, ({"from_pack": 0, "blend": blend},))
+    ledger = Ledger({**settings, "contrast_only": False, "version": 2}, ({"from_pack": 0, "blend": blend},))
     sources = {name: Sizes(n, 50_000 if n else 1_000_000) for n, name in enumerate(names)}
     monkeypatch.setattr(PackIndex, "source", lambda _, wanted: sources[wanted])
     monkeypatch.setattr(pack_index, "FIRST_CHUNK", 1 << 40)  # the first is as the ones behind a million documents

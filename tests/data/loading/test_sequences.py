@@ -29,7 +29,7 @@ def documents(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 rules_of = st.builds(
-    lambda selects, first, images, per_segment, pairs, reference, carry: NATURAL._replace(
+    lambda selects, first, images, per_segment, pairs, reference, carry, beside: NATURAL._replace(
         selects=selects,
         image_first=first,
         max_images=images,
@@ -37,11 +37,13 @@ rules_of = st.builds(
         pairs=pairs,
         reference_pairs=pairs and reference,
         carry_text=carry,
+        cut_beside_images=beside and not carry,
     ),
     st.booleans(),
     st.sampled_from([0.0, 0.5, 1.0]),
     st.integers(1, 3),
     st.integers(1, 2),
+    st.booleans(),
     st.booleans(),
     st.booleans(),
     st.booleans(),
@@ -124,8 +126,49 @@ def test_a_text_is_cut_only_if_it_is_too_long(document, rules, seed) -> None:  #
     lengths, modes, similarity, matched = document
     rows = arrange(lengths, modes, similarity, matched, np.uint64(seed), rules._replace(carry_text=False))
     times = Counter(int(p) for _, p, _, e in rows if e != IMAGE_ROW)
+    beside = np.zeros(len(modes), bool)
+    if rules.cut_beside_images:
+        matches = np.zeros_like(matched) if rules.pairs and (modes == 0).sum() == 1 else matched
+        beside[np.flatnonzero(modes == 0)[np.unique(matches[matches >= 0])]] = True
     for piece, count in times.items():
-        assert count == 1 or lengths[piece] > rules.max_tokens - 2
+        assert count == 1 or lengths[piece] > rules.max_tokens - 2 - rules.image_tokens * beside[piece]
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_the_image_of_a_pair_stands_beside_as_much_of_its_text_as_fits(reference: bool) -> None:
+    rules = NATURAL._replace(pairs=True, reference_pairs=reference, cut_beside_images=True)
+    nan, none = np.full(1, np.nan, np.float32), np.full(1, -1, np.int32)
+    fits = rules.max_tokens - 2 - rules.image_tokens
+    for length, modes in itertools.product(range(1, 4 * rules.max_tokens), ([0, 1], [1, 0])):
+        lengths = np.array([1 if m else length for m in modes], np.int32)
+        before, after = (
+            arrange(lengths, np.array(modes, np.int8), nan, none, np.uint64(0), rules._replace(image_first=first))
+            for first in (0.0, 1.0)
+        )
+        whole = fits + reference  # one end less
+        text = before[(before[:, 0] == before[-1, 0]) & (before[:, 3] != IMAGE_ROW)]
+        assert before[-1, 3] == IMAGE_ROW
+        assert text[:, 2:].tolist() == [[0, length] if length <= whole else [length - fits, length]]
+        assert after[0, 3] == IMAGE_ROW
+        assert after[1].tolist() == [0, modes.index(0), 0, length if length <= whole else fits]
+
+
+def test_the_images_of_a_segment_that_is_cut_stand_beside_it() -> None:
+    """Matched documents: a segment of 28 tokens, longer than the 24 that an image leaves, behind one of 10."""
+    lengths, modes = np.array([10, 1, 28], np.int32), np.array([0, 1, 0], np.int8)
+    similarity, matched = np.array([0.3], np.float32), np.array([1], np.int32)
+    rules = NATURAL._replace(selects=True, cut_beside_images=True)
+    rows = [
+        arrange(lengths, modes, similarity, matched, np.uint64(0), rules._replace(image_first=p)).tolist()
+        for p in (0, 1)
+    ]
+    assert rows[0] == [[0, 0, 0, 10], [0, 2, 0, 4], [1, 2, 4, 28], [1, 1, 0, -1]]
+    assert rows[1] == [[0, 0, 0, 10], [0, 1, 0, -1], [0, 2, 0, 14], [1, 2, 14, 28]]
+    # with no place for another image in the sequence, as with none for its tokens
+    three = np.array([10, 1, 10, 1], np.int32), np.array([0, 1, 0, 1], np.int8)
+    both = np.full(2, 0.3, np.float32), np.array([0, 1], np.int32)
+    full = arrange(*three, *both, np.uint64(0), rules._replace(image_first=0.0, max_images=1))
+    assert full.tolist() == [[0, 0, 0, 10], [0, 1, 0, -1], [1, 2, 0, 10], [1, 3, 0, -1]]
 
 
 @settings(max_examples=200)
