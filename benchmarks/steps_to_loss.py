@@ -3,9 +3,9 @@
     python benchmarks/steps_to_loss.py RUN OTHER
 
 RUN, OTHER: run folders of the same data and number of steps, as `claim --part recipe` leaves them (DIR/runs/lcl,lr=…).
-Of each loss: the steps of RUN, those after which OTHER is where RUN ends, and their ratio; a dash where it never is.
-Losses are means of the last twentieth of a run, as in claim's own table, which compares each row at the rate that was
-chosen for it.
+Of each loss that both have in every step: the steps of RUN, those after which OTHER is where RUN ends, and their ratio;
+a dash where it never is. Losses are means of the last twentieth of a run, as in claim's own table, which compares each
+row at the rate that was chosen for it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ def main() -> None:
     goal, other = ([line for line in read_metrics(run) if "num_images" in line] for run in (options.run, options.other))
     print(f"{'':<14}{'RUN':>6}{'OTHER':>7}{'ratio':>7}")
     for key in ("loss", "generation", "contrastive"):
+        if any(line.get(key) is None for line in (*goal, *other)):  # clip and siglip have no generation, for one
+            continue
         reached = steps_to([line[key] for line in other], [line[key] for line in goal])
         found = f"{reached:>7,}{reached / len(goal):>7.2f}" if reached else f"{'-':>7}{'-':>7}"
         print(f"{key:<14}{len(goal):>6,}{found}")

@@ -36,7 +36,7 @@ class Data:
     images_per_pack: Positive | None = Field(
         default=None,
         description="image slots of a pack (I); null: chosen from the corpora so that token and image slots fill up "
-        "alike",
+        "alike; a document with more images becomes several sequences (reference: one document a row, no packs)",
     )
     min_similarity: float = Field(
         default=0.24,

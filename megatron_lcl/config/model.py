@@ -103,7 +103,9 @@ class Language:
     """CLIP-style causal language model."""
 
     context_length: Positive = Field(
-        default=2048, description="longest sequence, tokens and placeholders together (learned positions)"
+        default=2048,
+        description="longest sequence, tokens and placeholders together (learned positions); a longer document becomes "
+        "several sequences (reference: the rest is dropped)",
     )
     vocab_size: Positive = Field(
         default=49411, description="number of token ids, special tokens included (CLIP's byte pairs: 49,408 + 3)"

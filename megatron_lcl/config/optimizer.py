@@ -88,8 +88,8 @@ class Optimizer:
     )
     clip_norm: Annotated[float, Field(ge=0)] = Field(
         default=1.0,
-        description="largest global gradient norm, larger ones are clipped; 0: no clipping (the paper's value is not "
-        "published)",
+        description="largest global gradient norm, larger ones are clipped; 0: no clipping, as in the reference's "
+        "scripts (the paper does not say)",
     )
     parts: Parts = Parts()
     muon: Muon = Muon()

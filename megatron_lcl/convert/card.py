@@ -198,7 +198,7 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
     front = yaml.safe_dump(_front_matter(usage, card), sort_keys=False, allow_unicode=True)
     sections = [
         f"---\n{front}---\n\n# {card.name}",
-        f"A vision transformer pre-trained from scratch by {_training(card.run)}, with megatron_lcl. "
+        f"A vision transformer {_beginning(card.run)} by {_training(card.run)}, with megatron_lcl. "
         f"{v.layers} blocks of width {v.width}, {v.heads} heads, patches of {v.patch_size} px, images of "
         f"{v.image_size} px; image latents of width {t.width}.",
         "## Which features to use\n\n" + usage.advice,
@@ -211,6 +211,12 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
     if card.run is not None:
         sections.append(f"## Config\n\n```yaml\n{_config(card.run)}```")
     (folder / README).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _beginning(run: Config | None) -> str:
+    """Whose weights the training began with: their licence is one of the result's, too."""
+    source = "auto" if run is None else run.train.init_from or run.checkpoint.resume
+    return "pre-trained from scratch" if source == "auto" else f"trained from the weights of `{_public(source)}`"
 
 
 def _training(run: Config | None) -> str:
@@ -267,16 +273,23 @@ def is_hub_id(name: str) -> bool:
 
 
 def _config(run: Config) -> str:
-    """The config as YAML; of every path, its last component only."""
+    """The config as YAML, without its folders."""
 
     def public(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: public(v) for key, v in value.items()}
         if isinstance(value, list):
             return [public(v) for v in value]
-        return Path(value).name if isinstance(value, str) and "/" in value else value
+        return _public(value) if isinstance(value, str) else value
 
     return yaml.safe_dump(public(to_dict(run)), sort_keys=False, allow_unicode=True)
+
+
+def _public(text: str) -> str:
+    """A path's last component; another library's model (`train.init_from`) whole, but for folders in its name."""
+    if re.match(r"((vision|language)=)?(timm|hf|open_clip):(?!//)", text):
+        return re.sub(r"(?<=:local-dir:)[^,]+|(?<=[:@])[/.~][^,]*", lambda path: Path(path[0]).name, text)
+    return Path(text).name if "/" in text else text
 
 
 _TRAINING = {

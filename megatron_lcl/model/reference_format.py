@@ -34,6 +34,8 @@ def model_config(config: Mapping[str, Any]) -> Model:
     vision, text, pool = (_section(config, name) for name in ("vision_cfg", "text_cfg", "pool_project_cfg"))
     if pool.get("pool_proj_type", "attn") != "attn":
         raise UserError(f"pool_project_cfg.pool_proj_type is {pool['pool_proj_type']!r}; only 'attn' is LCL's pool")
+    _check_function(config, vision, text)
+    norm = _section(vision, "norm_kwargs", "vision_cfg.") if vision.get("norm_kwargs") else {}
     width, head_width = _whole(vision, "vision_cfg.width"), _whole(vision, "vision_cfg.head_width", 64)
     if width % head_width:
         raise UserError(f"vision_cfg.head_width {head_width} does not divide vision_cfg.width {width}")
@@ -45,7 +47,7 @@ def model_config(config: Mapping[str, Any]) -> Model:
             layers=_whole(vision, "vision_cfg.layers"),
             heads=width // head_width,
             mlp_width=_mlp_width(vision, "vision_cfg"),
-            norm_eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+            norm_eps=norm.get("eps", 1e-5),
             embedding_norm=not vision.get("no_ln_pre", False),
             layer_scale=vision.get("ls_init_value"),
         )
@@ -80,8 +82,12 @@ def model_config(config: Mapping[str, Any]) -> Model:
 
 
 def open_clip_config(model: Model) -> dict[str, Any]:
-    """Sizes as in the reference's `model_configs/*.json`; the inverse of `model_config`."""
+    """What the reference's `model_configs/*.json` say; the inverse of `model_config`.
+
+    The reference makes a file's LCL model where the file's name has "lcl" in it.
+    """
     v, t = model.vision, model.language
+    special = SpecialTokens.of(t.vocab_size)
     return {
         "embed_dim": t.width,
         "vision_cfg": {
@@ -103,6 +109,8 @@ def open_clip_config(model: Model) -> dict[str, Any]:
             "layers": t.layers,
             "mlp_ratio": mlp_ratio(t.mlp_width, t.width),
             **({} if t.layer_scale is None else {"ls_init_value": t.layer_scale}),
+            # CLIP's tokenizer has the first two of itself
+            "tokenizer_kwargs": {"additional_special_tokens": list(_SPECIAL_NAMES.values())[2:]},
         },
         "pool_project_cfg": {
             "pool_proj_type": "attn",
@@ -110,6 +118,8 @@ def open_clip_config(model: Model) -> dict[str, Any]:
             "output_dim": t.width,
             "attn_num_heads": model.pool_heads,
         },
+        "special_token_ids": {name: getattr(special, field) for field, name in _SPECIAL_NAMES.items()},
+        "custom_text": True,
         **({} if model.logit_bias is None else {"init_logit_bias": model.logit_bias}),
     }
 
@@ -164,11 +174,33 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return exact if int(width * exact) == hidden else (hidden + 0.5) / width
 
 
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _check_function(config: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """UserError where the reference computes something else than the model, which no tensor's name or shape tells."""
+    off: tuple[Any, ...] = (None, False)
+    exact: tuple[Any, ...] = (None, {}, {"approximate": "none"})
+    default: tuple[Any, ...] = (None, {}, {"eps": 1e-5})
+    gelu = "the model computes the exact GELU"
+    for name, value, ours, words in (
+        ("quick_gelu", config.get("quick_gelu"), off, gelu),
+        ("vision_cfg.act_kwargs", vision.get("act_kwargs"), exact, gelu),
+        ("text_cfg.act_kwargs", text.get("act_kwargs"), exact, gelu),
+        (
+            "text_cfg.norm_kwargs",
+            text.get("norm_kwargs"),
+            default,
+            "the language model's norms have an epsilon of 1e-05",
+        ),
+        ("text_cfg.no_causal_mask", text.get("no_causal_mask"), off, "the model's text is read from left to right"),
+    ):
+        if value not in ours:
+            raise UserError(f"the model config's {name} is {value!r}; {words}")
+
+
+def _section(config: Mapping[str, Any], name: str, outer: str = "") -> Mapping[str, Any]:
     if name not in config:
         raise UserError(f"the model config has no {name}; it must be one of the reference's model_configs")
     if not isinstance(config[name], Mapping):
-        raise UserError(f"the model config's {name} is {config[name]!r}; it must be a mapping")
+        raise UserError(f"the model config's {outer}{name} is {config[name]!r}; it must be a mapping")
     return config[name]
 
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from megatron_lcl import LCL, load_model
+from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Corpus, Data, Language, Model, Vision, from_dict
 from megatron_lcl.convert import export as exporting
@@ -121,6 +122,38 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     assert read.eval_results is None  # of data that is not on the Hub
     row = "image to context recall@10 | 0.5 | 0.375 – 0.625 | 0.25 | 7 pairs | not recorded |"
     assert f"| held-out documents | manual (5 documents, 8 images) | {row}" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "source", "shown"),
+    [
+        ("train__init_from", "hf:openai/clip-vit-base-patch32", None),
+        ("train__init_from", "vision=timm:vit_base,language=hf:openai/clip", None),
+        ("train__init_from", "open_clip:hf-hub:org/name", None),
+        ("train__init_from", "/home/me/runs/other", "other"),
+        ("train__init_from", "s3://bucket/mine/other/", "other"),
+        ("train__init_from", "hf:/home/me/clip", "hf:clip"),
+        (
+            "train__init_from",
+            "vision=timm:local-dir:me/vit,language=open_clip:ViT-B-32@/me/b.pt",
+            "vision=timm:local-dir:vit,language=open_clip:ViT-B-32@b.pt",
+        ),
+        ("checkpoint__resume", "/home/me/runs/other", "other"),
+    ],
+)
+def test_whose_weights_a_run_began_with_is_said(tmp_path: Path, key: str, source: str, shown: str | None) -> None:
+    """Their licence binds whoever takes these; folders are nobody's business."""
+    text = to_text(Card(run=configs.replace(Config(model=TINY), **{key: source})), tmp_path)
+    shown = source if shown is None else shown
+    assert f"A vision transformer trained from the weights of `{shown}` by Latent" in text
+    assert "from scratch" not in text
+    assert f"{key.partition('__')[2]}: {shown}\n" in text
+    assert "/me/" not in text
+
+
+def test_a_run_from_scratch_and_published_weights_say_so(tmp_path: Path) -> None:
+    for run in (None, Config(model=TINY)):
+        assert "A vision transformer pre-trained from scratch by Latent" in to_text(Card(run=run), tmp_path)
 
 
 def to_text(card: Card, folder: Path) -> str:

@@ -104,9 +104,20 @@ def test_published_checkpoints_need_no_config(shared: Path, tmp_path: Path, name
     assert config == Model(Vision(224, patch, 768, 12, 12, 3072), text, pool_heads=heads)
 
 
-def test_config_round_trip_for_widths_that_do_not_divide() -> None:
-    model = Model(Vision(224, 14, 1408, 1, 16, 6144), Language(64, 211, 48, 2, 4, 209), 4)
-    assert model_config(open_clip_config(model)) == model
+TINY = Model(Vision(224, 14, 1408, 1, 16, 6144), Language(64, 211, 48, 2, 4, 209), 4)
+"""its widths do not divide those of its feed-forward networks"""
+
+
+def test_config_round_trip() -> None:
+    assert model_config(open_clip_config(TINY)) == TINY
+
+
+def test_a_config_that_says_what_the_model_computes_is_read() -> None:
+    config = open_clip_config(TINY)
+    config["quick_gelu"] = config["text_cfg"]["no_causal_mask"] = False
+    config["text_cfg"]["norm_kwargs"], config["text_cfg"]["act_kwargs"] = {"eps": 1e-5}, None
+    config["vision_cfg"]["norm_kwargs"], config["vision_cfg"]["act_kwargs"] = None, {"approximate": "none"}
+    assert model_config(config) == TINY
 
 
 ABSENT = "absent"
@@ -191,6 +202,20 @@ def test_bad_files(model: LCL, ours: Path, tmp_path: Path) -> None:
         ("pool_project_cfg", None, "pool_project_cfg is None"),
         ("pool_project_cfg.attn_num_heads", -1, "attn_num_heads is -1"),
         ("embed_dim", 3, "embed_dim 3"),
+        ("quick_gelu", True, "quick_gelu is True; the model computes the exact GELU"),
+        (
+            "vision_cfg.act_kwargs",
+            {"approximate": "tanh"},
+            "vision_cfg.act_kwargs is {'approximate': 'tanh'}; the model",
+        ),
+        ("text_cfg.act_kwargs", {"approximate": "tanh"}, "text_cfg.act_kwargs is {'approximate': 'tanh'}; the model"),
+        (
+            "text_cfg.norm_kwargs",
+            {"eps": 1e-6},
+            "text_cfg.norm_kwargs is {'eps': 1e-06}; the language model's norms",
+        ),
+        ("text_cfg.no_causal_mask", True, "text_cfg.no_causal_mask is True; the model's text"),
+        ("vision_cfg.norm_kwargs", [1], "vision_cfg.norm_kwargs is [1]; it must be a mapping"),
         ("special_token_ids", [1], "special_token_ids is [1]"),
         ("special_token_ids", {"<start_of_img>": "x"}, "<start_of_img> at 'x'; it must be 209"),
     ],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl.config import Language, Model, Vision
@@ -42,6 +44,35 @@ def test_create_model(open_clip: Any, model: LCL, tmp_path: Path) -> None:
         mean = model.pool.patch_features(model.vision_tokens(images)).mean(1)
         assert torch.allclose(loaded.eval().encode_image(images), mean, rtol=1e-4, atol=1e-5)
     assert [type(step).__name__ for step in transform.transforms[:2]] == ["Resize", "CenterCrop"]
+
+
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_the_whole_models_config_is_what_the_reference_makes_a_model_of(
+    open_clip: Any, make_model: Callable[..., LCL], tmp_path: Path, bias: float | None
+) -> None:
+    """By what its factory and its constructor want; the encoders and the tokenizer are those of open_clip."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
+
+    model = make_model(Model(Vision(64, 16, 64, 2, 4, 128), Language(64, 49411, 48, 1, 4, 96), 4, logit_bias=bias))
+    export_model(model, "open_clip", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "lcl.json").read_text())
+    assert config.pop("custom_text") is True  # else it makes a CLIP
+    takes = {"embed_dim", "vision_cfg", "text_cfg", "pool_project_cfg", "special_token_ids", "init_logit_bias"}
+    assert takes - config.keys() <= {"init_logit_bias"}
+    assert config.keys() <= takes
+    assert config["pool_project_cfg"].keys() == {"pool_proj_type", "input_dim", "output_dim", "attn_num_heads"}
+    names = ("<start_of_text>", "<end_of_text>", "<img_placehold>", "<start_of_img>", "<end_of_img>")
+    assert [config["special_token_ids"][name] for name in names] == list(model.special)
+    tokenizer = open_clip.SimpleTokenizer(**config["text_cfg"]["tokenizer_kwargs"])
+    assert {name: tokenizer.encoder[name] for name in names} == config["special_token_ids"]
+    visual = _build_vision_tower(config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]))
+    visual.proj = None  # which the reference does, too
+    text = _build_text_tower(config["embed_dim"], CLIPTextCfg(**config["text_cfg"]))
+    torch.save(load_file(tmp_path / "out" / "lcl.safetensors"), tmp_path / "lcl.pt")  # as the documentation says
+    state = torch.load(tmp_path / "lcl.pt")
+    for part, tower in (("visual.", visual), ("text.", text)):
+        own = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+        tower.load_state_dict(own)
 
 
 def test_bfloat16(model: LCL, tmp_path: Path) -> None:

