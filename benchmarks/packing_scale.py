@@ -53,7 +53,9 @@ def write_corpus(folder: Path, annotations: Path, num_documents: int, image: byt
     files, counts = writer.finish()
     for name in list(files):
         for k in range(1, num_documents // SHARD):
-            os.link(folder / name, folder / name.replace("00000", f"{k:05d}"))
+            again = name.replace("00000", f"{k:05d}")
+            os.link(folder / name, folder / again)
+            files[again] = files[name]
     shards = [counts] * (num_documents // SHARD)
     write_manifest(folder, {
         "format_version": 1, "source": {"format": "mmc4"}, "drops": Drops().to_dict(),

@@ -1,4 +1,4 @@
-"""The maps of docs/architecture.md and CONTRIBUTING.md: every file that they name is there."""
+"""The maps of docs/architecture.md and CONTRIBUTING.md: every file that they name is there, and the tests shown."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def test_files_that_are_named_exist(page: str) -> None:
             else:
                 folder = found.parent
     assert missing == []
+
+
+def test_tests_that_are_selected_by_name_exist() -> None:
+    shown = re.findall(r"pytest (tests/\S+) -k (\w+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert shown
+    for folder, word in shown:
+        files = "".join(file.read_text(encoding="utf-8") for file in (ROOT / folder).glob("test_*.py"))
+        assert re.search(rf"def test_\w*{word}", files), (folder, word)

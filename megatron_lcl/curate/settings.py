@@ -28,6 +28,27 @@ from megatron_lcl.fields import read_yaml
 PRESETS = Path(__file__).parent / "presets"
 PERPLEXITY = ("min_perplexity", "max_perplexity")
 """fields of texts and documents for which a language model is needed"""
+READ_BY = {
+    "duplicates.images": ("duplicates.images.action",),
+    "duplicates.documents": ("duplicates.documents.action",),
+    "duplicates.against": ("duplicates.images.action", "duplicates.documents.action", "models.duplicates"),
+    "evaluation": ("evaluation.sets",),
+    "models.tokenizer": ("models.match",),
+    "models.min_similarity": ("models.match",),
+    "models.min_cosine": ("models.duplicates",),
+    "models.encoder": (
+        "models.match",
+        "models.duplicates",
+        "models.head",
+        "models.nsfw.head",
+        "models.aesthetics.head",
+    ),
+    "lists.stop_words": ("text.min_stop_words", "document.min_stop_words"),
+    "lists.flagged_words": ("text.max_flagged_words", "document.max_flagged_words"),
+    "language": ("text.min_language", "document.min_language"),
+    "perplexity": tuple(f"{section}.{name}" for section in ("text", "document") for name in PERPLEXITY),
+}
+"""section or field → the rules that read it, each of which is off by default"""
 _AtLeast1 = Annotated[float, Field(ge=1)]
 
 
@@ -159,21 +180,20 @@ class Settings:
 
     def _check_read(self) -> None:
         """UserError for what is set and no rule reads: the rule has been forgotten."""
-        duplicates = (self.duplicates.images.action, self.duplicates.documents.action, self.models.duplicates)
-        languages = (self.text.min_language, self.document.min_language)
-        perplexities = [getattr(section, name) for section in (self.text, self.document) for name in PERPLEXITY]
-        for name, is_set, rules, wanted in (
-            (
-                "duplicates.against",
-                bool(self.duplicates.against),
-                duplicates,
-                "duplicates.images.action, duplicates.documents.action or models.duplicates",
-            ),
-            ("language", self.language != Language(), languages, "text.min_language or document.min_language"),
-            ("perplexity", self.perplexity != Perplexity(), perplexities, "max_perplexity of texts or documents"),
-        ):
-            if is_set and all(rule is None for rule in rules):
-                raise UserError(f"{name} is set, and no rule reads it; give {wanted}, or leave it out")
+        given = _not_default(self)
+        for part, rules in READ_BY.items():
+            unread = [name for name in given if name == part or name.startswith(f"{part}.")]
+            if unread and given.keys().isdisjoint(rules):
+                *others, last = rules
+                wanted = f"{', '.join(others)} or {last}" if others else last
+                raise UserError(f"{unread[0]} is set, and no rule reads it; give {wanted}, or leave it out")
+
+
+def _not_default(settings: Settings) -> dict[str, Any]:
+    """The settings that are not the defaults, by dotted name."""
+    default = fields.flat({name: dataclasses.asdict(info.default) for name, info in fields.fields_of(Settings).items()})
+    own = fields.flat(dataclasses.asdict(settings))
+    return {name: value for name, value in own.items() if value != default[name]}
 
 
 class Rule(NamedTuple):
@@ -249,9 +269,7 @@ def as_recipe(settings: Settings) -> dict[str, Any]:
     model's folder their hash; of other corpora and evaluation sets, which are named in the result, also what they hold.
     Of an encoder its name (`models.rules.check` knows its weights).
     """
-    default = fields.flat(dataclasses.asdict(Settings()))
-    own = fields.flat(dataclasses.asdict(settings))
-    recipe = {name: value for name, value in own.items() if value != default[name]}
+    recipe = _not_default(settings)
     for name, path in _files(settings):
         recipe[name] = hash_file(Path(path))
     if settings.perplexity.model is not None:

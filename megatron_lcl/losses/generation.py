@@ -24,7 +24,7 @@ from megatron_lcl.parallel.mesh import Axis
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK_LOGITS = 2**25
-"""logits of a chunk, at least: 128 MiB of float32, some 640 rows of CLIP's vocabulary"""
+"""logits of a chunk, at least: 128 MiB of float32, 679 rows of CLIP's vocabulary"""
 ALIGNED = 64
 """on a GPU a chunk has a multiple of so many columns: 128 bytes of half-precision numbers"""
 

@@ -124,41 +124,53 @@ def open_clip_config(model: Model) -> dict[str, Any]:
     }
 
 
+_PUBLISHED = (
+    {"patch": 32, "positions": 50, "layers": (12, 12), "widths": (768, 512), "context": 2048, "vocabulary": 49411},
+    {"patch": 16, "positions": 197, "layers": (12, 12), "widths": (768, 768), "context": 280, "vocabulary": 49411},
+)
+"""what shapes tell of the published models, LCL_ViT-B-32_mmc4 and LCL_ViT-B-16_laion; pairs are of vision and text"""
+
+
 def published_config(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Sizes of a published LCL ViT-B checkpoint, from its shapes.
 
     Shapes do not tell the numbers of heads; the published models (ViT-B/32 and B/16, CLIP's vocabulary) have heads of
-    64 features throughout, the pool's included.
+    64 features throughout, the pool's included. UserError for shapes of any other model.
     """
-    vision, text = "visual.transformer.resblocks.", "text.transformer.resblocks."
+    towers = ("visual.transformer.resblocks.", "text.transformer.resblocks.")
     try:
-        num_positions, vision_width = state["visual.positional_embedding"].shape
+        positions, vision_width = state["visual.positional_embedding"].shape
         patch = state["visual.conv1.weight"].shape[-1]
         context, width = state["text.positional_embedding"].shape
-        vocab = state["text.token_embedding.weight"].shape[0]
+        vocabulary = state["text.token_embedding.weight"].shape[0]
     except KeyError as error:
         raise UserError(f"{path} is not an LCL checkpoint in open_clip's format: it lacks {error}") from None
     except (ValueError, IndexError):  # of other dimensions
         raise UserError(f"{path} is not an LCL checkpoint in open_clip's format: its shapes are others'") from None
-    if (vision_width, vocab) != (768, 49411) or width not in (512, 768):
+    layers = tuple(_count_blocks(state, tower) for tower in towers)
+    sizes = {"patch": patch, "positions": positions, "layers": layers, "widths": (vision_width, width)}
+    sizes |= {"context": context, "vocabulary": vocabulary}
+    if sizes not in _PUBLISHED:
         raise UserError(
-            f"{path} has widths {vision_width} and {width} and {vocab} token ids, unlike the published models, and "
-            "shapes do not tell the numbers of heads; pass its model config (config=…, --model-config FILE.json)"
+            f"{path} has other sizes than the published ViT-B/32 and B/16: patches of {patch} pixels, {positions} "
+            f"image positions, {layers[0]} and {layers[1]} layers of widths {vision_width} and {width}, a context of "
+            f"{context}, {vocabulary} token ids; shapes do not tell the numbers of heads, so pass its model config "
+            "(config=…, --model-config FILE.json)"
         )
     return {
         "embed_dim": width,
         "vision_cfg": {
-            "image_size": math.isqrt(num_positions - 1) * patch,
-            "layers": _count_blocks(state, vision),
+            "image_size": math.isqrt(positions - 1) * patch,
+            "layers": layers[0],
             "width": vision_width,
             "patch_size": patch,
         },
         "text_cfg": {
             "context_length": context,
-            "vocab_size": vocab,
+            "vocab_size": vocabulary,
             "width": width,
             "heads": width // 64,
-            "layers": _count_blocks(state, text),
+            "layers": layers[1],
         },
         "pool_project_cfg": {"pool_proj_type": "attn", "attn_num_heads": width // 64},
     }

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_lcl import LCL, load_model
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import import_checkpoint, save_checkpoint
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.reference_format import model_config, open_clip_config, published_config
 
 
@@ -102,6 +103,32 @@ def test_published_checkpoints_need_no_config(shared: Path, tmp_path: Path, name
     context = shapes["text.positional_embedding"][0]
     text = Language(context, 49411, 64 * heads, 12, heads, 256 * heads)
     assert config == Model(Vision(224, patch, 768, 12, 12, 3072), text, pool_heads=heads)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"visual.conv1.weight": (768, 3, 14, 14)}, "patches of 14 pixels"),
+        ({"visual.positional_embedding": (577, 768)}, "577 image positions"),
+        ({"text.positional_embedding": (77, 768)}, "a context of 77"),
+        ({"text.token_embedding.weight": (32000, 768)}, "32000 token ids"),
+        ({"visual.positional_embedding": (197, 1024)}, "widths 1024 and 768"),
+        ({"visual.transformer.resblocks.12.ln_1.weight": (768,)}, "13 and 12 layers"),
+        ({"text.transformer.resblocks.12.ln_1.weight": (768,)}, "12 and 13 layers"),
+    ],
+)
+def test_heads_are_not_guessed_for_other_sizes(
+    shared: Path, tmp_path: Path, changed: dict[str, tuple[int, ...]], said: str
+) -> None:
+    shapes = json.loads((shared / "reference" / "LCL_ViT-B-16_laion.shapes.json").read_text()) | changed
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    with pytest.raises(UserError, match=f"{said}.*--model-config"):
+        published_config(tmp_path / "x.pt", state)
+
+
+def test_config_round_trip_for_widths_that_do_not_divide() -> None:
+    model = Model(Vision(224, 14, 1408, 1, 16, 6144), Language(64, 211, 48, 2, 4, 209), 4)
+    assert model_config(open_clip_config(model)) == model
 
 
 TINY = Model(Vision(224, 14, 1408, 1, 16, 6144), Language(64, 211, 48, 2, 4, 209), 4)

@@ -83,7 +83,7 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--output", "{out}", "--text.max_special", "30"], "--text.max_special = 30"),
         (["--output", "{out}", "--image.formats", "[JPG]"], "image.formats has 'JPG'"),
         (["--output", "{out}", "--text.max_flagged_words", "0.01"], "needs lists.flagged_words"),
-        (["--output", "{out}", "--lists.flagged_words", "{out}/no"], "no such file"),
+        (["--output", "{out}", "--lists.stop_words", "{out}/no", "--text.min_stop_words", "0.3"], "no such file"),
         (["--output", "{out}", "--lists.stop_words", "xx", "--text.min_stop_words", "0.3"], "--lists.stop_words xx"),
         (["--output", "{out}", "--document.min_language", "0.8", "--language.wanted", "xx"], "no language 'xx'"),
         (["--output", "{out}", "--document.min_language", "0.8", "--language.among", "en"], "give one besides en"),
@@ -171,7 +171,8 @@ def test_null_is_no_rule(tmp_path: Path) -> None:
         assert read_settings(file=file) == Settings(), name
     assert read_settings("mint1t", overrides={"document.unsafe_names": "null"}).document.unsafe_names == ()
     assert read_settings(overrides={"document.unsafe_names": "[null]"}).document.unsafe_names == ("null",)
-    assert read_settings(overrides={"duplicates.documents.threshold": "null"}).duplicates.documents.threshold is None
+    exact = read_settings(overrides={"duplicates.documents": "{threshold: null, action: keep-one}"})
+    assert exact.duplicates.documents.threshold is None
     for name in ("language.wanted", "language.characters", "lists.min_words", "lists.stop_word"):
         with pytest.raises(UserError, match=name):
             read_settings(overrides={name: "null"})

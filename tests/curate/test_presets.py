@@ -258,9 +258,10 @@ def test_just_inside_and_just_outside(preset: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(languages, "language_score", lambda settings: said_probability)
     (tmp_path / "stop.txt").write_text("\n".join([*STOPS, *ALSO_STOPS]))
     (tmp_path / "flagged.txt").write_text(FLAGGED)
-    given = {"lists.stop_words": str(tmp_path / "stop.txt")}
-    if preset == "obelics":  # as its file says
-        given |= {"lists.flagged_words": str(tmp_path / "flagged.txt"), "text.max_flagged_words": "0.01"}
+    given = {}
+    if preset == "obelics":  # the words as its file says
+        given = {"lists.stop_words": str(tmp_path / "stop.txt"), "lists.flagged_words": str(tmp_path / "flagged.txt")}
+        given["text.max_flagged_words"] = "0.01"
     settings, cases = read_settings(preset, overrides=given), CASES[preset]()
     on = {rule.name for section in ("image", "text", "document") for rule in rules_of(settings, section)}
     assert on == cases.keys(), "a bound without its case"

@@ -1,3 +1,5 @@
+"""One pool of gloo processes for the tests of the losses over several ranks: starting one takes seconds."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -73,15 +73,6 @@ class ModelRules:
     def __post_init__(self) -> None:
         if self.asks and self.encoder is None:
             raise UserError("models.match, heads and duplicates need models.encoder, such as hf:DIR or a run")
-        if self.min_similarity is not None and not self.match:
-            raise UserError("models.min_similarity goes with models.match")
-        if self.min_cosine != FeatureDuplicates().min_cosine and self.duplicates is None:
-            raise UserError("models.min_cosine goes with models.duplicates")
-        if self.encoder is not None and not self.asks:
-            raise UserError(
-                f"models.encoder = {self.encoder} is asked by no rule; give models.match, models.duplicates or a head, "
-                "or leave it out"
-            )
 
     @property
     def heads(self) -> dict[str, HeadScore]:

@@ -164,7 +164,7 @@ class StepMeter:
 
 
 def rates_by_part(config: Config, lr: float) -> dict[str, float]:
-    """The learning rates of a step by part, where they differ; with layer-wise decay that of the part's last block."""
+    """The learning rates of a step by part, where they differ; those before layer-wise decay."""
     parts = {f.name: getattr(config.optimizer.parts, f.name).lr for f in dataclasses.fields(config.optimizer.parts)}
     return {f"lr/{part}": lr * rate for part, rate in parts.items()} if len(set(parts.values())) > 1 else {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import manifests_read, picture, removed, write
 
-from megatron_lcl import LCL
+from megatron_lcl import LCL, fields
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import save_checkpoint
@@ -19,7 +21,7 @@ from megatron_lcl.curate.models import rules as models
 from megatron_lcl.curate.models.features import feature_facts
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.run import curate, curate_in_jobs
-from megatron_lcl.curate.settings import Settings, as_recipe, read_settings
+from megatron_lcl.curate.settings import READ_BY, Settings, as_recipe, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tokenizer import load as open_tokenizer
@@ -43,7 +45,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def rules(encoder: tuple[str, str], **more: str) -> Settings:
-    given = {"encoder": encoder[0], "tokenizer": encoder[1], **more}
+    given = {"encoder": encoder[0], **({"tokenizer": encoder[1]} if "match" in more else {}), **more}
     return read_settings(overrides={name if "." in name else f"models.{name}": v for name, v in given.items()})
 
 
@@ -246,7 +248,7 @@ def test_an_encoder_that_does_not_fit_is_refused_before_the_work(
     pytest.importorskip("timm")
     np.savez(tmp_path / "head.npz", weight=np.ones(3))
     without_texts = {"encoder": "timm:test_vit?pretrained=no", "match": "true"}
-    of_another = {"encoder": encoder[0], "tokenizer": encoder[1], "head": str(tmp_path / "head.npz"), "min_score": "0"}
+    of_another = {"encoder": encoder[0], "head": str(tmp_path / "head.npz"), "min_score": "0"}
     before = sorted(tmp_path.iterdir())
     tokenizer = {"encoder": encoder[0], "tokenizer": "clip", "match": "true"}
     for given, said in (
@@ -268,21 +270,49 @@ def test_an_encoder_that_does_not_fit_is_refused_before_the_work(
     ("given", "said"),
     [
         ({"models.match": "true"}, "need models.encoder"),
-        ({"models.encoder": "hf:x", "models.min_similarity": "0.2"}, "goes with models.match"),
         ({"models.encoder": "hf:x", "models.head": "head.npz"}, "removes nothing; give min_score or max_score"),
         ({"models.encoder": "hf:x", "models.nsfw.head": "head.npz"}, "removes nothing; give min_score or max_score"),
         ({"models.nsfw.max_score": "0.5"}, "are of a head; give its file"),
-        ({"models.encoder": "hf:x"}, "models.encoder = hf:x is asked by no rule; give models.match, "),
-        ({"models.encoder": "hf:x", "models.match": "true", "models.min_cosine": "0.9"}, "goes with models.duplicates"),
-        ({"duplicates.against": "[a]"}, "duplicates.against is set, and no rule reads it; give duplicates.images"),
-        (
-            {"language.wanted": "de", "image.min_side": "9"},
-            "language is set, and .*; give text.min_language or document",
-        ),
-        ({"language.among": "[de, en]"}, "language is set, and no rule reads it"),
-        ({"perplexity.model": "."}, "perplexity is set, and no rule reads it; give max_perplexity"),
     ],
 )
 def test_settings_that_say_half(given: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         read_settings(overrides=given)
+
+
+HEAD = {"models.encoder": "hf:x", "models.head": "head.npz", "models.min_score": "0"}
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"duplicates.images.max_bits": "20"}, "duplicates.images.action"),
+        ({"duplicates.images.min_detail": "0", "duplicates.documents.action": "drop-all"}, "duplicates.images.action"),
+        ({"duplicates.documents.threshold": "null"}, "duplicates.documents.action"),
+        ({"duplicates.against": "[a]"}, "duplicates.images.action, duplicates.documents.action or models.duplicates"),
+        ({"evaluation.whole_bits": "3"}, "evaluation.sets"),
+        ({"models.tokenizer": "clip"}, "models.match"),
+        ({"models.tokenizer": "clip", **HEAD}, "models.match"),
+        ({"models.min_similarity": "0.2", **HEAD}, "models.match"),
+        ({"models.min_cosine": "0.9", "models.encoder": "hf:x", "models.match": "true"}, "models.duplicates"),
+        ({"models.encoder": "hf:x"}, "models.match, models.duplicates, models.head, models.nsfw.head or models.aesth"),
+        ({"lists.stop_words": "de", "text.min_words": "1"}, "text.min_stop_words or document.min_stop_words"),
+        ({"lists.flagged_words": "a.txt"}, "text.max_flagged_words or document.max_flagged_words"),
+        ({"language.wanted": "de", "image.min_side": "9"}, "text.min_language or document.min_language"),
+        ({"language.among": "[de, en]"}, "text.min_language"),
+        (
+            {"perplexity.model": "."},
+            "text.min_perplexity, text.max_perplexity, document.min_perplexity or document.max",
+        ),
+    ],
+)
+def test_settings_that_no_rule_reads(given: dict[str, str], wanted: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"{next(iter(given))} is set, and no rule reads it; give {wanted}")):
+        read_settings(overrides=given)
+
+
+def test_what_reads_a_setting_is_off_by_default() -> None:
+    flat = fields.flat(dataclasses.asdict(Settings()))
+    for part, readers in READ_BY.items():
+        assert any(f"{name}.".startswith(f"{part}.") for name in flat), part
+        assert all(not flat[name] for name in readers), part
