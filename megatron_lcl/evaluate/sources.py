@@ -150,7 +150,8 @@ def open_images(
     * a COCO-Karpathy JSON file (`images` is the folder of its images), whose `split` is one of the file's own;
     * a JSON file in the format of COCO's captions, as NoCaps's is: `images` with `file_name` and, in NoCaps, `domain`,
       and `annotations` with their captions;
-    * a corpus of ours, also one in object storage by its URL: each image with its matched text, or the nearest one.
+    * a corpus of ours, also one in object storage by its URL: each image with its matched text, or the nearest one;
+      where a document is an image and its captions, with all of them.
 
     `split`: None takes `test` where there is one, else all of a folder that has no splits. `class_names` and
     `templates` (a text file with one a line, or a list) replace those found. Raises UserError, in one line, for a
@@ -384,9 +385,13 @@ def _corpus(corpus: Corpus) -> ImageSet:
         pictures = [k for k in range(start, stop) if shard.modes[k] == IMAGE]
         for position, k in enumerate(pictures if texts else ()):
             matched = int(shard.matched_text[shard.placement_of[k]])
-            text = texts[matched] if matched >= 0 else min(texts, key=lambda t: (abs(t - k), t < k))
+            if corpus.kinds[number] == "captions":
+                own = texts
+            else:
+                own = [texts[matched] if matched >= 0 else min(texts, key=lambda t: (abs(t - k), t < k))]
             blobs.append(CorpusBlob(corpus, d, position))
-            captions.append((corpus.tokenizer.decode(shard.tokens.sequence(text)),))
+            decoded = (corpus.tokenizer.decode(shard.tokens.sequence(text)) for text in own)
+            captions.append(tuple(dict.fromkeys(decoded)))
     if not blobs:
         raise UserError(f"the corpus {corpus.where} has no image with a text")
     return ImageSet(corpus.where, tuple(blobs), captions=tuple(captions))

@@ -264,6 +264,10 @@ def test_corpus(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         items = [{"image": str(a.relative_to(folder))}, {"text": f"after the first {label}"}, {"text": f"far {label}"}]
         matched = {"image": str(b.relative_to(folder)), "similarity": 0.5, "matched_text_index": 0}
         lines.append(json.dumps({"items": [*items, matched] if label == 1 else items}))
+    c = next(p for p in (folder / "test").rglob("*.png") if p not in (a, b))
+    several = ["a digit", "some digit", "a digit", "the last"]
+    items = [{"image": str(c.relative_to(folder))}, *({"text": text} for text in several)]
+    lines.append(json.dumps({"kind": "captions", "items": items}))
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     preprocess(format="jsonl", input=tmp_path / "docs.jsonl", images=folder, output=tmp_path / "corpus", vocab_size=400)
     with monkeypatch.context() as unread:  # that is for when it is known that nothing else is wrong
@@ -273,7 +277,10 @@ def test_corpus(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         open_images(tmp_path / "corpus", "test")
     texts = [captions[0] for captions in data.need_captions()]
     assert texts[0] == "after the first 0"
-    assert len(data) == 4
+    assert len(data) == 5
+    (number,) = (i for i in range(5) if data.images[i].read() == c.read_bytes())
+    assert data.need_captions()[number] == ("a digit", "some digit", "the last")
+    assert all(len(captions) == 1 for i, captions in enumerate(data.need_captions()) if i != number)
     assert texts.count("after the first 1") == 2  # one next to its text, one matched to it
     assert pixels(data, 0).shape == (8, 8)
 
