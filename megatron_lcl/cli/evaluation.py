@@ -149,7 +149,7 @@ def _averaged(model: str, name: str | None) -> str:
 
 
 def _evaluate_corpus(models: list[str], options: argparse.Namespace) -> None:
-    from megatron_lcl.evaluate.encoders.load import is_ours
+    from megatron_lcl.evaluate.encoders.spec import is_ours
     from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 
     for name, flag in options.of_data.items():

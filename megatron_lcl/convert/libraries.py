@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import logging
+import os
 import sys
 from collections.abc import Iterator
 
@@ -19,6 +20,9 @@ _PACKAGES = {  # import name → package, what to install
     "sacrebleu": ("sacrebleu", "'megatron-lcl[eval]'"),
 }
 
+_FORCE, _NEVER = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""torch's own variables, which `torch.load` reads at each call"""
+
 
 def require(library: str, what: str) -> dict[str, str]:
     """The library's version, under its name. UserError that says what to install where it does not import."""
@@ -28,6 +32,19 @@ def require(library: str, what: str) -> dict[str, str]:
     except ImportError:
         raise UserError(f"{what} needs {package}: pip install {install}") from None
     return {library: importlib.metadata.version(package)}
+
+
+@contextlib.contextmanager
+def only_weights() -> Iterator[None]:
+    """Inside, every `torch.load` of this process builds tensors and plain values alone, and what
+    `torch.serialization.safe_globals` allows, whatever its caller asks for. Otherwise: pickle.UnpicklingError."""
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _NEVER)}
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def evaluate_checkpoint(checkpoint: str | Path, corpus: Path, output: Path | Non
     else:
         folder = find_checkpoint(Path(checkpoint))
         model, config, step = load_model(folder), read_config(folder), step_of(folder)
-    tokenizer = open_corpus(corpus).tokenizer
+    tokenizer = open_corpus(corpus, config.data.cache).tokenizer
     if tokenizer.vocab_size != config.model.language.vocab_size:
         raise UserError(
             f"the tokenizer of {corpus} has {tokenizer.vocab_size} ids, the model {config.model.language.vocab_size}; "
@@ -303,7 +303,7 @@ class _Packs:
         index = self.loader.reader.index
         assert isinstance(index, SequentialIndex)
         self.num_documents = index.num_documents
-        self._corpus = open_corpus(corpus)
+        self._corpus = index.source.corpus
         self._tokenizer = self._corpus.tokenizer
 
     def origins(self, batch: PackedBatch) -> Iterator[_Origin]:

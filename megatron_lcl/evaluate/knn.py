@@ -95,11 +95,10 @@ def check_neighbors(k: int, train: ImageSet) -> None:
 
 
 def _same_numbers(train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Classes that are mere numbers go as far as the larger split's: it may have images of a last class more."""
-    both = train.classes, test.classes
-    if any(classes != tuple(str(i) for i in range(len(classes))) for classes in both):
+    """Classes without names go as far as the larger split's: it may have images of a last class more."""
+    if not (train.numbered and test.numbered):
         return train, test
-    longer = max(both, key=len)
+    longer = max(train.classes, test.classes, key=len)
     return replace(train, classes=longer), replace(test, classes=longer)
 
 

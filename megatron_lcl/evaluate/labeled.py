@@ -58,12 +58,15 @@ class LabeledSets:
     test: ImageSet
     train: ImageSet | None
     """of knn"""
+    left_out: str = ""
+    """why zero-shot is not among the tasks, where the objective trains it and the config names no tasks"""
 
 
 def open_labeled(config: Config) -> LabeledSets:
     """The images of `evaluate.labeled` and the tasks on them. UserError, in one line, for what cannot be measured.
 
-    Without tasks in the config: knn where there are training images, zero-shot where the objective trains it.
+    Without tasks in the config: knn where there are training images, zero-shot where the objective trains it and the
+    classes have names.
     """
     own = config.evaluate
     assert own.labeled is not None
@@ -72,20 +75,25 @@ def open_labeled(config: Config) -> LabeledSets:
     tasks = named_tasks(config)
     trained = "retrieval" in objectives.trained_by(config)
     if not own.tasks:
-        possible = {"knn": (Path(own.labeled) / "train").is_dir(), "zero-shot": trained}
+        possible = {"knn": (Path(own.labeled) / "train").is_dir(), "zero-shot": trained and not test.numbered}
         tasks = tuple(task for task in TASKS if possible[task])
-    if not tasks:
+    if not tasks and not trained:
         raise UserError(
             f"evaluate.labeled = {own.labeled} has no folder 'train' for knn, and "
             f"{why_untrained(config, 'retrieval')} what zero-shot measures; remove evaluate.labeled"
         )
     if "zero-shot" in tasks and not trained:
         raise UserError(f"{why_untrained(config, 'retrieval')} what zero-shot measures; remove that task")
+    if not tasks or "zero-shot" in tasks:
+        test.need_names()
     train = None
     if "knn" in tasks:
         train, test = with_training(own.labeled, "train", test)
         check_neighbors(own.neighbors, train)
-    return LabeledSets(tasks, test, train)
+    left_out = ""
+    if not own.tasks and trained and test.numbered:
+        left_out = f"zero-shot is not measured on {test.name}: no classnames.txt gives the classes names"
+    return LabeledSets(tasks, test, train, left_out)
 
 
 def named_tasks(config: Config) -> tuple[LabeledTask, ...]:

@@ -48,7 +48,8 @@ def heldout_rules(model: Model) -> dict[str, Any]:
 
 
 def heldout_data(config: Config, corpus: str) -> Data:
-    """The `data` section of an evaluation on `corpus`: the rules; of the run's, where it caches and its workers.
+    """The `data` section of an evaluation on `corpus`: the rules; of the run's, its workers, and where, how
+    much and how far ahead it reads.
 
     Images that do not decode are skipped and counted, however many they are.
     """
@@ -59,6 +60,8 @@ def heldout_data(config: Config, corpus: str) -> Data:
         images_per_pack=rules["sequence_images"],
         workers=config.data.workers,
         cache=config.data.cache,
+        storage_cache_gb=config.data.storage_cache_gb,
+        look_ahead=config.data.look_ahead,
         max_bad_images=1 << 62,
         max_bad_fraction=1.0,
         **_FIXED,

@@ -87,7 +87,7 @@ def evaluate(
     if _NEED_CAPTIONS & set(tasks):
         test.need_captions()
     if "zero-shot" in tasks:
-        test.need_labels()
+        test.need_names()
     for spec in models:
         check_trained(spec, tasks)
         if progress and (said := untrained_pool(spec, tasks)):

@@ -28,6 +28,7 @@ from megatron_lcl.model.reference_format import some
 _NO_PICTURE = frozenset({".txt", ".json", ".csv", ".tsv", ".xml", ".md", ".db", ".ini", ".cls"})
 """files that may lie beside pictures; others that are left out are told"""
 logger = logging.getLogger(__name__)
+_NAMES = ("classnames.txt", "classes.txt")
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _DEFAULT_TEMPLATE = "a photo of a {c}."
 
@@ -102,6 +103,8 @@ class ImageSet:
     """texts with `{c}` in the class name's place"""
     domains: tuple[str, ...] | None = None
     """[N] a part of the data set that each image is in, whose captions are also measured alone (NoCaps)"""
+    numbered: bool = False
+    """whether nothing gives the classes names: `classes` are then their numbers"""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -126,6 +129,17 @@ class ImageSet:
             )
         return self.labels
 
+    def need_names(self) -> tuple[str, ...]:
+        """The classes' names; UserError where there are none."""
+        self.need_labels()
+        if self.numbered:
+            raise UserError(
+                f"{self.name} has no names of its {len(self.classes):,} classes, only numbers, and zero-shot needs "
+                f"names: write one a line to {_NAMES[0]} in the folder that is evaluated (evaluate: or give "
+                "--class-names FILE)"
+            )
+        return self.classes
+
     def need_captions(self) -> tuple[tuple[str, ...], ...]:
         """The captions; UserError where there are none."""
         if self.captions is None:
@@ -146,11 +160,13 @@ def open_images(
 
     * a folder of class folders, `path/[split/]CLASS/*.jpg` (class names are the folders', in alphabetical order);
     * a WebDataset in CLIP_benchmark's layout: `path/[split/]*.tar` with `.cls` or `.txt` beside each image,
-      `classnames.txt` and `zeroshot_classification_templates.txt` in `path`;
+      `classnames.txt` and `zeroshot_classification_templates.txt` in `path`, or above it where `path` is the folder of
+      a split;
     * a COCO-Karpathy JSON file (`images` is the folder of its images), whose `split` is one of the file's own;
     * a JSON file in the format of COCO's captions, as NoCaps's is: `images` with `file_name` and, in NoCaps, `domain`,
       and `annotations` with their captions;
-    * a corpus of ours, also one in object storage by its URL: each image with its matched text, or the nearest one.
+    * a corpus of ours, also one in object storage by its URL: each image with its matched text, or the nearest one;
+      where a document is an image and its captions, with all of them.
 
     `split`: None takes `test` where there is one, else all of a folder that has no splits. `class_names` and
     `templates` (a text file with one a line, or a list) replace those found. Raises UserError, in one line, for a
@@ -172,7 +188,8 @@ def open_images(
     else:
         raise UserError(f"there is no {path}")
     names: Sequence[str] = _lines(class_names) or found.classes
-    if found.labels is not None and not names:
+    numbered = found.labels is not None and not names
+    if found.labels is not None and numbered:
         names = [str(i) for i in range(int(found.labels.max()) + 1)]
     if found.labels is not None and len(names) <= int(found.labels.max()):
         raise UserError(
@@ -186,9 +203,9 @@ def open_images(
     chosen = _lines(templates) or found.templates
     bad = [template for template in chosen if "{c}" not in template]
     if bad:
-        at = _place(templates if templates is not None else path / _TEMPLATES, bad[0])
+        at = _place(_beside(path, _TEMPLATES) if templates is None else templates, bad[0])
         raise UserError(f"{at}the template {bad[0]!r} has no {{c}} for the class name")
-    return replace(found, classes=tuple(names), templates=tuple(chosen))
+    return replace(found, classes=tuple(names), templates=tuple(chosen), numbered=numbered)
 
 
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
@@ -291,16 +308,21 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
     for kind, values in (("labels", labels), ("captions", captions)):
         if values and len(values) != len(blobs):
             raise UserError(f"{tars[0].parent} has {len(blobs)} images but {len(values)} {kind}")
-    found = next((root / n for n in ("classnames.txt", "classes.txt") if (root / n).is_file()), None)
-    templates = root / _TEMPLATES
+    templates = _beside(root, _TEMPLATES)
     return ImageSet(
         str(tars[0].parent),
         tuple(blobs),
         np.array(labels) if labels else None,
-        tuple(_lines(found)) if labels else (),  # without a list of names they are numbers
+        tuple(_lines(_beside(root, *_NAMES))) if labels else (),  # without a list of names they are numbers
         tuple(captions) if captions and all(captions) else None,
-        tuple(_lines(templates)) if templates.is_file() else (_DEFAULT_TEMPLATE,),
+        tuple(_lines(templates)) if templates else (_DEFAULT_TEMPLATE,),
     )
+
+
+def _beside(root: Path, *names: str) -> Path | None:
+    """The first of these files of a WebDataset that is there: in `root`, or, where that is a split's folder, above."""
+    folders = [root, root.absolute().parent] if root.absolute().name in _SPLITS else [root]
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
 def _class_index(path: Path, key: str, data: bytes) -> int:
@@ -384,9 +406,13 @@ def _corpus(corpus: Corpus) -> ImageSet:
         pictures = [k for k in range(start, stop) if shard.modes[k] == IMAGE]
         for position, k in enumerate(pictures if texts else ()):
             matched = int(shard.matched_text[shard.placement_of[k]])
-            text = texts[matched] if matched >= 0 else min(texts, key=lambda t: (abs(t - k), t < k))
+            if corpus.kinds[number] == "captions":
+                own = texts
+            else:
+                own = [texts[matched] if matched >= 0 else min(texts, key=lambda t: (abs(t - k), t < k))]
             blobs.append(CorpusBlob(corpus, d, position))
-            captions.append((corpus.tokenizer.decode(shard.tokens.sequence(text)),))
+            decoded = (corpus.tokenizer.decode(shard.tokens.sequence(text)) for text in own)
+            captions.append(tuple(dict.fromkeys(decoded)))
     if not blobs:
         raise UserError(f"the corpus {corpus.where} has no image with a text")
     return ImageSet(corpus.where, tuple(blobs), captions=tuple(captions))

@@ -11,7 +11,7 @@ from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.convert.find import known_config
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.spec import parse_spec
+from megatron_lcl.evaluate.encoders.spec import library_specs, parse_spec
 
 Part = EvaluationTask | Literal["captions"]
 """what of a model an evaluation needs; captions: trained by the generation of any text, or of images' captions alone"""
@@ -88,6 +88,8 @@ def _trained(config: Config) -> set[Part]:
     if any("generation" in objectives.create(phase.config).trains for phase in phases_of(config)):
         trained.add("captions")
     if config.train.init_from is None or trained == everything:
+        return trained
+    if library_specs(config.train.init_from):  # which give neither an attention pool nor a head
         return trained
     before = known_config(Path(config.train.init_from)) if Path(config.train.init_from).exists() else None
     return everything if before is None else trained | _trained(before)

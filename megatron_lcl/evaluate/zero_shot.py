@@ -48,7 +48,7 @@ def class_features(
 
 def classify(encoder: Encoder, data: ImageSet, features: np.ndarray, progress: bool = False) -> Classified:
     """The classes by the nearness of their texts. `features`: pooled, [N, D]."""
-    texts = class_features(encoder, data.classes, data.templates, progress)
+    texts = class_features(encoder, data.need_names(), data.templates, progress)
     return by_texts(texts, features, data.need_labels())
 
 

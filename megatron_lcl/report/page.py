@@ -90,7 +90,7 @@ class RunPage:
             "plan": (beside_plan := list(_beside_plan(planned, metrics))),
             "slowest": (slowest := list(metrics.slowest.rows())),
             "events": events,
-            "retrieval": (examples := _examples(read_json(run / EXAMPLES), evaluation)),
+            "retrieval": (examples := _examples(read_json(run / EXAMPLES), evaluation, config.data.cache)),
             "profile": profile,
         }
         return template(REPORT).render(
@@ -290,10 +290,12 @@ def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def _examples(examples: list[dict[str, Any]] | None, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _examples(
+    examples: list[dict[str, Any]] | None, evaluation: dict[str, Any] | None, cache: str | None
+) -> list[dict[str, Any]]:
     """The examples with their images; without, if the held-out corpus is no longer where it was."""
     try:
-        corpus = open_corpus(evaluation["corpus"]) if evaluation else None
+        corpus = open_corpus(evaluation["corpus"], cache) if evaluation else None
     except (UserError, OSError):
         corpus = None
     for example in examples or []:

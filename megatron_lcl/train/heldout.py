@@ -113,6 +113,8 @@ class HeldOutMeter:
         self.labeled: LabeledEvaluation | None = None
         if config.evaluate.labeled is not None:
             self.labeled = LabeledEvaluation(config, mesh, forward, rows, at_once)
+            if mesh.is_first and (said := self.labeled.sets.left_out):
+                self.telemetry.say(said)
 
     def measure(self, step: int, average: str | None = None) -> bool:
         """After step number `step`: to metrics.jsonl and TensorBoard, and for the report into the run folder.

@@ -18,6 +18,8 @@ from data.corpora import Piece, jpeg, random_documents, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_processes
+from s3_fixtures import upload
+from s3_server import Proxy
 
 from megatron_lcl import LCL, open_corpus
 from megatron_lcl.config import Config, Data, Language, Model, Objective, Vision
@@ -35,8 +37,10 @@ from megatron_lcl.evaluate.heldout import (
 )
 from megatron_lcl.evaluate.heldout_results import Example, HeldOut, table
 from megatron_lcl.evaluate.retrieval import rank_own, retrieval_ranks
+from megatron_lcl.evaluate.rules import heldout_data
 from megatron_lcl.evaluate.zero_shot import by_texts
 from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.report.page import write_report
 
 TINY = Model(Vision(16, 8, 32, 1, 2, 64), Language(48, 517, 32, 1, 2, 64), 2)
 
@@ -313,6 +317,29 @@ def test_images_that_do_not_decode_are_counted_and_said(tmp_path: Path) -> None:
     config = dataclasses.replace(config, objective=Objective(name="clip"))
     with pytest.raises(UserError, match=r"nothing for retrieval \(1 of its images do not decode\)"):
         evaluate_heldout(own_model(), config, tmp_path / "undecodable", progress=False)
+
+
+def test_a_corpus_in_object_storage_is_kept_where_the_config_says(
+    place: str, s3: Proxy, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing in the user's cache folder, no small file fetched twice, and of the reading what the config says."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    data = Data(workers=0, cache=str(tmp_path / "cache"), storage_cache_gb=0.0, look_ahead=3)
+    config = Config(model=TINY, data=data)
+    (tmp_path / "run").mkdir()
+    save_checkpoint(own_model(), config, tmp_path / "run")
+    upload(folder / "corpus", place)
+    told = evaluate_checkpoint(tmp_path / "run", Path(place), tmp_path / "run")
+    assert told.replace(place, "") == evaluate_checkpoint(tmp_path / "run", folder / "corpus").replace(
+        str(folder / "corpus"), ""
+    )
+    fetched = [r.path for r in s3.requests if r.method == "GET" and r.path.endswith((".idx", ".arrow", ".json"))]
+    small = [path for path in fetched if not path.endswith("corpus.json")]
+    assert len(small) == len({*small}) >= 4, small
+    write_report(tmp_path / "run")
+    assert not (tmp_path / "user" / "megatron_lcl").exists()
+    own = heldout_data(config, place)
+    assert (own.cache, own.storage_cache_gb, own.look_ahead, own.workers) == (data.cache, 0.0, 3, 0)
 
 
 def test_documents_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:

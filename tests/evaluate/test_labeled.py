@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,7 +23,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
-from megatron_lcl.evaluate.labeled import LabeledEvaluation, open_labeled
+from megatron_lcl.evaluate.labeled import LabeledEvaluation, LabeledSets, open_labeled
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import KnnSettings, Settings, ZeroShotSettings
 from megatron_lcl.evaluate.zero_shot import class_features
@@ -28,6 +31,7 @@ from megatron_lcl.model.layers import Outputs
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.report.page import write_report
+from megatron_lcl.train.heldout import HeldOutMeter
 
 CONFIG = """
 model:
@@ -161,6 +165,38 @@ def test_what_cannot_be_measured_is_refused(folder: Path, overrides: dict[str, s
         open_labeled(config)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_classes_without_names_are_not_classified_by_them(folder: Path, tmp_path: Path) -> None:
+    """Of a WebDataset without names zero-shot is not chosen; asked for it is refused; with names it is measured."""
+    for split, seed in (("train", 0), ("test", 9)):
+        (tmp_path / split).mkdir()
+        with tarfile.open(tmp_path / split / "0.tar", "w") as tar:
+            for label in range(3):
+                for name, data in (("png", picture(label, seed + label)), ("cls", b"%d" % label)):
+                    member = tarfile.TarInfo(f"{label}.{name}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+    def config(**more: str) -> configs.Config:
+        own = {"evaluate.labeled": str(tmp_path), **{f"evaluate.{name}": value for name, value in more.items()}}
+        return configs.load(folder / "config.yaml", own)
+
+    def opened(**more: str) -> LabeledSets:
+        return open_labeled(config(**more))
+
+    assert opened().tasks == ("knn",)
+    said: list[str] = []
+    telemetry: Any = SimpleNamespace(say=said.append)
+    audit: Any = None
+    HeldOutMeter(config(), Mesh(Axis(), Axis()), None, "cpu", telemetry, audit, lambda: 0)
+    assert said == [f"zero-shot is not measured on {tmp_path / 'test'}: no classnames.txt gives the classes names"]
+    assert opened(tasks="[knn]").left_out == ""
+    for asked in ({"tasks": "[zero-shot]"}, {"labeled": str(tmp_path / "train")}):
+        with pytest.raises(UserError, match="has no names of its 3 classes"):
+            opened(**asked)
+    (tmp_path / "classnames.txt").write_text("\n".join(CLASSES))
+    assert (opened().tasks, opened().left_out) == (("knn", "zero-shot"), "")
 
 
 @pytest.mark.slow

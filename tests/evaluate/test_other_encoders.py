@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,51 @@ def test_patch_tokens_come_after_the_final_norm_once(kind: str, tmp_path: Path) 
     assert torch.allclose(found.patches, expected[:, -16:], atol=1e-5)
     if kind != "SiglipVision":  # whose pooler attends to the patches
         assert torch.allclose(out.pooler_output, first, atol=1e-5)  # the norm is the one that the model applies
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip", "hf"])
+def test_a_pickle_beside_a_config_runs_nothing(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the library asks torch for an unrestricted read, as timm 1.0.22 does."""
+    module, plain, mark = (
+        pytest.importorskip("transformers" if library == "hf" else library),
+        torch.load,
+        tmp_path / "ran",
+    )
+    if library == "timm":
+        name, spec, weights = "test_vit", f"timm:local-dir:{tmp_path}", "pytorch_model.bin"
+        theirs = module.create_model(name)
+        config = {"architecture": name, "num_classes": 1000, "pretrained_cfg": {"num_classes": 1000}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    elif library == "open_clip":
+        spec, weights = f"open_clip:local-dir:{tmp_path}", "open_clip_pytorch_model.bin"
+        theirs = module.CLIP(**open_clip_config())
+        content = {"model_cfg": open_clip_config(), "preprocess_cfg": {}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    else:
+        theirs, weights = module.ViTModel(module.ViTConfig(**SIZES, intermediate_size=64)), "pytorch_model.bin"
+        spec = saved(module, theirs, tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), tmp_path / weights)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: plain(*args, **{**options, "weights_only": False}))
+    for never in (None, "1"):
+        if never:
+            monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", never)
+        load_encoder(spec)
+        torch.save({**theirs.state_dict(), "more": Evil(mark)}, tmp_path / weights)
+        with pytest.raises(UserError, match=f"{spec} is refused: .* this pickle wants to build posix.mkdir") as error:
+            load_encoder(spec)
+        assert "weights_only" not in str(error.value)
+        assert not mark.exists()
+        assert os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == never
+        assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+        torch.save(theirs.state_dict(), tmp_path / weights)

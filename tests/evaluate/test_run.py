@@ -200,6 +200,8 @@ def test_classes_that_are_numbers_may_lack_the_last_one_in_a_split(
         progress=False,
     )
     assert result.metrics["accuracy"].chance == pytest.approx(1 / 3)
+    with pytest.raises(UserError, match=r"test has no names of its 2 classes, only numbers.*--class-names FILE"):
+        evaluate([str(checkpoint)], ["zero-shot"], tmp_path, cache=tmp_path / "cache", progress=False)
 
 
 def test_command_line(

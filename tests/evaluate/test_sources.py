@@ -75,16 +75,43 @@ def test_webdataset_in_clip_benchmarks_layout(folder: Path, tmp_path: Path, enco
     assert result.settings["templates"] == 2
 
 
-def test_webdataset_without_names(folder: Path, tmp_path: Path) -> None:
+def test_webdataset_without_names(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]
     """Classes are numbers then, and a list of names may have more than the split has images of."""
     image = open_images(folder, "test").images[0].read()
     write_tar(tmp_path / "0.tar", {"a.png": image, "a.cls": b"0", "b.png": image, "b.cls": b"2"})
-    assert open_images(tmp_path).classes == ("0", "1", "2")
-    assert open_images(tmp_path, class_names=["a", "b", "c", "d"]).classes == ("a", "b", "c", "d")
+    data = open_images(tmp_path)
+    assert (data.classes, data.numbered) == (("0", "1", "2"), True)
+    with pytest.raises(UserError, match=r"has no names of its 3 classes.*classnames.txt.*--class-names FILE\)$"):
+        zero_shot(encoder, data, np.zeros((2, 64)))
+    assert open_images(tmp_path, class_names=["a", "b", "c", "d"]).need_names() == ("a", "b", "c", "d")
+    assert open_images(tmp_path, class_names=["0", "1", "2"]).need_names() == ("0", "1", "2")
     with pytest.raises(ValueError, match="2 class names do not match"):
         open_images(tmp_path, class_names=["a", "b"])
     with pytest.raises(ValueError, match="no split 'tset'"):
         open_images(tmp_path, "tset")
+
+
+def test_a_split_of_a_webdataset_has_the_names_beside_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = open_images(folder, "test").images[0].read()
+    for name in ("train", "part"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", {"a.png": image, "a.cls": b"1"})
+    (tmp_path / "classnames.txt").write_text("mill\nlake\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a drawing of a {c}\n")
+    monkeypatch.chdir(tmp_path / "train")
+    for path, split in ((tmp_path, "train"), (tmp_path / "train", None), (Path(), None), (tmp_path, "part")):
+        data = open_images(path, split)
+        assert (data.need_names(), data.templates) == (("mill", "lake"), ("a drawing of a {c}",))
+    assert open_images(tmp_path / "part").numbered, "it may be any folder that lies there"
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a drawing\n")
+    with pytest.raises(UserError, match=f"^{tmp_path}/zeroshot_classification_templates.txt, line 1: the template"):
+        open_images(tmp_path / "train")
+    (tmp_path / "train" / "classnames.txt").write_text("own\nnames\n")
+    (tmp_path / "train" / "zeroshot_classification_templates.txt").write_text("the {c}\n")
+    data = open_images(tmp_path / "train")
+    assert (data.need_names(), data.templates) == (("own", "names"), ("the {c}",))
 
 
 def test_webdataset_captions_and_karpathy(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]
@@ -264,6 +291,10 @@ def test_corpus(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         items = [{"image": str(a.relative_to(folder))}, {"text": f"after the first {label}"}, {"text": f"far {label}"}]
         matched = {"image": str(b.relative_to(folder)), "similarity": 0.5, "matched_text_index": 0}
         lines.append(json.dumps({"items": [*items, matched] if label == 1 else items}))
+    c = next(p for p in (folder / "test").rglob("*.png") if p not in (a, b))
+    several = ["a digit", "some digit", "a digit", "the last"]
+    items = [{"image": str(c.relative_to(folder))}, *({"text": text} for text in several)]
+    lines.append(json.dumps({"kind": "captions", "items": items}))
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     preprocess(format="jsonl", input=tmp_path / "docs.jsonl", images=folder, output=tmp_path / "corpus", vocab_size=400)
     with monkeypatch.context() as unread:  # that is for when it is known that nothing else is wrong
@@ -273,7 +304,10 @@ def test_corpus(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         open_images(tmp_path / "corpus", "test")
     texts = [captions[0] for captions in data.need_captions()]
     assert texts[0] == "after the first 0"
-    assert len(data) == 4
+    assert len(data) == 5
+    (number,) = (i for i in range(5) if data.images[i].read() == c.read_bytes())
+    assert data.need_captions()[number] == ("a digit", "some digit", "the last")
+    assert all(len(captions) == 1 for i, captions in enumerate(data.need_captions()) if i != number)
     assert texts.count("after the first 1") == 2  # one next to its text, one matched to it
     assert pixels(data, 0).shape == (8, 8)
 

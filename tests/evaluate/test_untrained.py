@@ -97,6 +97,29 @@ def test_weights_that_a_run_began_with_count(runs: Path, tmp_path: Path) -> None
                 check_trained(str(folder), ["captioning"])
 
 
+@pytest.mark.parametrize(
+    "library",
+    ["timm:x", "hf:org/x", "open_clip:ViT-B-32@openai", "vision=timm:x", "vision=timm:x,language=open_clip:y@z"],
+)
+def test_what_a_library_gives_a_run_is_no_training_of_it(runs: Path, tmp_path: Path, library: str) -> None:
+    """No library has an attention pool or a head of ours: these are as the run's own objective has left them."""
+
+    def begun(name: str) -> str:
+        config = load(runs / name / "config.yaml")
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=library))
+        (tmp_path / name).mkdir()
+        save_checkpoint(load_model(runs / name), config, tmp_path / name)
+        return str(tmp_path / name)
+
+    check_trained(begun("lcl"), ["captioning", "zero-shot", "retrieval", "knn"])
+    for name, untrained in (("clip", ["captioning"]), ("generation", ["zero-shot", "retrieval"])):
+        folder = begun(name)
+        for task in untrained:
+            with pytest.raises(UserError, match=f"{task}: .* has not learned it"):
+                check_trained(folder, [task])
+        assert (untrained_pool(folder, ["knn"]) is not None) == (name == "generation")
+
+
 def test_a_pool_that_was_not_trained_is_told(runs: Path) -> None:
     """Generation reads values and outputs of the pool; its query, which pooled features depend on, has no gradient."""
     for name in OBJECTIVES:

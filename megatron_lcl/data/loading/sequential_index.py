@@ -14,7 +14,7 @@ class SequentialIndex:
 
     def __init__(self, source: Source, tokens_per_pack: int) -> None:
         self.images_per_pack = source.rules.max_images
-        self._source = source
+        self.source = source
         sizes = source.sizes(np.arange(len(source.tokens)), 0)
         sizes = sizes[np.lexsort((sizes[:, 1], sizes[:, 0]))]
         self._entries = np.zeros(len(sizes), ENTRY)
@@ -28,9 +28,9 @@ class SequentialIndex:
         return len(self._offsets) - 1
 
     def __getitem__(self, number: int) -> Pack:
-        self._source.use.renew()
+        self.source.use.renew()
         bounds = self._offsets[number : number + 2] if number < len(self) else (0, 0)
-        return Pack(number, [self._source], self._entries[bounds[0] : bounds[1]])
+        return Pack(number, [self.source], self._entries[bounds[0] : bounds[1]])
 
     def prepare(self, number: int) -> None:
         """Nothing is built later."""

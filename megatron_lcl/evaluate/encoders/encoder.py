@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ import xxhash
 from safetensors import SafetensorError
 from torch import nn
 
-from megatron_lcl.convert.libraries import quietly
+from megatron_lcl.convert.libraries import only_weights, quietly
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, out_of_reach
+from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, causes, out_of_reach
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,14 @@ _A = {"timm": "a timm", "OpenCLIP": "an OpenCLIP", "Hugging Face": "a Hugging Fa
 def loading(spec: str, library: str, remote: Remote | None = None) -> Iterator[None]:
     """Whatever another library says of a folder or a name that it cannot load, in one line.
 
+    A pickle among the files runs nothing, also where the library asks torch for an unrestricted read.
+
     remote: a file of those that it may have to fetch; if its host is out of reach, the cache has to do.
     """
     fault = remote and out_of_reach(remote)
     try:
-        with quietly(), by_cache_alone(spec, remote, fault) if remote and fault else contextlib.nullcontext():
+        cache = by_cache_alone(spec, remote, fault) if remote and fault else contextlib.nullcontext()
+        with quietly(), only_weights(), cache:
             yield
     except UserError:
         raise
@@ -147,6 +151,14 @@ def loading(spec: str, library: str, remote: Remote | None = None) -> Iterator[N
         SafetensorError, UnpicklingError,
     ) as error:  # fmt: skip
         said = " ".join(str(error).split())
+        if pickled := next((e for e in causes(error) if isinstance(e, UnpicklingError)), None):
+            # torch, and timm after it, would advise to run what is in the file
+            if wanted := sorted(set(re.findall(r"GLOBAL (\S+)", str(pickled)))):
+                raise UserError(
+                    f"{spec} is refused: weights are data, and this pickle wants to build {', '.join(wanted)}; give "
+                    "safetensors"
+                ) from None
+            said = "its weights are no PyTorch checkpoint"
         if "trust_remote_code" in said:
             raise UserError(
                 f"{spec} wants code of its own to be run, which is refused; only architectures that the library has "

@@ -89,6 +89,14 @@ def _ask(session: Any, url: str, timeout: float) -> str | None:
     return f"HTTP status {status}" if status == 429 or status >= 500 else None
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was raised from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 @contextlib.contextmanager
 def by_cache_alone(spec: str, remote: Remote, fault: str) -> Iterator[None]:
     """The libraries take what the cache has; UserError where it lacks something."""
@@ -109,11 +117,8 @@ def by_cache_alone(spec: str, remote: Remote, fault: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
-                raise missing from None
-            cause = cause.__cause__ or cause.__context__
+        if any(isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled) for cause in causes(error)):
+            raise missing from None
         raise
     finally:
         constants.HF_HUB_OFFLINE = before

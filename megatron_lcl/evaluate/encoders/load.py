@@ -56,11 +56,6 @@ _LIBRARIES: dict[str, Callable[[Spec, str | torch.device], Encoder]] = {
 }
 
 
-def is_ours(spec: str) -> bool:
-    """Whether `spec` is an LCL model rather than another library's."""
-    return parse_spec(spec).kind not in _LIBRARIES
-
-
 @dataclass(frozen=True)
 class EncoderSource:
     """Makes the encoder of process i, for an evaluation by several processes."""

@@ -9,6 +9,8 @@ from megatron_lcl.errors import UserError
 
 KINDS = {"timm": ("pretrained", "seed"), "hf": (), "open_clip": ("seed",), "random": ("seed",)}
 """prefix → the options that it takes"""
+_PARTS = ("vision", "language")
+"""the encoders that `train.init_from` may name a library's model for"""
 _OPTIONS = re.compile(r"\w+=[^&=?]*(&\w+=[^&=?]*)*")
 _UNTRAINED = "untrained encoders are random:CONFIG, timm:NAME?pretrained=no and open_clip:NAME@none, with ?seed=N"
 
@@ -45,6 +47,30 @@ def parse_spec(text: str) -> Spec:
     if pretrained and options:
         raise UserError(f"{text}: only an untrained encoder has a seed; {_UNTRAINED}")
     return Spec(text, kind, name, None if pretrained else _number(text, options.get("seed", "0")))
+
+
+def is_ours(spec: str) -> bool:
+    """Whether `spec` is an LCL model rather than another library's."""
+    return parse_spec(spec).kind in ("", "random")
+
+
+def library_specs(text: str) -> dict[str, str]:
+    """Which library's model each encoder begins with; nothing where `train.init_from` is a path.
+
+    UserError for a part that is none, or a model that is no other library's.
+    """
+    if not text.startswith(tuple(f"{part}=" for part in _PARTS)):
+        return {} if is_ours(text) else dict.fromkeys(_PARTS, text)
+    specs: dict[str, str] = {}
+    for word in text.split(","):
+        part, _, spec = word.partition("=")
+        if part not in _PARTS or part in specs or not spec or is_ours(spec):
+            raise UserError(
+                f"train.init_from = {text}: {word!r} is not one of vision=MODEL and language=MODEL, with a MODEL such "
+                "as timm:NAME, hf:NAME or open_clip:NAME@TAG"
+            )
+        specs[part] = spec
+    return specs
 
 
 def _truth(text: str, word: str) -> bool:

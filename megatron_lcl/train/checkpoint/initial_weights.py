@@ -30,6 +30,7 @@ from megatron_lcl.convert.remote import pinned
 from megatron_lcl.convert.resolution import interpolate_positions
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.spec import library_specs
 from megatron_lcl.fields import flat
 from megatron_lcl.model.layers import layer_kinds, parameter_shapes
 from megatron_lcl.model.lcl import LCL
@@ -37,7 +38,7 @@ from megatron_lcl.model.reference_format import model_config, name_faults, some,
 from megatron_lcl.parallel.layers import full_shape, shard
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.run_folder import WEIGHTS
-from megatron_lcl.train.checkpoint.library_weights import library_specs, read_libraries
+from megatron_lcl.train.checkpoint.library_weights import read_libraries
 
 _MEANING = ("heads", "norm_eps", "embedding_norm", "registers", "layer_scale", "qk_norm")
 """ends of fields that decide what the same tensors compute"""

@@ -17,31 +17,10 @@ from megatron_lcl.convert.certificate import BOUND, check_images, our_features
 from megatron_lcl.convert.warm_start import Tower, text_tower, vision_tower
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
-from megatron_lcl.evaluate.encoders.load import is_ours, load_encoder
+from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD, layer_kinds, unit_norm
 from megatron_lcl.model.lcl import LCL
-
-PARTS = ("vision", "language")
-
-
-def library_specs(text: str) -> dict[str, str]:
-    """Which library's model each encoder begins with; nothing where `train.init_from` is a path.
-
-    UserError for a part that is none, or a model that is no other library's.
-    """
-    if not text.startswith(tuple(f"{part}=" for part in PARTS)):
-        return {} if is_ours(text) else dict.fromkeys(PARTS, text)
-    specs: dict[str, str] = {}
-    for word in text.split(","):
-        part, _, spec = word.partition("=")
-        if part not in PARTS or part in specs or not spec or is_ours(spec):
-            raise UserError(
-                f"train.init_from = {text}: {word!r} is not one of vision=MODEL and language=MODEL, with a MODEL such "
-                "as timm:NAME, hf:NAME or open_clip:NAME@TAG"
-            )
-        specs[part] = spec
-    return specs
 
 
 @dataclass(frozen=True)

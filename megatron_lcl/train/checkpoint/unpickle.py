@@ -8,7 +8,6 @@ imports and calls nothing that is not on its list.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +17,8 @@ from typing import Any
 
 import torch
 
-_FORCE, _NEVER = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-"""torch's own variables, which `torch.load` reads at each call"""
+from megatron_lcl.convert.libraries import only_weights
+
 _REMEDY = "go on only from a checkpoint that a run of megatron_lcl wrote; train.init_from takes weights from elsewhere"
 
 
@@ -38,14 +37,8 @@ def restricted() -> Iterator[None]:
 
     DeepSpeed asks for `weights_only=False` in many places. Otherwise: pickle.UnpicklingError.
     """
-    before = {name: os.environ.pop(name, None) for name in (_FORCE, _NEVER)}
-    os.environ[_FORCE] = "1"
-    try:
-        with torch.serialization.safe_globals(deepspeed_types()):
-            yield
-    finally:
-        del os.environ[_FORCE]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
+    with only_weights(), torch.serialization.safe_globals(deepspeed_types()):
+        yield
 
 
 def load_mapped(file: Path) -> Any:
