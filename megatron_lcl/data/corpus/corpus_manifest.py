@@ -82,6 +82,13 @@ def contents_of(manifest: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([manifest["tokenizer"]["fingerprint"], *shards]).encode())
 
 
+def names_of(manifest: Mapping[str, Any]) -> str:
+    """XXH3-128 of where the documents came from, which "contents" leaves out."""
+    files, shards = manifest["files"], range(len(manifest["shards"]))
+    hashes = [files[NAMES.format(number)]["xxh3"] if has_names(manifest, number) else None for number in shards]
+    return xxhash.xxh3_128_hexdigest(json.dumps(hashes).encode())
+
+
 def check_names(names: Iterable[str], manifest: str | Path) -> None:
     """UserError where a manifest lists what is no file of its folder: it would be written, or removed, elsewhere."""
     for name in names:
