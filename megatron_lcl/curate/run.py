@@ -372,7 +372,7 @@ def _finish(
     shards = [shard for part in written for shard in part.shards]
     if not shards:
         raise _nothing_left(curated)
-    drops = Drops.from_dict(work.corpus.manifest["drops"])
+    drops = work.corpus.drops
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
     samples = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in curated.samples)

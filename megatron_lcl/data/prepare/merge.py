@@ -93,7 +93,7 @@ def _join(sources: list[Path], output: Path) -> None:
                 links.append((corpus, old, new))
                 files[new] = manifest["files"][old]
             shards.append({**counts, KIND: kind})
-        drops.add(Drops.from_dict(manifest["drops"]))
+        drops.add(corpus.drops)
     tokenizer = manifests[0]["tokenizer"]
     links.append((opened[0], tokenizer["file"], tokenizer["file"]))
     files[tokenizer["file"]] = manifests[0]["files"][tokenizer["file"]]
