@@ -122,7 +122,7 @@ def test_dropped_texts_of_pages_can_be_judged(tmp_path: Path) -> None:
 
 
 def test_the_names_of_what_is_bad_stay(tmp_path: Path) -> None:
-    """In the lists of merged and curated corpora, of which the sources may be gone; the manifests have the first few."""
+    """In the lists of merged and curated corpora, whose sources may be gone; the manifests have the first few."""
     reason, names = "", list[str]()
     for part in ("a", "b"):
         documents = [Document((Text(f"{part} {k}"), Image(b"rot" if k < 8 else LARGE))) for k in range(10)]
