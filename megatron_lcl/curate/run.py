@@ -216,17 +216,15 @@ def curate_in_jobs(
     workers: processes, and so CPUs, of a job. options: those of `curate`. UserError as of `curate` and `run_jobs`,
     before any job begins where a list, model or package is to blame.
     """
-    url, output = url_of(corpus), Path(output).resolve()
+    output = Path(output).resolve()
     settings = _resolved(settings)
     if not (output / MANIFEST).exists():
         _joins_of(settings)
         _check(settings, keep=False)
         models.check(settings.models, keep=False)
-    corpus = url or Path(corpus).resolve()
     arguments = {**options, "corpus": corpus, "output": output, "settings": settings, "workers": workers}
-    run_jobs(
-        curate, arguments, engine, output=output, reads=[] if url else [Path(corpus)], cpus=workers, progress=progress
-    )
+    reads = [] if url_of(corpus) else [Path(corpus)]
+    run_jobs(curate, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress)
     return curate(**arguments)  # finished: only reads what was removed
 
 
