@@ -10,13 +10,13 @@ from typing import Any
 import xxhash
 
 from megatron_lcl.data.corpus.document import KINDS
+from megatron_lcl.data.corpus.files import CORPUS_MANIFEST as MANIFEST
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.storage.names import is_within
 from megatron_lcl.errors import UserError
 
 FORMAT_VERSION = 1
-MANIFEST = "corpus.json"
 COUNTS = ("documents", "pieces", "tokens", "placements", "images", "image_bytes")
 KIND = "kind"
 """key of a shard's kind of documents, beside its counts"""
