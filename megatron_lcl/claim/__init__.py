@@ -4,5 +4,5 @@
 `demo`; `plan.py` turns a row of a part into runs that see the same number of images; `train.sweep` runs them;
 `measure.py` evaluates each, and the learning rates on a validation split; `table.py` gives means and intervals.
 
-It may import everything but `quickstart`, `selftest` and `cli`. Begin with `run.claim`.
+May import everything but cli, quickstart and selftest. Begin with `run.claim`.
 """

@@ -1,9 +1,10 @@
 """The `megatron-lcl` command: arguments to library calls, errors to one line.
 
-One file per group of commands: training, corpus, evaluation. Each has `add_commands`, which adds its parsers, and a
-thin function per command, which calls the library and returns the exit code (None: 0). They may import everything, but
-what is slow to import only inside the function of the command that needs it: `--help` stays quick. Nothing imports
-this package except `python -m megatron_lcl` and the scripts of `tools/`. Begin with command.py.
+One file per group of commands: training, corpus, curating, fetching, planning, evaluation. Each has `add_commands`,
+which adds its parsers, and a thin function per command, which calls the library and returns the exit code (None: 0).
+May import everything. What is slow to import is imported only inside the function of the command that needs it:
+`--help` stays quick. Nothing imports this package except `python -m megatron_lcl` and the scripts of `tools/`. Begin
+with command.py.
 
 `main` is in place before anything that takes time is imported, so that a signal is answered from the first moment.
 """

@@ -114,8 +114,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     add_input(sub, "RUN", "the run folder (train.output), one of its checkpoints, or a config file", "--config")
     sub.add_argument("--step", required=True, type=int, help="counted from 0")
-    sub.add_argument("--rank", type=int, help="only what this data-parallel process reads")
-    sub.add_argument("--world-size", type=int, default=1, help="data-parallel processes (%(default)s)")
+    sub.add_argument("--rank", type=int, help="only what this data-parallel process reads, with --world-size")
+    sub.add_argument("--world-size", type=int, metavar="N", help="with --rank: data-parallel processes")
     sub.add_argument("--output", metavar="FILE", help="default: replay-STEP.html")
 
 

@@ -3,6 +3,8 @@
 `load(file, overrides)` merges a YAML file and overrides such as `{"train.steps": "100"}` over the defaults; a key
 that does not exist or has the wrong type is a `UserError` that names the nearest real one. `describe()` yields what
 `--help` prints. A section, or a few that belong together, is a file here.
+
+Imports no other package. Begin with `Config` below; `phases.py` is what it means for each step.
 """
 
 from __future__ import annotations

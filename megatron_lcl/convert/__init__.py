@@ -8,6 +8,6 @@ safetensors files; `card` writes the model card, `pool` the attention pool's fil
 A format is a module with LIBRARY (what it needs), `write` (all files but the certificate) and `features` (what the
 library computes from them), listed in `export._FORMATS`.
 
-May import `model` and what lies below it; other libraries only inside functions, after `libraries.require`. Begin with
+Imports config, data and model; other libraries only inside functions, after `libraries.require`. Begin with
 `load.load_model` and `export.export`.
 """

@@ -18,13 +18,13 @@ import yaml
 
 from megatron_lcl.config import Config, from_dict
 from megatron_lcl.convert.folder import EXPORTS, HAS_RUN, IMPORT, read_record
+from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
 from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, LOCK, METRICS, WEIGHTS
 
-_CORPUS_MANIFEST = "corpus.json"  # data.corpus.corpus_manifest.MANIFEST, which is slow to import
 WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
 """every parameter in the reference's format and the sizes, in an export to open_clip"""
 
@@ -44,7 +44,7 @@ def find_checkpoint(path: Path) -> Path:
         return complete[-1]
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}")
-    if (path / _CORPUS_MANIFEST).is_file():
+    if (path / CORPUS_MANIFEST).is_file():
         raise UserError(f"{path} is a corpus, not a checkpoint; name a run folder (train.output)")
     raise UserError(
         f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "

@@ -6,5 +6,5 @@ parallel) takes away what they said and applies the rules of whole documents to 
 copies it: token ids and encoded images as they are. `settings` are the thresholds, `presets/` those of the papers,
 `measures` what they are compared with, `page` shows what was removed.
 
-May import evaluate, convert and data. Begin with `run.py`.
+Imports config, convert, data and evaluate. Begin with `run.py`.
 """

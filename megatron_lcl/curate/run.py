@@ -40,7 +40,7 @@ from megatron_lcl.curate.passes import (
 )
 from megatron_lcl.curate.settings import Settings, as_recipe, rules_of
 from megatron_lcl.curate.write import groups, shards_folder, write
-from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, read_manifest
+from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, names_of, read_manifest
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
@@ -166,12 +166,13 @@ def curate(
         raise UserError(f"{output} is, lies in, or holds the corpus that is curated; give another folder")
     recipe: dict[str, Any] = {
         "curated": source.fingerprint,
+        "names": names_of(source.manifest),
         "thresholds": {**as_recipe(settings), **encoder, **{join.rule: join.threshold for join in joins}},
         "libraries": _libraries(settings),
         "layout": [task_bytes],
         "rules": EVALUATION_RULES if settings.evaluation.sets else _RULES,
     }
-    if is_finished_corpus(output, recipe):
+    if is_finished_corpus(output, recipe, ["names"]):
         clear_up(output)
         return read_curated(output, reused=True)
     source.check_sizes()
@@ -180,7 +181,7 @@ def curate(
     try:
         with clear_errors(output), in_work_folder(work.folder) as scratch:
             claim(work.folder, recipe, scratch)
-            if not is_finished_corpus(output, recipe):  # by others, since the first look
+            if not is_finished_corpus(output, recipe, ["names"]):  # by others, since the first look
                 tasks, counted = _decide(work, task_bytes, workers, job, progress)
                 parts = list(_each(write, "shards", work, groups(work, tasks), workers, job, progress))
                 with waiting_for_others(work.folder / "lock"):
@@ -215,17 +216,15 @@ def curate_in_jobs(
     workers: processes, and so CPUs, of a job. options: those of `curate`. UserError as of `curate` and `run_jobs`,
     before any job begins where a list, model or package is to blame.
     """
-    url, output = url_of(corpus), Path(output).resolve()
+    output = Path(output).resolve()
     settings = _resolved(settings)
     if not (output / MANIFEST).exists():
         _joins_of(settings)
         _check(settings, keep=False)
         models.check(settings.models, keep=False)
-    corpus = url or Path(corpus).resolve()
     arguments = {**options, "corpus": corpus, "output": output, "settings": settings, "workers": workers}
-    run_jobs(
-        curate, arguments, engine, output=output, reads=[] if url else [Path(corpus)], cpus=workers, progress=progress
-    )
+    reads = [] if url_of(corpus) else [Path(corpus)]
+    run_jobs(curate, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress)
     return curate(**arguments)  # finished: only reads what was removed
 
 
@@ -371,7 +370,7 @@ def _finish(
     shards = [shard for part in written for shard in part.shards]
     if not shards:
         raise _nothing_left(curated)
-    drops = Drops.from_dict(work.corpus.manifest["drops"])
+    drops = work.corpus.drops
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
     samples = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in curated.samples)

@@ -5,5 +5,5 @@ pictures with names (`pictures.py`), which `split.py` divides, `documents.py` ar
 writes: documents in the generic format, corpora, and labeled pictures for `evaluate`. `manual.py` is the GIMP manual.
 `train.py` trains on them (`--train`; `emoji.yaml`, `things.yaml`).
 
-It may import everything but `quickstart`, `selftest` and `cli`. Begin with `run.demo`.
+May import everything but claim, cli, quickstart and selftest. Begin with `run.demo`.
 """

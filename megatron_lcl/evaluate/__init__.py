@@ -8,6 +8,6 @@ Any encoder on any images: `run` opens the images (`sources`), checks that they 
 Held-out documents: `heldout` measures the contrast and the generation by the rules of `rules`; `heldout_results` is
 what was measured.
 
-May import `convert` and what lies below it; not `train`, which makes held-out evaluations of its own run. Begin with
-`run.evaluate` and `heldout.evaluate_checkpoint`.
+Imports config, convert, data, model, objectives and parallel. Not `train`, which makes held-out evaluations of its own
+run. Begin with `run.evaluate` and `heldout.evaluate_checkpoint`.
 """

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from megatron_lcl.data.corpus.corpus_manifest import MANIFEST as CORPUS_MANIFEST
+from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.data.corpus.probe import image_suffixes
 from megatron_lcl.data.corpus.store import IMAGE, TEXT, Corpus, is_corpus, open_corpus
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files

@@ -2,7 +2,7 @@
 
 `layers` has the list, `block` what both encoders are made of, `initialize` the initial parameters, `lcl` the class
 `LCL` of the library, `reference_format` the names and sizes of the published checkpoints, `special` the special tokens'
-ids. May import `attention`, `losses`, `parallel`, the batch of `data.loading`, and `config`; nothing of `train`.
+ids.
 
-Begin with `layers.layer_specs`.
+Imports attention, config, data.loading, losses and parallel. Begin with `layers.layer_specs`.
 """

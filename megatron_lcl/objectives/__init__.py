@@ -1,9 +1,10 @@
 """What a run minimizes, one object an objective; `create` finds the one that `objective.name` names.
 
 An objective says which sequences it reads, what it wants of the forward, its loss over the global batch as a sum of
-terms, its metrics and what it costs. The steppers, the pipeline's schedule and the traffic formula ask it. Begin with
-base.py; contrast.py, generation.py and regression.py are the terms there are, built_in.py the objectives made of them.
-May import config, data, parallel, losses and model, never train.
+terms, its metrics and what it costs. The steppers, the pipeline's schedule and the traffic formula ask it.
+
+Imports config, data.loading, losses, model and parallel. Begin with base.py; contrast.py, generation.py and
+regression.py are the terms there are, built_in.py the objectives made of them.
 
 Another package adds an objective with an entry point in the group `megatron_lcl.objectives`, whose name is the
 objective's and whose object is an `Objective` class.

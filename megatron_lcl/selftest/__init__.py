@@ -2,5 +2,7 @@
 
 cases.py has the layouts and batches, reference.py the same steps without any parallelism, worker.py runs one process of
 a case, count_traffic.py counts what it sends (what it must is in train/traffic.py); kernels.py compares attention
-and loss kernels with the plain formula. Begin with run.py. May import everything but cli and quickstart.
+and loss kernels with the plain formula.
+
+May import everything but cli and quickstart. Begin with run.py.
 """

@@ -5,5 +5,5 @@ Begin with `run.py`, which reads top to bottom as the run: `checks.py` before it
 keeps a run going or ends it in order, `pipeline/` stages on several processes. `layout.py`, `settings.py` and
 `memory.py` say what fits together; `launch.py` starts processes; `dryrun.py` prints what a run would do.
 
-It may import every package but `cli`, `quickstart`, `selftest`, `claim`, `demo`, `report`, `curate` and `plan`.
+May import everything but claim, cli, curate, demo, plan, quickstart, report and selftest.
 """

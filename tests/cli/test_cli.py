@@ -185,7 +185,8 @@ def test_processes_are_not_for_what_a_launcher_started(
 
 
 def test_importing_the_package_is_cheap() -> None:
-    code = "import sys, megatron_lcl; print(sorted({'torch', 'numpy', 'deepspeed'} & sys.modules.keys()))"
+    """And so is what finds a run's checkpoints."""
+    code = "import sys, megatron_lcl.convert.find; print(sorted({'torch', 'numpy', 'deepspeed'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"
 

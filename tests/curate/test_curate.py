@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import contents, files, left, picture, read, removed, write
 from data.corpora import random_documents, write_corpus
+from data.helpers import TOKENIZER
 from hypothesis import strategies as st
 
 from megatron_lcl.curate import run
@@ -25,6 +26,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.pages.inspect import stats, table
 from megatron_lcl.data.prepare.merge import merge
+from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.unfinished import WORK
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
@@ -303,6 +305,34 @@ def test_recognized_and_refused(tmp_path: Path) -> None:
         curate(source, tmp_path / "new", rules(text__min_words="99", document__min_texts="1"))
     assert not (tmp_path / "new").exists()
     assert files(tmp_path / "out") == before
+
+
+def test_documents_of_other_names_are_another_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prepared again with their URLs, say: a run sees the same, but rules read names, and names are copied."""
+    source = write(tmp_path, [Document((words(4 + k), Image(picture(k)))) for k in range(4)])
+    (tmp_path / "in" / "documents.jsonl").rename(tmp_path / "in" / "0.jsonl")
+    preprocess("jsonl", tmp_path / "in", tmp_path / "other", tokenizer=TOKENIZER)
+    assert open_corpus(source).fingerprint == open_corpus(tmp_path / "other").fingerprint
+    given = rules(document__unsafe_names="[DOCUMENTS.jsonl@0]")
+    curate(source, tmp_path / "out", given)
+    with pytest.raises(UserError, match=r"holds another corpus \(its names differ\)"):
+        curate(tmp_path / "other", tmp_path / "out", given)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curate(source, tmp_path / "new", given)
+    with pytest.raises(UserError, match="unfinished corpus of other input"):
+        curate(tmp_path / "other", tmp_path / "new", given)
+    # an earlier release did not record them
+    manifest = read_manifest(tmp_path / "out")
+    del manifest["recipe"]["names"], manifest["fingerprint"]
+    write_manifest(tmp_path / "out", manifest)
+    assert curate(source, tmp_path / "out", given).reused
+    assert "did not record the names of its source, and stays as it is" in caplog.text
+    with pytest.raises(UserError, match=r"\(its thresholds differ\)"):
+        curate(source, tmp_path / "out", rules(text__min_words="5"))
 
 
 def test_curated_corpora_are_merged_and_curated_again(tmp_path: Path) -> None:

@@ -5,5 +5,5 @@
 which images are usable, `drops.py` counts what was dropped, `kinds.py` says how a shard's images stand to its texts.
 `files.py` (hashes, durable writes) and `manifest.py` (the manifest of a folder) serve checkpoints and exports as well.
 
-Imports nothing of data's other rooms. Begin with `document.py`, then `store.py`.
+Imports data.storage. Begin with `document.py`, then `store.py`.
 """

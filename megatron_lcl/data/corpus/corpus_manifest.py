@@ -10,13 +10,13 @@ from typing import Any
 import xxhash
 
 from megatron_lcl.data.corpus.document import KINDS
+from megatron_lcl.data.corpus.files import CORPUS_MANIFEST as MANIFEST
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.storage.names import is_within
 from megatron_lcl.errors import UserError
 
 FORMAT_VERSION = 1
-MANIFEST = "corpus.json"
 COUNTS = ("documents", "pieces", "tokens", "placements", "images", "image_bytes")
 KIND = "kind"
 """key of a shard's kind of documents, beside its counts"""
@@ -80,6 +80,13 @@ def contents_of(manifest: Mapping[str, Any]) -> str:
         for number, shard in enumerate(manifest["shards"])
     ]
     return xxhash.xxh3_128_hexdigest(json.dumps([manifest["tokenizer"]["fingerprint"], *shards]).encode())
+
+
+def names_of(manifest: Mapping[str, Any]) -> str:
+    """XXH3-128 of where the documents came from, which "contents" leaves out."""
+    files, shards = manifest["files"], range(len(manifest["shards"]))
+    hashes = [files[NAMES.format(number)]["xxh3"] if has_names(manifest, number) else None for number in shards]
+    return xxhash.xxh3_128_hexdigest(json.dumps(hashes).encode())
 
 
 def check_names(names: Iterable[str], manifest: str | Path) -> None:

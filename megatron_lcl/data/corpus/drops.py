@@ -116,6 +116,19 @@ class Drops:
         """The rows as JSON lines, for the file `LOG`."""
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows()).encode()
 
+    @classmethod
+    def from_log(cls, log: bytes) -> Drops:
+        """Back from `log`. KeyError, TypeError or ValueError where it is none."""
+        drops = cls()
+        counts_of = {"bad": drops.bad_counts, "left out": drops.left_out_counts, "noted": drops.noted_counts}
+        for row in map(json.loads, log.splitlines()):
+            reason = row["reason"]
+            counts_of[row["what"]][reason] = row["count"]
+            drops.names[reason] = row["names"]
+            if row["samples"]:
+                drops.samples[reason] = [(sample["text"], sample["name"]) for sample in row["samples"]]
+        return drops
+
     def to_dict(self, names_kept: int = BAD_KEPT) -> dict[str, Any]:
         """JSON-able, with so many names of each reason at most."""
         return {

@@ -1,4 +1,4 @@
-"""Files: their hashes, and durable writes."""
+"""Files: their hashes, and durable writes. Imports nothing slow: commands that only look at folders need it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import os
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
 from megatron_lcl.errors import naming
 
+if TYPE_CHECKING:
+    import numpy as np
+
+CORPUS_MANIFEST = "corpus.json"
+"""a corpus's file that is written last (`corpus_manifest.py`)"""
 _BLOCK = 1 << 22
 
 
@@ -37,6 +41,8 @@ def sync(path: Path) -> None:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write a `.npy` file and fsync it."""
+    import numpy as np
+
     with naming(path), open(path, "wb") as file:
         np.save(SimpleNamespace(write=file.write), array)  # type: ignore[call-overload]  # to a file: no errno on error
         file.flush()
@@ -45,6 +51,8 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
     """A new `.npy` file, mapped, with its space on the disk: a page without any would end the process by SIGBUS."""
+    import numpy as np
+
     with naming(path):
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         if array.nbytes and hasattr(os, "posix_fallocate"):  # not on macOS

@@ -41,6 +41,7 @@ from megatron_lcl.data.corpus.corpus_manifest import (
     shard_files,
 )
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
+from megatron_lcl.data.corpus.drops import LOG, Drops
 from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, map_file, read_indexed, write_file
 from megatron_lcl.data.corpus.names import Names, NamesWriter
 from megatron_lcl.data.corpus.remote import Remote, open_remote
@@ -360,6 +361,18 @@ class Corpus(Sequence[Document]):
         if kinds.were_lost(self.manifest):
             return xxhash.xxh3_128_hexdigest(" ".join([own, *self.kinds]).encode())
         return own
+
+    @property
+    def drops(self) -> Drops:
+        """What was dropped on the way into it, with all the names that are known. UserError where a file is damaged."""
+        if LOG not in self.manifest["files"]:  # of an earlier release
+            return Drops.from_dict(self.manifest["drops"])
+        if self.remote:
+            self.remote.copy([LOG])
+        try:
+            return Drops.from_log((self.path / LOG).read_bytes())
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{self.where}/{LOG} is damaged; `megatron-lcl verify` says what else is") from None
 
     @cached_property
     def kinds(self) -> tuple[Kind, ...]:

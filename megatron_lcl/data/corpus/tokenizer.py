@@ -27,12 +27,11 @@ import numpy as np
 import regex
 import xxhash
 
+from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.errors import UserError
 
 JoinedEncoder = Callable[[list[str]], tuple[bytes, list[int]]]
 """Texts → all their ids one after another as int32, and how many each has. UnicodeEncodeError for lone surrogates."""
-_MANIFEST = "corpus.json"
-"""a corpus's, which names its tokenizer"""
 SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>", "<img_placehold>", "<start_of_img>", "<end_of_img>")
 
 
@@ -135,11 +134,11 @@ def load(source: str | Path) -> Tokenizer:
     if str(source) == "clip":
         return ClipTokenizer(_installed_merges())
     path = Path(source)
-    if (path / _MANIFEST).exists():
+    if (path / CORPUS_MANIFEST).exists():
         try:
-            path /= json.loads((path / _MANIFEST).read_bytes())["tokenizer"]["file"]
+            path /= json.loads((path / CORPUS_MANIFEST).read_bytes())["tokenizer"]["file"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path / _MANIFEST} is damaged, and does not name a tokenizer") from None
+            raise UserError(f"{path / CORPUS_MANIFEST} is damaged, and does not name a tokenizer") from None
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -8,7 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Task:
     logs: Path
     """a folder that is there before the first job begins"""
     reads: tuple[Path, ...]
+    directory: Path = field(default_factory=Path.cwd)
+    """where the command was given: relative paths are meant from there, and an engine may start processes elsewhere"""
 
     def log(self, index: int) -> Path:
         """What a job of an engine without logs of its own writes; a later try follows an earlier one."""
@@ -36,6 +38,8 @@ class Task:
 def do(task: Task, index: int) -> str:
     """Do a job; what went wrong, in one line, or "". The traceback goes to stderr."""
     try:
+        with contextlib.suppress(OSError):  # this machine may lack it, and all paths be absolute
+            os.chdir(task.directory)
         for path in (*task.reads, task.logs):
             if not path.exists():
                 raise UserError(

@@ -5,7 +5,7 @@ URL's turn it is (connections and delay of each host, retries); `client.py` fetc
 and why; `addresses.py` says which addresses are public; `store.py` writes shards and their tables, all or nothing;
 `run.py` does the parts in several processes, each of one event loop, and in jobs of an engine (`data/engines`).
 
-Imports data.prepare (the readers of JSON lines, the names of a store's members), data.engines and data.corpus. aiohttp
-and Protego are the extra `fetch`, imported by `client.py` only, which is imported late. Begin with the header of
-`store.py`.
+Imports data.corpus, data.engines, data.prepare.importers and data.storage. (Of the importers the readers of JSON lines,
+and the names of a store's members.) aiohttp and Protego are the extra `fetch`, imported by `client.py` only, which is
+imported late. Begin with the header of `store.py`.
 """

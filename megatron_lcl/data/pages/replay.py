@@ -14,7 +14,9 @@ import numpy as np
 import PIL.Image
 
 from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megatron_lcl.data.loading.ahead import Turns
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import PackedLoader, loader_of
@@ -31,20 +33,27 @@ def replay_html(
     sequences: Sequences,
     step: int,
     rank: int | None = None,
-    world_size: int = 1,
+    world_size: int | None = None,
     ledger: Ledger | None = None,
 ) -> str:
     """The batch of step `step` (counted from 0) of a run with this config, as one self-contained page.
 
     sequences: those that the run's objective reads.
-    rank: only what data-parallel process `rank` of `world_size` reads; None: the whole step. ledger: the run's, from a
-    checkpoint, if its blend has changed or ranges were skipped. UserError for a step or rank that cannot be.
+    rank: only what data-parallel process `rank` of `world_size` reads, with the micro-batch that the config has in this
+    step; None: the whole step. ledger: the run's, from a checkpoint, if its blend has changed or ranges were skipped.
+    UserError for a step or rank that cannot be, or where the processes cannot divide the batch.
     """
     if step < 0:
         raise UserError(f"step {step}; steps count from 0")
-    who = "all processes" if rank is None else f"process {rank} of {world_size}"
-    mine, size = (0, 1) if rank is None else (rank, world_size)
-    packs = _render(_loader(config, sequences, step, None, mine, size, ledger))
+    if rank is None:
+        who, layout = "all processes", {}
+    elif world_size is None:
+        raise UserError(f"--rank {rank}: what it reads depends on the number of processes; give --world-size as well")
+    else:
+        who = f"process {rank} of {world_size}"
+        micro_batch = phase_at(config, step).config.train.micro_batch
+        layout = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch}
+    packs = _render(_loader(config, sequences, step, None, ledger, **layout))
     return _template("page.html").render(title=f"Step {step}, {who}", packs=packs)
 
 
@@ -53,7 +62,7 @@ def render_first_packs(config: Config, sequences: Sequences, packs: int, ledger:
 
     UserError where corpora that they are of are not here.
     """
-    return _render(_loader(config, sequences, 0, packs, 0, 1, ledger), folded=True, side=_SHOWN)
+    return _render(_loader(config, sequences, 0, packs, ledger), folded=True, side=_SHOWN)
 
 
 def _loader(
@@ -61,23 +70,21 @@ def _loader(
     sequences: Sequences,
     step: int,
     packs: int | None,
-    rank: int,
-    world_size: int,
     ledger: Ledger | None,
+    **layout: int,
 ) -> PackedLoader:
-    """The first packs of a step; None: all. What a step reads is the ledger's to say."""
+    """The first packs of a step; None: all. What a step reads is the ledger's to say. layout: for PackedLoader."""
     ledger = ledger or open_run_ledger(config, sequences)
     reading, first_pack = ledger.reading_at(step, config)
     return loader_of(
         reading,
         replace(config.data, workers=0),
         sequences,
-        rank=rank,
-        world_size=world_size,
         global_batch=packs or reading.global_batch,
         first_pack=first_pack,
         steps=1,
         ledger=ledger,
+        **layout,
     )
 
 
@@ -87,9 +94,11 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _render(loader: PackedLoader, folded: bool = False, side: int | None = None) -> str:
+    numbers = tuple(number for micro_batch in range(len(loader)) for number in loader.packs_of(micro_batch))
+    batches = Turns(loader.reader, lambda turn: numbers[turn : turn + 1], len(numbers))  # of one pack each
     packs = []
-    for batch in loader:
-        number = batch.packs[0]
+    for turn, number in enumerate(numbers):
+        batch = batches[turn]
         # of the pack's own blend, of which the config may have other corpora by now; they have one tokenizer
         corpora = {source.corpus.where: source.corpus for source in loader.reader.index[number].sources}
         tokenizer = next(iter(corpora.values())).tokenizer

@@ -6,5 +6,5 @@
 (`data/engines`) run the work in jobs. `budget.py` stops where too much of the input is bad, `sorting.py` sorts
 hashes beyond memory, `holdout.py` chooses held-out documents. `importers/` has a file for each source format.
 
-Imports data.corpus and data.engines, not data.loading. Begin with the header of `preprocess.py`.
+Imports data.corpus, data.engines and data.storage. Begin with the header of `preprocess.py`.
 """

@@ -15,6 +15,7 @@ from megatron_lcl.data.corpus.corpus_manifest import (
     MANIFEST,
     check_names,
     has_names,
+    names_of,
     read_manifest,
     shard_files,
     total,
@@ -55,15 +56,21 @@ def _is_done(sources: list[Path], output: Path, move: bool) -> bool:
     """Whether `output` is what joining the sources gave; of moved ones some, or all, may be gone."""
     if not (output / MANIFEST).exists():
         return False
-    merged = read_manifest(output).get("recipe", {}).get("merged", ())
-    there = [open_corpus(s).manifest["fingerprint"] if url_of(s) or (s / MANIFEST).exists() else None for s in sources]
-    return len(there) == len(merged) > 0 and all(
-        a == b or (move and a is None) for a, b in zip(there, merged, strict=True)
-    )
+    recipe = read_manifest(output).get("recipe", {})
+    merged = recipe.get("merged", ())
+    names = recipe.get("names", [None] * len(merged))  # an earlier release did not record them
+    there = [open_corpus(s).manifest if url_of(s) or (s / MANIFEST).exists() else None for s in sources]
+
+    def is_it(manifest: dict[str, Any] | None, fingerprint: str, its_names: str | None) -> bool:
+        if manifest is None:
+            return move
+        return manifest["fingerprint"] == fingerprint and its_names in (None, names_of(manifest))
+
+    return len(there) == len(merged) > 0 and all(map(is_it, there, merged, names))
 
 
 def _join(sources: list[Path], output: Path) -> None:
-    recipe: dict[str, Any] = {"merged": []}
+    recipe: dict[str, Any] = {"merged": [], "names": []}
     if not sources:
         raise UserError("no corpus to merge")
     if len({s.resolve() for s in sources}) < len(sources):
@@ -87,13 +94,14 @@ def _join(sources: list[Path], output: Path) -> None:
         corpus.check_sizes()
         manifest = corpus.manifest
         recipe["merged"].append(manifest["fingerprint"])
+        recipe["names"].append(names_of(manifest))
         for number, (counts, kind) in enumerate(zip(manifest["shards"], corpus.kinds, strict=True)):
             names = has_names(manifest, number)
             for old, new in zip(shard_files(number, names), shard_files(len(shards), names), strict=True):
                 links.append((corpus, old, new))
                 files[new] = manifest["files"][old]
             shards.append({**counts, KIND: kind})
-        drops.add(Drops.from_dict(manifest["drops"]))
+        drops.add(corpus.drops)
     tokenizer = manifests[0]["tokenizer"]
     links.append((opened[0], tokenizer["file"], tokenizer["file"]))
     files[tokenizer["file"]] = manifests[0]["files"][tokenizer["file"]]

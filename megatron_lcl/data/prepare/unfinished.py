@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ _LAYOUT = {"unfinished": 3}
 logger = logging.getLogger(__name__)
 
 
-def is_finished_corpus(folder: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. UserError for all else."""
+def is_finished_corpus(folder: Path, recipe: Mapping[str, Any], new: Sequence[str] = ()) -> bool:
+    """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. UserError for all else.
+
+    new: keys that the recipes of earlier releases lack: their finished corpora are recognized without, with a warning.
+    """
     ours = json.loads(json.dumps(recipe))
     work = folder / WORK
     try:  # before the manifest: the record is deleted once that is there
@@ -35,7 +38,8 @@ def is_finished_corpus(folder: Path, recipe: Mapping[str, Any]) -> bool:
         record = None
     if (folder / MANIFEST).exists():
         theirs = read_manifest(folder).get("recipe", {})
-        different = [key for key in ours if key not in theirs or theirs[key] != ours[key]]
+        unknown = [key for key in new if key not in theirs]
+        different = [key for key in ours if key not in unknown and (key not in theirs or theirs[key] != ours[key])]
         if different == ["rules"]:  # whoever trains from it goes on with it
             logger.warning(
                 "%s was made by another version's rules for %s and stays as it is; give a new folder for today's",
@@ -46,6 +50,13 @@ def is_finished_corpus(folder: Path, recipe: Mapping[str, Any]) -> bool:
             raise UserError(
                 f"{folder} holds another corpus (its {', '.join(different)} differ); give a new folder, and join "
                 "corpora with `megatron-lcl merge`"
+            )
+        elif unknown:
+            logger.warning(
+                "%s was made by an earlier release, which did not record the %s of its source, and stays as it is; if "
+                "they have changed, give a new folder",
+                folder,
+                ", ".join(unknown),
             )
         return True
     if record is not None:

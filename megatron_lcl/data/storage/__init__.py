@@ -6,5 +6,5 @@ loader processes. `blocks.py` keeps ranges of one object on the local disk. `pat
 input, `upload.py` folders as outputs. `names.py` tells which names of a manifest may be written. `faults.py` says
 errors in one line.
 
-Imports nothing of data's other rooms. Begin with `store.py`.
+Imports no other package. Begin with `store.py`.
 """

@@ -99,6 +99,24 @@ def test_merge_refuses(corpus: Path, tmp_path: Path) -> None:
         merge([tmp_path / "nowhere"], tmp_path / "out")
 
 
+def test_a_source_whose_documents_have_other_names_was_not_merged(corpus: Path, tmp_path: Path) -> None:
+    """Moved as if it had been, they were lost: contents alone make two corpora one and the same."""
+    merge([corpus], tmp_path / "both")
+    writers.write_jsonl(DOCUMENTS, tmp_path / "renamed")
+    (tmp_path / "renamed" / "documents.jsonl").rename(tmp_path / "renamed" / "0.jsonl")
+    preprocess("jsonl", tmp_path / "renamed", tmp_path / "other", tokenizer=TOKENIZER)
+    assert open_corpus(tmp_path / "other").fingerprint == open_corpus(corpus).fingerprint
+    with pytest.raises(UserError, match="not empty"):
+        merge([tmp_path / "other"], tmp_path / "both", move=True)
+    assert open_corpus(tmp_path / "other").name(0).startswith("0.jsonl")
+    # an earlier release did not record the names
+    manifest = json.loads((tmp_path / "both" / "corpus.json").read_bytes())
+    del manifest["recipe"]["names"]
+    (tmp_path / "both" / "corpus.json").write_text(json.dumps(manifest))
+    merge([corpus], tmp_path / "both", move=True)
+    assert not corpus.exists()
+
+
 def test_merge_never_reads_its_output(corpus: Path, tmp_path: Path) -> None:
     """As `merge corpora/* --output corpora/both` does when it runs again: of one corpus both have one fingerprint."""
     merge([corpus], tmp_path / "both")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,21 @@ def test_a_machine_that_does_not_see_the_folders_says_so(tmp_path: Path) -> None
     with pytest.raises(UserError, match="there is no"):
         run_jobs(fails, arguments, Engine("local", 1), output=tmp_path / "out", reads=[tmp_path / "in"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_s_relative_paths_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines start processes elsewhere; of a folder that only the command's machine has, absolute paths remain."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    relative = Task(fails, {"folder": Path("../jobs"), "times": 0, "how": ""}, 1, 1, tmp_path, (Path("../jobs"),))
+    (tmp_path / "jobs").mkdir()
+    monkeypatch.chdir("/")
+    assert do(relative, 0) == ""
+    monkeypatch.chdir("/")
+    (tmp_path / "here").rmdir()
+    absolute = replace(relative, arguments={**relative.arguments, "folder": tmp_path / "jobs"}, reads=())
+    assert do(absolute, 0) == ""
+    assert len((tmp_path / "jobs" / "tries-0").read_text().split()) == 2
 
 
 PROGRAM = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -84,7 +85,8 @@ def ray_cluster() -> Iterator[Ray]:
         (Path(folder) / "ray").mkdir()
         for name, value in marked(mark, RAY_USAGE_STATS_ENABLED="0", RAY_TMPDIR=folder).items():
             patch.setenv(name, value)
-        cluster = Ray(Path(folder))
+        with contextlib.chdir(folder):  # not where commands are given
+            cluster = Ray(Path(folder))
         patch.delenv("TEST_MARK")
         try:
             yield cluster
@@ -198,24 +200,28 @@ def test_a_fetch_whose_node_is_killed_accounts_for_every_url_once(
 
 
 CURATE = """
-import sys
+import os, sys
 from megatron_lcl.curate.run import curate_in_jobs
 from megatron_lcl.curate.settings import read_settings
 from megatron_lcl.data.engines import Engine
-folder, address = sys.argv[1:]
-settings = read_settings(overrides={"image.max_places": "300", "duplicates.images.action": "keep-one"})
-engine = Engine("ray", 2, {"address": address})
-print(curate_in_jobs(f"{folder}/corpus", f"{folder}/out", engine, settings, task_bytes=100_000))
+folder, address, *rules = sys.argv[1:]
+os.chdir(folder)
+settings = read_settings(overrides=dict(rule.split("=") for rule in rules))
+print(curate_in_jobs("corpus", "out", Engine("ray", 2, {"address": address}), settings, task_bytes=100_000))
 """
 
 
-def test_a_curation_whose_node_is_killed_changes_no_byte(ray_cluster: Ray, command: Any, tmp_path: Path) -> None:
-    source = written(tmp_path / "in", 2, 40)
-    preprocess("jsonl", source, tmp_path / "corpus", tokenizer=TOKENIZER)
-    rules = read_settings(overrides={"image.max_places": "300", "duplicates.images.action": "keep-one"})
-    curate(tmp_path / "corpus", tmp_path / "expected", rules, task_bytes=100_000)
+def test_a_curation_whose_node_is_killed_changes_no_byte(
+    ray_cluster: Ray, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its paths are those of the folder in which the command is given."""
+    monkeypatch.chdir(tmp_path)
+    preprocess("jsonl", written(tmp_path / "in", 2, 40), "corpus", tokenizer=TOKENIZER)
+    preprocess("jsonl", written(tmp_path / "in2", 1, 1), "other", tokenizer=TOKENIZER)
+    rules = {"image.max_places": "300", "duplicates.images.action": "keep-one", "duplicates.against": "[other]"}
+    curate("corpus", "expected", read_settings(overrides=rules), task_bytes=100_000)
     node = ray_cluster.second()
-    process = command("-c", CURATE, tmp_path, ray_cluster.address)
+    process = command("-c", CURATE, tmp_path, ray_cluster.address, *(f"{key}={value}" for key, value in rules.items()))
     kill_when_busy(ray_cluster, node, tmp_path / "out.ray", process)
     code, out, said = finish(process)
     assert code == 0, said

@@ -454,8 +454,19 @@ def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
     shown = re.findall(r"<b>Document (\d+)</b>.*? · source-(\d+)\.txt</header>", page)
     assert len(shown) == page.count("<b>Document")
     assert all(number == source for number, source in shown)
-    second = replay_html(config, INTERLEAVED, 1, rank=1, world_size=2)
-    assert [n for n in range(4, 8) if f"Pack {n}</summary>" in second] == [5, 7]
+    doubled = {"schedule.phases": '[{"steps": 1, "micro_batch": 2}]', "train.micro_batch": "1"}
+    for phases, step, micro_batch in (({}, 1, 1), ({"train.micro_batch": "2"}, 1, 2), (doubled, 0, 2), (doubled, 1, 1)):
+        own = configs.load(overrides={**overrides, **phases})
+        for rank in range(2):
+            layout = {"rank": rank, "world_size": 2, "global_batch": 4, "micro_batch": micro_batch}
+            read = PackedLoader(own.data, 4, 16, 2048, **layout, first_pack=4 * step, steps=1)
+            part = replay_html(own, INTERLEAVED, step, rank=rank, world_size=2)
+            shown = [int(number) for number in re.findall(r"Pack (\d+)</summary>", part)]
+            assert shown == [number for batch in read for number in batch.packs]
+            assert len(shown) == 2
+    # every pack as it is on the page of the whole step
+    blocks = r'<details class="pack"[^>]*>.*?</details>'
+    assert re.findall(blocks, part, re.S) == re.findall(blocks, page, re.S)[1::2]
     whole = replay_html(config, INTERLEAVED, 0)
     loader = PackedLoader(config.data, 4, 16, 2048)
     num_images = sum(len(o.images) for n in range(4) for o in loader.provenance(n))
@@ -466,5 +477,11 @@ def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
     assert re.findall(r'class="pack"( open)?>\s*<summary>Pack (\d)<', first) == [(" open", "0"), ("", "1"), ("", "2")]
     skipped = render_first_packs(config, INTERLEAVED, 2, loader.ledger.skip(0, 2))
     assert re.findall(r"<summary>Pack (\d)<", skipped) == ["2", "3"]
-    with pytest.raises(ValueError, match="count from 0"):
-        replay_html(config, INTERLEAVED, -1)
+    for at, said in (
+        ({"step": -1}, "step -1; steps count from 0"),
+        ({"step": 0, "rank": 1}, "--rank 1: .* give --world-size"),
+        ({"step": 0, "rank": 2, "world_size": 2}, "rank 2 of 2 processes; ranks count from 0"),
+        ({"step": 0, "rank": 0, "world_size": 3}, "not a multiple of 3 data-parallel processes"),
+    ):
+        with pytest.raises(UserError, match=said):
+            replay_html(config, INTERLEAVED, **at)

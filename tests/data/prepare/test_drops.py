@@ -18,6 +18,9 @@ from data.helpers import TOKENIZER
 from data.writers import picture
 
 from megatron_lcl.cli import main
+from megatron_lcl.curate.run import curate
+from megatron_lcl.curate.settings import read_settings
+from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import BAD_KEPT, NAMES_KEPT, SAMPLE_CHARACTERS, SAMPLES_KEPT, Drops
 from megatron_lcl.data.corpus.store import open_corpus
@@ -26,6 +29,7 @@ from megatron_lcl.data.prepare.budget import Unusable
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import WORK, Summary, preprocess
 from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
 
 LARGE, ICON = picture(0, 80, 70), picture(1, 16, 16)
 
@@ -115,6 +119,37 @@ def test_dropped_texts_of_pages_can_be_judged(tmp_path: Path) -> None:
     merge([tmp_path / "out"], tmp_path / "merged")
     assert rows(tmp_path / "merged")["text: hidden"]["samples"] == listed["text: hidden"]["samples"]
     assert verify(tmp_path / "out") == []
+
+
+def test_the_names_of_what_is_bad_stay(tmp_path: Path) -> None:
+    """In the lists of merged and curated corpora, whose sources may be gone; the manifests have the first few."""
+    reason, names = "", list[str]()
+    for part in ("a", "b"):
+        documents = [Document((Text(f"{part} {k}"), Image(b"rot" if k < 8 else LARGE))) for k in range(10)]
+        writers.write_jsonl(documents, tmp_path / part)
+        preprocess("jsonl", tmp_path / part, tmp_path / f"{part}.corpus", tokenizer=TOKENIZER, max_bad_fraction=1)
+        found = next(iter(rows(tmp_path / f"{part}.corpus").values()))
+        reason, names = found["reason"], [*names, *found["names"]]
+    assert len(names) == 16
+    curate(tmp_path / "a.corpus", tmp_path / "curated", read_settings(overrides={"text.max_words": "1"}))
+    assert rows(tmp_path / "curated")[reason]["names"] == names[:8]
+    old = shutil.copytree(tmp_path / "b.corpus", tmp_path / "old")  # an earlier release did not write the list
+    (old / "drops.jsonl").unlink()
+    manifest = {key: value for key, value in read_manifest(old).items() if key != "fingerprint"}
+    del manifest["files"]["drops.jsonl"]
+    write_manifest(old, manifest)
+    for move, last, kept in ((False, old, 13), (True, tmp_path / "b.corpus", 16)):
+        merge([tmp_path / "a.corpus", last], tmp_path / f"merged {move}", move=move)
+        assert rows(tmp_path / f"merged {move}")[reason] == {
+            "what": "bad", "reason": reason, "count": 16, "names": names[:kept], "samples": []
+        }  # fmt: skip
+        drops = read_manifest(tmp_path / f"merged {move}")["drops"]
+        assert (drops["bad"], drops["names"][reason]) == ({reason: 16}, names[:NAMES_KEPT])
+        assert verify(tmp_path / f"merged {move}") == []
+    (log := tmp_path / "curated" / "drops.jsonl").write_bytes(b"x" * log.stat().st_size)
+    with pytest.raises(UserError, match=r"drops\.jsonl is damaged; `megatron-lcl verify"):
+        merge([tmp_path / "curated"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

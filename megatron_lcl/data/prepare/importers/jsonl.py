@@ -61,7 +61,8 @@ class JsonlImporter(ImagesByName, LinesImporter):
         near = (self.stem(unit.payload[0]),)
         for name, line in typed_lines(unit, drops, _TextsOnly):
             if isinstance(line, _TextsOnly):
-                named = its_id({"url": line.url, "id": line.id}) if line.url or line.id else {}
+                said = line.url is not None or line.id is not None
+                named = its_id({"url": line.url, "id": line.id}) if said else {}
                 yield Document(line.items, name=name, kind=line.kind, metadata=named)
             elif (kind := line.get("kind")) is not None and kind not in KINDS:
                 drops.bad("document", f"its kind is none of {', '.join(KINDS)}", name, sample=str(line))
