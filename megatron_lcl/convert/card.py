@@ -215,8 +215,36 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
 
 def _beginning(run: Config | None) -> str:
     """Whose weights the training began with: their licence is one of the result's, too."""
-    source = "auto" if run is None else run.train.init_from or run.checkpoint.resume
-    return "pre-trained from scratch" if source == "auto" else f"trained from the weights of `{_public(source)}`"
+    sources = [f"the weights of `{_public(source)}`" for source in _sources(run)]
+    return f"trained from {', trained from '.join(sources)}," if sources else "pre-trained from scratch"
+
+
+def _sources(run: Config | None) -> list[str]:
+    """What a run's weights began with, and what those did: runs and models as the configs name them, the last first.
+
+    A run that went on from another one's checkpoint began as that did, if its config is here to say how.
+    """
+    sources: list[str] = []
+    seen: set[str] = set()
+    while run is not None:
+        resumed, output = run.checkpoint.resume, Path(run.train.output).resolve()
+        goes_on = resumed != "auto" and not Path(resumed).resolve().is_relative_to(output)
+        source = resumed if goes_on else run.train.init_from
+        if source is None or source in seen:
+            break
+        seen.add(source)
+        run = _config_at(source)
+        if run is None or not goes_on:
+            sources.append(source)
+    return sources
+
+
+def _config_at(source: str) -> Config | None:
+    """The config of a run whose folder is here; None of all else."""
+    try:
+        return known_config(Path(source)) if Path(source).exists() else None
+    except UserError:  # a folder that holds no weights any more
+        return None
 
 
 def _training(run: Config | None) -> str:
@@ -288,7 +316,8 @@ def _config(run: Config) -> str:
 def _public(text: str) -> str:
     """A path's last component; another library's model (`train.init_from`) whole, but for folders in its name."""
     if re.match(r"((vision|language)=)?(timm|hf|open_clip):(?!//)", text):
-        return re.sub(r"(?<=:local-dir:)[^,]+|(?<=[:@])[/.~][^,]*", lambda path: Path(path[0]).name, text)
+        folders = r"(?<=:local-dir:)[^,]+|(?<=@)[^,]+|(?<=:)[/.~][^,]*|(?<=hf:)[^,/]+(/[^,/]+){2,}"
+        return re.sub(folders, lambda path: Path(path[0]).name, text)
     return Path(text).name if "/" in text else text
 
 

@@ -28,6 +28,7 @@ from megatron_lcl.config.phases import phase_at, phases_of
 from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ledger import Ledger
+from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
@@ -234,9 +235,10 @@ def _packs(config: Config) -> Iterator[str]:
     if later:
         yield f"phase {now.number + 1:<6}{now.describe()}"
     yield f"packs       {summarize_config(config, sequences, previous, consumed, step)}"
+    version = previous.settings["version"] if previous else VERSION
     for phase in later:
         yield f"phase {phase.number + 1:<6}{phase.describe()}"
-        yield f"packs       {summarize_config(phase.config, sequences, None, 0)}"
+        yield f"packs       {summarize_config(phase.config, sequences, None, 0, version=version)}"
 
 
 def _run(config: Config) -> Iterator[str]:

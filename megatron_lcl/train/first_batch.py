@@ -59,7 +59,8 @@ def sample_batch(config: Config, mesh: Mesh, point: ResumePoint) -> PackedBatch:
     if mesh.is_first:
         if len(phases) > 1:
             progress = replace(progress, step=0, packs=0)
-            ledger = open_run_ledger(phase.config, objectives.create(config).sequences)
+            version = ledger.settings["version"]
+            ledger = open_run_ledger(phase.config, objectives.create(config).sequences, version=version)
         packs = tuple(ledger.locate(progress.packs + i) for i in range(phase.config.train.micro_batch))
         sample = build_loader(config, mesh, phase, progress, ledger).reader[packs]
     batch = mesh.world.broadcast_object(sample)

@@ -24,11 +24,13 @@ from megatron_lcl.convert.card import Card, Measured, card_of, is_hub_id, write_
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.convert.find import known_config, read_config
 from megatron_lcl.convert.folder import IMPORT, write_record
+from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.results import Metric, Result, write_json
 from megatron_lcl.evaluate.trained import check_trained
 from megatron_lcl.model.reference_format import open_clip_config
+from megatron_lcl.run_folder import WEIGHTS
 
 hub = pytest.importorskip("huggingface_hub")
 ModelCard, ModelCardData, EvalResult = hub.ModelCard, hub.ModelCardData, hub.EvalResult
@@ -133,6 +135,9 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
         ("train__init_from", "/home/me/runs/other", "other"),
         ("train__init_from", "s3://bucket/mine/other/", "other"),
         ("train__init_from", "hf:/home/me/clip", "hf:clip"),
+        ("train__init_from", "hf:exports/me/clip", "hf:clip"),
+        ("train__init_from", "open_clip:ViT-B-32@weights/me/b.pt", "open_clip:ViT-B-32@b.pt"),
+        ("train__init_from", "open_clip:ViT-B-32@laion2b_s34b_b79k", None),
         (
             "train__init_from",
             "vision=timm:local-dir:me/vit,language=open_clip:ViT-B-32@/me/b.pt",
@@ -145,10 +150,34 @@ def test_whose_weights_a_run_began_with_is_said(tmp_path: Path, key: str, source
     """Their licence binds whoever takes these; folders are nobody's business."""
     text = to_text(Card(run=configs.replace(Config(model=TINY), **{key: source})), tmp_path)
     shown = source if shown is None else shown
-    assert f"A vision transformer trained from the weights of `{shown}` by Latent" in text
+    assert f"A vision transformer trained from the weights of `{shown}`, by Latent" in text
     assert "from scratch" not in text
     assert f"{key.partition('__')[2]}: {shown}\n" in text
     assert "/me/" not in text
+
+
+def test_runs_that_went_on_from_others_began_as_those_did(tmp_path: Path) -> None:
+    def run(name: str, **settings: Any) -> Path:
+        config = configs.replace(Config(model=TINY), train__output=str(tmp_path / name), **settings)
+        step = tmp_path / name / "checkpoints" / "step-00000001"
+        step.mkdir(parents=True)
+        for folder in (step, tmp_path / name):
+            (folder / "config.yaml").write_text(configs.to_yaml(config))
+        for name_of_file in (WEIGHTS, MANIFEST):
+            (step / name_of_file).write_bytes(b"")
+        return step
+
+    def said(step: Path) -> str:
+        return to_text(Card(run=read_config(step)), tmp_path).partition("A vision transformer ")[2].partition(" by ")[0]
+
+    library = run("a", train__init_from="hf:org/name")
+    begun = run("b", train__init_from=str(tmp_path / "a"))
+    assert said(begun) == "trained from the weights of `a`, trained from the weights of `hf:org/name`,"
+    assert said(run("c", checkpoint__resume=str(library))) == "trained from the weights of `hf:org/name`,"
+    scratch = run("d")
+    assert said(run("e", checkpoint__resume=str(scratch))) == "pre-trained from scratch"
+    assert said(run("f", checkpoint__resume=str(tmp_path / "f"))) == "pre-trained from scratch"  # its own
+    assert said(run("g", train__init_from=str(tmp_path / "g"))) == "trained from the weights of `g`,"
 
 
 def test_a_run_from_scratch_and_published_weights_say_so(tmp_path: Path) -> None:

@@ -262,31 +262,38 @@ def open_ledger(
     previous: Ledger | None = None,
     consumed: int = 0,
     but: tuple[str, ...] = (),
+    version: int = VERSION,
 ) -> Ledger:
     """The ledger of a new run, or of one resumed after `consumed` packs: `previous` and the changes of `data.corpora`.
 
     Of a run in which nothing else changes; of any other: `open_run_ledger`. Chooses I (`images_per_pack`) where the
     config leaves it open; a resumed run keeps it. UserError if a setting that fixes the packs has changed, but for
-    those named in `but`.
+    those named in `but`. version: of the rules of a new run (`source.VERSION`); a resumed one keeps its own.
     """
     blend = _blend_of(data)
-    settings = _settings_of(data, num_placeholders, context_length, sequences)
+    settings = _settings_of(data, num_placeholders, context_length, sequences) | {"version": version}
     if previous is None:
         if settings["images_per_pack"] is None:
             settings["images_per_pack"] = _choose_images(data, num_placeholders, context_length, sequences)
         return Ledger(settings, ({"from_pack": 0, "blend": blend},))
-    settings["version"] = min(VERSION, previous.settings["version"])  # its packs stay what they were
+    settings["version"] = min(VERSION, previous.settings["version"])
     _check_unchanged(settings, previous.settings, but)
     return _with_blend(previous, blend, consumed)
 
 
 def open_run_ledger(
-    config: Config, sequences: Sequences = INTERLEAVED, previous: Ledger | None = None, step: int = 0, consumed: int = 0
+    config: Config,
+    sequences: Sequences = INTERLEAVED,
+    previous: Ledger | None = None,
+    step: int = 0,
+    consumed: int = 0,
+    version: int = VERSION,
 ) -> Ledger:
     """The ledger of a run with all its phases; of one that goes on after `step` steps and `consumed` packs `previous`,
     what has changed of `data.corpora`, and of the phases that are still to come.
 
-    Where the config says of step `step` other than `previous` does, a phase begins there. UserError as `open_ledger`.
+    Where the config says of step `step` other than `previous` does, a phase begins there. UserError as `open_ledger`,
+    which says what `version` is.
     """
     phases = phases_of(config)
     early, vision = phases[0].config, phases[0].config.model.vision
@@ -300,6 +307,7 @@ def open_run_ledger(
         previous=previous,
         consumed=consumed,
         but=() if alike else PLANNED,
+        version=version,
     )
     if alike and not ledger.phases() and consumed == step * early.train.global_batch:
         return ledger
@@ -363,7 +371,6 @@ def _settings_of(data: Data, num_placeholders: int, context_length: int, sequenc
         settings["captions"] = True
     if sequences.captions and not sequences.doubled:
         settings["captions_alone"] = True
-    settings["version"] = VERSION
     return settings
 
 

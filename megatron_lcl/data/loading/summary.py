@@ -11,6 +11,7 @@ from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.rules import Sequences
+from megatron_lcl.data.loading.source import VERSION
 
 PACKS = 64
 """packs that are looked at; those of a corpus are alike, being drawn at random"""
@@ -74,14 +75,20 @@ def summarize(loader: PackedLoader, consumed: int, chosen: bool) -> Summary:
 
 
 def summarize_config(
-    config: Config, sequences: Sequences, previous: Ledger | None, consumed: int, step: int = 0
+    config: Config,
+    sequences: Sequences,
+    previous: Ledger | None,
+    consumed: int,
+    step: int = 0,
+    version: int = VERSION,
 ) -> Summary:
     """Of a run's next packs after `step` steps and `consumed` packs.
 
-    sequences: those that the run's objective reads; previous: the run's ledger, where it has one.
+    sequences: those that the run's objective reads; previous: the run's ledger, where it has one; version: else that of
+    its rules (`source.VERSION`).
     """
     phase = phase_at(config, step)
-    ledger = open_run_ledger(config, sequences, previous, step, consumed)
+    ledger = open_run_ledger(config, sequences, previous, step, consumed, version)
     reading, _ = ledger.reading_at(step, phase.config)
     loader = loader_of(reading, config.data, sequences, first_pack=consumed, ledger=ledger)
     return summarize(loader, consumed, phase.config.data.images_per_pack is None)

@@ -187,6 +187,7 @@ def test_a_run_keeps_the_rules_of_the_version_that_began_it(make_corpus: MakeCor
     assert images_alone(index_of(data, new)) == 0
     assert images_alone(index_of(data, old)) == 6  # of 121 to 126 tokens: what is left of longer ones fits
     assert index_of(data, old).ledger.settings == old.settings
+    assert open_ledger(data, P, CONTEXT, version=1) == old  # what is said of phases that are to come
 
 
 def test_seed_corpus_and_config_each_give_their_own_index(make_corpus: MakeCorpus, cache: Path) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_lcl.config import Data
@@ -120,16 +120,25 @@ def found_images(rows: np.ndarray) -> np.ndarray:
     return rows[rows[:, 3] == IMAGE_ROW]
 
 
+TWO_BEFORE = (
+    np.array([20, 1, 1], np.int32),
+    np.array([0, 1, 1], np.int8),
+    np.full(2, 0.3, np.float32),
+    np.zeros(2, np.int32),
+)
+
+
+@example(TWO_BEFORE, NATURAL._replace(image_first=1.0, cut_beside_images=True), 0)
 @settings(max_examples=200)
 @given(documents(), rules_of, st.integers(0, 2**63))
 def test_a_text_is_cut_only_if_it_is_too_long(document, rules, seed) -> None:  # type: ignore[no-untyped-def]
     lengths, modes, similarity, matched = document
     rows = arrange(lengths, modes, similarity, matched, np.uint64(seed), rules._replace(carry_text=False))
     times = Counter(int(p) for _, p, _, e in rows if e != IMAGE_ROW)
-    beside = np.zeros(len(modes), bool)
+    beside = np.zeros(len(modes), int)
     if rules.cut_beside_images:
         matches = np.zeros_like(matched) if rules.pairs and (modes == 0).sum() == 1 else matched
-        beside[np.flatnonzero(modes == 0)[np.unique(matches[matches >= 0])]] = True
+        np.add.at(beside, np.flatnonzero(modes == 0)[matches[matches >= 0]], 1)
     for piece, count in times.items():
         assert count == 1 or lengths[piece] > rules.max_tokens - 2 - rules.image_tokens * beside[piece]
 
@@ -163,7 +172,17 @@ def test_the_images_of_a_segment_that_is_cut_stand_beside_it() -> None:
         for p in (0, 1)
     ]
     assert rows[0] == [[0, 0, 0, 10], [0, 2, 0, 4], [1, 2, 4, 28], [1, 1, 0, -1]]
-    assert rows[1] == [[0, 0, 0, 10], [0, 1, 0, -1], [0, 2, 0, 14], [1, 2, 14, 28]]
+    assert rows[1] == [[0, 0, 0, 10], [1, 1, 0, -1], [1, 2, 0, 24], [2, 2, 24, 28]]
+    # an image on either side: half each, where it fits
+    sides = [
+        arrange(
+            np.array([1, length, 1], np.int32), np.array([1, 0, 1], np.int8), np.full(2, 0.3, np.float32),
+            np.zeros(2, np.int32), np.uint64(seed), rules._replace(images_per_segment=2),
+        ).tolist()
+        for length in (20, 60) for seed in range(32)
+    ]  # fmt: skip
+    assert [[0, 0, 0, -1], [0, 1, 0, 10], [1, 1, 10, 20], [1, 2, 0, -1]] in sides
+    assert [[0, 0, 0, -1], [0, 1, 0, 24], [1, 1, 24, 36], [2, 1, 36, 60], [2, 2, 0, -1]] in sides
     # with no place for another image in the sequence, as with none for its tokens
     three = np.array([10, 1, 10, 1], np.int32), np.array([0, 1, 0, 1], np.int8)
     both = np.full(2, 0.3, np.float32), np.array([0, 1], np.int32)
