@@ -88,6 +88,10 @@ def test_the_short_one_leaves_nothing_out() -> None:
         elif field.name == "objective":  # the loss of captions is coca's as well
             known -= {"genlip"}
         assert covered == known, field.name
+    for world in (1, 2, 4):  # what most runs are, on any number of GPUs
+        fitting = [case for case in those_that_fit(CASES, world) if isinstance(case, Case)]
+        assert "bfloat16" in {case.dtype for case in fitting}
+        assert (Case(data=2) in fitting) == (world > 1)
 
 
 def test_in_the_same_precision_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
