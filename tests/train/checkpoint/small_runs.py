@@ -24,7 +24,7 @@ from megatron_lcl.model.special import SpecialTokens
 GLOBAL_BATCH = 6  # divides among one, two and three processes
 LR = (1e-2, 8e-3, 6e-3, 4e-3, 2e-3, 1e-3)  # of the steps
 PARTITION = (0, 4)  # of a pipeline of two stages
-FIRST, LAST = 3, 5  # steps before the checkpoint, and of a job in all
+FIRST, LAST = 3, 6  # steps before the checkpoint, and of a job in all
 
 
 @dataclass(frozen=True)
