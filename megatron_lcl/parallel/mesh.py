@@ -114,6 +114,12 @@ class Axis:
         ranks = tuple(dist.get_process_group_ranks(group))
         return cls(group, rank, len(ranks), ranks)
 
+    @classmethod
+    def of_all(cls) -> Axis:
+        """All processes, which call it together."""
+        hosts = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+        return replace(cls.of_group(dist.group.WORLD), host_group=hosts)
+
     def _group_of(self, tensor: torch.Tensor) -> dist.ProcessGroup | None:
         """The group by which a tensor travels."""
         return self.host_group if self.host_group is not None and tensor.device.type == "cpu" else self.group
@@ -250,9 +256,8 @@ class Mesh:
     @classmethod
     def of_lists(cls, lists: Mapping[str, Sequence[Sequence[int]]]) -> Mesh:
         """Axes by name, each as lists of global ranks that share it. All processes call it together."""
-        hosts = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
-        world = replace(Axis.of_group(dist.group.WORLD), host_group=hosts)
-        return cls(world, **{name: _axis(of_axis, hosts) for name, of_axis in lists.items()})
+        world = Axis.of_all()
+        return cls(world, **{name: _axis(of_axis, world.host_group) for name, of_axis in lists.items()})
 
     @property
     def is_first(self) -> bool:

@@ -1,7 +1,8 @@
 """`megatron-lcl selftest --all-reduce`: do all processes of a launch reach each other, and how fast?
 
 Every process says in the launch's store that it is there. Once all are, a `Watchdog` names the one that hangs or dies,
-while one sum goes over all of them, which is checked and then timed. The sbatch scripts run it before training.
+while one sum goes over all of them, which is checked and then timed, and then one of a number in host memory. On GPUs
+that travels by gloo, as much does in every step of a run. The sbatch scripts run it before training.
 """
 
 from __future__ import annotations
@@ -57,8 +58,11 @@ def check_all_reduce(timeout: float) -> str:
             group = dist.PrefixStore("all-reduce", store)
             limit = timedelta(seconds=2 * timeout)  # the watchdog is sooner, and knows whose fault it is
             dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=limit)
+            world = Axis.of_all()
         with watchdog.long_phase(0, "summing over all processes"):
             first, seconds = _time_all_reduce(SIZES[backend], rank, size)
+        with watchdog.long_phase(0, "summing over all hosts by gloo"):
+            world.all_reduce(torch.ones(1))
         dist.barrier()  # the first process serves the store
     dist.destroy_process_group()
     bandwidth = bus_bandwidth(SIZES[backend], seconds, size) / 1e9

@@ -164,6 +164,7 @@ CASES = (
     Case(),
     Case(tensor=2),
     Case(pipeline=2, strategy="recompute"),
+    Case(data=2),
     Case(data=2, zero=2),
     Case(data=2, zero=3, strategy="recompute"),
     Case(tensor=2, pipeline=2),
@@ -174,12 +175,13 @@ CASES = (
     Case(tensor=2, data=2, optimizer="muon", averages=True),
     Case(tensor=2, pipeline=2, objective="siglip", options=True),
     # what a run on GPUs uses: half precision, and with it flash-attn or torch's variable-length attention
+    Case(dtype="bfloat16"),
     Case(pipeline=2, data=2, strategy="recompute", dtype="bfloat16"),
 )
-"""each axis, ZeRO stage, strategy, objective, optimizer and option at least once"""
+"""each axis, ZeRO stage, strategy, objective, optimizer and option at least once; on one GPU bfloat16 too, on two plain
+data parallelism"""
 MORE_CASES = (
     Case(pipeline=2),
-    Case(data=2),
     Case(data=2, strategy="recompute"),
     Case(tensor=2, pipeline=2, strategy="recompute"),
     Case(tensor=2, data=2),
@@ -197,7 +199,6 @@ MORE_CASES = (
     Case(data=2, zero=3, strategy="recompute", optimizer="muon", averages=True),
     Case(data=2, zero=3, strategy="recompute", objective="siglip", options=True),
     Case(tensor=2, pipeline=2, objective="genlip"),
-    Case(dtype="bfloat16"),
     Case(tensor=2, dtype="bfloat16"),
     Case(data=2, zero=3, strategy="recompute", dtype="bfloat16"),
 )

@@ -65,25 +65,29 @@ def meet(store: dist.Store, rank: int, processes: int, timeout: float) -> None:
 
 
 def check_group(axis: Axis, name: str, store: dist.Store, timeout: float) -> None:
-    """One collective in a group: every process gives its rank and gets everybody's. GroupError names who did not."""
-    if axis.group is None:
-        return
-    device = local_device()
-    me = axis.ranks[axis.rank]
-    own = torch.tensor([me], device=device)
-    all_ranks = [torch.empty_like(own) for _ in axis.ranks]
-    key = f"group {name} {axis.ranks}"
-    try:
-        work = dist.all_gather(all_ranks, own, group=axis.group, async_op=True)
-        assert work is not None
-        work.wait(timedelta(seconds=timeout))
-        got = [int(r) for r in all_ranks]
-    except RuntimeError as error:
-        silent = [r for r in axis.ranks if r != me and not store.check([f"{key} {r}"])]
-        raise GroupError(f"{name} group {list(axis.ranks)}: processes {silent} did not answer ({error})") from None
-    if got != list(axis.ranks):
-        raise GroupError(f"{name} group {list(axis.ranks)}: process {me} received {got}")
-    _wait_for(store, key, me, axis.ranks, timeout)
+    """One collective in a group, and one in that of its hosts, where they have one of their own.
+
+    Every process gives its rank and gets everybody's. GroupError names who did not.
+    """
+    me, all_ranks = axis.ranks[axis.rank], list(axis.ranks)
+    groups = {name: (axis.group, local_device()), f"{name} host": (axis.host_group, torch.device("cpu"))}
+    for called, (group, device) in groups.items():
+        if group is None:
+            continue
+        own = torch.tensor([me], device=device)
+        gathered = [torch.empty_like(own) for _ in all_ranks]
+        key = f"group {called} {axis.ranks}"
+        try:
+            work = dist.all_gather(gathered, own, group=group, async_op=True)
+            assert work is not None
+            work.wait(timedelta(seconds=timeout))
+            got = [int(r) for r in gathered]
+        except RuntimeError as error:
+            silent = [r for r in all_ranks if r != me and not store.check([f"{key} {r}"])]
+            raise GroupError(f"{called} group {all_ranks}: processes {silent} did not answer ({error})") from None
+        if got != all_ranks:
+            raise GroupError(f"{called} group {all_ranks}: process {me} received {got}")
+        _wait_for(store, key, me, axis.ranks, timeout)
 
 
 def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], timeout: float) -> None:

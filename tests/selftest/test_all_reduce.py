@@ -7,9 +7,11 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from train.resilience.fleet import Fleet
 
 from megatron_lcl.cli import main
@@ -42,11 +44,18 @@ def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
         "SLURMD_NODENAME": f"gpu{7 + rank}",
         "MEGATRON_LCL_FAULTS": faults,
     }
+    if fault == "hangs by hosts":  # as on GPUs they have a group of their own; here both are gloo
+        dist.get_backend = lambda: "nccl"  # type: ignore[assignment]
     if rank != faulty:
         return
     if fault == "never comes":
         time.sleep(600)
-    timed = all_reduce._timed
+    timed, summed = all_reduce._timed, dist.all_reduce
+
+    def but_by_hosts(*arguments: Any, group: Any = None, **options: Any) -> Any:
+        if group not in (None, dist.group.WORLD):
+            time.sleep(600)
+        return summed(*arguments, group=group, **options)
 
     def other(values: torch.Tensor) -> float:
         if fault == "hangs":
@@ -60,7 +69,9 @@ def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
         values[77] += 1
         return seconds
 
-    if fault:
+    if fault == "hangs by hosts":
+        dist.all_reduce = but_by_hosts
+    elif fault:
         all_reduce._timed = other
 
 
@@ -72,6 +83,7 @@ def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
         ("never comes", 1, 10, "process 1 of gpu8 has not come within 10 s"),
         ("never comes", 0, 10, "process 0 of gpu7 does not answer at 127.0.0.1:"),
         ("hangs", 1, 10, "process 1 hangs while summing over all processes at "),
+        ("hangs by hosts", 1, 10, "process 1 hangs while summing over all hosts by gloo at "),
         ("stops", 1, 10, "process 1 died or its machine did: silent for "),
         ("dies", 0, 20, "process 0 or the launcher, which serve the store, are gone or out of reach"),
         ("wrong sum", 1, 30, "the sum over all processes is wrong (1 numbers on process 1)"),

@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,12 +22,12 @@ import torch.distributed as dist
 from processes import run_processes
 
 from megatron_lcl import attention
-from megatron_lcl.parallel.mesh import Axis, Pending
+from megatron_lcl.parallel.mesh import Axis, Mesh, Pending
 from megatron_lcl.selftest import reference
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase, compare_kernels
 from megatron_lcl.selftest.run import Verdict, compare, selftest, those_that_fit
-from megatron_lcl.selftest.worker import run_case
+from megatron_lcl.selftest.worker import GroupError, check_group, run_case
 from megatron_lcl.train.precision import resolve_dtype
 
 ALL = (*CASES, *MORE_CASES)
@@ -86,6 +88,10 @@ def test_the_short_one_leaves_nothing_out() -> None:
         elif field.name == "objective":  # the loss of captions is coca's as well
             known -= {"genlip"}
         assert covered == known, field.name
+    for world in (1, 2, 4):  # what most runs are, on any number of GPUs
+        fitting = [case for case in those_that_fit(CASES, world) if isinstance(case, Case)]
+        assert "bfloat16" in {case.dtype for case in fitting}
+        assert (Case(data=2) in fitting) == (world > 1)
 
 
 def test_in_the_same_precision_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +324,33 @@ def fall_silent_in_the_tensor_group(rank: int) -> None:
 def test_a_process_that_does_not_answer_is_named(fault: Callable[[int], None]) -> None:
     (verdict,) = selftest([Case(tensor=2)], prepare=fault, timeout=40, say=lambda _: None)
     assert "processes [1] did not answer" in verdict.faults[0], verdict
+
+
+def check_with_a_silent_host(rank: int) -> str:
+    """Process 1 answers in every group, and then in that of its device alone; what is said of it."""
+    dist.init_process_group("gloo")
+    with patch.object(dist, "get_backend", lambda: "nccl"):  # as on GPUs; here both groups are gloo
+        mesh = Mesh.of_lists({"tensor": [[0, 1]], "data": [[0], [1]]})
+    store: Any = dist.distributed_c10d._get_default_store()
+    for name in ("world", "tensor", "data"):
+        check_group(getattr(mesh, name), name, store, 60)
+    said, again = "", dist.PrefixStore("again", store)
+    if rank == 1:
+        check_group(dataclasses.replace(mesh.tensor, host_group=None), "tensor", again, 60)
+        again.wait(["said"], timedelta(seconds=60))
+    else:
+        with pytest.raises(GroupError) as error:
+            check_group(mesh.tensor, "tensor", again, 3)
+        said = str(error.value)
+        again.set("said", "yes")
+    dist.destroy_process_group()
+    return said
+
+
+def test_a_host_that_does_not_answer_is_named() -> None:
+    """Where hosts have groups of their own, beside those of devices."""
+    said = run_processes(check_with_a_silent_host, 2)[0]
+    assert said.startswith("tensor host group [0, 1]: processes [1] did not answer"), said
 
 
 @pytest.mark.slow

@@ -38,7 +38,13 @@ SPLITS: dict[str, Any] = {
         [[[0], []], [[1], [2]]],
         {"offload_optimizer": OFFLOADED, "offload_param": OFFLOADED},
     ),
-    "hierarchical ZeRO-3": (3, "recompute", [[[0], []], [[1], [2]]], {"zero_hpz_partition_size": 2}),
+    # two groups of two processes; with fewer processes there is no hierarchy
+    "hierarchical ZeRO-3": (
+        3,
+        "recompute",
+        [[[0], []], [[], [1]], [[2], []], [[], []]],
+        {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0},
+    ),
 }
 
 

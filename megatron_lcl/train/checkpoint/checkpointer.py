@@ -290,6 +290,10 @@ class Checkpointer:
             engine._config.load_universal_checkpoint = False
         if path is None:
             raise RunError(f"DeepSpeed could not read {folder}")
+        for parameter in engine.module.parameters():
+            # hierarchical ZeRO-3 would go on with what the group had before, of parameters that are not trained
+            if getattr(parameter, "ds_secondary_tensor", None) is not None:
+                parameter.ds_secondary_tensor = None
         if not same:
             self._load_what_deepspeed_leaves(folder / reshard.UNIVERSAL / "zero", before)
         # ZeRO-3 has given every group the first one's settings, and all groups one and the same counter of steps

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +24,7 @@ from megatron_lcl.model.special import SpecialTokens
 GLOBAL_BATCH = 6  # divides among one, two and three processes
 LR = (1e-2, 8e-3, 6e-3, 4e-3, 2e-3, 1e-3)  # of the steps
 PARTITION = (0, 4)  # of a pipeline of two stages
-FIRST, LAST = 3, 5  # steps before the checkpoint, and of a job in all
+FIRST, LAST = 3, 6  # steps before the checkpoint, and of a job in all
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class Job:
     source: str | None = None
     """the run whose checkpoint this one goes on from"""
     dtype: str = "float32"
-    sub_group_size: int = 10**9
-    """DeepSpeed's `zero_optimization.sub_group_size`, with which ZeRO-3 cuts its files differently"""
+    packs: int = GLOBAL_BATCH
+    """of a step's global batch"""
+    zero_options: dict[str, Any] = field(default_factory=dict)
+    """of DeepSpeed's `zero_optimization`"""
     optimizer: str = "adamw"
     """or apex_fused_adam: the stand-in"""
     before: bool = False
@@ -66,10 +68,10 @@ def build_config(folder: Path, job: Job) -> Config:
         "model": {"vision": vision, "language": language, "pool_heads": 4},
         "optimizer": {"name": job.optimizer, "weight_decay": 0.3, "clip_norm": 0.5},
         "zero": {"stage": job.zero},
-        "deepspeed": {"zero_optimization": {"sub_group_size": job.sub_group_size}},
+        "deepspeed": {"zero_optimization": job.zero_options},
         "parallel": {"tensor": job.tensor, "pipeline": job.pipeline},
         "contrast": {"strategy": "recompute" if job.zero == 3 else "retain"},
-        "train": {"output": str(folder / job.name), "global_batch": GLOBAL_BATCH, "dtype": job.dtype},
+        "train": {"output": str(folder / job.name), "global_batch": job.packs, "dtype": job.dtype},
     }
     return configs.from_dict(tree)
 
@@ -111,7 +113,7 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
         engine = build_engine(build_module(config, mesh, PARTITION if job.pipeline > 1 else None), config, mesh)
     stepper = build_stepper(engine, config, mesh)
     run, said = Path(config.train.output), []
-    each = GLOBAL_BATCH // mesh.data.size
+    each = job.packs // mesh.data.size
 
     def steps(first: int, last: int) -> list[tuple[float, float, float]]:
         rows = []
@@ -126,11 +128,11 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
         if job.source is None:
             steps(0, FIRST - 1)
             write.set()
-            checkpoints.save(Progress(FIRST - 1, (FIRST - 1) * GLOBAL_BATCH, {}))
+            checkpoints.save(Progress(FIRST - 1, (FIRST - 1) * job.packs, {}))
             checkpoints.wait()
             write.clear()
             steps(FIRST - 1, FIRST)
-            checkpoints.save(Progress(FIRST, FIRST * GLOBAL_BATCH, {}))
+            checkpoints.save(Progress(FIRST, FIRST * job.packs, {}))
         else:
             said = checkpoints.load(step_folder(folder / job.source, FIRST))
         rows = steps(FIRST, LAST)

@@ -20,11 +20,17 @@ from megatron_lcl.parallel.mesh import ALONE
 from megatron_lcl.train.checkpoint.folder import step_folder
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, load_initial_weights
 
+SMALL_PIECES = {"sub_group_size": 2000}  # with which ZeRO-3 cuts its files differently
+ON_CPU = {"device": "cpu"}
+# small ones too: DeepSpeed leaves them whole
+TWO_BY_TWO = {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+
 # written by two processes each
 SOURCES = {
     "zero1": Job("zero1", 1, again=True),
     "zero2": Job("zero2", 2, again=True),
     "zero3": Job("zero3", 3, again=True),
+    "offload": Job("offload", 3, zero_options={"offload_optimizer": ON_CPU, "offload_param": ON_CPU}, again=True),
     "tensor": Job("tensor", 2, tensor=2, again=True),
     "pipeline": Job("pipeline", pipeline=2, again=True),
     "bfloat16": Job("bfloat16", 1, dtype="bfloat16", again=True),
@@ -33,7 +39,7 @@ SOURCES = {
     # as it was written before: nothing but apex's own state
     "apex, before": Job("apex, before", 1, optimizer="apex_fused_adam", before=True),
     # several pieces of each parameter group
-    "apex, zero3": Job("apex, zero3", 3, optimizer="apex_fused_adam", sub_group_size=2000, again=True),
+    "apex, zero3": Job("apex, zero3", 3, optimizer="apex_fused_adam", zero_options=SMALL_PIECES, again=True),
 }
 GROUPS = [(0.3, LR[LAST - 1]), (0.0, LR[LAST - 1])]
 """weight decay and learning rate of every parameter group in the last step"""
@@ -108,9 +114,11 @@ def test_at_two_processes(saved: tuple[Path, Result]) -> None:
             ("tensor", Job("d", pipeline=2)),
             ("siglip", Job("o", pipeline=2, objective="siglip")),
             ("siglip", Job("p", 3, objective="siglip")),
-            ("zero1", Job("e", 3, sub_group_size=2000)),
+            ("zero1", Job("e", 3, zero_options=SMALL_PIECES)),
             ("zero3", Job("f", 1)),
-            ("apex", Job("apex a", 3, optimizer="apex_fused_adam", sub_group_size=2000)),
+            ("offload", Job("q", 1)),
+            ("zero3", Job("r", 2, zero_options={"offload_optimizer": ON_CPU})),
+            ("apex", Job("apex a", 3, optimizer="apex_fused_adam", zero_options=SMALL_PIECES)),
             ("apex, before", Job("apex b", 2, tensor=2, optimizer="apex_fused_adam")),
             # another optimizer, at the same layout
             ("apex", Job("apex c")),
@@ -138,6 +146,27 @@ def test_at_four_processes_and_back(saved: tuple[Path, Result]) -> None:
     resume(4, saved, [("zero3", Job("m", tensor=2, pipeline=2))], [split])
     rows = run_processes(run_jobs, 1, str(folder), [Job("n", 3, source="split")])[0]["n"]["rows"]
     assert_close(rows, expected["zero1"]["rows"], split)
+
+
+@pytest.mark.slow
+def test_from_and_to_hierarchical_zero3(tmp_path: Path) -> None:
+    """In two groups, which takes four processes; and from there to one process."""
+    jobs = [
+        Job("plain", 2, packs=4),
+        Job("hierarchical", 3, packs=4, zero_options=TWO_BY_TWO, again=True),
+        Job("fresh", 3, packs=4, zero_options=TWO_BY_TWO, source="hierarchical"),
+        Job("to", 3, packs=4, zero_options=TWO_BY_TWO, source="plain"),
+        Job("from", 1, packs=4, source="hierarchical"),
+    ]
+    # in processes of its own: once there is a hierarchy, DeepSpeed uses it in all that follows with ZeRO-3
+    back = Job("back", 3, packs=4, source="hierarchical")
+    results = run_processes(run_jobs, 4, str(tmp_path), jobs)[0]
+    results |= run_processes(run_jobs, 1, str(tmp_path), [back])[0]
+    for job in (*jobs, back):
+        assert_close(results[job.name]["rows"], results["plain"]["rows"], job)
+        assert results[job.name]["groups"] == GROUPS, job
+    written = results["hierarchical"]
+    assert written["again"] == results["fresh"]["rows"] == written["rows"]
 
 
 @pytest.mark.slow

@@ -46,9 +46,10 @@ class Run(Job):
     """With the recipe, and with what is frozen."""
 
     freeze: tuple[str, ...] = FREEZE
+    seed: int = 0
 
     def config(self, folder: Path) -> Config:
-        return configs.replace(build_config(folder, self), **RECIPE, train__freeze=self.freeze)
+        return configs.replace(build_config(folder, self), **RECIPE, train__freeze=self.freeze, train__seed=self.seed)
 
 
 def run(rank: int, folder: str, jobs: list[Run]) -> list[dict[str, Any]]:
@@ -137,12 +138,16 @@ def in_model(engine: Any, mesh: Any) -> dict[str, np.ndarray]:
 
 SOURCES = {
     "zero1": Run("zero1"),
-    "zero3": Run("zero3", 3, sub_group_size=2000),
+    "zero3": Run("zero3", 3, zero_options={"sub_group_size": 2000}),
     "tensor": Run("tensor", 2, tensor=2),
     "pipeline": Run("pipeline", pipeline=2),
     "bfloat16": Run("bfloat16", dtype="bfloat16"),
     "thawed": Run("thawed", freeze=()),
 }
+# small parameters are sharded too
+HIERARCHICAL = Run(
+    "hierarchical", 3, zero_options={"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+)
 FROZEN_TOWERS = [
     Run("zero1 without vision", freeze=VISION),
     Run("pipeline without vision", pipeline=2, freeze=VISION),
@@ -160,17 +165,23 @@ OTHERS = [
 ]
 
 
+def again(job: Run) -> Run:
+    """From its checkpoint, into a model drawn otherwise: all that it has comes from there."""
+    return dataclasses.replace(job, name=f"{job.name}, fresh", source=job.name, seed=1)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("runs")
-    fresh = [dataclasses.replace(SOURCES[name], name=f"{name}, fresh", source=name) for name in AGAIN]
-    jobs = [*SOURCES.values(), *fresh, *OTHERS, *FROZEN_TOWERS]
+    fresh = [again(SOURCES[name]) for name in AGAIN]
+    # the last ones: once there is a hierarchy, DeepSpeed uses it in all that follows with ZeRO-3
+    jobs = [*SOURCES.values(), *fresh, *OTHERS, *FROZEN_TOWERS, HIERARCHICAL, again(HIERARCHICAL)]
     results = run_processes(run, 2, str(folder), jobs, timeout=500.0)[0]
     return folder, {job.name: result for job, result in zip(jobs, results, strict=True)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AGAIN)
+@pytest.mark.parametrize("name", [*AGAIN, HIERARCHICAL.name])
 def test_at_the_same_layout_to_the_last_bit(name: str, runs: Any) -> None:
     first, again = runs[1][name], runs[1][f"{name}, fresh"]
     assert again["rows"] == first["rows"]

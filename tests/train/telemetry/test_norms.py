@@ -16,26 +16,30 @@ from megatron_lcl.selftest.reference import reference
 
 ON_CPU = {"device": "cpu"}
 ZERO3 = {"zero": 3, "strategy": "recompute"}
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "optimizer on the CPU": ({}, {"offload_optimizer": ON_CPU}),
-    "all on the CPU": (ZERO3, {"offload_optimizer": ON_CPU, "offload_param": ON_CPU}),
-    "hierarchical ZeRO-3": (ZERO3, {"zero_hpz_partition_size": 2}),
-    "round robin": ({"zero": 2}, {"round_robin_gradients": True}),
+SMALL_TOO = {"stage3_param_persistence_threshold": 0}  # are sharded; DeepSpeed leaves small parameters whole
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "optimizer on the CPU": (2, {}, {"offload_optimizer": ON_CPU}),
+    "all on the CPU": (2, ZERO3, {"offload_optimizer": ON_CPU, "offload_param": ON_CPU}),
+    "hierarchical ZeRO-3": (4, ZERO3, {"zero_hpz_partition_size": 2, **SMALL_TOO}),
+    "round robin": (2, {"zero": 2}, {"round_robin_gradients": True}),
 }
+"""by name: processes, of the layout, DeepSpeed's"""
 
 
-def measure(rank: int) -> dict[str, list[float]]:
-    """Of the first step at each layout: norms of gradient and update by part, and the whole gradient's."""
+def measure(rank: int, processes: int) -> dict[str, list[float]]:
+    """Of the first step at each layout of so many: norms of gradient and update by part, and the whole gradient's."""
     import torch.distributed as dist
 
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
 
     found = {}
-    for name, (layout, zero) in LAYOUTS.items():
-        config = configs.replace(Case(data=2, **layout).config(), deepspeed={"zero_optimization": zero})
+    for name, (needed, layout, zero) in LAYOUTS.items():
+        if needed != processes:
+            continue
+        config = configs.replace(Case(data=processes, **layout).config(), deepspeed={"zero_optimization": zero})
         mesh = init_processes(config)
         engine = build_engine(build_module(config, mesh), config, mesh)
-        packs = make_batches(config, 0)[rank::2]
+        packs = make_batches(config, 0)[rank::processes]
         result = build_stepper(engine, config, mesh).start(packs, config.optimizer.lr, measure=True).read()
         assert result.measured is not None
         norms = [*result.measured.grad_norms.values(), *result.measured.update_norms.values()]
@@ -49,7 +53,9 @@ def test_norms_by_part_are_those_of_one_process() -> None:
     truth = reference(Case(data=2))
     expected = truth.norms_of_parts[0]
     assert math.hypot(*expected[: len(PARTS)]) == pytest.approx(truth.grad_norms[0], rel=1e-5)
-    for found in run_processes(measure, 2, timeout=400.0):
+    results = [found for size in (2, 4) for found in run_processes(measure, size, size, timeout=400.0)]
+    assert {name for found in results for name in found} == LAYOUTS.keys()
+    for found in results:
         for name, (*norms, whole) in found.items():
             assert whole == pytest.approx(truth.grad_norms[0], rel=1e-5), name
             if name == "round robin":  # tensors lie elsewhere than is known: left out, not wrong
