@@ -32,7 +32,7 @@ import xxhash
 from filelock import lock_descriptor
 
 from megatron_lcl.data.corpus.files import hash_file, replace_bytes, sync
-from megatron_lcl.data.corpus.scratch import clear_dead, lock_file, scratch_folder
+from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, clear_dead, lock_file, scratch_folder
 from megatron_lcl.data.storage.blocks import Blocks, Room, disk_use
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import About, Store
@@ -42,8 +42,6 @@ LIMIT = 100e9
 """bytes that the blocks of all corpora take, where no config says it"""
 BATCH = 16
 """files that are copied at once"""
-UNUSED_SECONDS = 86400.0
-"""after which what nobody has used or written is deleted, to make room or as left over"""
 _PREFIX = "corpora-"
 
 
