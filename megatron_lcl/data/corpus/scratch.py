@@ -138,12 +138,29 @@ def waiting_for_others(file: Path) -> Iterator[None]:
     there are no locks, which a process that is killed on another machine leaves behind for ever.)
     """
     with lock_file(file) as lock:
-        if lock is not None:
-            with suppress(OSError):  # no locks here
-                if not lock_descriptor(lock, blocking=False):
-                    logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
-                    lock_descriptor(lock, poll_interval=_POLL_SECONDS)
+        if not _locked(lock):
+            logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
+            assert lock is not None
+            with suppress(OSError):
+                lock_descriptor(lock, poll_interval=_POLL_SECONDS)
         yield
+
+
+@contextmanager
+def unless_others(file: Path) -> Iterator[bool]:
+    """The same without waiting: False, and no lock, where another process holds it."""
+    with lock_file(file) as lock:
+        yield _locked(lock)
+
+
+def _locked(lock: int | None) -> bool:
+    """Whether the lock is ours by now, or there are none."""
+    if lock is None:
+        return True
+    try:
+        return lock_descriptor(lock, blocking=False)
+    except OSError:
+        return True
 
 
 def _machine() -> str:
