@@ -1,4 +1,5 @@
-"""Ctrl-C reaches every process of a terminal at once: the first one answers it, the others only end."""
+"""Signals that end a command. Ctrl-C reaches every process of a terminal at once: the first one answers it, the others
+only end."""
 
 from __future__ import annotations
 
@@ -6,39 +7,41 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-_INTERRUPT = {signal.SIGINT}
+ENDING = {signal.SIGINT, signal.SIGTERM}
 
 
 @contextmanager
-def holding_interrupts() -> Iterator[None]:
-    """Ctrl-C comes afterwards, so that whoever starts processes knows of all that it has started.
+def holding_interrupts(signals: Collection[signal.Signals] = (signal.SIGINT,)) -> Iterator[None]:
+    """Ctrl-C, or what else is given, comes afterwards, so that whoever starts processes knows of all that it has
+    started.
 
     They are born with it held back, so that none is met importing: they let it through with `end_on_interrupt`, or are
     ended by who started them.
     """
     came: list[int] = []
     in_main = threading.current_thread() is threading.main_thread()  # where handlers run, whichever thread is met
-    handler = signal.signal(signal.SIGINT, lambda signum, _frame: came.append(signum)) if in_main else None
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPT)
+    note = lambda signum, _frame: came.append(signum)  # noqa: E731
+    handlers = {each: signal.signal(each, note) for each in signals} if in_main else {}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if in_main:
-            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
-        if came:
-            signal.raise_signal(signal.SIGINT)
+        for each, handler in handlers.items():
+            signal.signal(each, handler or signal.SIG_DFL)
+        for signum in dict.fromkeys(came):
+            signal.raise_signal(signum)
 
 
 def end_on_interrupt() -> None:
     """In a worker process: Ctrl-C ends it, without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 def end_with_parent() -> None:
@@ -55,7 +58,10 @@ def end_with_parent() -> None:
 
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143), so that what was begun elsewhere is ended. Not where it is another's already."""
+    """SIGTERM raises SystemExit(143), so that what was begun elsewhere is ended. Not where it is another's already.
+
+    It does so once: schedulers send it again, while what was begun is being ended.
+    """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -63,9 +69,10 @@ def ending_on_sigterm() -> Iterator[None]:
     code = 128 + signal.SIGTERM
     came: list[int] = []
 
-    def end(signum: int, _frame: FrameType | None) -> NoReturn:
+    def end(signum: int, _frame: FrameType | None) -> None:
         came.append(signum)
-        raise SystemExit(code)
+        if len(came) == 1:
+            raise SystemExit(code)
 
     signal.signal(signal.SIGTERM, end)
     try:

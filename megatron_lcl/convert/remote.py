@@ -20,8 +20,8 @@ import xxhash
 from megatron_lcl.convert.folder import CERTIFICATE, EXPORTS, IMPORT, read_record
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest
-from megatron_lcl.data.corpus.remote import UNUSED_SECONDS, locked, make_room, user_cache
-from megatron_lcl.data.corpus.scratch import clear_dead, put_in_place, scratch_folder
+from megatron_lcl.data.corpus.remote import locked, make_room, user_cache
+from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, clear_dead, put_in_place, scratch_folder
 from megatron_lcl.data.storage.names import is_within
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError

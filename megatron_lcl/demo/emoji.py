@@ -11,12 +11,11 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.demo.licenses import License
 from megatron_lcl.demo.packages import Fetched, Package, read_npm
 from megatron_lcl.demo.pictures import Picture
@@ -251,13 +250,10 @@ def rasterize(drawings: Sequence[str], workers: int) -> list[bytes]:
         raise UserError(
             "resvg is not installed, which turns the drawings into pixels; `pip install resvg-py`, or the extra `demo`"
         ) from None
-    if workers < 2 or len(drawings) < _FEW:
-        return [_rasterize(drawing) for drawing in drawings]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        return list(pool.map(_rasterize, drawings, chunksize=256))
+    return list(in_order(_rasterize, None, drawings, workers if len(drawings) >= _FEW else 1))
 
 
-def _rasterize(drawing: str) -> bytes:
+def _rasterize(_: None, drawing: str) -> bytes:
     import resvg_py
 
     # fonts of this machine would make other pixels elsewhere

@@ -2,8 +2,8 @@
 
 A cache file is called by the hash of all that decides the features (`Encoder.fingerprint`: weights, the model's
 configuration, preprocessing; `DECODING`) and of every image's bytes in order; so a changed image, weight or setting is
-another file, and nothing stale is ever read. How large the files will be is known, and compared with the disk, before
-the first image is encoded (`FeatureStore.check_room`).
+another file, and nothing stale is ever read. It is written in a scratch folder beside the others. How large the files
+will be is known, and compared with the disk, before the first image is encoded (`FeatureStore.check_room`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import io
 import math
 import shutil
 import sys
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +26,14 @@ from tqdm import tqdm
 
 from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.data.corpus.remote import user_cache
+from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, clear_dead, scratch_folder
 from megatron_lcl.data.loading.images import DECODING
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.patches import CachedPatches, Patches, StreamedPatches
 from megatron_lcl.evaluate.sources import DIGEST, Blob, ImageSet, content_digests
 from megatron_lcl.evaluate.workers import load, map_batches
+from megatron_lcl.interrupts import ending_on_sigterm
 
 Kind = Literal["pooled", "patches"]
 _TYPES: dict[Kind, type] = {"pooled": np.float32, "patches": np.float16}
@@ -95,6 +96,7 @@ class FeatureStore:
 
     def check_room(self, encoders: Sequence[Shapes], wanted: Sequence[tuple[ImageSet, Kind]]) -> None:
         """UserError where the features that are yet to be computed would not fit the disk; large ones are told."""
+        clear_dead(self.folder, UNUSED_SECONDS)
         sizes: dict[Path, tuple[int, str]] = {}
         for shapes in encoders:
             of_whom = f" of {shapes.name}" if len(encoders) > 1 else ""
@@ -156,14 +158,13 @@ def _cached(
         if kind == "patches":
             need_patches(encoder.name, shape)
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")  # who may read it, the umask says
-        try:
+        clear_dead(file.parent, UNUSED_SECONDS)
+        with ending_on_sigterm(), scratch_folder(file.parent) as scratch:
+            temporary = scratch / file.name  # who may read it, the umask says
             new_array(temporary, _TYPES[kind], (len(images), *shape)).flush()
             write = partial(_write, temporary, kind)
             map_batches(encoder, images, write, batch_size, processes, f"{kind} features", progress)
             temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
     try:
         return np.load(file, mmap_mode="r")
     except PermissionError:

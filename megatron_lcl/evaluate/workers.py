@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from itertools import islice, pairwise
 from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
-from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +16,7 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
-from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
+from megatron_lcl.interrupts import end_on_interrupt, end_with_parent, holding_interrupts
 from megatron_lcl.machine import num_cores
 
 T = TypeVar("T")
@@ -59,28 +57,35 @@ def _in_processes(
     batches = -(-len(images) // batch_size)
     bounds = [batch_size * (batches * i // processes) for i in range(processes + 1)]
     context = get_context("spawn")
+    # without locks, which a process that is killed would keep: each counts for itself, and only this one says stop
+    done, stop = context.Array("q", processes, lock=False), context.Value("b", lock=False)
     with contextlib.ExitStack() as until_end:
         with holding_interrupts():
-            manager = until_end.enter_context(SyncManager(ctx=context))
-            pool = until_end.enter_context(
-                ProcessPoolExecutor(processes, mp_context=context, initializer=end_on_interrupt)
-            )
-            done, stop = manager.Queue(), manager.Event()
+            pool = until_end.enter_context(ProcessPoolExecutor(processes, context, _start, (done, stop)))
             jobs: list[Future[list[T]]] = [
-                pool.submit(_process, source, i, processes, images[low:high], work, batch_size, low, done, stop)
+                pool.submit(_process, source, i, processes, images[low:high], work, batch_size, low)
                 for i, (low, high) in enumerate(pairwise(bounds))
             ]
         waiting = set(jobs)
         try:
             while waiting:
                 finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
-                while not done.empty():
-                    bar.update(done.get())
+                bar.update(sum(done) - bar.n)
                 for job in finished:
                     job.result()
         finally:
-            stop.set()  # after an error the others need not go on
+            stop.value = 1  # after an error the others need not go on
         return [result for job in jobs for result in job.result()]
+
+
+_told: list[Any] = []
+"""in one of several processes: images done by each, and whether to stop"""
+
+
+def _start(done: Any, stop: Any) -> None:
+    end_on_interrupt()
+    end_with_parent()
+    _told[:] = done, stop
 
 
 def _process(
@@ -91,16 +96,15 @@ def _process(
     work: Work[T],
     batch_size: int,
     start: int,
-    done: Any,
-    stop: Event,
 ) -> list[T]:
+    done, stop = _told
     threads = max(1, num_cores() // processes)
     torch.set_num_threads(threads)
     results = []
     for count, result in run_batches(source(number), images, work, batch_size, start, threads):
         results.append(result)
-        done.put(count)
-        if stop.is_set():
+        done[number] += count
+        if stop.value:
             break
     return results
 

@@ -214,6 +214,8 @@ def _data(config: Config) -> Iterator[str]:
     nothing = without_pairs(config)
     for entry in config.data.corpora:
         corpus = open_corpus(entry.path, config.data.cache)
+        if corpus.remote:
+            corpus.remote.room.limit = config.data.storage_cache_gb * 1e9
         for index in {0, len(corpus) - 1} if len(corpus) else ():
             corpus[index]  # its files can be read
         yield f"data        {entry.path} (weight {entry.weight:g}): {len(corpus):,} documents" + (

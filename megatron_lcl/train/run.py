@@ -220,6 +220,8 @@ class Training:
         finally:
             self.profile.close()
             self.meter.finish()
+            if not self.config.data.workers:  # it may read ahead, from object storage; loader processes end with this
+                self.batches = None
 
     def _run(self) -> Path:
         if self.progress.step < self.config.train.steps:

@@ -9,8 +9,8 @@
     <cache>/corpora-<HASH>.lock      held by that process, as far as there are locks
 
 A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest. Folders
-that nobody has read from for a day go, longest unused first, where a new corpus needs room; none goes where there are
-no locks.
+that nobody has read from for a day go, longest unused first, once there is no more room for what is read; none goes
+where there are no locks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import xxhash
 from filelock import lock_descriptor
 
 from megatron_lcl.data.corpus.files import hash_file, replace_bytes, sync
-from megatron_lcl.data.corpus.scratch import clear_dead, lock_file, scratch_folder
+from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, clear_dead, lock_file, scratch_folder
 from megatron_lcl.data.storage.blocks import Blocks, Room, disk_use
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import About, Store
@@ -42,8 +42,6 @@ LIMIT = 100e9
 """bytes that the blocks of all corpora take, where no config says it"""
 BATCH = 16
 """files that are copied at once"""
-UNUSED_SECONDS = 86400.0
-"""after which what nobody has used or written is deleted, to make room or as left over"""
 _PREFIX = "corpora-"
 
 
@@ -80,7 +78,8 @@ class Remote:
                 raise UserError(f"{url} is not a corpus: it has no {manifest_name}") from None
             raise
         self.folder = cache / f"{_PREFIX}{xxhash.xxh3_128_hexdigest(raw)}"
-        self.room = Room(cache, f"{_PREFIX}*", LIMIT)
+        self.room = Room(cache, f"{_PREFIX}*", LIMIT, self._clear)
+        """its limit is `data.storage_cache_gb`, which whoever opens a source of sequences sets"""
         self.files: dict[str, Any] = {}
         """of the manifest: sizes and hashes"""
         self._objects: dict[str, About | None] = {}
@@ -100,14 +99,16 @@ class Remote:
 
     def prepare(self, manifest: dict[str, Any]) -> None:
         """What all shards need on the disk, and the sizes of all objects; each once."""
-        self.files = files = manifest["files"]
-        small = [*(name for name in files if name.endswith((".idx", ".arrow"))), manifest["tokenizer"]["file"]]
+        self.files = manifest["files"]
+        small = [*(name for name in self.files if name.endswith((".idx", ".arrow"))), manifest["tokenizer"]["file"]]
         if self._objects:
             self.copy(small)
             return
         with self._looked_up() as self._objects:
-            make_room(self.folder, self.room.limit - sum(info["size"] for info in files.values()))
             self.copy(small)
+
+    def _clear(self, limit: float) -> bool:
+        return make_room(self.folder, limit - sum(info["size"] for info in self.files.values()))
 
     @contextlib.contextmanager
     def _looked_up(self) -> Iterator[dict[str, About | None]]:
@@ -205,15 +206,15 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def make_room(keep: Path, left: float, prefix: str = _PREFIX) -> None:
+def make_room(keep: Path, left: float, prefix: str = _PREFIX) -> bool:
     """Delete folders beside `keep`, of a prefix, that nobody has used for a day until the others take up to `left`
-    bytes."""
+    bytes; whether any was."""
     others = []
     for folder in keep.parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             if folder != keep and folder.is_dir():
                 others.append((folder.stat().st_mtime, folder, disk_use(folder)))
-    total = sum(size for *_, size in others)
+    total = before = sum(size for *_, size in others)
     for used, folder, size in sorted(others):
         if total > left and time.time() - used > UNUSED_SECONDS and not _in_use(folder):
             gone = keep.with_name(prefix + uuid.uuid4().hex)  # so that what is left of one is not taken for whole
@@ -221,6 +222,7 @@ def make_room(keep: Path, left: float, prefix: str = _PREFIX) -> None:
                 folder.rename(gone)
                 total -= size
                 shutil.rmtree(gone, ignore_errors=True)
+    return total < before
 
 
 def _in_use(folder: Path) -> bool:

@@ -6,8 +6,10 @@ where the file system has them, save work that would be done twice.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
@@ -19,17 +21,25 @@ from filelock import lock_descriptor
 
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.errors import UserError
+from megatron_lcl.interrupts import ending_on_sigterm
 
+UNUSED_SECONDS = 86400.0
+"""after which what nobody has used or written is taken for left over"""
 _PREFIX = "scratch-"
+_OWNER = re.compile(r"(.+)-(\d+)-[0-9a-f]{32}")
+"""how a scratch folder's name ends: machine, process, and what is this folder's alone"""
 _POLL_SECONDS = 0.2
 """between attempts at a lock that another process holds"""
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def scratch_folder(work: Path) -> Iterator[Path]:
-    """A new folder below `work` for this process alone; gone at the end, with what is in it."""
-    folder = work / f"{_PREFIX}{_machine()}-{os.getpid()}-{uuid.uuid4().hex}"
+def scratch_folder(work: Path, prefix: str = _PREFIX) -> Iterator[Path]:
+    """A new folder below `work` for this process alone; gone at the end, with what is in it.
+
+    prefix: how its name begins.
+    """
+    folder = work / f"{prefix}{_machine()}-{os.getpid()}-{uuid.uuid4().hex}"
     folder.mkdir()
     try:
         yield folder
@@ -48,33 +58,35 @@ def put_in_place(folder: Path, target: Path) -> None:
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that is renamed to it at the end, and gone where that is not reached.
+    """A folder beside `output` that is renamed to it at the end, and gone where that is not reached: by SIGTERM too,
+    and after SIGKILL when the next one is made for the same output.
 
     UserError where `output` is there and not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; give a new folder")
-    folder = output.absolute().with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
-    folder.mkdir(parents=True)
-    try:
+    beside, prefix = output.absolute().parent, f".{output.name}."
+    beside.mkdir(parents=True, exist_ok=True)
+    clear_dead(beside, UNUSED_SECONDS, prefix)
+    with ending_on_sigterm(), scratch_folder(beside, prefix) as folder:
         yield folder
         sync(folder)
         if output.exists():
             output.rmdir()
         folder.rename(output)
         sync(output.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear_dead(work: Path, idle: float = float("inf")) -> None:
-    """Remove the scratch folders of this machine's processes that have ended.
+def clear_dead(work: Path, idle: float = float("inf"), prefix: str = _PREFIX) -> None:
+    """Remove the scratch folders, of a prefix, of this machine's processes that have ended.
 
     idle: seconds without a write, after which a process of another machine is taken for ended too.
     """
-    for folder in work.glob(_PREFIX + "*"):
-        machine, pid, _ = folder.name.removeprefix(_PREFIX).rsplit("-", 2)
-        ended = not _alive(int(pid)) if machine == _machine() else time.time() - _written(folder) > idle
+    for folder in work.glob(glob.escape(prefix) + "*"):
+        if (owner := _OWNER.fullmatch(folder.name.removeprefix(prefix))) is None:
+            continue  # a user's
+        machine, pid = owner[1], int(owner[2])
+        ended = not _alive(pid) if machine == _machine() else time.time() - _written(folder) > idle
         if ended:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -126,12 +138,29 @@ def waiting_for_others(file: Path) -> Iterator[None]:
     there are no locks, which a process that is killed on another machine leaves behind for ever.)
     """
     with lock_file(file) as lock:
-        if lock is not None:
-            with suppress(OSError):  # no locks here
-                if not lock_descriptor(lock, blocking=False):
-                    logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
-                    lock_descriptor(lock, poll_interval=_POLL_SECONDS)
+        if not _locked(lock):
+            logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
+            assert lock is not None
+            with suppress(OSError):
+                lock_descriptor(lock, poll_interval=_POLL_SECONDS)
         yield
+
+
+@contextmanager
+def unless_others(file: Path) -> Iterator[bool]:
+    """The same without waiting: False, and no lock, where another process holds it."""
+    with lock_file(file) as lock:
+        yield _locked(lock)
+
+
+def _locked(lock: int | None) -> bool:
+    """Whether the lock is ours by now, or there are none."""
+    if lock is None:
+        return True
+    try:
+        return lock_descriptor(lock, blocking=False)
+    except OSError:
+        return True
 
 
 def _machine() -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 from megatron_lcl.data.engines.task import Task, do_logged
-from megatron_lcl.interrupts import end_on_interrupt, end_with_parent, holding_interrupts
+from megatron_lcl.interrupts import ENDING, end_on_interrupt, end_with_parent, holding_interrupts
 from megatron_lcl.machine import num_cores
 
 _POLL = 1.0
@@ -19,7 +20,7 @@ _PATIENCE = 10.0
 """seconds that a process has to end by itself"""
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(task: Task) -> Iterator[_Local]:
     """Ready for jobs."""
     task.logs.mkdir(parents=True, exist_ok=True)
@@ -36,8 +37,8 @@ class _Local:
         self._context = multiprocessing.get_context("spawn")
         self._at_once = max(1, num_cores() // task.cpus)
         self._waiting: deque[int] = deque()
-        self._running: dict[int, tuple[int, multiprocessing.process.BaseProcess, Connection]] = {}
-        """by the process's sentinel: job, process, where it says what went wrong"""
+        self._running: dict[Connection, tuple[int, BaseProcess]] = {}
+        """job and process by where that says what went wrong, which ends with it"""
 
     def submit(self, jobs: Sequence[int]) -> None:
         self._waiting.extend(jobs)
@@ -46,19 +47,19 @@ class _Local:
         while self._waiting and len(self._running) < self._at_once:
             self._start(self._waiting.popleft())
         errors = {}
-        for sentinel in wait(list(self._running), _POLL):
-            assert isinstance(sentinel, int)
-            index, process, words = self._running.pop(sentinel)
-            process.join()
-            errors[index] = _outcome(process.exitcode, words)
+        for words in wait(list(self._running), _POLL):
+            assert isinstance(words, Connection)
+            index, process = self._running[words]
+            errors[index] = _outcome(process, words)
+            del self._running[words]
             words.close()
         return errors
 
     def end(self) -> None:
         """Kill what still runs; the processes that jobs have started end with them."""
-        for _, process, _ in self._running.values():
+        for _, process in self._running.values():
             process.terminate()
-        for _, process, words in self._running.values():
+        for words, (_, process) in self._running.items():
             process.join(_PATIENCE)
             process.kill()
             process.join()
@@ -67,10 +68,10 @@ class _Local:
     def _start(self, index: int) -> None:
         reading, writing = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_job, args=(self._task, index, writing))
-        with holding_interrupts():
+        with holding_interrupts(ENDING):
             process.start()
-        writing.close()
-        self._running[process.sentinel] = index, process, reading
+            writing.close()
+            self._running[reading] = index, process
 
 
 def _job(task: Task, index: int, words: Connection) -> None:
@@ -79,11 +80,15 @@ def _job(task: Task, index: int, words: Connection) -> None:
     words.send(do_logged(task, index, "here"))
 
 
-def _outcome(exit_code: int | None, words: Connection) -> str:
-    try:
-        return words.recv()
-    except EOFError:
-        pass
+def _outcome(process: BaseProcess, words: Connection) -> str:
+    """Of a process that has said something, or has ended. Read first: it waits until a long text is taken from it."""
+    said = None
+    with contextlib.suppress(EOFError, OSError):
+        said = words.recv()
+    process.join()
+    if said is not None:
+        return said
+    exit_code = process.exitcode
     assert exit_code is not None
     if exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name}, perhaps out of memory"

@@ -14,6 +14,7 @@ import yaml
 from megatron_lcl.data.engines.task import Task, do
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import parse
+from megatron_lcl.interrupts import ENDING, holding_interrupts
 
 _POLL = 2.0
 """seconds between checks for the jobs' results"""
@@ -74,11 +75,12 @@ class _Slurm:
     def submit(self, jobs: Sequence[int]) -> None:
         from submitit.core.utils import FailedJobError
 
-        try:
-            submitted = self._executor.map_array(do, [self._task] * len(jobs), list(jobs))
-        except (FailedJobError, RuntimeError, FileNotFoundError) as error:
-            raise UserError(f"Slurm did not take the jobs: {error}") from None
-        self._running |= dict(zip(jobs, submitted, strict=True))
+        with holding_interrupts(ENDING):  # else Slurm may have jobs that nobody here knows to cancel
+            try:
+                submitted = self._executor.map_array(do, [self._task] * len(jobs), list(jobs))
+            except (FailedJobError, RuntimeError, FileNotFoundError) as error:
+                raise UserError(f"Slurm did not take the jobs: {error}") from None
+            self._running |= dict(zip(jobs, submitted, strict=True))
         logger.info("submitted %d jobs as %s", len(submitted), submitted[0].job_id)
 
     def ended(self) -> Mapping[int, str]:
@@ -94,7 +96,8 @@ class _Slurm:
     def end(self) -> None:
         """Cancel what is pending or runs."""
         if self._running:
-            subprocess.run(["scancel", *(job.job_id for job in self._running.values())], check=False)
+            with holding_interrupts(ENDING):
+                subprocess.run(["scancel", *(job.job_id for job in self._running.values())], check=False)
 
     def _lost(self, unfinished: set[int]) -> dict[int, str]:
         """Jobs that will have no result.

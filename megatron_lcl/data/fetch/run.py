@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError, describe_os_error
-from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
+from megatron_lcl.interrupts import end_on_interrupt, end_with_parent, holding_interrupts
 
 _POLL_SECONDS = 0.5
 _PROBES = 4
@@ -251,16 +250,18 @@ def _do(output: Path, plan: Plan, todo: list[int], settings: Settings, workers: 
             with holding_interrupts():
                 process.start()
             writing.close()
-        running = set(range(len(processes)))
+        running = {reading: process for process, (reading, _) in zip(processes, pipes, strict=True)}
         while running:
-            wait([processes[k].sentinel for k in running], _POLL_SECONDS)
+            ended = wait(list(running), _POLL_SECONDS)
             _show(bar, before, [sum(counts[i] for counts in shared) for i in range(len(COUNTED))])
-            for k in [k for k in running if not processes[k].is_alive()]:
-                running.remove(k)
-                if processes[k].exitcode:
-                    if said := _last_words(pipes[k][0]):
-                        raise UserError(said)
-                    raise _Died(_DIED.format(processes[k].exitcode))
+            for words in ended:
+                assert isinstance(words, Connection)
+                said, process = _last_words(words), running.pop(words)
+                process.join()
+                if said:
+                    raise UserError(said)
+                if process.exitcode:
+                    raise _Died(_DIED.format(process.exitcode))
     finally:
         for process in processes:
             if process.pid is not None:
@@ -280,6 +281,7 @@ def _process(
 ) -> None:
     """One of several: takes the next part that none has taken, until there is none."""
     end_on_interrupt()
+    end_with_parent()
     from megatron_lcl.data.fetch.work import Worker
 
     def next_part() -> int | None:
@@ -288,16 +290,9 @@ def _process(
             number = taken.value - 1
         return todo[number] if number < len(todo) else None
 
-    async def work() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        # killed without a chance to end its processes
-        asyncio.get_running_loop().add_reader(parent.sentinel, os._exit, 1)
-        fair = max(1, min(MAX_OPEN_PARTS, len(todo) // workers))  # else the first to start would take all
-        await Worker(output, plan, settings, next_part, counts, max_open_parts=fair).run()
-
+    fair = max(1, min(MAX_OPEN_PARTS, len(todo) // workers))  # else the first to start would take all
     try:
-        asyncio.run(work())
+        asyncio.run(Worker(output, plan, settings, next_part, counts, max_open_parts=fair).run())
     except UserError as error:
         words.send(str(error))
         sys.exit(2)
@@ -309,10 +304,10 @@ def _process(
 
 
 def _last_words(pipe: Connection) -> str:
-    """Why a process has ended, if it said so."""
+    """Why a process has ended, or does as soon as this is read, if it said so."""
     try:
-        return pipe.recv() if pipe.poll() else ""
-    except EOFError:
+        return pipe.recv()
+    except (EOFError, OSError):
         return ""
 
 

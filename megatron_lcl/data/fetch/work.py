@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, MutableSequence
 from pathlib import Path
 
-from megatron_lcl.data.corpus.scratch import waiting_for_others
+from megatron_lcl.data.corpus.scratch import unless_others
 from megatron_lcl.data.fetch.client import MAX_WAIT, Client, Outcome, Retry
 from megatron_lcl.data.fetch.plan import Plan, host_of
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS, MAX_OPEN_URLS, Job, Schedule, pause_before
@@ -24,17 +25,19 @@ OUTAGE_HOSTS, OUTAGE_SECONDS = 50, 60.0
 """so many hosts in a row not reached, and none for so long: the network may be to blame, not the hosts"""
 NEVER_REACHED_HOSTS = 2
 """likewise so many at the end, where none was reached at all"""
+_POLL_SECONDS = 1.0
+"""between attempts at parts that other processes have open"""
 _WITNESSES = 3
 """hosts that gave an image, which are asked for it again to see whether the network is there"""
+logger = logging.getLogger(__name__)
 
 
 class OpenPart:
     """A part whose URLs are being fetched. It is this process's alone while it is open."""
 
-    def __init__(self, output: Path, plan: Plan, number: int, settings: Settings) -> None:
-        self._opened = contextlib.ExitStack()
-        # a process whose parent was killed may live for a moment longer
-        self._opened.enter_context(waiting_for_others(plan.lock(number)))
+    def __init__(self, output: Path, plan: Plan, number: int, settings: Settings, lock: contextlib.ExitStack) -> None:
+        """lock: closed when the part is."""
+        self._lock = lock
         self._store = PartStore(output, number, settings.shard_urls, settings.store)
         self.urls = [url for url in plan.urls(number) if url_key(url) not in self._store.done]
         self.left, self.held = len(self.urls), 0
@@ -52,12 +55,12 @@ class OpenPart:
         """All are accounted for."""
         assert not self.left
         self._store.finish()
-        self._opened.close()
+        self._lock.close()
 
     def abandon(self) -> None:
         """Leave it to whoever goes on."""
         self._store.close()
-        self._opened.close()
+        self._lock.close()
 
 
 class Worker:
@@ -77,6 +80,9 @@ class Worker:
         self._next_part, self._counts, self._told = next_part, counts, told
         self._schedule = Schedule[OpenPart](settings, self._open_next, self._attempt, self._all_held, max_open_parts)
         self._open: set[OpenPart] = set()
+        self._busy: list[int] = []
+        """parts that another process has open: one whose parent was killed a moment ago, or that works on a machine
+        that counted as lost"""
         self._held: list[tuple[OpenPart, Row]] = []
         """URLs whose host was not reached since any was: written once any is again, or at the end"""
         self._held_hosts: set[str] = set()
@@ -92,18 +98,36 @@ class Worker:
         self._reached_at = asyncio.get_running_loop().time()
         try:
             async with Client(self._settings) as self._client:
-                await self._schedule.run()
-                await self._check_network(at_once=True)
-            self._release()
-            assert not self._open
+                await self._do_parts(self._next_part)
+                if self._busy:
+                    logger.warning("parts %s: another process is at work; waiting for it", sorted(self._busy))
+                while self._busy:  # with none open: no process waits for another that waits for it
+                    await asyncio.sleep(_POLL_SECONDS)
+                    busy, self._busy = iter(self._busy), []
+                    await self._do_parts(lambda busy=busy: next(busy, None))  # type: ignore[misc]
         finally:
             for part in self._open:
                 part.abandon()
 
+    async def _do_parts(self, next_part: Callable[[], int | None]) -> None:
+        """Those of them that no other process has open."""
+        self._next_part = next_part
+        await self._schedule.run()
+        await self._check_network(at_once=True)
+        self._release()
+        assert not self._open
+
     def _open_next(self) -> bool:
-        if (number := self._next_part()) is None:
+        """Open the next part that no other process has; whether there was one."""
+        while (number := self._next_part()) is not None:
+            lock = contextlib.ExitStack()
+            if lock.enter_context(unless_others(self._plan.lock(number))):
+                break
+            lock.close()  # a wait here would hold up the requests under way
+            self._busy.append(number)
+        else:
             return False
-        part = OpenPart(self._output, self._plan, number, self._settings)
+        part = OpenPart(self._output, self._plan, number, self._settings, lock)
         self._open.add(part)
         self._schedule.open_parts += 1
         self._counts[COUNTED.index("before")] += part.resumed

@@ -37,6 +37,11 @@ class Turns(Dataset[PackedBatch]):
         batch = self._read(turn, worker.num_workers if worker else 1)
         return put_there(batch) if worker else batch
 
+    def close(self) -> None:
+        """Read nothing further ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+
     def _read(self, turn: int, num_workers: int) -> PackedBatch:
         if not self._remote:
             return self._reader[self._packs_of(turn)]
@@ -83,6 +88,10 @@ class Ahead:
             for past in [past for past in asked if past <= turn]:
                 for blocks in asked.pop(past):
                     blocks.release(turn)
+
+    def close(self) -> None:
+        """What was asked for and has not begun is not read, which else this process would do before it can end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _turns(self, turn: int, depth: int) -> range:
         stop = turn + depth * self._stride + 1

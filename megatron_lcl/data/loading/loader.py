@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -148,7 +149,8 @@ class PackedLoader(Iterable[PackedBatch]):
         numbers = itertools.count() if self.steps is None else range(len(self))
         turns = Turns(self.reader, self.packs_of, None if self.steps is None else len(self))
         if workers == 0:
-            yield from map(turns.__getitem__, numbers)
+            with contextlib.closing(turns):
+                yield from map(turns.__getitem__, numbers)
             return
         self.reader.progress = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
         loader: DataLoader[PackedBatch] = DataLoader(

@@ -4,10 +4,10 @@
     NAME.have     uint64 for each block of BLOCK bytes: the block's XXH3-64, 0: it is not there (also a file with holes)
 
 All processes of a machine share the two. A block is written before its hash, and whoever reads it compares: one that a
-crash of the machine left half-written, or that two write at once, is at worst asked for again. Nothing is deleted: once
-the folder has as many bytes as it may have, what else is needed is kept in memory until it was used. For documents that
-every epoch reads once, in an order of its own, that reads a part f of a corpus from a disk that holds a part f of it;
-deleting what was unused longest would read f²/2.
+crash of the machine left half-written, or that two write at once, is at worst asked for again. Of what is read nothing
+is deleted: once the folder has as many bytes as it may have, what else is needed is kept in memory until it was used.
+For documents that every epoch reads once, in an order of its own, that reads a part f of a corpus from a disk that
+holds a part f of it; deleting what was unused longest would read f²/2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +42,14 @@ _FULL_SECONDS = 600.0
 class Room:
     """How many bytes more some folders may hold, looked up now and then; several processes may use what is left.
 
-    folders: those of a folder that match a pattern. limit: of all of them. Threads may use it at once.
+    folders: those of a folder that match a pattern. limit: of all of them. clear: deletes, where they have more, what
+    nobody uses, and says whether anything was. Threads may use it at once.
     """
 
-    def __init__(self, folder: Path, pattern: str, limit: float) -> None:
-        self.folder, self.pattern, self.limit = folder, pattern, limit
+    def __init__(
+        self, folder: Path, pattern: str, limit: float, clear: Callable[[float], bool] = lambda limit: False
+    ) -> None:
+        self.folder, self.pattern, self.limit, self._clear = folder, pattern, limit, clear
         self._used = 0
         self._next_look = 0.0
 
@@ -56,7 +59,9 @@ class Room:
         if began >= self._next_look:
             if self._next_look:  # after the first time, other threads go on by what was found before
                 self._next_look = began + _FULL_SECONDS
-            self._used = sum(map(disk_use, self.folder.glob(self.pattern)))
+            self._used = self._look()
+            if self._used + LARGEST > self.limit > 0 and self._clear(self.limit):
+                self._used = self._look()
             now = time.monotonic()
             pause = _FULL_SECONDS if self._used + LARGEST > self.limit else _LOOK_SECONDS
             self._next_look = now + max(pause, (now - began) / _LOOK_SHARE)
@@ -64,6 +69,9 @@ class Room:
             return False
         self._used += size
         return True
+
+    def _look(self) -> int:
+        return sum(map(disk_use, self.folder.glob(self.pattern)))
 
 
 def disk_use(folder: Path) -> int:

@@ -113,20 +113,19 @@ class Store:
 
     def _ask(self, operation: str, *arguments: Any) -> Any:
         for left in reversed(range(_TRIES)):
-            connection = None
             try:
                 connection = _connection()
                 connection.send((operation, self.url, arguments))
                 reply = connection.recv()
                 break
             except (EOFError, OSError):  # the server was killed: another one begins again
-                _forget(connection)
+                _forget()
                 if not left:
                     raise StorageError(
                         f"{self.url}: the process that makes requests was killed {_TRIES} times"
                     ) from None
             except BaseException:  # an answer that nobody takes would be that to the next question
-                _forget(connection)
+                _forget()
                 raise
         if reply[0] == "fault":
             raise StorageError(reply[1], reply[2])
@@ -136,46 +135,63 @@ class Store:
 # --- the process that makes the requests --------------------------------------------------------------------------
 
 
+class _Server:
+    """A process that listens at an address, with the settings that it has. It ends when nobody holds its standard input
+    any more: the threads that ask it, here and in processes that were forked."""
+
+    def __init__(self, settings: dict[str, str]) -> None:
+        self.process, self.address = _start()
+        self.settings = settings
+
+    def __del__(self) -> None:
+        if (process := getattr(self, "process", None)) is not None:  # Popen keeps the pipe while the process lives
+            assert process.stdin is not None
+            process.stdin.close()
+
+
 class _Mine(threading.local):
     connection: Connection | None = None
     pid = 0
-    address = ""
+    server: _Server | None = None
 
 
 _mine = _Mine()
 _starting = threading.Lock()
-_server: tuple[subprocess.Popen[bytes], str, dict[str, str]] | None = None
-"""the process, its address, and the settings that it has; of a process that was forked: its parent's"""
+_server: _Server | None = None
+"""for new questions; in a process that was forked: its parent's"""
 
 
 def _connection() -> Connection:
     """This thread's connection, new where it has none."""
-    address = _address()
-    if _mine.connection is None or _mine.pid != os.getpid() or _mine.address != address:
+    server = _current()
+    if _mine.connection is None or _mine.pid != os.getpid() or _mine.server is not server:
         _mine.connection = None  # in a forked process: the parent's, which stays open there
-        _mine.connection, _mine.pid, _mine.address = Client(address, "AF_UNIX"), os.getpid(), address
+        _mine.server = server
+        _mine.connection, _mine.pid = Client(server.address, "AF_UNIX"), os.getpid()
     return _mine.connection
 
 
-def _forget(connection: Connection | None) -> None:
+def _forget() -> None:
+    """The next question of this thread goes to another process, and whatever else is asked from now on."""
     global _server
+    connection, server = _mine.connection, _mine.server
+    _mine.connection = _mine.server = None
     with contextlib.suppress(OSError):
         if connection is not None:
             connection.close()
-    address, _mine.connection = _mine.address, None
     with _starting:
-        if _server is not None and (connection is None or _server[1] == address):
-            _server = None  # the process ends when nobody holds its standard input any more
+        if _server is server:
+            _server = None
 
 
-def _address() -> str:
-    """Where the process that has this one's settings listens; it is started where there is none."""
+def _current() -> _Server:
+    """The process that has this one's settings; it is started where there is none."""
     global _server
     settings = {key: value for key, value in os.environ.items() if key.startswith(_SETTINGS)}
     with _starting:
-        if _server is None or _server[2] != settings:
-            _server = *_start(), settings
-        return _server[1]
+        if _server is None or _server.settings != settings:
+            _server = _Server(settings)
+        return _server
 
 
 def _start() -> tuple[subprocess.Popen[bytes], str]:

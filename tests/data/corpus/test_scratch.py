@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,7 +34,7 @@ def test_left_or_in_use(tmp_path: Path, here: bool, alive: bool, written: int | 
     process.start()
     process.join()
     machine, pid = scratch._machine() if here else "another", os.getpid() if alive else process.pid
-    folder = tmp_path / f"scratch-{machine}-{pid}-0"
+    folder = tmp_path / f"scratch-{machine}-{pid}-{'0' * 32}"
     (folder / "below").mkdir(parents=True)
     (folder / "below" / "file").touch()
     for path, time in ((folder / "below" / "file", written), (folder / "below", 1), (folder, 1)):
@@ -41,6 +44,42 @@ def test_left_or_in_use(tmp_path: Path, here: bool, alive: bool, written: int | 
     assert folder.exists() == (stays or not here)
     scratch.clear_dead(tmp_path, 86400.0)
     assert folder.exists() == stays
+
+
+def test_a_folder_of_the_user_stays(tmp_path: Path) -> None:
+    for name in ("scratch-of-bob-1", "scratch-2024", f"scratch-{scratch._machine()}-x-{'0' * 32}"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, times=(1, 1))
+    scratch.clear_dead(tmp_path, 0.0)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+WRITES = """
+import sys, time
+from pathlib import Path
+from megatron_lcl.data.corpus.scratch import whole_folder
+with whole_folder(Path(sys.argv[1])) as folder:
+    (folder / "file").touch()
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.timeout(60)
+def test_a_killed_command_leaves_no_folder(tmp_path: Path, signum: int) -> None:
+    output = tmp_path / "a [1]"
+    (tmp_path / f".{output.name}.mine").mkdir()
+    with subprocess.Popen([sys.executable, "-c", WRITES, output], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        assert (folder.parent, (folder / "file").exists()) == (tmp_path, True)
+        process.send_signal(signum)
+        assert process.wait() in (128 + signum, -signum)
+    assert folder.exists() == (signum == signal.SIGKILL)
+    with scratch.whole_folder(output):
+        assert not folder.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {output.name, f".{output.name}.mine"}
 
 
 @needs_root

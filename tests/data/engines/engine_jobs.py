@@ -24,7 +24,7 @@ def fails(folder: Path, times: int, how: str, job: tuple[int, int]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "exits":
             os._exit(3)
-        raise ValueError("two\nlines")
+        raise ValueError("two\nlines" if how == "raises" else how)
     (folder / f"done-{index}-of-{total}").touch()
 
 

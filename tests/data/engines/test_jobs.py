@@ -9,10 +9,11 @@ import sys
 import time
 import uuid
 from dataclasses import replace
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
-from data.engines.engine_jobs import fails
+from data.engines.engine_jobs import fails, waits
 from data.engines.running import marked, processes_marked
 
 from megatron_lcl.data.engines import Engine, parse_job, run_jobs
@@ -27,13 +28,19 @@ def test_parse_job() -> None:
             parse_job(wrong)
 
 
+LONG = "x" * 200_000
+"""more than a pipe holds"""
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
         ("raises", "ValueError: two lines"),
         ("killed", "killed by SIGKILL, perhaps out of memory"),
         ("exits", "ended with exit code 3"),
+        (LONG, f"ValueError: {LONG}"),
     ],
+    ids=["raises", "killed", "exits", "long"],
 )
 @pytest.mark.timeout(120)
 def test_a_job_that_fails_is_tried_again_and_then_said(tmp_path: Path, how: str, said: str) -> None:
@@ -50,7 +57,7 @@ def test_a_job_that_fails_is_tried_again_and_then_said(tmp_path: Path, how: str,
             logs = tmp_path / f"{times}.local"
             assert str(error.value) == f"jobs [1] of 3 failed, each 2 times, the first with: {said}; logs in {logs}"
             assert (logs / "job-1.log").read_text().count("job 1 of 3") == 2
-            assert ("Traceback" in (logs / "job-1.log").read_text()) == (how == "raises")
+            assert ("Traceback" in (logs / "job-1.log").read_text()) == (how in ("raises", LONG))
             done.remove("done-1-of-3")
         assert sorted(path.name for path in folder.glob("done-*")) == done
         assert [len((folder / f"tries-{k}").read_text().split()) for k in range(3)] == [1, 2, 1]
@@ -79,6 +86,22 @@ def test_a_job_s_relative_paths_are_those_of_the_command(tmp_path: Path, monkeyp
     absolute = replace(relative, arguments={**relative.arguments, "folder": tmp_path / "jobs"}, reads=())
     assert do(absolute, 0) == ""
     assert len((tmp_path / "jobs" / "tries-0").read_text().split()) == 2
+
+
+def test_a_signal_while_a_process_is_started_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = SpawnProcess.start
+    started = []
+
+    def start_and_be_told_to_end(self: SpawnProcess) -> None:
+        start(self)
+        started.append(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_and_be_told_to_end)
+    with pytest.raises(SystemExit):
+        run_jobs(waits, {"folder": tmp_path}, Engine("local", 1), output=tmp_path)
+    (process,) = started
+    assert not process.is_alive()
 
 
 PROGRAM = """

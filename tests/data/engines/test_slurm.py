@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from curate.corpora_of_rules import files, write
 from data import writers
+from data.engines.engine_jobs import waits
 from data.engines.running import marked, processes_marked
 from data.fetch.faulty_server import requests_of, serving
 from data.fetch.test_fetch import QUICK, check_store, mixed
@@ -26,7 +27,7 @@ from local_slurm import Slurm
 from megatron_lcl.curate.run import curate, curate_in_jobs
 from megatron_lcl.curate.settings import read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
-from megatron_lcl.data.engines import Engine
+from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.engines import slurm as engine_on_slurm
 from megatron_lcl.data.fetch.run import fetch_in_jobs
 from megatron_lcl.data.prepare.jobs import preprocess_in_jobs
@@ -197,6 +198,31 @@ class FakeExecutor:
                 assert run(task, index) == ""
                 jobs.append(FakeJob(None))
         return jobs
+
+
+@pytest.mark.parametrize(("signum", "ended_by"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_jobs_are_canceled_whenever_a_signal_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, ended_by: type[BaseException]
+) -> None:
+    """While they are submitted, and while they are canceled."""
+    import submitit
+
+    canceled = []
+
+    class Submits(FakeExecutor):
+        def map_array(self, run, tasks, indices):  # type: ignore[no-untyped-def]
+            os.kill(os.getpid(), signum)
+            return [FakeJob(None) for _ in indices]
+
+    def run(command: list[str], check: bool) -> None:
+        os.kill(os.getpid(), signum)
+        canceled.append(command)
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Submits)
+    monkeypatch.setattr(engine_on_slurm.subprocess, "run", run)
+    with pytest.raises(ended_by):
+        run_jobs(waits, {"folder": tmp_path}, Engine("slurm", 2), output=tmp_path)
+    assert canceled == [["scancel", "1_0", "1_0"]]
 
 
 def test_a_lost_job_alone_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 from data.fetch.faulty_server import LOGIN, WANTS_CREDENTIALS, requests_of, serving
 from data.fetch.test_fetch import FLAGS, QUICK, check_store, mixed
+from tqdm import tqdm
 
 from megatron_lcl.cli import main
 from megatron_lcl.data.engines import Engine
+from megatron_lcl.data.fetch import run
 from megatron_lcl.data.fetch.run import fetch, fetch_in_jobs
 from megatron_lcl.data.fetch.settings import PROXY_LOGIN
 from megatron_lcl.errors import UserError
@@ -90,6 +92,24 @@ def test_a_password_stands_in_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert WANTS_CREDENTIALS.encode() in written["0.pkl"]
     assert [name for name, content in written.items() if LOGIN.partition(":")[2].encode() in content] == []
     assert os.environ[PROXY_LOGIN] == "another:one"
+
+
+LONG = "x" * 200_000
+"""more than a pipe holds"""
+
+
+class BadPlan:
+    """No part of it can be opened."""
+
+    def lock(self, _: int) -> Path:
+        raise UserError(LONG)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_says_all_that_went_wrong(tmp_path: Path) -> None:
+    plan: Any = BadPlan()
+    with pytest.raises(UserError, match=f"^{LONG}$"):
+        run._do(tmp_path, plan, [0, 1], QUICK, 2, tqdm(disable=True))
 
 
 @pytest.mark.slow

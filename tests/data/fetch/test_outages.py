@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import fcntl
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -103,6 +104,31 @@ def test_every_part_is_opened(
         assert seconds < 3 * (3 * 10 + 6)
     live = 20 if "dead" not in hosts else 0
     assert reasons(tmp_path) == {"no connection": 40 - live, "kept": live + 1}
+
+
+@pytest.mark.timeout(60)
+def test_a_part_that_another_process_has_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that counts as lost may still work; whoever waited for it would let all requests run out of time."""
+    plan = planned(tmp_path, [f"http://{k}.example/a" for k in range(6)])
+    theirs, ours = plan.urls(0), [url for part in range(1, len(plan.parts)) for url in plan.urls(part)]
+    assert theirs
+    assert ours
+    asked: list[str] = []
+    fetch = Web.fetch
+    with open(plan.lock(0), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        async def until_all_are_asked(self: Web, url: str) -> Outcome:
+            asked.append(url)
+            if len(asked) == len(ours):
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            return await fetch(self, url)
+
+        monkeypatch.setattr(Web, "fetch", until_all_are_asked)
+        work_on(tmp_path, plan, MAX_OPEN_PARTS)
+    assert sorted(asked[: len(ours)]) == sorted(ours)
+    assert asked[len(ours) :] == theirs
+    assert reasons(tmp_path) == {"kept": 6}
 
 
 @pytest.mark.parametrize("is_complete", [True, False])

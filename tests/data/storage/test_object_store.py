@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +140,54 @@ def test_forked_processes_ask_and_a_killed_server_comes_back(place: str) -> None
             os._exit(0 if right else 1)
         assert right
         assert os.waitpid(child, 0)[1] == 0
-        module._server[0].kill()
+        module._server.process.kill()
         assert store.get("object") == CONTENT
+
+
+def servers() -> list[Path]:
+    """The folders of those that this process has started and that run."""
+    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    pids = [pid for file in children for pid in file.read_text().split()]
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids]
+    return [Path(os.fsdecode(words[-2])).parent for words in commands if b"megatron_lcl.data.storage.server" in words]
+
+
+@pytest.mark.timeout(120)
+def test_a_server_ends_once_nobody_asks_it(s3: Proxy, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After other settings or an interrupted question; what another thread has asked it is answered first."""
+    store = Store(place)
+    store.put("object", CONTENT)
+    monkeypatch.setenv("AWS_OF_A_TEST", "0")
+    s3.latency = 2.0
+    with ThreadPoolExecutor(1) as other:
+        s3.reset()
+        asked = other.submit(store.read, "object", [(5, 9)])
+        while not module._server or module._server.settings.get("AWS_OF_A_TEST") != "0":
+            time.sleep(0.01)
+        first = module._server.address
+        while not s3.requests and not asked.done():
+            time.sleep(0.01)
+        s3.latency = 0.0
+        for k in range(1, 4):
+            monkeypatch.setenv("AWS_OF_A_TEST", str(k))
+            assert store.get("object") == CONTENT
+        assert asked.result() == [CONTENT[5:9]]
+        assert [request.range for request in s3.requests].count("bytes=5-8") == 1
+    s3.latency = 2.0
+    handler = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(KeyboardInterrupt):
+            store.get("object")
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    s3.latency = 0.0
+    assert store.get("object") == CONTENT
+    deadline = time.monotonic() + 30
+    while servers() != [Path(module._server.address).parent] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert servers() == [Path(module._server.address).parent]
+    assert not Path(first).parent.exists()
 
 
 @pytest.mark.timeout(120)
@@ -153,7 +202,7 @@ def test_the_folder_for_temporary_files_may_have_a_long_path(
         monkeypatch.setattr(module, "_server", None)
         Store(place).put("object", CONTENT)
         assert Store(place).get("object") == CONTENT
-        assert Path(module._server[1]).is_relative_to(folder) == (length == 70)
+        assert Path(module._server.address).is_relative_to(folder) == (length == 70)
 
 
 def no_folder(*_: Any, **__: Any) -> str:

@@ -173,6 +173,50 @@ def test_killed_again_and_again(s3: Proxy, place: str, local: Path, tmp_path: Pa
     assert not list(folder.glob("scratch-*"))
 
 
+@pytest.mark.parametrize(("limit", "stays"), [(0.004, False), (0.5, True), (0.0, True)])
+def test_the_limit_of_the_config_says_what_is_deleted_for_room(
+    s3: Proxy, place: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float, stays: bool
+) -> None:
+    """Of a corpus that nobody has read for a day: not what holds where no config says anything."""
+    monkeypatch.setattr(module, "LIMIT", 1e9 if not stays else 1.0)
+    upload(local, place)
+    unused = tmp_path / "cache" / "corpora-unused"
+    unused.mkdir(parents=True)
+    (unused / "corpus.json").write_bytes(bytes(10_000_000))
+    os.utime(unused, times=(time.time() - 2e5,) * 2)
+    contents(loader(place, tmp_path / "cache", storage_cache_gb=limit, steps=2))
+    assert unused.exists() == stays
+    kept = sum(path.stat().st_blocks for path in (tmp_path / "cache").glob("corpora-*/*.have"))
+    assert (kept > 0) == (limit > 0)
+
+
+@pytest.mark.timeout(120)
+def test_what_is_queued_is_not_read_once_the_batches_are_closed(
+    s3: Proxy, place: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that fails would read on before its process ends."""
+    upload(local, place)
+    ahead, asked, closed = Blocks.ahead, [], threading.Event()
+
+    def waiting(self: Blocks, ranges: Any, turn: int) -> None:
+        asked.append(turn)
+        if turn and self.name.startswith("images"):
+            assert closed.wait(60)
+        ahead(self, ranges, turn)
+
+    monkeypatch.setattr(Blocks, "ahead", waiting)
+    before = set(threading.enumerate())
+    batches = iter(loader(place, tmp_path / "cache", look_ahead=24, steps=100))
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    begun = len(asked)
+    closed.set()
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(60)
+    assert len(asked) == begun
+
+
 def test_http_without_s3(s3: Proxy, place: str, local: Path, tmp_path: Path) -> None:
     upload(local, place)
     url = readable_by_all(s3, place)

@@ -1,0 +1,76 @@
+"""An evaluation in several processes that is killed leaves no process, and no file for good."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data.engines.running import marked, processes_marked
+
+from megatron_lcl.evaluate.features import FeatureStore
+
+PROGRAM = """
+import sys, time
+from functools import partial
+from pathlib import Path
+import torch
+from torch import nn
+from megatron_lcl.evaluate.encoders.encoder import Encoder, Features
+from megatron_lcl.evaluate.features import image_features
+from megatron_lcl.evaluate.sources import FileBlob
+
+class Slow(Encoder):
+    def __init__(self, began, number):
+        super().__init__("slow", nn.ParameterList([nn.Parameter(torch.zeros(1))]))
+        self.began, self.number, self.source = began, number, partial(Slow, began)
+
+    def prepare(self, data):
+        return torch.zeros(1)
+
+    def _encode(self, images):
+        if self.number >= 0:
+            self.began.with_name(f"began-{self.number}").touch()
+            time.sleep(0.5)
+        return Features(torch.zeros(len(images), 1000), torch.zeros(len(images), 0, 1))
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    images = [FileBlob(Path(__file__))] * 1000
+    image_features(Slow(folder / "began", -1), images, "pooled", folder / "cache", batch_size=1, processes=2)
+"""
+
+
+def wait_for(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_evaluation_leaves_nothing(tmp_path: Path, signum: int) -> None:
+    program, cache, mark = tmp_path / "program.py", tmp_path / "cache", uuid.uuid4().hex
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(tmp_path)]
+    with subprocess.Popen(command, env=marked(mark), stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: len(list(tmp_path.glob("began-*"))) == 2)
+            assert len(processes_marked(mark)) > 2
+            os.kill(process.pid, signum)
+            assert process.wait(60) in {128 + signum, -signum}
+        finally:
+            process.kill()
+    wait_for(lambda: not processes_marked(mark))  # after SIGKILL they see by themselves that they are alone
+    if signum == signal.SIGKILL:
+        assert sum(path.stat().st_size for path in cache.rglob("*.npy")) > 1000 * 1000 * 4
+        FeatureStore(cache).check_room([], [])
+    assert not list(cache.iterdir())
