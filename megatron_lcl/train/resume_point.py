@@ -28,6 +28,7 @@ from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.forks import stop_forkserver
 from megatron_lcl.train.memory import Memory, available, local_processes, slots_of
 from megatron_lcl.train.resilience.lock import lock_run_folder
+from megatron_lcl.train.resilience.signals import Signals
 from megatron_lcl.train.strategy import Choice, choose_strategy, with_choice
 
 
@@ -59,12 +60,11 @@ class ResumePoint:
     """whether the evaluation after the last step has been made"""
 
 
-def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack) -> ResumePoint:
+def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack, signals: Signals) -> ResumePoint:
     """Decided by the first process for all, which also finds what is wrong: RunError on all.
 
-    until_end: takes the first process's lock on the run folder.
+    until_end: takes the first process's lock on the run folder. signals: an OSError after one is no user's.
     """
-
     everywhere = mesh.world.gather_objects(available(local_processes(mesh.world.size)))
     has = replace(
         min(everywhere, key=lambda memory: memory.size),
@@ -81,6 +81,8 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
         except UserError as error:
             return str(error)
         except OSError as error:
+            if signals.received:  # it has ended the server of simulations, say
+                raise
             return describe_os_error(error, config.train.output)
 
     decision = mesh.world.broadcast_object(decide() if mesh.is_first else "")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -111,7 +112,8 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
         # with one micro-batch more than a stage keeps at once it computes as in the midst of a long step
         enough = max(enough, 2 + num_in_flight(config, rank // (data * config.parallel.tensor), wanted))
     counts = [wanted] if wanted <= enough else [enough - 1, enough]
-    with ProcessPoolExecutor(len(counts), forkserver(), max_tasks_per_child=1) as pool:
+    to_end = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # by Ctrl-C, and not with a traceback
+    with ProcessPoolExecutor(len(counts), forkserver(), *to_end, max_tasks_per_child=1) as pool:
         tasks = [pool.submit(_simulate, _with(config, data, m), processes, images_per_pack, rank) for m in counts]
         found = [task.result() for task in tasks]
     if len(found) == 1:
