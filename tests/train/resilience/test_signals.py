@@ -289,6 +289,31 @@ def test_a_signal_that_also_ends_simulations(signum: signal.Signals, config_file
     assert last_step(run) == 0
 
 
+def without_compilers(rank: int, marks: str) -> None:
+    """In its first step the second process gets a signal that ends what compiles for it too."""
+    from megatron_lcl.train.step import Stepper
+
+    plain = Stepper.start
+
+    def run(self, *arguments):  # type: ignore[no-untyped-def]
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            raise RuntimeError("SubprocPool closed")  # of inductor
+        return plain(self, *arguments)
+
+    Stepper.start = run  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_signal_that_also_ends_compilers(config_file: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Fleet(run, "--config", config_file, plant=without_compilers, planted=("",)) as fleet:
+        assert fleet.wait() == [REQUEUE, REQUEUE], fleet.said()
+        assert "process 1 failed while computing" in fleet.said()
+        assert "Interrupted: SIGUSR1: ended at once" in fleet.said()
+    assert last_step(run) == 0
+
+
 @pytest.mark.slow
 def test_the_launcher_passes_signals_on_and_is_not_outlived(config_file: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
