@@ -20,7 +20,7 @@ def holding_interrupts(signals: Collection[signal.Signals] = (signal.SIGINT,)) -
     """Ctrl-C, or what else is given, comes afterwards, so that whoever starts processes knows of all that it has
     started.
 
-    They are born with it held back, so that none is met importing: they let it through with `end_on_interrupt`, or are
+    They are born with it held back, so that none is met importing: they let it through with `end_with_command`, or are
     ended by who started them.
     """
     came: list[int] = []
@@ -38,14 +38,11 @@ def holding_interrupts(signals: Collection[signal.Signals] = (signal.SIGINT,)) -
             signal.raise_signal(signum)
 
 
-def end_on_interrupt() -> None:
-    """In a worker process: Ctrl-C ends it, without a traceback."""
+def end_with_command() -> None:
+    """In a worker process of multiprocessing: Ctrl-C ends it, without a traceback, and so does its parent's end, were
+    that killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-
-
-def end_with_parent() -> None:
-    """In a worker process of multiprocessing: it ends as soon as its parent does, were that killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -40,7 +40,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--processes",
         type=int,
-        help="on this machine, where no launcher started them (default: one a GPU, or two on CPU)",
+        help="on this machine, where no launcher started them (default: one a GPU; on CPUs two, or one on one core)",
     )
     sub.add_argument("--print-config", action="store_true", help="print the whole config and stop")
     sub.add_argument("--dry-run", action="store_true", help="check everything, print what would be launched, and stop")
@@ -158,7 +158,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         raise RunError(
             f"--processes {options.processes}: a launcher has started {os.environ['WORLD_SIZE']} of them; leave it out"
         )
-    from megatron_lcl.train.resilience.signals import Signals, Stopped
+    from megatron_lcl.train.resilience.signals import Interrupted, Signals, Stopped
 
     if not launch.is_launched():
         from megatron_lcl.train.checks import check
@@ -171,7 +171,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
         try:
             train(config, signals)
-        except Stopped as stop:
+        except (Stopped, Interrupted) as stop:
             if os.environ.get("RANK", "0") == "0":
                 complain(f"megatron-lcl train: {stop}")
             return stop.code

@@ -16,7 +16,7 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
-from megatron_lcl.interrupts import end_on_interrupt, end_with_parent, holding_interrupts
+from megatron_lcl.interrupts import end_with_command, holding_interrupts
 from megatron_lcl.machine import num_cores
 
 T = TypeVar("T")
@@ -83,8 +83,7 @@ _told: list[Any] = []
 
 
 def _start(done: Any, stop: Any) -> None:
-    end_on_interrupt()
-    end_with_parent()
+    end_with_command()
     _told[:] = done, stop
 
 

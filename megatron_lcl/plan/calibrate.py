@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_lcl.config import Config, Language, Vision
-from megatron_lcl.interrupts import end_with_parent
+from megatron_lcl.interrupts import end_with_command
 from megatron_lcl.losses.generation import rows_of_chunk
 from megatron_lcl.machine import num_cores
 from megatron_lcl.parallel.mesh import Axis
@@ -39,7 +39,10 @@ Measurement = tuple[float, Callable[[], object]]
 def calibrate(config: Config, processes: int, images: int) -> Rates:
     """Rates of one of so many processes of this machine, each with its share of the cores. images: slots of a pack."""
     threads = max(1, num_cores() // processes)
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, forkserver(), end_with_parent) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(processes, forkserver(), end_with_command) as pool,
+    ):
         where = f"file://{Path(folder) / 'meet'}"
         tasks = [pool.submit(_of_process, config, images, threads, where, rank, processes) for rank in range(processes)]
         return rates_of_all([task.result() for task in tasks])

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.attention import CAPABILITY
-from megatron_lcl.interrupts import end_with_parent, holding_interrupts
+from megatron_lcl.interrupts import end_with_command, holding_interrupts
 from megatron_lcl.selftest import kernels
 from megatron_lcl.selftest.cases import CASES, Case
 from megatron_lcl.selftest.kernels import Kernel, KernelCase
@@ -382,7 +382,7 @@ def _interpreter(wanted: bool) -> Iterator[None]:
 def _child(
     rank: int, case: Case | KernelCase, place: tuple[str, int, str], timeout: float, prepare: Any, results: Any
 ) -> None:
-    end_with_parent()
+    end_with_command()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"

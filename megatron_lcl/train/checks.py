@@ -28,7 +28,7 @@ from megatron_lcl.train.fits import check_memory
 from megatron_lcl.train.heldout import check_heldout
 from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.layout import check_layout
-from megatron_lcl.train.memory import available, local_processes
+from megatron_lcl.train.memory import available
 from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import check_freeze, check_frozen_have_weights, frozen_parameters
 from megatron_lcl.train.precision import check_dtype
@@ -40,11 +40,11 @@ TRAINED_ONLY = tuple(f"model.vision.{x}" for x in ("patch_dropout", "patch_dropo
 """settings of the model that say how it is trained, and may change in a run"""
 
 
-def check(config: Config, processes: int, nodes: int | None = None, elsewhere: bool = False) -> dict[str, Any]:
+def check(config: Config, processes: int, local: int | None = None, elsewhere: bool = False) -> dict[str, Any]:
     """Everything that can be known to be wrong before anything starts; DeepSpeed's config, derived and checked.
 
-    nodes: in a dry run, on which this process may have no part in the run. elsewhere: the run's devices are not this
-    machine's, as where a dry run is made on a login node.
+    local: processes on a machine; None: all. elsewhere: the run's devices are not this machine's, as where a dry run is
+    made on a login node.
     """
     objectives.create(config)
     if not config.data.corpora:
@@ -59,7 +59,7 @@ def check(config: Config, processes: int, nodes: int | None = None, elsewhere: b
     check_averages(config)
     if not elsewhere:
         check_dtype(config)
-        check_memory(config, processes, available(local_processes(processes, nodes)))
+        check_memory(config, processes, available(local or processes))
     check_tokenizers(config)
     check_heldout(config)
     check_trackers(config)

@@ -41,7 +41,7 @@ from megatron_lcl.train.finished import has_all_steps
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
-from megatron_lcl.train.memory import Memory, available, largest_estimate, local_processes, run_slots
+from megatron_lcl.train.memory import Memory, available, largest_estimate, run_slots
 from megatron_lcl.train.optimizer import unfinished_warmup
 from megatron_lcl.train.strategy import choose_strategy
 
@@ -61,7 +61,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
     check_requirements()
     check_devices(processes)
     elsewhere = is_elsewhere(nodes)
-    check(config, nodes * processes, nodes, elsewhere)
+    check(config, nodes * processes, processes, elsewhere)
     check_writable(Path(config.train.output))
     checks = ["requirements", "devices", "layout", "corpora", "run folder"]
     checks += [] if elsewhere else ["kernels", "memory"]
@@ -197,7 +197,7 @@ def _memory(config: Config, nodes: int, processes: int, elsewhere: bool) -> Iter
     if elsewhere and config.train.dtype == "auto":
         config = configs.replace(config, train__dtype="bfloat16")
     slots, progress = run_slots(config)
-    has = Memory(math.inf, "", True) if elsewhere else available(local_processes(everywhere, nodes))
+    has = Memory(math.inf, "", True) if elsewhere else available(processes)
     check_memory(config, everywhere, has, slots)
     choice = choose_strategy(config, everywhere, has, slots, None if elsewhere else progress)
     if choice is not None and elsewhere and choice.bound:

@@ -12,7 +12,6 @@ they give (4), q, k, v and what attention gives (4), and what goes into GELU and
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from megatron_lcl.machine import control_groups
 from megatron_lcl.model.layers import layer_kinds, num_parameters
 from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.checkpoint.folder import Progress, last_progress
-from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
@@ -211,17 +209,6 @@ def _limits() -> Iterator[float]:
             yield float((folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")).read_text())
         except (OSError, ValueError):  # "max", or a container that shows no more than its own group
             continue
-
-
-def local_processes(processes: int, nodes: int | None = None) -> int:
-    """How many of a run's processes are certainly on this machine.
-
-    nodes: of a run that is only looked at, which may happen in a process of another launch, such as the check of an
-    sbatch script; None: in a process of the run, or where one machine is to have it.
-    """
-    if nodes is None and is_launched():  # DeepSpeed's launcher has a name of its own
-        return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return max(1, processes // (nodes or 1))
 
 
 def in_gb(size: float) -> str:

@@ -109,6 +109,11 @@ def check_optimizer(config: Config) -> None:
     parts = optimizer.parts != type(optimizer.parts)()
     if optimizer.name == "apex_fused_adam" and parts:
         raise UserError("optimizer.parts has no effect on apex_fused_adam; set optimizer.name to adamw")
+    if optimizer.name == "apex_fused_adam" and "optimizer" in offloaded(config):
+        raise UserError(
+            "optimizer.name = apex_fused_adam and deepspeed.zero_optimization.offload_optimizer: apex steps on the "
+            "GPU alone; set optimizer.name to adamw, or remove the offload"
+        )
     if not parts and optimizer.name not in ("stable_adamw", "muon"):
         return
     what = "optimizer.parts" if optimizer.name == "adamw" else f"optimizer.name = {optimizer.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +27,10 @@ from megatron_lcl.train.fastest import kept_kernels
 from megatron_lcl.train.finished import has_all_steps, has_last_evaluation
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.forks import stop_forkserver
-from megatron_lcl.train.memory import Memory, available, local_processes, slots_of
+from megatron_lcl.train.memory import Memory, available, slots_of
+from megatron_lcl.train.resilience.faults import node
 from megatron_lcl.train.resilience.lock import lock_run_folder
+from megatron_lcl.train.resilience.signals import Signals
 from megatron_lcl.train.strategy import Choice, choose_strategy, with_choice
 
 
@@ -59,13 +62,12 @@ class ResumePoint:
     """whether the evaluation after the last step has been made"""
 
 
-def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack) -> ResumePoint:
+def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack, signals: Signals) -> ResumePoint:
     """Decided by the first process for all, which also finds what is wrong: RunError on all.
 
-    until_end: takes the first process's lock on the run folder.
+    until_end: takes the first process's lock on the run folder. signals: an OSError after one is no user's.
     """
-
-    everywhere = mesh.world.gather_objects(available(local_processes(mesh.world.size)))
+    everywhere = mesh.world.gather_objects(available(_local_processes(mesh)))
     has = replace(
         min(everywhere, key=lambda memory: memory.size),
         shared=min(memory.shared for memory in everywhere),
@@ -74,19 +76,28 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
 
     def decide() -> ResumePoint | str:
         try:
-            settings = check(config, mesh.world.size)
+            settings = check(config, mesh.world.size, has.local)
             until_end.enter_context(lock_run_folder(Path(config.train.output)))
             check_space(config)  # again: it is there now, and others write too
             return _resolve(config, settings, mesh.world.size, has)
         except UserError as error:
             return str(error)
         except OSError as error:
+            if signals.received:  # it has ended the server of simulations, say
+                raise
             return describe_os_error(error, config.train.output)
 
     decision = mesh.world.broadcast_object(decide() if mesh.is_first else "")
     if isinstance(decision, str):
         raise RunError(decision)
     return decision
+
+
+def _local_processes(mesh: Mesh) -> int:
+    """How many of the run's processes are on this machine; every process calls it."""
+    hosts, own = mesh.world.gather_objects(node()), node()
+    # DeepSpeed's launcher has a name of its own
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or hosts.count(own))
 
 
 def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memory) -> ResumePoint:

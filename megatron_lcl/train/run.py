@@ -62,9 +62,9 @@ def train(config: Config, signals: Signals | None = None) -> Path:
     """Run (or resume) the training that `config` describes; the final checkpoint's folder.
 
     Every process of the launch calls it. Resumes from the newest checkpoint in `train.output` that verifies. Raises
-    `signals.Stopped` where a signal requested the end and all is saved; RunError on every process where the run cannot
-    go on, SystemExit where this machine or the network has failed (`faults`). A process that dies or hangs ends the
-    others (`watchdog`).
+    `signals.Stopped` where a signal requested the end and all is saved (`signals.Interrupted` where that signal has
+    also ended what a step needs); RunError on every process where the run cannot go on, SystemExit where this machine
+    or the network has failed (`faults`). A process that dies or hangs ends the others (`watchdog`).
 
     signals: open since before the call, where there are any.
     """
@@ -82,8 +82,10 @@ def _train(config: Config, signals: Signals) -> Path:
         with (
             Watchdog(mesh.world, config.guard.timeout, config.guard.long_timeout) as watchdog,
             contextlib.ExitStack() as until_end,
+            watchdog.telling(),
+            signals.blamed(),
         ):
-            point = resolve_resume_point(config, mesh, until_end)
+            point = resolve_resume_point(config, mesh, until_end, signals)
             kernels = None
             if point.measure_kernels:
                 kernels, point = measure_kernels(point, mesh)
@@ -92,13 +94,11 @@ def _train(config: Config, signals: Signals) -> Path:
             engine = build_engine(module, config, mesh, point.deepspeed)
             set_timeouts(timeout_of(config.guard))  # also in the groups of DeepSpeed
             run = Path(config.train.output)
-            with (
-                Telemetry(run, config, mesh.is_first, point.progress.step) as telemetry,
-                Checkpointer(engine, config, mesh, run) as checkpoints,
-            ):
-                if kernels:
-                    telemetry.say(f"kernels measured: {kernels}")
-                last = Training(config, mesh, engine, point, telemetry, checkpoints, signals, watchdog).run()
+            telemetry = until_end.enter_context(Telemetry(run, config, mesh.is_first, point.progress.step))
+            checkpoints = until_end.enter_context(Checkpointer(engine, config, mesh, run))
+            if kernels:
+                telemetry.say(f"kernels measured: {kernels}")
+            last = Training(config, mesh, engine, point, telemetry, checkpoints, signals, watchdog).run()
     except BaseException as error:
         leave_processes(others_wait=not isinstance(error, RunError | Stopped))
         raise

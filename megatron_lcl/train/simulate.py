@@ -29,7 +29,7 @@ from megatron_lcl import attention, objectives
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
-from megatron_lcl.interrupts import end_with_parent
+from megatron_lcl.interrupts import end_with_command
 from megatron_lcl.losses import contrastive
 from megatron_lcl.machine import num_cores
 from megatron_lcl.model.drop_path import DropPath
@@ -112,7 +112,7 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
         # with one micro-batch more than a stage keeps at once it computes as in the midst of a long step
         enough = max(enough, 2 + num_in_flight(config, rank // (data * config.parallel.tensor), wanted))
     counts = [wanted] if wanted <= enough else [enough - 1, enough]
-    with ProcessPoolExecutor(len(counts), forkserver(), end_with_parent, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(len(counts), forkserver(), end_with_command, max_tasks_per_child=1) as pool:
         tasks = [pool.submit(_simulate, _with(config, data, m), processes, images_per_pack, rank) for m in counts]
         found = [task.result() for task in tasks]
     if len(found) == 1:

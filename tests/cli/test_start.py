@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_lcl.cli import main, version
-from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
+from megatron_lcl.interrupts import end_with_command, holding_interrupts
 from megatron_lcl.train.resilience.start import REQUEUE, SIGNALS
 
 SLOW = """
@@ -113,6 +113,23 @@ def test_a_process_of_several_ends_with_the_others(environment: dict[str, str]) 
     assert done.stdout.split("\n") == ["set()", "still here", str(int(signal.SIGTERM)), ""]
 
 
+def test_a_process_ends_though_nobody_reads_what_it_says() -> None:
+    """Its main thread waits in a full pipe, with stderr's lock."""
+    program = (
+        "import sys, threading\n"
+        "from megatron_lcl.train.resilience import start\n"
+        "start.WRITE_SECONDS = 0.2\n"
+        "threading.Timer(0.2, start.leave, (71, 'the end')).start()\n"
+        "print('x' * 10**6, file=sys.stderr)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+    try:
+        assert process.wait(20) == 71
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_workers_are_born_with_ctrl_c_held_back() -> None:
     held = [sys.executable, "-c", "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"]
     said = []
@@ -127,8 +144,8 @@ def test_workers_are_born_with_ctrl_c_held_back() -> None:
     assert said == ["True\n"]
     assert subprocess.run(held, capture_output=True, text=True, check=True).stdout == "False\n"
     worker = (
-        f"import os, signal\nfrom {end_on_interrupt.__module__} import end_on_interrupt\n"
-        "os.kill(os.getpid(), signal.SIGINT)\nend_on_interrupt()"
+        f"import os, signal\nfrom {end_with_command.__module__} import end_with_command\n"
+        "os.kill(os.getpid(), signal.SIGINT)\nend_with_command()"
     )
     with holding_interrupts():
         done = subprocess.run([sys.executable, "-c", worker], capture_output=True, text=True, check=False)

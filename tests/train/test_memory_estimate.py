@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import run_processes
 
 from megatron_lcl import config as configs
 from megatron_lcl import machine
@@ -21,10 +23,12 @@ from megatron_lcl.cli import main
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
+from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train import checks, fits, memory, strategy
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.memory import Memory, Slots, estimate, largest_estimate
+from megatron_lcl.train.resume_point import _local_processes
 from megatron_lcl.train.settings import deepspeed_config, offloaded
 from megatron_lcl.train.skipping import skips_on_device
 
@@ -318,15 +322,22 @@ def test_the_least_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert memory.available(2).size == memory.available(1).size / 2 > 0
 
 
-@pytest.mark.parametrize("said", [{}, {"LOCAL_WORLD_SIZE": "3"}, {"LOCAL_SIZE": "2"}])
-def test_processes_of_a_machine_as_its_launcher_says(said: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert (memory.local_processes(4), memory.local_processes(4, 2)) == (4, 2), "no launcher"
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", **said}.items():
-        monkeypatch.setenv(name, value)
-    assert memory.local_processes(4) == int(next(iter(said.values()), 1))
-    assert memory.local_processes(4, 2) == 2, "of a run that is only looked at"
+def counted(rank: int) -> list[int]:
+    """Processes of a machine, with what launchers may say; the last of them is one of another machine."""
+    dist.init_process_group("gloo")
+    mesh: Any = SimpleNamespace(world=Axis.of_group(dist.group.WORLD))
+    found = []
+    for said in ({}, {"LOCAL_WORLD_SIZE": "3"}, {"LOCAL_SIZE": "2"}, {"SLURMD_NODENAME": f"node-{rank // 2}"}):
+        for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+            os.environ.pop(name, None)
+        os.environ |= said
+        found.append(_local_processes(mesh))
+    dist.destroy_process_group()
+    return found
+
+
+def test_processes_of_a_machine_are_counted_where_the_launcher_does_not_say() -> None:
+    assert run_processes(counted, 3) == [[3, 3, 2, 2], [3, 3, 2, 2], [3, 3, 2, 1]]
 
 
 @pytest.mark.slow

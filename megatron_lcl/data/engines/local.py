@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from megatron_lcl.data.engines.task import Task, do_logged
-from megatron_lcl.interrupts import ENDING, end_on_interrupt, end_with_parent, holding_interrupts
+from megatron_lcl.interrupts import ENDING, end_with_command, holding_interrupts
 from megatron_lcl.machine import num_cores
 
 _POLL = 1.0
@@ -75,8 +75,7 @@ class _Local:
 
 
 def _job(task: Task, index: int, words: Connection) -> None:
-    end_on_interrupt()
-    end_with_parent()
+    end_with_command()
     words.send(do_logged(task, index, "here"))
 
 

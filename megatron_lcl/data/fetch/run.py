@@ -29,7 +29,7 @@ from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError, describe_os_error
-from megatron_lcl.interrupts import end_on_interrupt, end_with_parent, holding_interrupts
+from megatron_lcl.interrupts import end_with_command, holding_interrupts
 
 _POLL_SECONDS = 0.5
 _PROBES = 4
@@ -280,8 +280,7 @@ def _process(
     words: Connection,
 ) -> None:
     """One of several: takes the next part that none has taken, until there is none."""
-    end_on_interrupt()
-    end_with_parent()
+    end_with_command()
     from megatron_lcl.data.fetch.work import Worker
 
     def next_part() -> int | None:

@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any, TypeVar
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.interrupts import end_on_interrupt, end_with_parent, holding_interrupts
+from megatron_lcl.interrupts import end_with_command, holding_interrupts
 
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
@@ -82,8 +82,7 @@ _work_of_this_process: list[tuple[Callable[..., Any], Any]] = []
 
 
 def _start(function: Callable[..., Any], shared: Any) -> None:
-    end_on_interrupt()
-    end_with_parent()
+    end_with_command()
     _work_of_this_process[:] = [(function, shared)]
 
 

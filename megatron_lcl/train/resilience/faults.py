@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import socket
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,13 +20,13 @@ import torch.distributed as dist
 
 from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import UserError
+from megatron_lcl.train.resilience.signals import Interrupted, Stopped
+from megatron_lcl.train.resilience.start import WRITE_SECONDS, within
 
 LOST = 71
 """exit code: a process or a machine was lost (EX_OSERR of sysexits.h); the last checkpoint is where to go on"""
 FAULTS = "MEGATRON_LCL_FAULTS"
 """variable with the folder in which processes say which nodes have failed"""
-_WRITE_SECONDS = 5.0
-"""the storage may be what hangs"""
 _OF_THE_PROGRAM = ("device-side assert", "invalid argument", "invalid configuration", "no kernel image")
 """of CUDA's errors: on another machine they would be the same"""
 _STORAGE = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV, errno.ETIMEDOUT}
@@ -44,13 +43,7 @@ def name_nodes(nodes: Sequence[str], rank: int | str) -> None:
         return
     file, line = Path(os.environ[FAULTS], f"fault-{rank}"), ",".join(sorted(set(nodes))) + "\n"
 
-    def write() -> None:
-        with contextlib.suppress(OSError):
-            file.write_text(line, encoding="utf-8")
-
-    thread = threading.Thread(target=write, daemon=True)
-    thread.start()
-    thread.join(_WRITE_SECONDS)
+    within(WRITE_SECONDS, lambda: file.write_text(line, encoding="utf-8"))
 
 
 def is_distributed(error: BaseException | None) -> bool:
@@ -72,7 +65,9 @@ def is_local(error: BaseException | None) -> bool:
 
 
 def code_of(error: BaseException | None) -> int:
-    """The exit code for an error that one process meets: 2 bad input, LOST the machine's fault, 1 the program's."""
+    """The exit code for an error: 2 bad input, LOST the machine's fault, 1 the program's; or that of a signal."""
+    if isinstance(error, Stopped | Interrupted):
+        return error.code
     if isinstance(error, UserError):
         return 2
     return LOST if is_local(error) or is_distributed(error) else 1

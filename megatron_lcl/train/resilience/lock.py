@@ -39,6 +39,8 @@ def lock_run_folder(run: Path) -> Iterator[None]:
     with contextlib.ExitStack() as until_end:
         with naming(run / LOCK):
             file = until_end.enter_context((run / LOCK).open("a+", encoding="utf-8", buffering=1))
+        # a lock is the open file's: loader processes would hold it on, when this process is killed or has given it back
+        os.register_at_fork(after_in_child=file.close)
         locked = _acquire(run, file.fileno())
         file.seek(0)
         holder, here = file.read(), f" on {socket.gethostname()}"
@@ -55,15 +57,25 @@ def lock_run_folder(run: Path) -> Iterator[None]:
 
 
 def _refuse_living(run: Path, holder: str) -> None:
-    """UserError where the process that wrote the lock file goes on touching it."""
-    before, deadline = _touched_at(run), time.monotonic() + 3 * HEARTBEAT_SECONDS
-    while time.monotonic() < deadline:
+    """UserError where the process that wrote the lock file goes on touching it, after some patience."""
+    touched, since, deadline = _touched_at(run), time.monotonic(), time.monotonic() + PATIENCE_SECONDS
+    lives = False
+    while time.monotonic() < since + 3 * HEARTBEAT_SECONDS:
         time.sleep(min(1.0, HEARTBEAT_SECONDS / 5))
-        if _touched_at(run) != before:
+        if not (run / LOCK).read_text(encoding="utf-8"):
+            return  # it has ended in order
+        before, touched = touched, _touched_at(run)
+        if touched == before:
+            continue
+        since = time.monotonic()
+        if since > deadline:
             raise UserError(
                 f"train.output = {run} is in use by {holder}, which locks of this file system do not say; end "
                 "that run, or name another folder"
             )
+        if not lives:
+            lives = True
+            _say_waiting(run, holder)
 
 
 def _touched_at(run: Path) -> int:
@@ -104,8 +116,12 @@ def _acquire(run: Path, descriptor: int) -> bool:
             raise UserError(f"train.output = {run} is in use by {holder}; end that run, or name another folder")
         if not said:
             said = True
-            _say(f"{run} is in use by {holder}; waiting up to {PATIENCE_SECONDS:.0f} s for it to end")
+            _say_waiting(run, holder)
         time.sleep(0.2)
+
+
+def _say_waiting(run: Path, holder: str) -> None:
+    _say(f"{run} is in use by {holder}; waiting up to {PATIENCE_SECONDS:.0f} s for it to end")
 
 
 def _say(message: str) -> None:

@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +23,18 @@ class Stopped(Exception):
     def __init__(self, signum: int, step: int, saved: int) -> None:
         where = "from there" if saved == step else f"from step {saved}, for it could not be saved"
         super().__init__(f"{signal.Signals(signum).name}: ended after step {step}; the same command goes on {where}")
+        self.code = code_of_signal(signum)
+
+
+class Interrupted(Exception):
+    """A signal has ended processes that this one had started and needs, and so this one, in the midst of a step."""
+
+    def __init__(self, signum: int, error: BaseException) -> None:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        super().__init__(
+            f"{signal.Signals(signum).name}: ended at once, as it has also ended what was needed ({what}); the same "
+            "command goes on from the last checkpoint"
+        )
         self.code = code_of_signal(signum)
 
 
@@ -55,6 +69,22 @@ class Signals:
             signal.signal(signum, handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._ends[1])  # the thread reads the end
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """An error of the program after a signal is taken to come from it: Interrupted.
+
+        A scheduler's signal also reaches the processes that others than `loader.py` start, and these end by it:
+        simulations, inductor's workers, their compilers.
+        """
+        try:
+            yield
+        except BaseException as error:
+            from megatron_lcl.train.resilience.faults import code_of  # what it imports takes longer than a signal may
+
+            if not self.received or code_of(error) != 1:
+                raise
+            raise Interrupted(self.received, error) from error
 
     def _note(self, signum: int, _frame: object = None) -> None:
         """The main thread knows of a signal as soon as it can, the other thread where it cannot."""

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
@@ -15,6 +15,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """those that ask a run to end"""
 REQUEUE = 75
 """exit code: stopped by a signal with everything saved, start me again (EX_TEMPFAIL of sysexits.h)"""
+WRITE_SECONDS = 5.0
+"""that a process which ends gives to what it has to say: the storage may be what hangs"""
 
 
 def code_of_signal(signum: int) -> int:
@@ -61,8 +63,7 @@ def _end(signum: int, _frame: FrameType | None) -> NoReturn:
 
 def leave(code: int, message: str) -> NoReturn:
     """End this process now, from any thread and whatever the others do; its loader processes too."""
-    with suppress(OSError):  # in a log on a full disk there is no room for it
-        print(f"megatron-lcl: {message}", file=sys.stderr, flush=True)
+    within(WRITE_SECONDS, lambda: print(f"megatron-lcl: {message}", file=sys.stderr, flush=True))
     multiprocessing = sys.modules.get("multiprocessing")  # else there are none
     children = multiprocessing.active_children() if multiprocessing else []
     for child in children:
@@ -70,3 +71,16 @@ def leave(code: int, message: str) -> NoReturn:
     for child in children:
         child.join(1.0)  # leaves no zombie, even where process 1 of a container reaps none
     os._exit(code)
+
+
+def within(seconds: float, write: Callable[[], object]) -> None:
+    """Write something, or leave it where that takes longer or fails: on a full disk, or in a pipe that nobody reads."""
+
+    def attempt() -> None:
+        with suppress(OSError):
+            write()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    with suppress(RuntimeError):  # there may be no room for a thread either
+        thread.start()
+        thread.join(seconds)

@@ -56,8 +56,9 @@ class State:
     """whether it waits there for other processes"""
     num_published: int = 0
     """how often it has published this"""
-    ended: str | None = None
-    """"" after a regular end, else what went wrong"""
+    ended: bool = False
+    error: str = ""
+    """what went wrong here and not everywhere, before the end or with it"""
     code: int = LOST
     """exit code of the others where something went wrong"""
     broken: bool = False
@@ -115,6 +116,8 @@ class Watchdog:
         self._last_contact = self._last_read = time.monotonic()
         """when the store last answered, and when it last gave what the others had published"""
         self._suspicious = False
+        self._error: BaseException | None = None
+        """with which this process ends"""
         self._closing = threading.Event()
 
     # --- the main thread's side ---
@@ -135,6 +138,24 @@ class Watchdog:
         self._set_phase(doing, self.long_limit)
         yield
 
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """The others know of an error inside at once, and wait: what this process then leaves may take long, above all
+        a save in the background, which all of them finish, and its copy."""
+        try:
+            yield
+        except BaseException as error:
+            self._set_phase(self._state.doing, self.long_limit)
+            if not is_distributed(error):  # which has its cause in another process
+                self._ends_with(error)
+            raise
+
+    def _ends_with(self, error: BaseException | None) -> None:
+        self._error = error
+        together = error is None or isinstance(error, RunError | Stopped)
+        self._state.code, self._state.broken = code_of(error), is_local(error)
+        self._state.error = "" if together else f"{type(error).__name__}: {error}"
+
     def _set_phase(self, doing: str, limit: float) -> None:
         self._state.doing = doing
         self._since = time.monotonic(), limit
@@ -152,17 +173,16 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.size == 1:
             return
-        together = error is None or isinstance(error, RunError | Stopped)
-        if not together and is_distributed(error):  # `_end_on_fault` names the cause and ends this process
+        if is_distributed(error):  # `_end_on_fault` names the cause and ends this process
             self._set_phase(f"{self._state.doing}; a collective has failed", math.inf)
             self._suspicious = True
             self._closing.wait(self.limit)
         self._closing.set()
-        self._state.ended = "" if together else f"{type(error).__name__}: {error}"
-        self._state.code, self._state.broken = code_of(error), is_local(error)
+        self._ends_with(error)
+        self._state.ended = True
         with contextlib.suppress(RuntimeError):
             self._publish()
-        if not together:
+        if self._state.error:
             time.sleep(3 * self.publish_period)  # this may be the process that serves the store
 
     # --- the threads ---
@@ -212,19 +232,26 @@ class Watchdog:
             fault = self._fault()
             if fault and not self._closing.wait(3 * self.publish_period):  # until the others have seen it too
                 name_nodes(fault.nodes, self.rank)
-                leave(fault.code, f"{fault.message}. Ending process {self.rank} at step {self._state.step}")
+                message = f"{fault.message}. Ending process {self.rank} at step {self._state.step}"
+                if self._error is not None:  # else nobody would see it
+                    message += "\n" + "".join(traceback.format_exception(self._error))
+                leave(fault.code, message)
 
     def _fault(self) -> Fault | None:
         now, others, silence = time.monotonic(), dict(self._others), self.limit
         if self._suspicious:
             silence = min(self.limit, max(SUSPICION_SECONDS, 5 * self.publish_period))
+        own = self._state
+        if self._error is not None and own.waiting > own.limit:
+            said = f"process {self.rank} does not end while {own.at()}, after an error"
+            return Fault(said, [own.host] if own.broken else [], own.code)
         for rank, (state, _) in others.items():
-            if state.ended:
+            if state.error and (state.ended or state.waiting > state.limit):
                 nodes = [state.host] if state.broken else []
-                return Fault(f"process {rank} failed while {state.at()}: {state.ended}", nodes, state.code)
+                return Fault(f"process {rank} failed while {state.at()}: {state.error}", nodes, state.code)
         for rank, (state, when) in others.items():
             heard = self._last_read - when > 3 * self.publish_period  # the others, while nothing came of it
-            if state.ended is None and now - when > silence and heard:
+            if not state.ended and now - when > silence and heard:
                 silent = f"silent for {now - when:.0f} s, while {state.at()}"
                 return Fault(f"process {rank} died or its machine did: {silent}", [state.host])
         if now - self._last_contact > silence:
@@ -234,8 +261,10 @@ class Watchdog:
                 f"process 0 or the launcher, which serve the store, are gone or out of reach; process 0: {server}",
                 nodes,
             )
-        states = {self.rank: self._state, **{rank: state for rank, (state, _) in others.items()}}
-        states = {rank: state for rank, state in states.items() if state.ended is None}
+        states = {self.rank: own, **{rank: state for rank, (state, _) in others.items()}}
+        states = {rank: state for rank, state in states.items() if not state.ended}
+        if any(state.error for state in states.values()):
+            return None  # it is yet to end, and nobody can go on until then
         late = {rank: state for rank, state in states.items() if state.waiting > state.limit}
         if not late:
             return None

@@ -9,12 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from audit_lines import read_audit
-from fleet import Fleet, last_step, losses, train
+from fleet import Fleet, alive, last_step, losses, train
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import LOCK
@@ -84,6 +86,7 @@ def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 1.0)
     program = (
         "import fcntl, socket, sys, time\n"
         "from megatron_lcl.train.resilience import lock\n"
@@ -108,3 +111,56 @@ def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
     with lock_run_folder(tmp_path):  # it is dead, though it could not say so
         assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     assert (tmp_path / LOCK).read_text() == ""
+
+
+def test_a_run_that_is_ending_on_another_machine_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.2)
+    ending = threading.Event()
+
+    def end() -> None:
+        """Another machine's run, which touches the file five times more."""
+        for _ in range(5):
+            os.utime(tmp_path / LOCK)
+            time.sleep(0.2)
+        (tmp_path / LOCK).write_text("")
+        ending.set()
+
+    (tmp_path / LOCK).write_text("process 7 on another")
+    other = threading.Thread(target=end)
+    other.start()
+    with lock_run_folder(tmp_path):
+        assert ending.is_set()
+    other.join()
+    assert "in use by process 7 on another; waiting up to 30 s" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["left", "killed"])
+def test_processes_that_live_on_do_not_hold_the_lock(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loader processes, which are forked while the run holds it."""
+    program = (
+        "import os, sys, time\n"
+        "from multiprocessing import get_context\n"
+        "from megatron_lcl.train.resilience import lock\n"
+        "with lock.lock_run_folder(lock.Path(sys.argv[1])):\n"
+        "    loader = get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "    loader.start()\n"
+        "    if sys.argv[2] == 'killed':\n"
+        "        print(loader.pid, flush=True); time.sleep(60)\n"
+        "print(loader.pid, flush=True); time.sleep(60)"
+    )
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.5)
+    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), how], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    loader = int(holder.stdout.readline())
+    if how == "killed":
+        holder.kill()
+        holder.wait()
+    try:
+        with lock_run_folder(tmp_path):
+            assert alive([loader]) == [loader]
+    finally:
+        os.kill(loader, signal.SIGKILL)
+        holder.kill()
+        holder.wait()

@@ -28,6 +28,7 @@ from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import UserError
 from megatron_lcl.parallel.mesh import Axis, Pending
 from megatron_lcl.train import launch
+from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.resilience import watchdog as watchdogs
 from megatron_lcl.train.resilience.faults import LOST, code_of, exit_if_lost, is_local
 from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS, Watchdog, suspects
@@ -123,6 +124,34 @@ def fail(rank: int, mark: str) -> None:
     Stepper.start = run  # type: ignore[method-assign]
 
 
+def fail_while_saving(rank: int, where: str, mark: str) -> None:
+    """The first process meets an error of its own while the second one writes its part of the first checkpoint, for
+    longer than the timeout, or the first one copies it, for ever."""
+    from megatron_lcl.train.checkpoint import checkpointer
+    from megatron_lcl.train.step import Stepper
+
+    plain, write, calls = Stepper.start, checkpointer.write_files, []
+
+    def run(self, *arguments):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == 3 and rank == 0:
+            while not Path(mark).exists():
+                time.sleep(0.01)
+            raise RuntimeError("cosmic ray")
+        return plain(self, *arguments)
+
+    def late(*arguments):  # type: ignore[no-untyped-def]
+        Path(mark).touch()
+        time.sleep(TIMEOUT + 1 if where == "writing" else 3600)
+        return write(*arguments)
+
+    Stepper.start = run  # type: ignore[method-assign]
+    if where == "copying":
+        checkpointer.Checkpointer._copy = late  # type: ignore[method-assign]
+    elif rank == 1:
+        checkpointer.write_files = late
+
+
 class Outcome(NamedTuple):
     """How a run ended after its fault."""
 
@@ -188,6 +217,17 @@ def failed(config_file: str, folder: Path) -> Outcome:
         return outcome(fleet, time.time(), 4, range(2))
 
 
+def failed_while_saving(where: str, config_file: str, folder: Path) -> Outcome:
+    words, mark = ["--config", config_file, *LONG, "--guard.long_timeout", str(LONG_TIMEOUT)], folder / "saves"
+    words += ["--checkpoint.every", "2"]
+    with Fleet(folder / "run", *words, plant=fail_while_saving, planted=(where, str(mark))) as fleet:
+        fleet.wait_for(mark.exists)
+        ended = outcome(fleet, time.time(), 2, range(2))
+    (saved,) = checkpoint.list_checkpoints(folder / "run")
+    assert checkpoint.verify(saved) == []
+    return ended
+
+
 def slow(config_file: str, folder: Path) -> list[tuple[Any, ...]]:
     words = ["--config", config_file, "--checkpoint.every", "0", "--checkpoint.background", "false"]
     train(folder / "run", *words, "--guard.timeout", str(TIMEOUT), plant=slow_start)
@@ -207,6 +247,8 @@ def outcomes(config_file: str, undisturbed: list[Any], tmp_path_factory: pytest.
         "hangs 2 saving": partial(hung, 2, "saving"),
         "frozen": frozen,
         "failed": failed,
+        "failed writing": partial(failed_while_saving, "writing"),
+        "failed copying": partial(failed_while_saving, "copying"),
         "slow": slow,
     }
     with ThreadPoolExecutor(4) as pool:
@@ -280,6 +322,19 @@ def test_an_error_of_one_process_is_told_by_the_others(outcomes: dict[str, Futur
     assert "last step done: 4): RuntimeError: cosmic ray" in said[0]
     assert "Traceback" not in said[0]
     assert said[1].count("Traceback (most recent call last):") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["writing", "copying"])
+def test_an_error_of_one_process_during_a_save(where: str, outcomes: dict[str, Future[Outcome]]) -> None:
+    """Is no hang, however long all finish the save; nor where what only this process waits for never ends."""
+    codes, said, _, left, _, seconds = outcomes[f"failed {where}"].result()
+    assert codes == [1, 1], said
+    assert not left
+    assert TIMEOUT < seconds < {"writing": TIMEOUT + 1, "copying": LONG_TIMEOUT}[where] + BUSY, said
+    assert re.search(r"process 0 failed while computing .*last step done: 2\): RuntimeError: cosmic ray", said[1]), said
+    assert said[0].count("Traceback (most recent call last):") == 1
+    assert "hangs" not in "".join(said)
 
 
 def test_whose_fault_an_error_is() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -249,6 +251,67 @@ def test_a_signal_before_the_first_step(plant: Callable[[int, str], None], confi
         assert fleet.wait() == [REQUEUE, REQUEUE], fleet.said()
         assert "SIGUSR1: ended after step 0" in fleet.said()
     assert (saved_steps(run), last_step(run)) == ([], 0)
+
+
+def own_groups(rank: int, marks: str) -> None:
+    """Each process has a group of its own, as under a scheduler, and simulates, however much memory there is."""
+    from megatron_lcl.train import fits, simulate
+
+    os.setpgid(0, 0)
+    fits.DOUBT = 10**9
+    vars(forkserver._forkserver).update(vars(forkserver.ForkServer()), _preload_modules=[])  # not the tests' server
+    simulate.forkserver = lambda: multiprocessing.get_context("forkserver")  # type: ignore[assignment]
+
+
+def group_of(leader: int) -> list[int]:
+    """The processes of a group."""
+    found = []
+    for pid in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == leader:
+                found.append(pid)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_also_ends_simulations(signum: signal.Signals, config_file: str, tmp_path: Path) -> None:
+    """It reaches the first process's whole group, with the server from which simulations are forked."""
+    run = tmp_path / "run"
+    with Fleet(run, "--config", config_file, plant=own_groups, planted=("",)) as fleet:
+        fleet.wait_for(lambda: len(group_of(fleet.pid(0))) >= 4)  # resource tracker, server, simulation
+        os.killpg(fleet.pid(0), signum)
+        code = 130 if signum == signal.SIGINT else REQUEUE
+        assert fleet.wait() == [code, code], fleet.said()
+        said = fleet.said()
+    assert f"{signum.name}: ended at once" in said
+    assert "Traceback" not in said
+    assert last_step(run) == 0
+
+
+def without_compilers(rank: int, marks: str) -> None:
+    """In its first step the second process gets a signal that ends what compiles for it too."""
+    from megatron_lcl.train.step import Stepper
+
+    plain = Stepper.start
+
+    def run(self, *arguments):  # type: ignore[no-untyped-def]
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            raise RuntimeError("SubprocPool closed")  # of inductor
+        return plain(self, *arguments)
+
+    Stepper.start = run  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_signal_that_also_ends_compilers(config_file: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Fleet(run, "--config", config_file, plant=without_compilers, planted=("",)) as fleet:
+        assert fleet.wait() == [REQUEUE, REQUEUE], fleet.said()
+        assert "process 1 failed while computing" in fleet.said()
+        assert "Interrupted: SIGUSR1: ended at once" in fleet.said()
+    assert last_step(run) == 0
 
 
 @pytest.mark.slow
