@@ -6,14 +6,20 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from data.writers import picture, write_jsonl
 from launch.conftest import TINY, WORDS
+from small_corpus import make_corpus
 
+from megatron_lcl import LCL, open_corpus
 from megatron_lcl.cli import main
-from megatron_lcl.config import load, replace
+from megatron_lcl.config import Config, Corpus, Data, Language, Model, Vision, load, replace
+from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.model.layers import unit_norm
 from megatron_lcl.train import checks, dryrun
 from megatron_lcl.train.memory import Memory, estimate
 
@@ -134,6 +140,27 @@ def test_a_link_to_no_heading_is_found() -> None:
     )
     there = "docs/launching.md#several-runs---sweep", "docs/launching.md", "#step-by-step", "https://host/x#y"
     assert dead_links("".join(f"[x]({link}) " for link in (*dead, *there))) == list(dead)
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(tmp_path / "corpora" / "made", 3)
+    corpus.rename(tmp_path / "corpora" / "mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "windmill.jpg").write_bytes(picture(1))
+    vocab_size = open_corpus("corpora/mine").tokenizer.vocab_size
+    Path("runs/b32").mkdir(parents=True)
+    model = LCL(Model(Vision(16, 8, 32, 1, 2, 64), Language(64, vocab_size, 48, 1, 4, 96), 4))
+    save_checkpoint(model, Config(model=model.config, data=Data(corpora=(Corpus("corpora/mine"),))), Path("runs/b32"))
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert (names["latents"].shape, names["contexts"].shape) == ((1, 48), (2, 48))
+    encoder, ids = names["encoder"], names["token_ids"]
+    torch.testing.assert_close(names["latents"], unit_norm(encoder.encode(names["images"]).pooled))
+    torch.testing.assert_close(names["contexts"], encoder.encode_texts(["a windmill", "a cat on a chair"]))
+    own = open_corpus("corpora/mine").tokenizer
+    assert ids[0][ids[0] != 0].tolist() == [own.sot, *own.encode("a windmill"), own.eot]
+    assert encoder.token_ids(["a cat on a chair " * 99]).shape == (1, 64)
 
 
 @pytest.mark.slow

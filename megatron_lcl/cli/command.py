@@ -1,9 +1,4 @@
-"""One command: its arguments, and its errors as one line.
-
-Exit codes: 0 done, 1 a check failed or (with a traceback) a fault of the program, 2 bad input or a run that cannot
-go on; of `train` also 71, a process or a machine was lost, and 75, stopped by a signal with all saved (130 for Ctrl-C):
-start it again.
-"""
+"""One command: its arguments, and its errors as one line."""
 
 from __future__ import annotations
 
@@ -20,6 +15,11 @@ from megatron_lcl.cli import corpus, curating, evaluation, fetching, planning, t
 from megatron_lcl.cli.arguments import Imported, settings_joined
 from megatron_lcl.errors import RunError, UserError, check_on_disk, complain, describe_os_error
 
+_EXIT_CODES = """\
+Exit codes: 0 done, 1 a check failed or (with a traceback) a fault of the program, 2 bad input or a run that cannot
+go on; of `train` also 71, a process or a machine was lost, and 75, stopped by a signal with all saved (130 for Ctrl-C):
+start it again.
+"""
 _MENDABLE = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
     errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
@@ -115,12 +115,11 @@ def _parser(called: str) -> argparse.ArgumentParser:
 
     Kept, since it takes 8 ms, which counts where one process calls `main` often.
     """
-    assert __doc__ is not None
     parser = argparse.ArgumentParser(
         prog="megatron-lcl",
         description="Pre-training of vision encoders on interleaved image-text documents by Latent Compression\n"
         "Learning. `megatron-lcl COMMAND --help` says what a command takes.",
-        epilog=__doc__.partition("\n\n")[2],
+        epilog=_EXIT_CODES,
         formatter_class=_OneLineEach,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="of this package, torch and DeepSpeed; CUDA or not")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -78,7 +79,8 @@ def without_bad(data: ImageSet, bad: Sequence[BadBlob], skip: bool) -> ImageSet:
 
 
 def _in_threads(work: Callable[[Blob], T], images: Sequence[Blob], what: str, progress: bool) -> list[T]:
-    with ThreadPoolExecutor(num_cores()) as pool:
+    # `probe` sets the warnings' filters, which are the process's: of threads, the last puts back what another had set
+    with warnings.catch_warnings(), ThreadPoolExecutor(num_cores()) as pool:
         results = pool.map(work, images)
         return list(tqdm(results, total=len(images), unit="images", desc=what, disable=not progress))
 

@@ -213,8 +213,6 @@ def _write(
     bad: list[BadBlob],
     gallery: Gallery | None,
 ) -> None:
-    if bad:
-        replace_text(folder / "bad_images.txt", "".join(f"{b.name}: {b.reason}\n" for b in bad))
     write_json(results, folder / RESULTS)
     replace_text(folder / "results.txt", table(results) + "\n")
     write_picture(results, folder / "results.png")
@@ -227,3 +225,5 @@ def _write(
             for blob, text in zip(test.images, captions, strict=True)
         ]
         replace_text(folder / "captions.jsonl", "".join(lines))
+    if bad:
+        replace_text(folder / "bad_images.txt", "".join(f"{b.name}: {b.reason}\n" for b in bad))

@@ -130,7 +130,7 @@ class ImageSet:
         return self.labels
 
     def need_names(self) -> tuple[str, ...]:
-        """The classes' names; UserError where there are none."""
+        """The classes' names; UserError where there are none, or one is not a text."""
         self.need_labels()
         if self.numbered:
             raise UserError(
@@ -138,6 +138,12 @@ class ImageSet:
                 f"names: write one a line to {_NAMES[0]} in the folder that is evaluated (evaluate: or give "
                 "--class-names FILE)"
             )
+        for name in self.classes:
+            if any("\ud800" <= character <= "\udfff" for character in name):  # no tokenizer takes it
+                raise UserError(
+                    f"{self.name}: the class name {name!r} is not valid UTF-8, and zero-shot needs texts: rename it, "
+                    "or give --class-names FILE"
+                )
         return self.classes
 
     def need_captions(self) -> tuple[tuple[str, ...], ...]:

@@ -239,8 +239,9 @@ class PoolInterleave(nn.Module):
         if self.all_places and x.kept_NK is not None:  # places of patches left out keep their id's embedding
             offsets = x.kept_NK.long()
         rows_NK = torch.where(x.image_start[:, None] >= 0, x.image_start[:, None] + offsets, num_rows)
+        patches_RD = patches_NKD.flatten(0, 1).to(tokens_RD.dtype)  # under autocast a linear layer's is another one
         # an empty slot's embeddings go to an extra row, which is dropped again
-        rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NK.flatten(), patches_NKD.flatten(0, 1))[:-1]
+        rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NK.flatten(), patches_RD)[:-1]
         rows_SD = (
             reduce_scatter_to_sequence_parallel(rows_RD, self.axis)
             + self.positions[local_shard(x.positions, self.axis)]

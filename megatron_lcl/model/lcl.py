@@ -113,13 +113,16 @@ class LCL(nn.Module):
 
     def vision_tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, H, W], normalized float or uint8 → vision blocks' output [N, 1+P, V], before the final norm."""
-        size = self.config.vision.image_size
-        if images.dim() != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images have the shape {tuple(images.shape)}; the model takes [N, 3, {size}, {size}]")
+        self._check_size(images)
         hidden = self.patches.encode(images)
         for block in self.vision_blocks:
             hidden = block.encode(hidden)
         return hidden
+
+    def _check_size(self, images: torch.Tensor) -> None:
+        size = self.config.vision.image_size
+        if images.dim() != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images have the shape {tuple(images.shape)}; the model takes [N, 3, {size}, {size}]")
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, H, W], normalized float or uint8 → image latents z [N, D], unit norm, float32."""
@@ -154,9 +157,11 @@ class LCL(nn.Module):
 
         images [N, 3, H, W], normalized float or uint8, in the order of the `<soi>` in token_ids [B, S] (int64,
         right-padded with 0). Reference rules for the contrast: every image takes part unless its `<soi>` is its
-        sequence's first token. ValueError where images and placeholders do not fit each other.
+        sequence's first token. ValueError where images and placeholders do not fit each other, or images are of another
+        size than the model's.
         """
         self.need_language()
+        self._check_size(images)
         batch = pack_padded(token_ids, _lengths(token_ids), images, self.config)
         out = self.layers(batch)
         pairs = (batch.image_soi >= 0).nonzero()[:, 0]

@@ -152,6 +152,18 @@ def test_workers_are_born_with_ctrl_c_held_back() -> None:
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
+def test_without_docstrings() -> None:
+    """`python -OO` leaves none."""
+    command = [sys.executable, "-OO", "-m", "megatron_lcl"]
+    told = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "Exit codes: 0 done, 1 a check failed" in told.stdout
+    done = subprocess.run([*command, "checkpoint", "list", "nowhere"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("megatron-lcl checkpoint: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 # --- --version ---------------------------------------------------------------------------------------------------
 
 

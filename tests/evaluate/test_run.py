@@ -10,6 +10,8 @@ import shutil
 import struct
 import sys
 import tarfile
+import threading
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,12 @@ from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate import run
+from megatron_lcl.evaluate import checking, run
 from megatron_lcl.evaluate.checking import find_bad, without_bad
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import AttentiveSettings, CaptioningSettings, KnnSettings, Settings
-from megatron_lcl.evaluate.sources import open_images
+from megatron_lcl.evaluate.sources import FileBlob, open_images
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +305,77 @@ def test_all_bad_images_are_found_before_any_is_encoded(
         evaluate([str(checkpoint)], ["knn"], data, progress=False)
     with pytest.raises(UserError, match=r"no image of .* can be used"):
         evaluate([str(checkpoint)], ["knn"], data, progress=False, skip_bad_images=True)
+
+
+def test_names_that_are_not_valid_unicode(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """They come from archives and disks of before Unicode; what was measured is written all the same."""
+    data = tmp_path / os.fsdecode(b"caf\xe9")
+    for split in ("train", "test"):
+        for name in ("0 zero", "1 one"):
+            (data / split / name).mkdir(parents=True)
+            for i, file in enumerate(sorted((folder / split / name).iterdir())[:12]):
+                shutil.copy(file, data / split / name / os.fsdecode(b"\xe9%d.png" % i))
+        (data / split / "1 one").rename(data / split / os.fsdecode(b"caf\xe9"))
+    bad = data / "test" / "0 zero" / os.fsdecode(b"caf\xe9.png")
+    bad.write_bytes(b"")
+
+    def evaluated(names: Path | None = None) -> None:
+        evaluate(
+            [str(checkpoint)],
+            ["knn", "zero-shot"],
+            data,
+            output=tmp_path / "out",
+            class_names=names,
+            tokenizer=str(checkpoint / "words.model"),
+            cache=tmp_path / "cache",
+            progress=False,
+            skip_bad_images=True,
+        )
+
+    with pytest.raises(UserError, match=r"class name 'caf\\udce9' is not valid UTF-8"):
+        evaluated()
+    (tmp_path / "names.txt").write_text("zero\none\n")
+    evaluated(tmp_path / "names.txt")
+    knn, _ = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert (knn["num_items"], knn["num_bad"]) == (24, 1)
+    assert "caf\udce9" in knn["data"]
+    assert "caf\udce9" in json.dumps(json.loads((tmp_path / "out" / "gallery.json").read_bytes()), ensure_ascii=False)
+    named = (tmp_path / "out" / "bad_images.txt").read_text(encoding="utf-8")
+    assert named.endswith("caf\\udce9.png: empty file\n")
+    assert (tmp_path / "out" / "results.png").is_file()
+
+
+def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to come in is the first to go, so that the second puts back what the first had set."""
+    inside, entered, left = threading.Barrier(2), threading.Event(), threading.Event()
+
+    def overlapping(data: bytes) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if data == b"second":
+                inside.wait(20)
+                assert left.wait(20)
+                return
+            entered.set()
+            inside.wait(20)
+        left.set()
+
+    class Second:
+        name = "second"
+
+        def read(self) -> bytes:
+            assert entered.wait(20)
+            return b"second"
+
+    (tmp_path / "first").write_bytes(b"first")
+    monkeypatch.setattr(checking, "probe", overlapping)
+    monkeypatch.setattr(checking, "num_cores", lambda: 2)
+    monkeypatch.setattr(checking, "_digest", lambda blob: blob.name.encode())
+    filters = warnings.filters
+    before = list(filters)
+    assert find_bad([FileBlob(tmp_path / "first"), Second()], tmp_path / "cache") == []
+    assert warnings.filters is filters
+    assert list(warnings.filters) == before
 
 
 def test_captions_stay_with_their_images_where_bad_ones_are_left_out(

@@ -156,8 +156,39 @@ def test_mismatched_images_are_named(model: LCL) -> None:
     size = model.config.vision.image_size
     with pytest.raises(ValueError, match="2 images, but token_ids hold 0 `<soi>`"):
         model(torch.zeros(2, 3, size, size), torch.tensor([[206, 5, 207]]))
-    with pytest.raises(ValueError, match=r"\[N, 3, 32, 32\]"):
-        model.encode_image(torch.zeros(1, 3, 16, 16))
+    p = model.config.vision.num_patches
+    document = [206, 5, model.special.soi, *[model.special.placeholder] * p, model.special.eoi, 7, 207]
+    for images in (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 64, 64), torch.zeros(1, 1, size, size)):
+        with pytest.raises(ValueError, match=r"\[N, 3, 32, 32\]"):
+            model.encode_image(images)
+        with pytest.raises(ValueError, match=r"\[N, 3, 32, 32\]"):
+            model(images, torch.tensor([document]))
+
+
+def test_under_autocast(model: LCL) -> None:
+    """Linear layers give bfloat16 and embeddings float32; not every device's autocast brings them together."""
+    size, p = model.config.vision.image_size, model.config.vision.num_patches
+    image = [model.special.soi] + [model.special.placeholder] * p + [model.special.eoi]
+    ids = torch.tensor([[206, 5, *image, 7, 9, 207], [206, 8, *image, 11, 207, 0]])
+    images, texts = torch.randn(2, 3, size, size), torch.tensor([[206, 5, 6, 207], [206, 9, 207, 0]])
+
+    def outputs() -> list[torch.Tensor]:
+        out = model(images, ids)
+        return [model.encode_image(images), model.encode_text(texts), *out[:4]]
+
+    with torch.no_grad():
+        expected = outputs()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = outputs()
+        hook = model.pool.out.register_forward_hook(lambda _module, _inputs, output: output.bfloat16())
+        try:  # as on CUDA, whose autocast leaves `index_copy` alone
+            rounded = outputs()
+        finally:
+            hook.remove()
+    for several in (found, rounded):
+        for ours, theirs in zip(several, expected, strict=True):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
 def test_missing_and_unknown_tensors_are_named(parameters: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:

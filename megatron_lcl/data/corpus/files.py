@@ -83,5 +83,5 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """`replace_bytes` of a text in UTF-8."""
-    replace_bytes(path, text.encode())
+    r"""`replace_bytes` of a text in UTF-8. What is not, a byte of a file's name, is `\udcXX`, which JSON reads back."""
+    replace_bytes(path, text.encode(errors="backslashreplace"))

@@ -6,6 +6,7 @@ Which documents a batch reads follows from its number; which images, from the do
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -17,32 +18,41 @@ from megatron_lcl.data.loading.reader import PackReader
 from megatron_lcl.data.loading.shared_memory import put_there
 from megatron_lcl.data.storage.blocks import Blocks
 from megatron_lcl.data.storage.store import url_of
+from megatron_lcl.errors import UserError
 
 _THREADS = 16
 """objects that are read from at once"""
 _Ranges = dict[Blocks, list[tuple[int, int]]]
 
 
-class Turns(Dataset[PackedBatch]):
-    """The micro-batches of a loader by their numbers, `stop` of them (None: without end); those of loader processes in
-    shared memory."""
+class Turns(Dataset[PackedBatch | UserError | OSError]):
+    """The micro-batches of a loader by their numbers, `stop` of them (None: without end).
+
+    Those of loader processes are in shared memory. In one, what a user can mend is returned, for the main process to
+    raise: of what is raised there, torch keeps the class only, with the traceback for its message.
+    """
 
     def __init__(self, reader: PackReader, packs_of: Callable[[int], tuple[int, ...]], stop: int | None) -> None:
         self._reader, self._packs_of, self._stop = reader, packs_of, stop
         self._ahead: Ahead | None = None
         self._remote = any(url_of(corpus.path) for corpus in reader.data.corpora)
 
-    def __getitem__(self, turn: int) -> PackedBatch:
+    def __getitem__(self, turn: int) -> PackedBatch | UserError | OSError:
         worker = torch.utils.data.get_worker_info()
-        batch = self._read(turn, worker.num_workers if worker else 1)
-        return put_there(batch) if worker else batch
+        assert worker is not None
+        try:
+            return put_there(self.read(turn, worker.num_workers))
+        except (UserError, OSError) as error:
+            error.add_note(f"In loader process {worker.id}:\n{traceback.format_exc()}")
+            return error
 
     def close(self) -> None:
         """Read nothing further ahead."""
         if self._ahead is not None:
             self._ahead.close()
 
-    def _read(self, turn: int, num_workers: int) -> PackedBatch:
+    def read(self, turn: int, num_workers: int = 1) -> PackedBatch:
+        """Micro-batch `turn`, in one of `num_workers` processes which read every num_workers-th."""
         if not self._remote:
             return self._reader[self._packs_of(turn)]
         if self._ahead is None:

@@ -23,7 +23,7 @@ from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.reader import PackReader, SequenceOrigin
 from megatron_lcl.data.loading.rules import INTERLEAVED, Sequences
 from megatron_lcl.data.loading.sequential_index import SequentialIndex
-from megatron_lcl.data.loading.shared_memory import PREFETCH, SharedMemoryFullError, full
+from megatron_lcl.data.loading.shared_memory import PREFETCH
 from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError
 
@@ -150,10 +150,10 @@ class PackedLoader(Iterable[PackedBatch]):
         turns = Turns(self.reader, self.packs_of, None if self.steps is None else len(self))
         if workers == 0:
             with contextlib.closing(turns):
-                yield from map(turns.__getitem__, numbers)
+                yield from map(turns.read, numbers)
             return
         self.reader.progress = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
-        loader: DataLoader[PackedBatch] = DataLoader(
+        loader: DataLoader[PackedBatch | UserError | OSError] = DataLoader(
             turns,
             sampler=numbers,  # type: ignore[arg-type]
             batch_size=None,
@@ -175,10 +175,10 @@ class PackedLoader(Iterable[PackedBatch]):
                 batch = next(batches)
             except StopIteration:
                 return
-            except SharedMemoryFullError:
-                raise full() from None
             except RuntimeError as error:
                 raise self._explained(error) from error
+            if isinstance(batch, Exception):
+                raise batch
             yield batch
 
     def _explained(self, error: RuntimeError) -> RuntimeError:

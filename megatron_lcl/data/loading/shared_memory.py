@@ -16,10 +16,6 @@ PREFETCH = 2
 REMEDY = "give the container more (--shm-size or --ipc=host of docker), or lower data.workers"
 
 
-class SharedMemoryFullError(RuntimeError):
-    """A micro-batch of a loader process has no place there."""
-
-
 def free_shared_memory() -> float:
     """Bytes; infinite where the system does not show it as a folder, or it has no limit."""
     try:
@@ -43,7 +39,7 @@ def check_shared_memory(needs: float, workers: int, replicas: int, free: float) 
 
 
 def put_there(batch: PackedBatch) -> PackedBatch:
-    """Move a batch there. SharedMemoryFullError where it is full.
+    """Move a batch there. UserError where it is full.
 
     Left to the queue of `multiprocessing`, this would fail in a thread of it that drops the batch, for which the main
     process would wait for ever.
@@ -54,10 +50,5 @@ def put_there(batch: PackedBatch) -> PackedBatch:
     except RuntimeError as error:
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
-        raise SharedMemoryFullError(str(error)) from None
+        raise UserError(f"loader processes cannot hand over their batches: {free_space(FOLDER)}; {REMEDY}") from None
     return batch
-
-
-def full() -> UserError:
-    """What is to be said where the main process gets SharedMemoryFullError."""
-    return UserError(f"loader processes cannot hand over their batches: {free_space(FOLDER)}; {REMEDY}")

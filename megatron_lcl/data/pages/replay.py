@@ -98,7 +98,7 @@ def _render(loader: PackedLoader, folded: bool = False, side: int | None = None)
     batches = Turns(loader.reader, lambda turn: numbers[turn : turn + 1], len(numbers))  # of one pack each
     packs = []
     for turn, number in enumerate(numbers):
-        batch = batches[turn]
+        batch = batches.read(turn)
         # of the pack's own blend, of which the config may have other corpora by now; they have one tokenizer
         corpora = {source.corpus.where: source.corpus for source in loader.reader.index[number].sources}
         tokenizer = next(iter(corpora.values())).tokenizer

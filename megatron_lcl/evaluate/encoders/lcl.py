@@ -52,14 +52,21 @@ class OurEncoder(Encoder):
         hidden = self.module.vision_tokens(normalize(images) if images.dtype == torch.uint8 else images)
         return Features(self.module.pool.pool(hidden)[0], self.module.pool.patch_features(hidden))
 
-    @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+    def token_ids(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts → int64 [N, S], as `LCL.encode_text` takes them: `<sot>`, the text's ids, `<eot>`, padded with 0.
+
+        Texts longer than the model's context are cut. UserError where the tokenizer is not known.
+        """
         tokenizer, room = self.need_tokenizer(), self.module.config.language.context_length - 2
         rows = [[tokenizer.sot, *ids[:room], tokenizer.eot] for ids in tokenizer.encode_batch(texts)]
         padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
         for row, ids in zip(padded, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids)
-        return self.module.encode_text(padded.to(self.device)).cpu()
+        return padded
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return self.module.encode_text(self.token_ids(texts).to(self.device)).cpu()
 
     @property
     def tokenizer_fingerprint(self) -> str:

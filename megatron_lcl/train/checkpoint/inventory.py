@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_lcl.config import load, replace
@@ -39,7 +39,7 @@ def table(path: Path, quick: bool = False) -> str:
 def _facts(folder: Path) -> tuple[str, str, str]:
     try:
         size = sum(file["bytes"] for file in read_manifest(folder).values())
-        saved = datetime.fromtimestamp((folder / MANIFEST).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+        saved = datetime.fromtimestamp((folder / MANIFEST).stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
         return saved, f"{size / 1e6:,.1f} MB", str(read_progress(folder).layout)
     except (OSError, ValueError, TypeError, KeyError):
         return "?", "?", "?"

@@ -22,12 +22,14 @@ from corpora import MakeCorpus, jpeg, random_documents
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data.corpus import store
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import reader
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.pages.replay import render_first_packs, replay_html
+from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives import objective_class
 
@@ -315,6 +317,50 @@ def test_a_full_shared_memory_is_an_error_of_one_line(make_corpus: MakeCorpus, m
     monkeypatch.setattr(torch.Tensor, "share_memory_", share)
     with pytest.raises(UserError, match=r"hand over their batches: .* are free in /dev/shm; .*--shm-size.*workers$"):
         next(iter(loader_of(corpus.path, data={"workers": 1})))
+
+
+def test_a_lost_shard_is_the_same_error_in_a_loader_process(make_corpus: MakeCorpus) -> None:
+    """Its message alone, not torch's report of a process."""
+    corpus = make_corpus("c", random_documents(50, 5), num_shards=2)
+    loader, other = (loader_of(corpus.path, data={"workers": workers}) for workers in (2, 0))
+    for file in corpus.path.glob("images-*"):
+        file.unlink()
+    said = []
+    for each in (loader, other):
+        store._opened.clear()
+        for source in each.reader.index[0].sources:
+            source.corpus._shards.clear()
+        with pytest.raises(UserError, match=r"images-\S+ is missing; copy it again") as caught:
+            next(iter(each))
+        said.append(str(caught.value))
+    assert "Traceback" not in said[0]
+    assert said[0].count("\n") == 0
+    assert said[0].split("images-")[1][6:] == said[1].split("images-")[1][6:]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StorageError("s3://bucket/a does not exist", missing=True),
+        StorageError("the session token has expired"),
+        FileNotFoundError(2, "No such file or directory", "/data/a"),
+    ],
+)
+def test_errors_of_a_loader_process_are_what_they_were_there(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    corpus = make_corpus("c", random_documents(50, 5))
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    loader = loader_of(corpus.path, data={"workers": 2})
+    monkeypatch.setattr(reader.PackReader, "__getitem__", fail)
+    with pytest.raises(type(error)) as caught:
+        next(iter(loader))
+    assert str(caught.value) == str(error)
+    assert {name: value for name, value in vars(caught.value).items() if name != "__notes__"} == vars(error)
+    assert any(note.startswith("In loader process") and "in fail" in note for note in caught.value.__notes__)
 
 
 READS = """

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -192,6 +193,8 @@ def test_list_verify_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["step", "saved", "size", "layout", "state"]
     assert [line.split()[0] for line in lines[1:]] == ["3", "4", "6"]
+    saved = os.path.getmtime(checkpoint.step_folder(run, 3) / manifest.MANIFEST)
+    assert f"  {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(saved))}  " in lines[1]
     assert lines[1].endswith("2 data, ZeRO-1, float32  verified")
     assert lines[2].endswith("state/mp_rank_00_model_states.pt: changed since it was written")
     assert main(["checkpoint", "verify", str(run)]) == 1
