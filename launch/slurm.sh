@@ -119,8 +119,8 @@ trap : TERM # Slurm's TERM reaches the processes too; this script waits until th
 code=0
 "${run[@]}" 2>"$logs/srun" || code=$?
 cat "$logs/srun" >&2
-if [ "$code" = 75 ]; then # EX_TEMPFAIL: stopped by a signal, everything saved; where it saved nothing, starts add up
-  requeue saved
+if [ "$code" = 75 ]; then # EX_TEMPFAIL: ended by a signal, saved if it could be; where nothing was, starts add up
+  requeue "ended by a signal"
 elif [ "$code" != 0 ]; then
   echo "--- $(date -Is): exit code $code; last lines of the processes that say why:" >&2
   for log in "$logs"/rank-*.log; do

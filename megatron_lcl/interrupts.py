@@ -7,12 +7,16 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
 
 ENDING = {signal.SIGINT, signal.SIGTERM}
+_SAME_SECONDS = 10.0
+"""within which a further SIGTERM is the same request"""
 
 
 @contextmanager
@@ -23,6 +27,7 @@ def holding_interrupts(signals: Collection[signal.Signals] = (signal.SIGINT,)) -
     They are born with it held back, so that none is met importing: they let it through with `end_with_command`, or are
     ended by who started them.
     """
+    resource_tracker.ensure_running()  # which lets the signals through where it is started in here
     came: list[int] = []
     in_main = threading.current_thread() is threading.main_thread()  # where handlers run, whichever thread is met
     note = lambda signum, _frame: came.append(signum)  # noqa: E731
@@ -57,18 +62,19 @@ def end_with_command() -> None:
 def ending_on_sigterm() -> Iterator[None]:
     """SIGTERM raises SystemExit(143), so that what was begun elsewhere is ended. Not where it is another's already.
 
-    It does so once: schedulers send it again, while what was begun is being ended.
+    Not again within ten seconds: schedulers send it repeatedly, while what was begun is being ended.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     code = 128 + signal.SIGTERM
-    came: list[int] = []
+    came: list[float] = []
 
-    def end(signum: int, _frame: FrameType | None) -> None:
-        came.append(signum)
-        if len(came) == 1:
+    def end(_signum: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not came or now - came[-1] > _SAME_SECONDS:
+            came.append(now)
             raise SystemExit(code)
 
     signal.signal(signal.SIGTERM, end)

@@ -174,6 +174,7 @@ PARTS = [
     Part("torch.nn", "Module._apply", "extended: the log scale stays float32", ("self", "fn", "recurse")),
     Part("torch._ops", "OpOverload._opname", "name of a collective, to count its traffic"),
     Part("torch.utils._python_dispatch", "TorchDispatchMode", "sees the operations of a step"),
+    Part("torch._inductor.async_compile", "maybe_warm_pool", "()"),
     Part("torch._inductor.compile_fx", "", "imported ahead by the selftest"),
     # a simulated step: train/simulate.py
     Part("torch._subclasses.fake_tensor", "FakeTensor", "tensors without data"),

@@ -243,7 +243,7 @@ def _config_at(source: str) -> Config | None:
     """The config of a run whose folder is here; None of all else."""
     try:
         return known_config(Path(source)) if Path(source).exists() else None
-    except UserError:  # a folder that holds no weights any more
+    except (UserError, OSError):  # a folder that holds no weights any more, or that this user may not enter
         return None
 
 

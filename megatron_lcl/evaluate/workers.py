@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice, pairwise
 from multiprocessing import get_context
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
-from megatron_lcl.interrupts import end_with_command, holding_interrupts
+from megatron_lcl.interrupts import ENDING, end_with_command, holding_interrupts
 from megatron_lcl.machine import num_cores
 
 T = TypeVar("T")
@@ -60,21 +61,25 @@ def _in_processes(
     # without locks, which a process that is killed would keep: each counts for itself, and only this one says stop
     done, stop = context.Array("q", processes, lock=False), context.Value("b", lock=False)
     with contextlib.ExitStack() as until_end:
-        with holding_interrupts():
+        with holding_interrupts(ENDING):
             pool = until_end.enter_context(ProcessPoolExecutor(processes, context, _start, (done, stop)))
+            until_end.callback(setattr, stop, "value", 1)  # after an error or a signal the others need not go on
             jobs: list[Future[list[T]]] = [
                 pool.submit(_process, source, i, processes, images[low:high], work, batch_size, low)
                 for i, (low, high) in enumerate(pairwise(bounds))
             ]
         waiting = set(jobs)
-        try:
-            while waiting:
-                finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
-                bar.update(sum(done) - bar.n)
-                for job in finished:
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+            bar.update(sum(done) - bar.n)
+            for job in finished:
+                try:
                     job.result()
-        finally:
-            stop.value = 1  # after an error the others need not go on
+                except BrokenProcessPool:
+                    raise UserError(
+                        "a process that encodes was killed, perhaps out of memory; give fewer --processes, or a "
+                        "smaller --batch-size"
+                    ) from None
         return [result for job in jobs for result in job.result()]
 
 

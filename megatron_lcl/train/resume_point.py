@@ -76,7 +76,7 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
 
     def decide() -> ResumePoint | str:
         try:
-            settings = check(config, mesh.world.size, has.local)
+            settings = check(config, mesh.world.size, everywhere[0].local)
             until_end.enter_context(lock_run_folder(Path(config.train.output)))
             check_space(config)  # again: it is there now, and others write too
             return _resolve(config, settings, mesh.world.size, has)

@@ -47,7 +47,7 @@ from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.resilience.bad_steps import BadSteps, SpikeLimit
 from megatron_lcl.train.resilience.faults import exit_if_lost
 from megatron_lcl.train.resilience.replicas import find_difference
-from megatron_lcl.train.resilience.signals import Signals, Stopped
+from megatron_lcl.train.resilience.signals import Signals, Stopped, start_compilers
 from megatron_lcl.train.resilience.watchdog import Watchdog, timeout_of
 from megatron_lcl.train.result import PendingResult, StepResult, read_results
 from megatron_lcl.train.resume_point import ResumePoint, ledger_from, resolve_resume_point
@@ -87,6 +87,8 @@ def _train(config: Config, signals: Signals) -> Path:
         ):
             point = resolve_resume_point(config, mesh, until_end, signals)
             kernels = None
+            if point.config.train.compile or point.measure_kernels:
+                start_compilers()
             if point.measure_kernels:
                 kernels, point = measure_kernels(point, mesh)
             config = point.config
@@ -98,7 +100,9 @@ def _train(config: Config, signals: Signals) -> Path:
             checkpoints = until_end.enter_context(Checkpointer(engine, config, mesh, run))
             if kernels:
                 telemetry.say(f"kernels measured: {kernels}")
-            last = Training(config, mesh, engine, point, telemetry, checkpoints, signals, watchdog).run()
+            training = Training(config, mesh, engine, point, telemetry, checkpoints, signals, watchdog)
+            until_end.callback(training.close)
+            last = training.run()
     except BaseException as error:
         leave_processes(others_wait=not isinstance(error, RunError | Stopped))
         raise
@@ -215,15 +219,6 @@ class Training:
 
     def run(self) -> Path:
         """All steps that are left; the final checkpoint's folder."""
-        try:
-            return self._run()
-        finally:
-            self.profile.close()
-            self.meter.finish()
-            if not self.config.data.workers:  # it may read ahead, from object storage; loader processes end with this
-                self.batches = None
-
-    def _run(self) -> Path:
         if self.progress.step < self.config.train.steps:
             self._log_kernels()
         while self.progress.step < self.config.train.steps:
@@ -243,6 +238,13 @@ class Training:
         if self.saver.step != self.progress.step:
             raise RunError(f"{self.saver.fault}; all steps are done, but {self.saver.last}")
         return self.saver.folder
+
+    def close(self) -> None:
+        """Write what is not written yet of what was measured; read nothing further ahead."""
+        self.profile.close()
+        self.meter.finish()
+        if not self.config.data.workers:  # it may read ahead, from object storage; loader processes end with this
+            self.batches = None
 
     def _log_kernels(self) -> None:
         kernels = choose_kernels(self.config)
@@ -393,6 +395,7 @@ class Training:
         signum = self._stop_requested()
         if not signum:
             return
+        self.signals.answered = True
         self._record(self._read(always=True))
         if self.bad.too_many:
             self._rewind()

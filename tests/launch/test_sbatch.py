@@ -140,7 +140,7 @@ def test_before_the_time_limit_the_job_saves_and_goes_back_into_the_queue(
     text = log(folder, job)
     assert slurm.field(job, "Restarts") == "1"
     assert text.count("checks      passed") == 2
-    assert text.count("saved; back into the queue") == 1
+    assert text.count("ended by a signal; back into the queue") == 1
     ranks = [(0, 0, "n1"), (1, 1, "n1"), (2, 0, "n2"), (3, 1, "n2")]
     expected = [f"start {n}, task {rank} of 4, {local} on {node}" for n in (0, 1) for rank, local, node in ranks]
     assert starts(folder, job) == expected

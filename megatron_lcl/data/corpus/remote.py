@@ -220,8 +220,9 @@ def make_room(keep: Path, left: float, prefix: str = _PREFIX) -> bool:
             gone = keep.with_name(prefix + uuid.uuid4().hex)  # so that what is left of one is not taken for whole
             with contextlib.suppress(OSError):
                 folder.rename(gone)
-                total -= size
                 shutil.rmtree(gone, ignore_errors=True)
+            if not folder.exists():  # of several processes that want room one has renamed it
+                total -= size
     return total < before
 
 

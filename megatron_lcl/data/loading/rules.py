@@ -70,8 +70,8 @@ class Rules(NamedTuple):
     alternatives: bool = False
     """the texts of a document are alternatives: one is drawn, and the others are not there"""
     cut_beside_images: bool = False
-    """a text too long for one sequence with the images of its segment is cut, so that what fits of it stands beside the
-    first of them, and beside one on its other side"""
+    """a text that does not fit one sequence with the images of its segment is cut, so that what fits stands beside the
+    nearest one on either side"""
 
     @property
     def image_tokens(self) -> int:

@@ -157,8 +157,8 @@ def arrange(
     A matched image (or that of a pair) stands before its segment with probability `image_first`, else after it; other
     images and all texts stand in stored order. Of texts that are alternatives one is drawn. A document over
     `max_tokens` or `max_images` is cut between segments, a segment and its images staying together where they fit one
-    sequence; a text is cut only if it is itself too long, or too long beside the images of its segment
-    (`cut_beside_images`), or (`carry_text`) for an image after it that would begin a sequence.
+    sequence; a text is cut only if it is itself too long, or (`cut_beside_images`) has images, in its segment, that are
+    too many or too large for one sequence with it, or (`carry_text`) for an image after it that would begin a sequence.
 
     begin, until: of its positions in that order only these, cut as if they were all. Each token of a text and each
     image is one, with P = 0 each pair; so positions do not depend on how long a sequence may be.
@@ -250,8 +250,8 @@ def _cut(modes: np.ndarray, order: np.ndarray, rules: Rules) -> np.ndarray:
                     images += 1
                 end += 1
             fits = tokens <= capacity and images <= rules.max_images
-            alone = not fits and rules.cut_beside_images and modes[piece] == 1 and room < capacity
-            if alone or (fits and (tokens > room or images > slots)):
+            too_long = tokens > capacity and rules.cut_beside_images
+            if (too_long and modes[piece] == 1 and room < capacity) or (fits and (tokens > room or images > slots)):
                 sequence, room, slots = sequence + 1, capacity, rules.max_images
         if modes[piece] == 1:
             if image_tokens > room or slots == 0:
@@ -276,7 +276,7 @@ def _cut(modes: np.ndarray, order: np.ndarray, rules: Rules) -> np.ndarray:
         if rules.cut_beside_images and _is_image_of(unit, i + 1, order, modes):
             if last - start + image_tokens > room or slots == 0:  # the image begins a sequence, behind what fits there
                 cut = max(start, last - (capacity - image_tokens))
-                if behind_image:  # which has as much of it
+                if behind_image:  # half of it, as far as that fits, stays with the image before
                     cut = max(cut, start + min(room, (last - start) // 2))
         elif not behind_image and last - start > room and last - start <= capacity:
             cut = start

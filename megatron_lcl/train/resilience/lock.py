@@ -49,6 +49,7 @@ def lock_run_folder(run: Path) -> Iterator[None]:
         with naming(run / LOCK):
             file.truncate(0)
             os.write(file.fileno(), f"process {os.getpid()}{here}".encode())
+            os.fsync(file.fileno())  # who waits on another machine is to see it
         try:
             with _touched(run / LOCK):
                 yield
@@ -62,7 +63,8 @@ def _refuse_living(run: Path, holder: str) -> None:
     lives = False
     while time.monotonic() < since + 3 * HEARTBEAT_SECONDS:
         time.sleep(min(1.0, HEARTBEAT_SECONDS / 5))
-        if not (run / LOCK).read_text(encoding="utf-8"):
+        holder = (run / LOCK).read_text(encoding="utf-8")  # perhaps another one that has waited, too
+        if not holder:
             return  # it has ended in order
         before, touched = touched, _touched_at(run)
         if touched == before:

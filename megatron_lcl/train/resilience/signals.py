@@ -38,6 +38,21 @@ class Interrupted(Exception):
         self.code = code_of_signal(signum)
 
 
+def start_compilers() -> None:
+    """Start the processes in which inductor compiles for a GPU, with the signals held back that ask a run to end.
+
+    torch would start them with the first graph. A scheduler's signal also reaches them, and inductor waits for ever for
+    what one that has gone was to compile. Nothing is started where torch would start nothing.
+    """
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        maybe_warm_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Signals:
     """The first signal is kept until the end of a step; a second one ends the process at once.
 
@@ -48,6 +63,8 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         """number of the first signal; 0: none yet"""
+        self.answered = False
+        """the run saves for it, and then ends"""
         self._handlers: dict[int, Any] = {}
         self._ends: tuple[int, int] | None = None
 
@@ -72,17 +89,17 @@ class Signals:
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
-        """An error of the program after a signal is taken to come from it: Interrupted.
+        """An error of the program between a signal and the answer to it is taken to come from it: Interrupted.
 
-        A scheduler's signal also reaches the processes that others than `loader.py` start, and these end by it:
-        simulations, inductor's workers, their compilers.
+        A scheduler's signal also reaches the processes that others than `loader.py` and `start_compilers` start, and
+        these end by it: simulations, C++ compilers.
         """
         try:
             yield
         except BaseException as error:
             from megatron_lcl.train.resilience.faults import code_of  # what it imports takes longer than a signal may
 
-            if not self.received or code_of(error) != 1:
+            if not self.received or self.answered or code_of(error) != 1:
                 raise
             raise Interrupted(self.received, error) from error
 

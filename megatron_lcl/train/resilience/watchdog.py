@@ -233,7 +233,7 @@ class Watchdog:
             if fault and not self._closing.wait(3 * self.publish_period):  # until the others have seen it too
                 name_nodes(fault.nodes, self.rank)
                 message = f"{fault.message}. Ending process {self.rank} at step {self._state.step}"
-                if self._error is not None:  # else nobody would see it
+                if self._error is not None and self._state.error:  # else nobody would see it
                     message += "\n" + "".join(traceback.format_exception(self._error))
                 leave(fault.code, message)
 
@@ -243,9 +243,9 @@ class Watchdog:
             silence = min(self.limit, max(SUSPICION_SECONDS, 5 * self.publish_period))
         own = self._state
         if self._error is not None and own.waiting > own.limit:
-            said = f"process {self.rank} does not end while {own.at()}, after an error"
+            said = f"process {self.rank} does not end while {own.at()}" + (", after an error" if own.error else "")
             return Fault(said, [own.host] if own.broken else [], own.code)
-        for rank, (state, _) in others.items():
+        for rank, (state, _) in others.items() if self._error is None else ():
             if state.error and (state.ended or state.waiting > state.limit):
                 nodes = [state.host] if state.broken else []
                 return Fault(f"process {rank} failed while {state.at()}: {state.error}", nodes, state.code)
