@@ -45,7 +45,7 @@ from megatron_lcl.train.precision import lowerable_scale
 from megatron_lcl.train.prefetch import Prefetcher
 from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.resilience.bad_steps import BadSteps, SpikeLimit
-from megatron_lcl.train.resilience.faults import exit_if_lost
+from megatron_lcl.train.resilience.faults import blaming, exit_if_lost
 from megatron_lcl.train.resilience.replicas import find_difference
 from megatron_lcl.train.resilience.signals import Signals, Stopped, start_compilers
 from megatron_lcl.train.resilience.watchdog import Watchdog, timeout_of
@@ -83,7 +83,7 @@ def _train(config: Config, signals: Signals) -> Path:
             Watchdog(mesh.world, config.guard.timeout, config.guard.long_timeout) as watchdog,
             contextlib.ExitStack() as until_end,
             watchdog.telling(),
-            signals.blamed(),
+            blaming(signals),
         ):
             point = resolve_resume_point(config, mesh, until_end, signals)
             kernels = None

@@ -74,6 +74,7 @@ def test_knn(split: tuple[np.ndarray, ...], k: int) -> None:
     assert (ours == peer.predict(test)).mean() > 0.998  # ties
     result = knn("pixels", image_set(train_labels), image_set(labels), train, test, k)
     assert result.metrics["accuracy"].value == pytest.approx((ours == labels).mean())
+    assert len(knn_predict(train[:k], train_labels[:k], test, 10, k)) == len(test)  # all are neighbours
     with pytest.raises(ValueError, match="neighbours"):
         knn_predict(train[:3], train_labels[:3], test, 10, 4)
 
@@ -295,6 +296,26 @@ def test_retrieval_tells_chance_and_takes_equal_captions_as_one_text(tmp_path: P
     assert metrics["image → text recall@1"].chance == pytest.approx((2 + 1 + 2 + 1) / 4 / 4)  # own of 4 texts
     assert metrics["text → image recall@1"].chance == pytest.approx((2 + 1 + 1 + 2) / 4 / 4)  # own of 4 images
     assert metrics["image → text recall@5"].chance == 1
+
+
+def test_recall_counts_the_ranks_below_k(tmp_path: Path) -> None:
+    generator, letters = torch.Generator().manual_seed(5), "abcdefghijklmnopqrst"
+    images, texts = torch.randn(20, 6, generator=generator), torch.randn(20, 6, generator=generator)
+    data = ImageSet("x", blobs(tmp_path, letters), captions=tuple((letter,) for letter in letters))
+
+    class Encoder:
+        name = "some"
+
+        def encode_texts(self, asked: Sequence[str]) -> torch.Tensor:
+            return texts[[letters.index(text) for text in asked]]
+
+    metrics = retrieval(Encoder(), data, images.numpy()).metrics  # type: ignore[arg-type]
+    for way, ranks in zip(
+        ("image → text", "text → image"), brute_force_ranks(images, texts, np.eye(20, dtype=bool)), strict=True
+    ):
+        assert {1, 5, 10} & set(ranks), "or a rank of k would not show"
+        for k in (1, 5, 10):
+            assert metrics[f"{way} recall@{k}"].value == pytest.approx(np.mean(np.array(ranks) < k))
 
 
 def test_copies_of_an_image_are_one_image_with_all_their_captions(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_the_end_is_unmasked_whatever_the_phases_say() -> None:
         ({"schedule__batch_doublings": "[3, 10]"}, "step 10 is not before the end"),
         ({"schedule__batch_doublings": "[3]", "train__global_batch": 7}, "global_batch = 7 is no multiple of 2"),
         (
-            {"schedule__batch_doublings": "[3]", "schedule__phases": "[{steps: 1, global_batch: 2}]"},
+            {"schedule__batch_doublings": "[3]", "schedule__phases": "[{steps: 1, global_batch: 2}, {steps: 1}]"},
             "give one of the two",
         ),
         ({"model__vision__patch_dropout": 0.5, "model__vision__unmasked_steps": 10}, "leave none of train.steps"),

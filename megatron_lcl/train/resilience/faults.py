@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import UserError
-from megatron_lcl.train.resilience.signals import Interrupted, Stopped
+from megatron_lcl.train.resilience.signals import Interrupted, Signals, Stopped
 from megatron_lcl.train.resilience.start import WRITE_SECONDS, within
 
 LOST = 71
@@ -44,6 +44,21 @@ def name_nodes(nodes: Sequence[str], rank: int | str) -> None:
     file, line = Path(os.environ[FAULTS], f"fault-{rank}"), ",".join(sorted(set(nodes))) + "\n"
 
     within(WRITE_SECONDS, lambda: file.write_text(line, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def blaming(signals: Signals) -> Iterator[None]:
+    """An error of the program between a signal and the answer to it is taken to come from it: Interrupted.
+
+    A scheduler's signal also reaches the processes that others than the loader and `start_compilers` start, and these
+    end by it: simulations, C++ compilers.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not signals.received or signals.answered or code_of(error) != 1:
+            raise
+        raise Interrupted(signals.received, error) from error
 
 
 def is_distributed(error: BaseException | None) -> bool:

@@ -6,8 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -86,22 +84,6 @@ class Signals:
             signal.signal(signum, handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._ends[1])  # the thread reads the end
-
-    @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """An error of the program between a signal and the answer to it is taken to come from it: Interrupted.
-
-        A scheduler's signal also reaches the processes that others than `loader.py` and `start_compilers` start, and
-        these end by it: simulations, C++ compilers.
-        """
-        try:
-            yield
-        except BaseException as error:
-            from megatron_lcl.train.resilience.faults import code_of  # what it imports takes longer than a signal may
-
-            if not self.received or self.answered or code_of(error) != 1:
-                raise
-            raise Interrupted(self.received, error) from error
 
     def _note(self, signum: int, _frame: object = None) -> None:
         """The main thread knows of a signal as soon as it can, the other thread where it cannot."""
