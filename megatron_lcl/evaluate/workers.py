@@ -75,7 +75,9 @@ def _in_processes(
             for job in finished:
                 try:
                     job.result()
-                except BrokenProcessPool:
+                except BrokenProcessPool as error:
+                    if error.__cause__ is not None:  # what the process said cannot be read here
+                        raise
                     raise UserError(
                         "a process that encodes was killed, perhaps out of memory; give fewer --processes, or a "
                         "smaller --batch-size"

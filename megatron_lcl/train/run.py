@@ -38,7 +38,7 @@ from megatron_lcl.train.engine import (
 )
 from megatron_lcl.train.first_batch import build_loader, measure_kernels, pipeline_partition
 from megatron_lcl.train.heldout import HeldOutMeter
-from megatron_lcl.train.kernels import choose_kernels, describe
+from megatron_lcl.train.kernels import choose_kernels, compile_fault, describe
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.optimizer import learning_rate, unfinished_warmup
 from megatron_lcl.train.precision import lowerable_scale
@@ -87,7 +87,7 @@ def _train(config: Config, signals: Signals) -> Path:
         ):
             point = resolve_resume_point(config, mesh, until_end, signals)
             kernels = None
-            if point.config.train.compile or point.measure_kernels:
+            if point.config.train.compile or (point.measure_kernels and compile_fault(point.config) is None):
                 start_compilers()
             if point.measure_kernels:
                 kernels, point = measure_kernels(point, mesh)
