@@ -30,7 +30,10 @@ def holding_interrupts(signals: Collection[signal.Signals] = (signal.SIGINT,)) -
     resource_tracker.ensure_running()  # which lets the signals through where it is started in here
     came: list[int] = []
     in_main = threading.current_thread() is threading.main_thread()  # where handlers run, whichever thread is met
-    note = lambda signum, _frame: came.append(signum)  # noqa: E731
+
+    def note(signum: int, _frame: FrameType | None) -> None:
+        came.append(signum)
+
     handlers = {each: signal.signal(each, note) for each in signals} if in_main else {}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

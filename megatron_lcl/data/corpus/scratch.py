@@ -138,7 +138,7 @@ def waiting_for_others(file: Path) -> Iterator[None]:
     there are no locks, which a process that is killed on another machine leaves behind for ever.)
     """
     with lock_file(file) as lock:
-        if not _locked(lock):
+        if not try_lock(lock):
             logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
             assert lock is not None
             with suppress(OSError):
@@ -150,11 +150,11 @@ def waiting_for_others(file: Path) -> Iterator[None]:
 def unless_others(file: Path) -> Iterator[bool]:
     """The same without waiting: False, and no lock, where another process holds it."""
     with lock_file(file) as lock:
-        yield _locked(lock)
+        yield try_lock(lock)
 
 
-def _locked(lock: int | None) -> bool:
-    """Whether the lock is ours by now, or there are none."""
+def try_lock(lock: int | None) -> bool:
+    """Whether the lock of `lock_file`, which is asked for once, is ours by now, or there are none."""
     if lock is None:
         return True
     try:

@@ -34,7 +34,7 @@ from filelock import lock_descriptor
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.files import replace_bytes, sync
 from megatron_lcl.data.corpus.remote import user_cache
-from megatron_lcl.data.corpus.scratch import lock_file
+from megatron_lcl.data.corpus.scratch import lock_file, try_lock
 from megatron_lcl.errors import UserError, free_space, is_full
 
 RECORD = "chunk.json"
@@ -85,7 +85,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         except OSError as error:
             raise _unwritable(folder.parent, error) from None
         began = time.monotonic()
-        while not _acquired(lock):
+        while not try_lock(lock):
             if folder.is_dir():
                 return folder
             if time.monotonic() - began > LOST_SECONDS and not _being_built(folder):
@@ -124,16 +124,6 @@ def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable
                 raise
         deleted = _delete(built)
     raise AssertionError
-
-
-def _acquired(descriptor: int | None) -> bool:
-    """The lock is ours, or there are none."""
-    if descriptor is None:
-        return True
-    try:
-        return lock_descriptor(descriptor, blocking=False)
-    except OSError:
-        return True
 
 
 def _being_built(folder: Path) -> bool:

@@ -1,44 +1,27 @@
-"""Batches: their contents against the rules written out again, equality over world sizes, and what may go wrong."""
+"""Batches: their contents against the rules written out again, equality over world sizes, images that do not decode."""
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from corpora import MakeCorpus, jpeg, random_documents
+from small_loaders import CONTEXT, P, T, loader_of
 
 from megatron_lcl import config as configs
-from megatron_lcl.config import Corpus, Data
-from megatron_lcl.data.corpus import store
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import reader
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.pages.replay import render_first_packs, replay_html
-from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives import objective_class
-
-P, SIZE, CONTEXT, T = 4, 16, 96, 256
-
-
-def loader_of(path: Path, *, data: dict[str, Any] | None = None, **options: Any) -> PackedLoader:
-    fields = {"tokens_per_pack": T, "workers": 0, **(data or {})}
-    return PackedLoader(Data(corpora=(Corpus(str(path)),), **fields), P, SIZE, CONTEXT, **options)
 
 
 def flat(batches: list[PackedBatch], slots: int) -> list[list[np.ndarray]]:
@@ -269,173 +252,6 @@ def test_too_large_a_share_of_undecodable_images_stops_the_run(make_corpus: Make
     with pytest.raises(UserError, match=r"101 of the last 1000 images did not decode"):
         read("late", [*share, False, True, True])
     assert read("allowed", [*share, False, True, True], max_bad_fraction=0.11) == 152
-
-
-def _slow(seconds: float) -> Any:
-    decode = reader.decode_train
-
-    def slow(*arguments: Any) -> np.ndarray:
-        time.sleep(seconds)
-        return decode(*arguments)
-
-    return slow
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_an_error_that_names_the_sample(
-    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    corpus = make_corpus("c", random_documents(50, 5))
-    monkeypatch.setattr("megatron_lcl.data.loading.reader.decode_train", _slow(0.2))
-    loader = loader_of(corpus.path, data={"workers": 2})
-    batches = iter(loader)
-    next(batches)
-    victim = int(loader.reader.progress[0, 0])  # type: ignore[index]
-    while loader.reader.progress[0, 1] < 0:  # type: ignore[index]
-        time.sleep(0.01)
-    os.kill(victim, signal.SIGKILL)
-    time.sleep(0.5)  # it does not break into whatever else the main process is at
-    started = time.monotonic()
-    with pytest.raises(
-        RuntimeError, match=rf"loader process {victim} was killed at pack \d+: document \d+ of "
-    ) as caught:
-        list(batches)
-    assert time.monotonic() - started < 30
-    pack = int(str(caught.value).split("at pack ")[1].split(":")[0])
-    assert f"document {loader.provenance(pack)[0].document} of" in str(caught.value)
-
-
-def test_a_full_shared_memory_is_an_error_of_one_line(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = make_corpus("c", random_documents(50, 5))
-    inherited = torch.Tensor.share_memory_
-
-    def share(tensor: torch.Tensor) -> torch.Tensor:
-        if torch.utils.data.get_worker_info():
-            raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
-        return inherited(tensor)
-
-    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
-    with pytest.raises(UserError, match=r"hand over their batches: .* are free in /dev/shm; .*--shm-size.*workers$"):
-        next(iter(loader_of(corpus.path, data={"workers": 1})))
-
-
-def test_a_lost_shard_is_the_same_error_in_a_loader_process(make_corpus: MakeCorpus) -> None:
-    """Its message alone, not torch's report of a process."""
-    corpus = make_corpus("c", random_documents(50, 5), num_shards=2)
-    loader, other = (loader_of(corpus.path, data={"workers": workers}) for workers in (2, 0))
-    for file in corpus.path.glob("images-*"):
-        file.unlink()
-    said = []
-    for each in (loader, other):
-        store._opened.clear()
-        for source in each.reader.index[0].sources:
-            source.corpus._shards.clear()
-        with pytest.raises(UserError, match=r"images-\S+ is missing; copy it again") as caught:
-            next(iter(each))
-        said.append(str(caught.value))
-    assert "Traceback" not in said[0]
-    assert said[0].count("\n") == 0
-    assert said[0].split("images-")[1][6:] == said[1].split("images-")[1][6:]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        StorageError("s3://bucket/a does not exist", missing=True),
-        StorageError("the session token has expired"),
-        FileNotFoundError(2, "No such file or directory", "/data/a"),
-    ],
-)
-def test_errors_of_a_loader_process_are_what_they_were_there(
-    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    corpus = make_corpus("c", random_documents(50, 5))
-
-    def fail(*_: Any) -> None:
-        raise error
-
-    loader = loader_of(corpus.path, data={"workers": 2})
-    monkeypatch.setattr(reader.PackReader, "__getitem__", fail)
-    with pytest.raises(type(error)) as caught:
-        next(iter(loader))
-    assert str(caught.value) == str(error)
-    assert {name: value for name, value in vars(caught.value).items() if name != "__notes__"} == vars(error)
-    assert any(note.startswith("In loader process") and "in fail" in note for note in caught.value.__notes__)
-
-
-READS = """
-import sys
-from megatron_lcl.config import Corpus, Data
-from megatron_lcl.data.loading.loader import PackedLoader
-data = Data(corpora=(Corpus(sys.argv[1]),), cache=sys.argv[2], tokens_per_pack=256, images_per_pack=8, workers=2)
-list(PackedLoader(data, 4, 224, 96, steps=3))
-"""
-
-
-@pytest.mark.slow
-def test_a_small_shared_memory_ends_the_reading(make_corpus: MakeCorpus, tmp_path: Path) -> None:
-    """As in a container of docker, only smaller: a batch has more than the whole of it."""
-    path = str(make_corpus("c", random_documents(50, 5)).path)
-    inside = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
-    if os.geteuid() or not shutil.which("unshare") or subprocess.run([*inside, "true"], capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    list(loader_of(Path(path), steps=1))  # numba compiles
-    command = [*inside, sys.executable, "-c", READS, path, str(tmp_path / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert re.search(r"UserError: loader processes cannot hand over .* of 1.05 MB are free in /dev/shm", done.stderr)
-
-
-def _serve(path: str, connection: Any) -> None:
-    """A main process that notes SIGTERM and goes on reading batches, as a trainer does that saves first."""
-    os.setpgid(0, 0)
-    told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
-    batches = iter(loader_of(Path(path), data={"workers": 2}))
-    next(batches)
-    connection.send("ready")
-    while not told:
-        time.sleep(0.01)
-    connection.send([next(batches).packs[0] for _ in range(20)])
-
-
-@pytest.mark.slow
-def test_workers_outlive_a_signal_to_the_whole_group(make_corpus: MakeCorpus) -> None:
-    corpus = make_corpus("c", random_documents(50, 6))
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(str(corpus.path), there))
-    process.start()
-    try:
-        assert here.poll(60)
-        assert here.recv() == "ready"
-        os.killpg(process.pid, signal.SIGTERM)  # type: ignore[arg-type]
-        assert here.poll(30)
-        assert here.recv() == list(range(1, 21))
-        process.join(30)
-        assert process.exitcode == 0
-    finally:
-        process.kill()
-
-
-def _fails(path: str) -> None:
-    """A main process that dies of an error while something still holds its loader."""
-    batches = iter(loader_of(Path(path), data={"workers": 2}))
-    _fails.held = batches  # type: ignore[attr-defined]
-    next(batches)
-    raise RuntimeError("the run failed")
-
-
-@pytest.mark.slow
-def test_workers_do_not_keep_a_failed_run_from_ending(make_corpus: MakeCorpus) -> None:
-    corpus = make_corpus("c", random_documents(50, 6))
-    process = multiprocessing.get_context("spawn").Process(target=_fails, args=(str(corpus.path),))
-    process.start()
-    try:
-        process.join(60)
-        assert process.exitcode == 1
-    finally:
-        process.kill()
 
 
 def test_a_batch_moves_whole(make_corpus: MakeCorpus) -> None:

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import re
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from fleet import Fleet, alive, descendants, last_step, losses, train
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import UserError
-from megatron_lcl.parallel.mesh import Axis, Pending
 from megatron_lcl.train import launch
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.resilience import watchdog as watchdogs
 from megatron_lcl.train.resilience.faults import LOST, code_of, exit_if_lost, is_local
-from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS, Watchdog, suspects
+from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS
 
 TIMEOUT, LONG_TIMEOUT = 12.0, 18.0
 BUSY = 8.0  # seconds that a machine may add that is busy with others
@@ -395,111 +388,3 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
     assert "process 1 was killed by SIGKILL" in capfd.readouterr().err
     os.close(reader)
     os.close(writer)
-
-
-@pytest.mark.parametrize("size", [2, 64, 256, 4096])
-@pytest.mark.parametrize("timeout", [10.0, 28.0, 600.0])
-def test_at_any_size_a_step_may_take_half_the_timeout(size: int, timeout: float) -> None:
-    watchdog = Watchdog(Axis(size=size), timeout, 10.0)
-    assert timeout / 2 <= watchdog.limit <= watchdog.long_limit < timeout
-    assert watchdog.limit + 7 * watchdog.publish_period == pytest.approx(timeout)
-
-
-class CountingStore:
-    """A store in which all have published but those of `missing`; every question takes a second of `now`."""
-
-    def __init__(self, missing: set[int]) -> None:
-        self.missing, self.now, self.questions, self.read = missing, 1000.0, 0, 0
-        self.contacts: list[float] = []
-
-    def check(self, keys: list[str]) -> bool:
-        self.now += 1.0
-        self.questions += 1
-        return not self.missing & {int(key.rpartition("/")[2]) for key in keys}
-
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        self.now += 1.0
-        self.read = len(keys)
-        return [b'{"num_published": 1}'] * len(keys)
-
-    def set(self, key: str, value: str) -> None:
-        pass
-
-
-def test_many_processes_ask_the_store_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for all others; where one of them has published nothing, two for each halving; none for what is known."""
-    store = CountingStore({1234})
-    watchdog = Watchdog(Axis(rank=7, size=4096), 600.0, 600.0, store=store)  # type: ignore[arg-type]
-    monkeypatch.setattr(watchdogs.time, "monotonic", lambda: store.now)
-
-    def turn() -> tuple[int, int]:
-        store.questions = 0
-        with patch.object(watchdog._closing, "wait", side_effect=[False, True]):
-            watchdog._publish_and_read()
-        return store.questions, store.read
-
-    questions, read = turn()
-    assert questions <= 1 + 2 * 12, "log2 of 4,096 halvings"
-    assert read == 4094, "all but itself and the one that is missing"
-    assert turn() == (1, 4094)
-    store.missing.clear()
-    assert turn() == (1, 4095)
-    assert turn() == (0, 4095)
-    all_there = Watchdog(Axis(rank=7, size=4096), 600.0, 600.0, store=store)  # type: ignore[arg-type]
-    with patch.object(all_there._closing, "wait", side_effect=[False, True]):
-        all_there._publish_and_read()
-    assert store.questions == 1
-
-
-def test_a_store_that_answers_slowly_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every answer is a sign of life of the server, though the others' states are not there yet."""
-    store = CountingStore(set(range(0, 4096, 2)))
-    watchdog = Watchdog(Axis(rank=7, size=4096), 600.0, 600.0, store=store)  # type: ignore[arg-type]
-    monkeypatch.setattr(watchdogs.time, "monotonic", lambda: store.now)
-    watchdog._last_contact = watchdog._last_read = store.now
-    watchdog._since = store.now, 1e9
-    watchdog._others[1] = watchdogs.State(), store.now
-    faults, check = [], store.check
-
-    def look(keys: list[str]) -> bool:
-        faults.append(watchdog._fault())
-        return check(keys)
-
-    with patch.object(store, "check", look), patch.object(watchdog._closing, "wait", side_effect=[False, True]):
-        watchdog._publish_and_read()
-    assert len(faults) > 2 * watchdog.limit, "seconds"
-    assert set(faults) == {None}
-
-
-def test_who_waits_in_a_collective_waits_for_others() -> None:
-    """Also where torch waits in code that has no frame of its own."""
-    found = []
-
-    class Work:
-        def wait(self) -> None:
-            asking = threading.Thread(target=lambda: found.append(watchdogs._location()))
-            asking.start()
-            asking.join()
-
-    Pending(torch.ones(1), Work()).wait()
-    ((location, with_others),) = found
-    assert re.fullmatch(r"mesh\.py:\d+ in wait", location)
-    assert with_others
-
-
-def test_who_is_waited_for() -> None:
-    assert suspects({0: {"world": 7}, 1: {"world": 6}, 2: {"world": 7}}) == [1]
-    assert suspects({0: {"world": 7}, 1: {"world": 7}}) == []
-    # 3 waits for 2 in their stage, 2 for 1 in theirs: 1 is the cause
-    chain = {0: {"a": 4, "x": 9}, 1: {"a": 3, "y": 5}, 2: {"b": 3, "y": 6}, 3: {"b": 4, "x": 9}}
-    assert suspects(chain) == [1]
-
-
-@given(st.integers(2, 9), st.integers(0, 8), st.integers(1, 99))
-def test_whoever_stops_first_is_named(size: int, faulty: int, count: int) -> None:
-    """The others each stop at the next collective of a ring of groups that ends at the faulty one."""
-    order = [(faulty + i) % size for i in range(size)]
-    groups: dict[int, dict[str, int]] = {rank: {} for rank in order}
-    for before, after in itertools.pairwise(order):
-        groups[before][f"{before}-{after}"], groups[after][f"{before}-{after}"] = count, count + 1
-    assert suspects(groups) == [order[0]]
