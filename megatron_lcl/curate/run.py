@@ -235,7 +235,8 @@ def read_curated(folder: str | Path, reused: bool = False) -> Curated:
     if CURATED not in manifest:
         raise UserError(f"{folder} was not curated, so nothing is known of what was removed; `inspect` shows a corpus")
     try:
-        lines = (folder / SAMPLES_FILE).read_text("utf-8").splitlines()
+        # bytes: a sample may hold U+0085 or U+2028, which end lines of a text
+        lines = (folder / SAMPLES_FILE).read_bytes().splitlines()
     except FileNotFoundError:
         lines = []  # a page can do without
     said = manifest[CURATED]

@@ -227,6 +227,7 @@ def test_without_a_rule_nothing_changes(
         },
     ),
 )  # fmt: skip
+@hypothesis.example(943, False, {"document.max_words": 7})  # a removed text holds U+0085
 @hypothesis.settings(max_examples=15)
 def test_removed_and_kept_are_the_source(
     tmp_path_factory: pytest.TempPathFactory, seed: int, matched: bool, given: dict[str, Any]
