@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -235,8 +236,26 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_on_request, args=(os.getppid(),), daemon=True).start()
+    _drop_connections()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _drop_connections() -> None:
+    """Leave the main process's network connections to it alone.
+
+    While a copy of one is open here, the other end does not see that the main process has ended; and gloo, as it ends
+    with connections made on demand, is told again of one that it has closed, and aborts (Context::~Context in its
+    transport/tcp/context.cc stops the device first, and Loop::unregisterDescriptor then does nothing). Their numbers
+    stay in use, or an object that believes it has one would close another file.
+    """
+    with open(os.devnull) as nothing:
+        for name in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError):  # no socket, or the descriptor of the list itself
+                one = socket.socket(fileno=int(name))
+                if one.family in (socket.AF_INET, socket.AF_INET6):
+                    os.dup2(nothing.fileno(), one.fileno())
+                one.detach()
 
 
 def _end_on_request(main: int) -> None:

@@ -249,11 +249,8 @@ class Watchdog:
             if state.error and (state.ended or state.waiting > state.limit):
                 nodes = [state.host] if state.broken else []
                 return Fault(f"process {rank} failed while {state.at()}: {state.error}", nodes, state.code)
-        for rank, (state, when) in others.items():
-            heard = self._last_read - when > 3 * self.publish_period  # the others, while nothing came of it
-            if not state.ended and now - when > silence and heard:
-                silent = f"silent for {now - when:.0f} s, while {state.at()}"
-                return Fault(f"process {rank} died or its machine did: {silent}", [state.host])
+        if dead := self._silent(others, now, silence):
+            return dead
         if now - self._last_contact > silence:
             server = others[0][0].at() if 0 in others else "unknown"
             nodes = [others[0][0].host] if 0 in others else []
@@ -276,12 +273,23 @@ class Watchdog:
         if causes and len(causes) < len(states):
             names = "; ".join(f"process {rank} hangs while {states[rank].at()}" for rank in causes)
             return Fault(f"{names}. The others have waited for {seconds:.0f} s", [states[rank].host for rank in causes])
+        if dead := self._silent(others, now):  # it waited with the others when it was last heard of
+            return dead
         rank, state = next(iter(late.items()))
         return Fault(
             f"{len(late)} processes have hung for {seconds:.0f} s and none is behind the others: is the network or the "
             f"storage down? Process {rank} is {state.at()}",
             [],
         )
+
+    def _silent(self, others: dict[int, tuple[State, float]], now: float, seconds: float = 0.0) -> Fault | None:
+        """Of a process of which nothing came for so long, and for three turns in which others were heard of."""
+        for rank, (state, when) in others.items():
+            heard = self._last_read - when > 3 * self.publish_period
+            if not state.ended and now - when > seconds and heard:
+                silent = f"silent for {now - when:.0f} s, while {state.at()}"
+                return Fault(f"process {rank} died or its machine did: {silent}", [state.host])
+        return None
 
 
 def suspects(sequences: dict[int, dict[str, int]]) -> list[int]:

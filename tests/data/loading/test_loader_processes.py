@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from megatron_lcl.data.corpus import store
 from megatron_lcl.data.loading import reader
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
+from megatron_lcl.train.launch import free_port
 
 
 def _slow(seconds: float) -> Any:
@@ -190,3 +192,57 @@ def test_workers_do_not_keep_a_failed_run_from_ending(make_corpus: MakeCorpus) -
         assert process.exitcode == 1
     finally:
         process.kill()
+
+
+def test_loader_processes_hold_no_connection(make_corpus: MakeCorpus) -> None:
+    """The other end of one sees at once when the main process closes it, or ends."""
+    own, other = socket.socketpair()
+    with own, other, socket.create_server(("127.0.0.1", 0)) as server:
+        connection = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+        batches = iter(loader_of(make_corpus("c", random_documents(50, 6)).path, data={"workers": 2}))
+        next(batches)
+        connection.close()
+        peer.settimeout(20)
+        with peer:
+            assert peer.recv(1) == b""
+        own.send(b"x")  # no connection of the network
+        assert other.recv(1) == b"x"
+        assert next(batches).packs == (1,)
+
+
+def _leaves(rank: int, path: str, port: int) -> None:
+    """Leaves groups in which connections are made on demand, while a loader process is there."""
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0)
+    for turn in range(10):
+        here = torch.distributed.PrefixStore(str(turn), store)
+        torch.distributed.init_process_group("gloo", store=here, rank=rank, world_size=2)
+        torch.distributed.barrier()
+        batches = iter(loader_of(Path(path), data={"workers": 1}))
+        if rank == 0:
+            next(batches)
+        torch.distributed.barrier()
+        time.sleep(0.004 * rank)  # gloo's threads of the first process are ending when the second one leaves
+        torch.distributed.destroy_process_group()
+        del batches
+        store.set(f"{turn} {rank}", "left")
+        store.wait([f"{turn} 0", f"{turn} 1"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+def test_groups_are_left_while_loader_processes_run(make_corpus: MakeCorpus) -> None:
+    """gloo aborted: it was told again of a connection that it had closed, a copy of which a loader process had."""
+    path = str(make_corpus("c", random_documents(50, 6)).path)
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    processes = [context.Process(target=_leaves, args=(rank, path, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()

@@ -124,3 +124,21 @@ def test_whoever_stops_first_is_named(size: int, faulty: int, count: int) -> Non
     for before, after in itertools.pairwise(order):
         groups[before][f"{before}-{after}"], groups[after][f"{before}-{after}"] = count, count + 1
     assert suspects(groups) == [order[0]]
+
+
+@pytest.mark.parametrize(
+    ("silent", "said"), [(4.0, "process 1 died or its machine did: silent for 4 s"), (2.0, "none is behind")]
+)
+def test_of_two_that_wait_the_silent_one_is_named(monkeypatch: pytest.MonkeyPatch, silent: float, said: str) -> None:
+    """It was stopped in a collective soon after that began: nobody is behind, and the other is late before it."""
+    now = 1000.0
+    monkeypatch.setattr(watchdogs.time, "monotonic", lambda: now)
+    watchdog = Watchdog(Axis(rank=0, size=2), 60.0, 60.0)
+    waiting = {"doing": "computing", "location": "step.py:1 in run", "with_others": True, "sequences": {"world": 7}}
+    watchdog._state = watchdogs.State(host="gpu7", waiting=watchdog.limit + 0.5, limit=watchdog.limit, **waiting)
+    other = watchdogs.State(host="gpu8", waiting=watchdog.limit - silent, limit=watchdog.limit, **waiting)
+    watchdog._others[1] = other, now - silent
+    fault = watchdog._fault()
+    assert fault is not None
+    assert said in fault.message
+    assert fault.nodes == (["gpu8"] if silent > 3 else [])
