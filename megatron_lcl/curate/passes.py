@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -175,17 +176,17 @@ def _first_of_image(rules: Sequence[Rule], document: Source, item: int) -> Remov
                     return Removal(rule.name, float(number))
                 continue
             case "min_side":
-                value: float = sides[0]
+                value: float | np.float32 = sides[0]
             case "max_side":
                 value = sides[1]
             case "max_aspect":
                 value = sides[1] / sides[0]
             case "min_similarity":
-                value = float(shard.similarity[document.placement(item)])
+                value = shard.similarity[document.placement(item)]  # NumPy compares it as the float32 that it is
             case _:
                 continue  # of the whole corpus, or of what all others leave of a document
         if rule.breaks(value):
-            return Removal(rule.name, value)
+            return Removal(rule.name, float(value))
     return None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import xxhash
 import yaml
 from pydantic import Field
@@ -208,9 +209,9 @@ class Rule(NamedTuple):
     def name(self) -> str:
         return f"{self.section}.{self.field}"
 
-    def breaks(self, value: float) -> bool:
+    def breaks(self, value: float | np.float32) -> bool:
         """Whether what has this value is removed. A value that is not a number breaks no rule."""
-        return value < self.threshold if self.field.startswith("min_") else value > self.threshold
+        return bool(value < self.threshold if self.field.startswith("min_") else value > self.threshold)
 
 
 def rules_of(settings: Settings, section: str) -> list[Rule]:

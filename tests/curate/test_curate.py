@@ -155,6 +155,13 @@ def test_rules_of_texts_and_of_documents(tmp_path: Path) -> None:
     assert "document.max_images 1" in table(stats(open_corpus(tmp_path / "out")))
 
 
+def test_an_image_as_similar_as_the_threshold_stays(tmp_path: Path) -> None:
+    """Similarities are float32, and that of 0.24 is below 0.24."""
+    images = [Image(picture(k), "", similarity, 0) for k, similarity in enumerate((0.24, 0.2399))]
+    gone, _ = one_rule(tmp_path, [Document((words(6), *images), kind="matched")], image__min_similarity="0.24")
+    assert gone == [(0, 2, "image.min_similarity")]
+
+
 def test_matches_stay_right(tmp_path: Path) -> None:
     """Texts before the matched one go: its number is a smaller one. The matched one goes: so does the image."""
     document = Document(

@@ -96,6 +96,10 @@ class Segment:
     throughout; 1, as an earlier version planned it: of one corpus after the other; 0, as the first one did: so, without
     the rests of documents that were read in part"""
 
+    def data(self, data: Data) -> Data:
+        """`data` with what the packs are planned with, whatever a config says by now."""
+        return replace(data, **{name: self.settings[name] for name in _SETTINGS})
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -124,6 +128,12 @@ class Ledger:
     def from_json(cls, value: Mapping[str, Any]) -> Ledger:
         """From what `to_json` gave; checkpoints written before there were states have none."""
         return cls(dict(value["settings"]), tuple(value["entries"]), tuple(value.get("states", ())))
+
+    def check(self, config: Config, sequences: Sequences) -> None:
+        """UserError where a config says other packs than these. sequences: those that its objective reads."""
+        vision, context = config.model.vision, config.model.language.context_length
+        settings = _settings_of(config.data, vision.num_placeholders, context, sequences)
+        _check_unchanged(settings, self.settings, (*PLANNED, "version"))
 
     def locate(self, consumed: int) -> int:
         """Number of the pack that comes after `consumed` packs were used: those of skipped ranges are jumped over."""

@@ -120,15 +120,15 @@ class _Drawn(NamedTuple):
 class PackIndex:
     """Packs of one segment of a training run by number, without end. Builds or waits for the chunks it is asked for.
 
-    segment: None: the first. `data.tokens_per_pack` is of no account: the segment says it. Where a rewind has skipped
-    packs of the next phase, those behind them are the ones with which this segment's phase goes on.
+    segment: None: the first. It says what packs depend on, and `data` only where corpora and the cache are. Where a
+    rewind has skipped packs of the next phase, those behind them are the ones with which this segment's phase goes on.
     """
 
     def __init__(self, data: Data, ledger: Ledger, segment: Segment | None = None) -> None:
         self.ledger = ledger
         self.segment = segment or ledger.segments()[0]
         self.images_per_pack: int = self.segment.settings["images_per_pack"]
-        self._data = replace(data, tokens_per_pack=self.segment.settings["tokens_per_pack"])
+        self._data = self.segment.data(data)
         self._cache = cache.cache_folder(data)
         known = [state for state in ledger.states if state.get("segment", 0) == self.segment.first_pack]
         self._states = sorted(known if self.segment.number else [_BEGIN, *known], key=_pack_of)

@@ -11,6 +11,7 @@ import functools
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from megatron_lcl.errors import UserError
 
 VERSION = 2
 """of the rules by which documents become packs; a run keeps that with which it began (`Ledger.settings`). 1: a text too
-long for one sequence with the image of its segment stood in another one (`Rules.cut_beside_images`)"""
+long for one sequence with the image of its segment stood in another one (`Rules.cut_beside_images`), and an image whose
+similarity is `data.min_similarity` was skipped where its float32 is the lower number"""
 _SIZES_VERSION = 1
 """of the rules by which whole documents are measured: caches are named by it"""
 _THREADS = 16
@@ -230,9 +232,10 @@ def rules_of_kinds(
     version: int = VERSION,
 ) -> dict[Kind, Rules]:
     """The rules for documents of each kind."""
+    as_stored = replace(data, min_similarity=float(np.float32(data.min_similarity)))
     return {
         kind: rules_for(
-            data,
+            as_stored if kind == "matched" and version > 1 else data,
             num_patches,
             context_length,
             images_per_pack,

@@ -41,8 +41,11 @@ def replay_html(
     sequences: those that the run's objective reads.
     rank: only what data-parallel process `rank` of `world_size` reads, with the micro-batch that the config has in this
     step; None: the whole step. ledger: the run's, from a checkpoint, if its blend has changed or ranges were skipped.
-    UserError for a step or rank that cannot be, or where the processes cannot divide the batch.
+    UserError for a step or rank that cannot be, where the processes cannot divide the batch, or where the config says
+    other packs than the ledger.
     """
+    if ledger is not None:
+        ledger.check(config, sequences)
     if step < 0:
         raise UserError(f"step {step}; steps count from 0")
     if rank is None:

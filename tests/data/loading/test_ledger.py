@@ -24,7 +24,7 @@ from megatron_lcl.data.loading.ledger import Ledger, open_ledger, open_run_ledge
 from megatron_lcl.data.loading.loader import loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex, range_of
 from megatron_lcl.data.loading.reader import draw_patches
-from megatron_lcl.data.loading.rules import INTERLEAVED
+from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.errors import UserError
 
@@ -414,6 +414,17 @@ def test_replay_shows_documents_of_a_corpus_that_the_blend_has_lost(make_corpus:
     page = replay_html(one, INTERLEAVED, 0, ledger=ledger)
     assert page == replay_html(both, INTERLEAVED, 0)
     assert all(f" of {corpus.path}, epoch 0" in page for corpus in (a, b))
+
+
+def test_replay_refuses_a_config_that_says_other_packs(make_corpus: MakeCorpus) -> None:
+    """A file whose `train.output` is a run that began with other settings."""
+    config = config_of(make_corpus("c", random_documents(60, 8, **SHORT)).path, phases=[])
+    ledger = open_run_ledger(config)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=7))
+    with pytest.raises(UserError, match="seed is 7, but this run began with 0"):
+        replay_html(other, INTERLEAVED, 0, ledger=ledger)
+    with pytest.raises(UserError, match="contrast_only is True, but this run began with False"):
+        replay_html(config, PAIRS, 0, ledger=ledger)
 
 
 def test_replay_knows_the_phase_of_a_step(make_corpus: MakeCorpus) -> None:

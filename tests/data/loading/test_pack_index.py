@@ -23,10 +23,12 @@ from hypothesis import strategies as st
 
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.corpus import store
+from megatron_lcl.data.loading import ledger as ledgers
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading.cache import build_once
 from megatron_lcl.data.loading.ledger import kept_states
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
+from megatron_lcl.data.loading.rules import INTERLEAVED
 
 P, CONTEXT = 4, 128
 
@@ -190,6 +192,28 @@ def test_a_run_keeps_the_rules_of_the_version_that_began_it(make_corpus: MakeCor
     assert open_ledger(data, P, CONTEXT, version=1) == old  # what is said of phases that are to come
 
 
+def test_an_image_as_similar_as_the_threshold_stays(make_corpus: MakeCorpus) -> None:
+    """Similarities are float32, and that of 0.24 is below 0.24; runs that skipped such images go on so."""
+    corpus = make_corpus("c", [[[1] * 9, (jpeg(0), similarity, 0)] for similarity in (0.2399, 0.24, 0.3)])
+    data = data_of((corpus.path, 1))
+    new = open_ledger(data, P, CONTEXT)
+    old = dataclasses.replace(new, settings={**new.settings, "version": 1})
+    for ledger, images in ((new, [0, 1, 1]), (old, [0, 0, 1])):
+        assert index_of(data, ledger).source(corpus.fingerprint).images.tolist() == images
+
+
+def test_packs_are_the_ledger_s_whatever_the_config_says(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    """Chunks that other settings than the ledger's had built were read as the run's later."""
+    corpus = make_corpus("c", random_documents(120, 9, matched=True))
+    data = data_of((corpus.path, 1))
+    ledger = open_ledger(data, P, CONTEXT)
+    cache = str(tmp_path / "other")
+    other = data_of((corpus.path, 1), seed=1, min_similarity=0.3, image_first=1.0, max_images=1, cache=cache)
+    wrong, right = PackIndex(other, ledger), index_of(data, ledger)
+    for number in range(10):
+        assert (wrong[number].entries == right[number].entries).all()
+
+
 def test_seed_corpus_and_config_each_give_their_own_index(make_corpus: MakeCorpus, cache: Path) -> None:
     documents = random_documents(120, 9, matched=True)
     one, two = make_corpus("one", documents), make_corpus("two", documents[:-1])
@@ -280,12 +304,13 @@ def test_chunks_of_many_corpora_are_not_small(tmp_path: Path, monkeypatch: pytes
     names = [f"{n:032x}" for n in range(64)]
     weights = [63.0, *[1.0] * 63]
     blend = [{"path": n, "fingerprint": n, "weight": w} for n, w in zip(names, weights, strict=True)]
-    settings = {"tokens_per_pack": 8192, "images_per_pack": 1, "num_patches": P, "context_length": 8192}
-    ledger = Ledger({**settings, "contrast_only": False, "version": 2}, ({"from_pack": 0, "blend": blend},))
+    data = Data(tuple(Corpus(name) for name in names), tokens_per_pack=8192, images_per_pack=1, cache=str(tmp_path))
+    settings = ledgers._settings_of(data, P, 8192, INTERLEAVED) | {"version": 2}
+    ledger = Ledger(settings, ({"from_pack": 0, "blend": blend},))
     sources = {name: Sizes(n, 50_000 if n else 1_000_000) for n, name in enumerate(names)}
     monkeypatch.setattr(PackIndex, "source", lambda _, wanted: sources[wanted])
     monkeypatch.setattr(pack_index, "FIRST_CHUNK", 1 << 40)  # the first is as the ones behind a million documents
-    index = PackIndex(data_of(*((Path(n), 1) for n in names), cache=str(tmp_path)), ledger)
+    index = PackIndex(data, ledger)
     index.prepare(0)
     (chunk,) = index.chunks
     documents = json.loads((chunk.folder / "chunk.json").read_text())["documents"]
