@@ -211,11 +211,11 @@ def test_jobs_are_canceled_whenever_a_signal_comes(
 
     class Submits(FakeExecutor):
         def map_array(self, run, tasks, indices):  # type: ignore[no-untyped-def]
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)  # to this thread: another one might take it, and it would come later
             return [FakeJob(None) for _ in indices]
 
     def run(command: list[str], check: bool) -> None:
-        os.kill(os.getpid(), signum)
+        signal.raise_signal(signum)
         canceled.append(command)
 
     monkeypatch.setattr(submitit, "AutoExecutor", Submits)
