@@ -240,6 +240,34 @@ def test_an_objective_of_one_loss_has_weight_1(objective: str, shared: Path) -> 
     assert grad_norm == pytest.approx(norm, rel=1e-5)
 
 
+def scale_after_a_step(rank: int, reference: str, rate: float) -> float:
+    """The log scale that was 0.001."""
+    from megatron_lcl.train.engine import build_engine, init_processes
+    from megatron_lcl.train.step import Stepper
+
+    tensors = load_file(reference)
+    with safe_open(reference, "pt") as file:
+        model_config = json.loads(file.metadata()["config"])
+    model = from_open_clip({n[6:]: t for n, t in tensors.items() if n.startswith("param/")}, model_config)
+    model.head.log_scale.data.fill_(1e-3)
+    config = configs.from_dict({"train": {"global_batch": 1}})
+    mesh = init_processes(config)
+    stepper = Stepper(build_engine(model.layers, config, mesh), config, mesh)
+    text = tensors["batch0/text"]
+    batches = [pack_padded(text, (text != 0).sum(1), tensors["batch0/images"], model.config)]
+    stepper.run(batches, rate)
+    return stepper.run(batches, 0.0).log_scale
+
+
+@pytest.mark.slow
+def test_the_scale_is_at_least_1(shared: Path) -> None:
+    """One of two steps in opposite directions takes its logarithm below 0."""
+    file = str(shared / "reference" / "lcl_tiny.safetensors")
+    low, high = sorted(run_processes(scale_after_a_step, 1, file, rate)[0] for rate in (0.1, -0.1))
+    assert low == 0
+    assert high > 0.05
+
+
 @pytest.mark.parametrize("objective", ["lcl", "clip"])
 def test_zero3_with_kept_graphs_is_refused(objective: str) -> None:
     from megatron_lcl.train.settings import deepspeed_config

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import xxhash
 from data import writers
 from data.corpus.conftest import DOCUMENTS
 from data.helpers import TOKENIZER, plain
@@ -71,6 +73,23 @@ def test_megatron_core_reads_it(corpus: Path) -> None:
         assert images[j][0].tobytes() == bytes(ours.image(j))
 
 
+def test_pyarrow_reads_what_is_known_of_images(corpus: Path) -> None:
+    """As docs/corpus-format.md says it; other formats may only be appended, or old corpora would name others."""
+    with pa.ipc.open_file(corpus / "images-00000.arrow") as file:
+        assert (file.num_record_batches, file.get_batch(0).num_rows) == (1, 1)
+        table = file.read_all()
+    known = [pa.field("width", pa.int32()), pa.field("height", pa.int32()), pa.field("format", pa.int8())]
+    image = pa.struct([*known, pa.field("xxh3", pa.binary(16))])
+    placement = pa.struct([pa.field("similarity", pa.float32()), pa.field("matched_text", pa.int32())])
+    assert table.schema.names == ["images", "placements"]
+    assert table.schema.types == [pa.large_list(image), pa.large_list(placement)]
+    assert table.schema.metadata == {b"formats": b"?,JPEG,PNG,WEBP,GIF,AVIF,TIFF,BMP,PPM,ICO,JPEG2000,MPO"}
+    images, shard = table["images"][0].as_py(), open_corpus(corpus).shard(0)
+    digests = [xxhash.xxh3_128_digest(bytes(shard.image(j))) for j in range(shard.num_images)]
+    assert images == [{"width": 40, "height": 30, "format": 2, "xxh3": digest} for digest in digests]
+    assert [each["matched_text"] for each in table["placements"][0].as_py()] == [-1, -1, -1, 1, 0]
+
+
 pieces = st.one_of(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5), st.binary(min_size=1, max_size=9))
 
 
@@ -84,12 +103,16 @@ def test_byte_for_byte_as_megatron_core_writes(
     folder = tmp_path_factory.mktemp("bytes")
     writer = ShardWriter(folder, 0)
     builder = module.IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=np.int32, multimodal=True)
+    images = module.IndexedDatasetBuilder(str(folder / "their images.bin"), dtype=np.uint8, multimodal=True)
     seen: list[bytes] = []
     for document in documents:
         for piece in document:
             if isinstance(piece, bytes):
                 writer.add_image(piece, 1, 1, "PNG")
-                seen += [piece] * (piece not in seen)
+                if piece not in seen:
+                    seen.append(piece)
+                    images.add_item(torch.tensor(list(piece), dtype=torch.uint8), mode=1)
+                    images.end_document()
                 builder.add_item(torch.tensor([seen.index(piece)]), mode=1)
             else:
                 writer.add_text(piece)
@@ -98,8 +121,10 @@ def test_byte_for_byte_as_megatron_core_writes(
         builder.end_document()
     writer.finish()
     builder.finalize(str(folder / "theirs.idx"))
-    for suffix in ("bin", "idx"):
-        assert (folder / f"tokens-00000.{suffix}").read_bytes() == (folder / f"theirs.{suffix}").read_bytes()
+    images.finalize(str(folder / "their images.idx"))
+    for ours, theirs in (("tokens-00000", "theirs"), ("images-00000", "their images")):
+        for suffix in ("bin", "idx"):
+            assert (folder / f"{ours}.{suffix}").read_bytes() == (folder / f"{theirs}.{suffix}").read_bytes()
     shard = Shard(folder, 0)
     assert [bytes(shard.image(j)) for j in range(shard.num_images)] == seen
 
