@@ -403,7 +403,7 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
     commands = ("sleep 60", "kill -9 $$", "trap '' TERM; sleep 60", last)
     children = [subprocess.Popen(["bash", "-c", command]) for command in commands]
     started = time.monotonic()
-    assert launch._wait(children, launch._Heard(reader)) == 128 + signal.SIGKILL
+    assert launch._wait(children, launch._Heard(reader), []) == 128 + signal.SIGKILL
     assert [child.returncode for child in children] == [-signal.SIGKILL] * 3 + [code]
     assert time.monotonic() - started > (3.5 if watched else 0.5)
     assert "process 1 was killed by SIGKILL" in capfd.readouterr().err
