@@ -21,7 +21,6 @@ from collections.abc import MutableMapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -125,9 +124,8 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m megatron_lcl ARGUMENTS` in so many processes; their exit code (the first that failed).
 
     SIGTERM, SIGINT and SIGUSR1 are passed on; before the processes watch each other, where nothing has begun, they end
-    all at once. When one process has ended with a failure, the others notice that by
-    themselves (`watchdog`); those that do not, or have not even begun to watch, are killed after a while. None outlives
-    this process (on Linux).
+    all at once. When one process has ended with a failure, the others notice that by themselves (`watchdog`); those
+    that do not, or have not even begun to watch, are killed after a while. None outlives this process (on Linux).
     """
     threads = max(1, num_cores() // processes)
     watched, say = os.pipe()
@@ -146,23 +144,10 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     ]
     os.close(say)
 
-    stopped: list[int] = []
-
-    def pass_on(signum: int, _frame: FrameType | None) -> None:
-        if not heard.timeouts():
-            stopped.append(signum)
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(signal.SIGKILL if stopped else signum)
-
-    heard = _Heard(watched)
-    before = {s: signal.signal(s, pass_on) for s in SIGNALS}
+    came: list[int] = []
+    before = {s: signal.signal(s, lambda signum, _frame: came.append(signum)) for s in SIGNALS}
     try:
-        code = _wait(children, heard, stopped)
-        if stopped:
-            name = signal.Signals(stopped[0]).name
-            complain(f"megatron-lcl train: {name}: stopped; the same command goes on")
-        return code_of_signal(stopped[0]) if stopped else code
+        return _wait(children, _Heard(watched), came)
     finally:
         for child in children:
             if child.poll() is None:
@@ -200,12 +185,19 @@ class _Heard:
         return [float(word) for word in b"".join(self._parts).split()]
 
 
-def _wait(children: list[subprocess.Popen[bytes]], heard: _Heard, stopped: Sequence[int] = ()) -> int:
+def _wait(children: list[subprocess.Popen[bytes]], heard: _Heard, came: list[int]) -> int:
+    """came: signals in the order in which they came. Their handler only adds to it: it may run at any point of this."""
     failed: int | None = None
-    since = 0.0
+    stopped, since = 0, 0.0
     while running := [child for child in children if child.poll() is None]:
         time.sleep(0.1)
-        grace = GRACE_SECONDS + max(heard.timeouts(), default=0.0)
+        timeouts = heard.timeouts()
+        while came:
+            signum = came.pop(0)
+            stopped = stopped or (0 if timeouts else signum)
+            for child in running:
+                child.send_signal(signal.SIGKILL if stopped else signum)
+        grace = GRACE_SECONDS + max(timeouts, default=0.0)
         failures = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
         if failures and failed is None:
             since, (rank, failed) = time.monotonic(), failures[0]
@@ -215,6 +207,9 @@ def _wait(children: list[subprocess.Popen[bytes]], heard: _Heard, stopped: Seque
         if failed is not None and time.monotonic() - since > grace:
             for child in running:
                 child.kill()
+    if stopped:
+        complain(f"megatron-lcl train: {signal.Signals(stopped).name}: stopped; the same command goes on")
+        return code_of_signal(stopped)
     codes = [child.returncode for child in children if child.returncode]
     code = failed if failed is not None else codes[0] if codes else 0
     return 128 - code if code < 0 else code

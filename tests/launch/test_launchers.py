@@ -176,6 +176,31 @@ def test_its_own_processes_know_how_many_share_the_machine(
     assert sorted(capfd.readouterr().out.splitlines()) == [f"{rank} of 3, {rank} of 3 at 4321" for rank in range(3)]
 
 
+def test_a_signal_that_comes_while_the_launcher_reads_what_its_processes_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """That the run has begun, so it is to save."""
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/usr/bin/env bash\ntrap "echo saved; exit 75" TERM\necho "12.0 " >&"$MEGATRON_LCL_WATCHED"\n'
+        "for _ in {1..600}; do sleep 0.1; done\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    plain, signals = os.read, [signal.SIGTERM]
+
+    def read(pipe: int, size: int) -> bytes:
+        data = plain(pipe, size)
+        if data == b"12.0 \n" and signals:
+            signal.raise_signal(signals.pop())
+        return data
+
+    monkeypatch.setattr(os, "read", read)
+    assert launch.start_local([], 1) == 75
+    out, err = capfd.readouterr()
+    assert (out, err) == ("saved\n", "")
+
+
 @pytest.mark.parametrize(
     ("of_connections", "allowed"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -90,14 +91,18 @@ class Signals:
         self.received = self.received or signum
 
     def _listen(self, end: int) -> None:
-        first = 0.0
+        first = True
         while number := os.read(end, 1):
-            signum, now = number[0], time.monotonic()
+            signum = number[0]
             if signum not in SIGNALS:
                 continue
-            self._note(signum)
             if not first:
-                first = now
-            elif now - first > SAME_SECONDS:
                 leave(128 + signum, f"{signal.Signals(signum).name} again: ending at once")
+            first = False
+            self._note(signum)
+            time.sleep(SAME_SECONDS)
+            os.set_blocking(end, False)
+            with contextlib.suppress(BlockingIOError):
+                os.read(end, 1 << 16)  # what is there came within that time, whenever this process gets to read it
+            os.set_blocking(end, True)
         os.close(end)

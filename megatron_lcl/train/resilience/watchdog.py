@@ -45,7 +45,7 @@ class State:
     """steps done"""
     doing: str = "starting"
     waiting: float = 0.0
-    """seconds since the last heartbeat of its main thread"""
+    """seconds since the last heartbeat of its main thread, by `RunningTime`"""
     limit: float = math.inf
     """how many of them are no hang, in what it does"""
     sequences: dict[str, int] = field(default_factory=dict)
@@ -89,6 +89,26 @@ def timeout_of(guard: Guard) -> float:
     return 60.0 * float(minutes) if minutes else guard.timeout + guard.long_timeout
 
 
+class RunningTime:
+    """Seconds, of which not more than `most` pass between two looks: a thread looks more often while the process runs.
+
+    What stops a process (SIGSTOP, a freezer, `scontrol suspend`) also stops what it would hear and say. A job that is
+    stopped as a whole has nobody to blame for that time.
+    """
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._looked = self._seconds = time.monotonic()
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            self._seconds += min(now - self._looked, self._most)
+            self._looked = now
+            return self._seconds
+
+
 class Watchdog:
     """Publishes this process's state and reads those of the others.
 
@@ -110,11 +130,14 @@ class Watchdog:
         self.long_limit = max(timeout, long_timeout) - 7 * self.publish_period
         self._state = State(host=node())
         self._first: int | None = None
-        self._since = time.monotonic(), self.long_limit
+        self._now = RunningTime(2 * self.publish_period)
+        self._since = self._now(), self.long_limit
         """when the last heartbeat was, and how many seconds from then on are no hang"""
         self._others: dict[int, tuple[State, float]] = {}
-        self._last_contact = self._last_read = time.monotonic()
+        self._last_contact = self._last_read = self._now()
         """when the store last answered, and when it last gave what the others had published"""
+        self._unread = 0.0
+        """seconds from the last read until the store was found to be gone, whether this process ran or not"""
         self._suspicious = False
         self._error: BaseException | None = None
         """with which this process ends"""
@@ -158,7 +181,7 @@ class Watchdog:
 
     def _set_phase(self, doing: str, limit: float) -> None:
         self._state.doing = doing
-        self._since = time.monotonic(), limit
+        self._since = self._now(), limit
 
     def __enter__(self) -> Watchdog:
         if self.size > 1:
@@ -188,15 +211,21 @@ class Watchdog:
     # --- the threads ---
 
     def _publish_and_read(self) -> None:
+        read = time.monotonic()
         while not self._closing.wait(self.publish_period):
             try:
                 self._publish()
                 unseen = [r for r in range(self.size) if r != self.rank and r not in self._others]
                 others = [*self._others, *self._published(unseen)]
                 lines = self._store.multi_get([_key(r) for r in others]) if others else []
-            except RuntimeError:
-                return  # the store is gone, and with it process 0 or the launcher: see `_fault`
-            self._last_contact = self._last_read = now = time.monotonic()
+            except RuntimeError:  # the store is gone, and with it process 0 or the launcher: see `_fault`
+                self._unread = time.monotonic() - read
+                for state, _ in self._others.values():
+                    # it has waited for long: process 0 may have ended for that, when this one could not look
+                    state.waiting += self._unread if state.location else 0.0
+                return
+            read = time.monotonic()
+            self._last_contact = self._last_read = now = self._now()
             for rank, line in zip(others, lines, strict=True):
                 state = State(**json.loads(line))
                 before = self._others.get(rank)
@@ -211,7 +240,7 @@ class Watchdog:
         if not ranks:
             return []
         all_have = self._store.check([_key(r) for r in ranks])
-        self._last_contact = time.monotonic()
+        self._last_contact = self._now()
         if all_have or len(ranks) == 1:
             return ranks if all_have else []
         half = len(ranks) // 2
@@ -221,7 +250,7 @@ class Watchdog:
         state = self._state
         state.num_published += 1
         since, limit = self._since
-        state.waiting = time.monotonic() - since  # set before the limit: the other thread reads both
+        state.waiting = self._now() - since  # set before the limit: the other thread reads both
         state.limit = limit
         state.sequences = _sequences()
         state.location, state.with_others = _location() if state.waiting > state.limit / 2 else ("", False)
@@ -238,7 +267,7 @@ class Watchdog:
                 leave(fault.code, message)
 
     def _fault(self) -> Fault | None:
-        now, others, silence = time.monotonic(), dict(self._others), self.limit
+        now, others, silence = self._now(), dict(self._others), self.limit
         if self._suspicious:
             silence = min(self.limit, max(SUSPICION_SECONDS, 5 * self.publish_period))
         own = self._state
@@ -251,14 +280,18 @@ class Watchdog:
                 return Fault(f"process {rank} failed while {state.at()}: {state.error}", nodes, state.code)
         if dead := self._silent(others, now, silence):
             return dead
-        if now - self._last_contact > silence:
-            server = others[0][0].at() if 0 in others else "unknown"
-            nodes = [others[0][0].host] if 0 in others else []
-            return Fault(
-                f"process 0 or the launcher, which serve the store, are gone or out of reach; process 0: {server}",
-                nodes,
-            )
-        states = {self.rank: own, **{rank: state for rank, (state, _) in others.items()}}
+        if hang := self._hang(others, now):
+            return hang
+        if now - self._last_contact <= silence:
+            return None
+        said = "process 0 or the launcher, which serve the store, are gone or out of reach; process 0: "
+        said += others[0][0].at() if 0 in others else "unknown"
+        if self._unread > self.limit:  # they may have ended because this process was silent
+            return Fault(f"{said}. This process was itself stopped for {self._unread:.0f} s", [])
+        return Fault(said, [others[0][0].host] if 0 in others else [])
+
+    def _hang(self, others: dict[int, tuple[State, float]], now: float) -> Fault | None:
+        states = {self.rank: self._state, **{rank: state for rank, (state, _) in others.items()}}
         states = {rank: state for rank, state in states.items() if not state.ended}
         if any(state.error for state in states.values()):
             return None  # it is yet to end, and nobody can go on until then

@@ -204,6 +204,20 @@ def frozen(config_file: str, folder: Path) -> Outcome:
         return outcome(fleet, time.time(), 5, [1])
 
 
+def suspended(config_file: str, folder: Path) -> int:
+    """The whole job, as by `scontrol suspend`, its processes a second apart; steps that it makes after that."""
+    with Fleet(folder / "run", "--config", config_file, *LONG) as fleet:
+        fleet.wait_for_step(5)
+        for signum, seconds in ((signal.SIGSTOP, TIMEOUT + 3), (signal.SIGCONT, 5.0)):
+            for rank in (1, 0):
+                os.kill(fleet.pid(rank), signum)
+                time.sleep(1.0)
+            step = last_step(fleet.run)
+            time.sleep(seconds)
+        assert all(process.is_alive() for process in fleet.processes), fleet.said()
+        return last_step(fleet.run) - step
+
+
 def failed(config_file: str, folder: Path) -> Outcome:
     with Fleet(folder / "run", "--config", config_file, *LONG, plant=fail, planted=(str(folder / "fails"),)) as fleet:
         fleet.wait_for((folder / "fails").exists)
@@ -239,6 +253,7 @@ def outcomes(config_file: str, undisturbed: list[Any], tmp_path_factory: pytest.
         "hangs 1 starting": partial(hung, 1, "starting"),
         "hangs 2 saving": partial(hung, 2, "saving"),
         "frozen": frozen,
+        "suspended": suspended,
         "failed": failed,
         "failed writing": partial(failed_while_saving, "writing"),
         "failed copying": partial(failed_while_saving, "copying"),
@@ -302,6 +317,12 @@ def test_a_process_that_is_frozen(outcomes: dict[str, Future[Outcome]]) -> None:
     assert not left
     assert seconds < TIMEOUT + BUSY, said
     assert re.search(r"megatron-lcl: process 0.*last step done: \d+\)", said[1]), said
+
+
+@pytest.mark.slow
+def test_a_job_that_is_suspended_goes_on(outcomes: dict[str, Future[Any]]) -> None:
+    """For longer than the timeout."""
+    assert outcomes["suspended"].result() > 0
 
 
 @pytest.mark.slow
@@ -382,7 +403,7 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
     commands = ("sleep 60", "kill -9 $$", "trap '' TERM; sleep 60", last)
     children = [subprocess.Popen(["bash", "-c", command]) for command in commands]
     started = time.monotonic()
-    assert launch._wait(children, launch._Heard(reader)) == 128 + signal.SIGKILL
+    assert launch._wait(children, launch._Heard(reader), []) == 128 + signal.SIGKILL
     assert [child.returncode for child in children] == [-signal.SIGKILL] * 3 + [code]
     assert time.monotonic() - started > (3.5 if watched else 0.5)
     assert "process 1 was killed by SIGKILL" in capfd.readouterr().err

@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from fleet import Fleet, alive, descendants, last_step, lines, losses, train
 
 from megatron_lcl.train import launch
 from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.resilience import signals
 
 REQUEUE = 75
 LONG = ["--train.steps", "12", "--checkpoint.every", "100"]
@@ -212,6 +214,38 @@ def test_a_second_signal_ends_at_once_even_in_a_collective(config_file: str, tmp
         assert "SIGTERM again" in fleet.said()
         time.sleep(0.5)
         assert not alive(loaders)
+
+
+def test_signals_are_the_same_by_when_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late the process gets to read them; one that comes when they are read is a second one."""
+    now, (end, write) = 1000.0, os.pipe()
+
+    def read(_end: int, size: int) -> bytes:
+        nonlocal now
+        now += 5.0
+        if not select.select([end], [], [], 0)[0]:
+            os.write(write, bytes([signal.SIGUSR1]))
+        return plain(end, size)
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def leave(code: int, message: str) -> None:
+        raise SystemExit(f"{code}: {message}")
+
+    plain = os.read
+    monkeypatch.setattr(signals.os, "read", read)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    monkeypatch.setattr(signals.time, "sleep", sleep)
+    monkeypatch.setattr(signals, "leave", leave)
+    os.write(write, bytes([signal.SIGCHLD, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM]))
+    asked = signals.Signals()
+    with pytest.raises(SystemExit, match=f"{128 + signal.SIGUSR1}: SIGUSR1 again: ending at once"):
+        asked._listen(end)
+    assert asked.received == signal.SIGTERM
+    os.close(end)
+    os.close(write)
 
 
 def slow_meeting(rank: int, marks: str) -> None:

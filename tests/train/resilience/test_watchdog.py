@@ -4,8 +4,12 @@ test_lost_processes.py."""
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import re
 import threading
+from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -142,3 +146,122 @@ def test_of_two_that_wait_the_silent_one_is_named(monkeypatch: pytest.MonkeyPatc
     assert fault is not None
     assert said in fault.message
     assert fault.nodes == (["gpu8"] if silent > 3 else [])
+
+
+class Process:
+    """One process of three, the last, whose watchdog watches and reads by a clock of the test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.gone, self.silent = 1000.0, False, False
+        monkeypatch.setattr(watchdogs.time, "monotonic", lambda: self.now)
+        self.watchdog = Watchdog(Axis(rank=2, size=3), 12.0, 60.0, store=self)  # type: ignore[arg-type]
+        self.watchdog.heartbeat(0, "starting")
+        self.watchdog.heartbeat(1, "computing")
+        self.states = {rank: watchdogs.State(host=f"gpu{rank}", limit=self.watchdog.limit) for rank in (0, 1)}
+        self.published: dict[str, Any] = {}
+
+    def check(self, keys: list[str]) -> bool:
+        return True
+
+    def multi_get(self, keys: list[str]) -> list[str]:
+        for state in self.states.values():
+            state.num_published += not self.silent
+        return [json.dumps(vars(self.states[int(key.rpartition("/")[2])])) for key in keys]
+
+    def set(self, key: str, value: str) -> None:
+        if self.gone:
+            raise RuntimeError("Connection reset by peer")
+        self.published = json.loads(value)
+
+    def run(self, seconds: float, stop: Callable[[], bool] = lambda: True) -> watchdogs.Fault | None:
+        """The first fault that it sees in so many seconds. stop: called after the first turn of the thread that reads;
+        whether the other thread is the next to run."""
+        end, faults, turns = self.now + seconds, [], 0
+
+        def wait(_seconds: float) -> bool:
+            nonlocal turns
+            turns += 1
+            if turns == 2 and not stop():
+                return False
+            faults.append(self.watchdog._fault())
+            self.now += self.watchdog.period
+            faults.append(self.watchdog._fault())
+            return any(faults) or self.now >= end
+
+        with patch.object(self.watchdog._closing, "wait", wait):
+            self.watchdog._publish_and_read()
+            while not wait(0.0):
+                pass
+        return next(filter(None, faults), None)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("waiting", "stopped", "nodes", "said"),
+    [
+        (6.8, 3.2, ["gpu1"], "process 1 hangs while reading data at loader.py:1 in batches"),
+        (6.8, 30.0, ["gpu1"], "process 1 hangs while reading data at loader.py:1 in batches"),
+        (1.0, 3.2, ["gpu0"], "process 0 or the launcher, which serve the store, are gone"),
+        (1.0, 30.0, [], "process 0 or the launcher, which serve the store, are gone"),
+    ],
+)
+def test_who_was_stopped_while_the_others_ended(
+    waiting: float, stopped: float, nodes: list[str], said: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names who hung by the states that it read last; process 0 where nobody did, but no node where the others may
+    have ended for its own silence. fails: its collective, too, as with gloo."""
+    process = Process(monkeypatch)
+    long = waiting > process.watchdog.limit / 2
+    for rank, state in process.states.items():
+        state.waiting, state.with_others = waiting, long and rank == 0
+        state.doing, where = (
+            ("computing", "mesh.py:1 in wait") if rank == 0 else ("reading data", "loader.py:1 in batches")
+        )
+        state.location = where if long else ""
+
+    def stop() -> bool:
+        process.gone = True
+        process.now += stopped
+        if fails:
+            process.watchdog._suspicious = True
+            process.watchdog._set_phase("computing; a collective has failed", math.inf)
+        return True
+
+    fault = process.run(stopped + process.watchdog.limit + 2 * process.watchdog.publish_period, stop)
+    assert fault is not None
+    assert said in fault.message
+    assert fault.nodes == nodes
+
+
+@pytest.mark.parametrize("watches_first", [False, True])
+def test_a_job_that_was_stopped_as_a_whole_goes_on(watches_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time in which a process was stopped counts nowhere, and the others may go on later than it does."""
+    process = Process(monkeypatch)
+
+    def stop() -> bool:
+        process.now += 600.0
+        process.silent = True
+        return watches_first
+
+    assert process.run(600.0 + 4.2, stop) is None
+    assert process.published["waiting"] < process.watchdog.limit
+    process.silent = False
+    process.watchdog.heartbeat(2, "computing")
+    assert process.run(6.0) is None
+    process.silent = True  # from now on they are dead
+    with process.watchdog.long_phase(2, "saving"):
+        fault = process.run(process.watchdog.limit + 2 * process.watchdog.publish_period)
+    assert fault is not None
+    assert "process 0 died or its machine did: silent for 8 s" in fault.message
+
+
+def test_a_clock_that_is_looked_at_in_time_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(watchdogs.time, "monotonic", lambda: now)
+    clock = watchdogs.RunningTime(2.0)
+    begin = clock()
+    for step in (0.5, 2.0, 1.0, 0.0):
+        now += step
+        assert clock() - begin == pytest.approx(now - 1000.0)
+    now += 600.0
+    assert clock() - begin == pytest.approx(3.5 + 2.0)
