@@ -188,9 +188,9 @@ class Watchdog:
             store: Any = self._store or dist.distributed_c10d._get_default_store()
             self._store = store.clone()
             self._publish()  # at once: the others know nothing of one that stops before its first turn
-            say_watched(self.timeout)
             for loop in (self._publish_and_read, self._end_on_fault):
                 threading.Thread(target=loop, daemon=True).start()
+        say_watched(self.timeout)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lcl.parallel.mesh import Axis, Pending
+from megatron_lcl.train.launch import WATCHED
 from megatron_lcl.train.resilience import watchdog as watchdogs
 from megatron_lcl.train.resilience.watchdog import Watchdog, suspects
 
@@ -110,6 +112,17 @@ def test_who_waits_in_a_collective_waits_for_others() -> None:
     ((location, with_others),) = found
     assert re.fullmatch(r"mesh\.py:\d+ in wait", location)
     assert with_others
+
+
+def test_the_launcher_hears_that_a_run_of_one_process_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It killed it at a signal, and nothing was saved."""
+    heard, say = os.pipe()
+    os.set_blocking(heard, False)
+    monkeypatch.setenv(WATCHED, str(say))
+    with Watchdog(Axis(size=1), 60.0, 60.0):
+        assert os.read(heard, 99) == b"60.0 "
+    os.close(heard)
+    os.close(say)
 
 
 def test_who_is_waited_for() -> None:
