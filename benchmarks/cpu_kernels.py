@@ -11,10 +11,11 @@ float32. All ways of a line take turns in one process; medians, with ratios to t
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ SEQUENCES = ((64, 35, 4, 32), (60, 75, 3, 64), (13, 600, 3, 64))
 ROWS, VOCABULARY, WIDTH = 2000, 49411, 512
 
 
-def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def medians(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Seconds of each way."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
@@ -54,8 +55,14 @@ def attention(number: int, mean: int, heads: int, width: int, rounds: int) -> No
     ours, masked = (choose_attention(q.device, q.dtype, name).attend for name in ("per_sequence", "dense"))
 
     def one_by_one() -> torch.Tensor:
-        rows = ([x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in itertools.pairwise(starts.tolist()))
-        return torch.cat([F.scaled_dot_product_attention(*own, is_causal=True)[0].transpose(0, 1) for own in rows])
+        parts = []
+        for a, b in itertools.pairwise(starts.tolist()):
+            one_q, one_k, one_v = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
+            parts.append(F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True)[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    def step(way: Callable[[], torch.Tensor]) -> object:
+        return torch.autograd.grad(way().sum(), (q, k, v))
 
     ways = {
         "ours": lambda: ours(q, k, v, starts, int(lengths.max())),
@@ -64,20 +71,22 @@ def attention(number: int, mean: int, heads: int, width: int, rounds: int) -> No
     }
     torch.testing.assert_close(ways["ours"](), one_by_one())
     torch.testing.assert_close(ways["a mask"](), one_by_one())
-    steps = {name: lambda way=way: torch.autograd.grad(way().sum(), (q, k, v)) for name, way in ways.items()}
+    steps = {name: functools.partial(step, way) for name, way in ways.items()}
     say(f"attention, {number} of {mean} tokens, {heads} heads of {width}:", medians(steps, rounds))
 
 
 def generation(rounds: int) -> None:
     torch.manual_seed(0)
     targets = torch.randint(0, VOCABULARY, (ROWS,))
-    ways = {}
+
+    def step(hidden: torch.Tensor, weight: torch.Tensor) -> object:
+        return torch.autograd.grad(generation_loss(hidden, weight, targets), (hidden, weight))
+
+    ways: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         hidden = torch.randn(ROWS, WIDTH).to(dtype).requires_grad_()
         weight = (0.02 * torch.randn(VOCABULARY, WIDTH)).to(dtype).requires_grad_()
-        ways[str(dtype)[6:]] = lambda hidden=hidden, weight=weight: torch.autograd.grad(
-            generation_loss(hidden, weight, targets), (hidden, weight)
-        )
+        ways[str(dtype)[6:]] = functools.partial(step, hidden, weight)
     say(f"generation loss, {ROWS} rows, {VOCABULARY} tokens, width {WIDTH}:", medians(ways, rounds))
 
 

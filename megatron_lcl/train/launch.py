@@ -165,7 +165,7 @@ def _end_with(parent: int) -> None:
 
 
 def say_watched(timeout: float) -> None:
-    """Tell `start_local` that the run has begun, and a signal is to end it in order; its processes watch each other, and
+    """Tell `start_local` that a run has begun, and a signal is to end it in order; its processes watch each other, and
     end within `timeout` seconds when one has died."""
     if WATCHED in os.environ:
         os.write(int(os.environ[WATCHED]), f"{timeout} ".encode())
