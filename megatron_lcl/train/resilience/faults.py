@@ -75,7 +75,8 @@ def is_local(error: BaseException | None) -> bool:
         numbers = {error.errno, *map(int, re.findall(r"\[Errno (\d+)\]", str(error)))}
         return bool(numbers & _STORAGE)
     if isinstance(error, torch.AcceleratorError):
-        return not any(words in str(error) for words in _OF_THE_PROGRAM)
+        first = str(error).partition("\n")[0]  # torch's advice below it tells of device-side assertions in every error
+        return not any(words in first for words in _OF_THE_PROGRAM)
     return isinstance(error, LoaderKilled)
 
 

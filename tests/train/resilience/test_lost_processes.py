@@ -330,17 +330,31 @@ def test_an_error_of_one_process_during_a_save(where: str, outcomes: dict[str, F
     assert "hangs" not in "".join(said)
 
 
+def cuda_error(said: str, number: str) -> torch.AcceleratorError:
+    """As torch words it: c10_cuda_check_implementation in its c10/cuda/CUDAException.cpp."""
+    return torch.AcceleratorError(
+        f"CUDA error: {said}\nSearch for `{number}' in https://docs.nvidia.com/cuda/cuda-runtime-api/"
+        "group__CUDART__TYPES.html for more information.\nCUDA kernel errors might be asynchronously reported at some "
+        "other API call, so the stacktrace below might be incorrect.\nFor debugging consider passing "
+        "CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+    )
+
+
 def test_whose_fault_an_error_is() -> None:
     """2 and 1 would only happen again; 71 may go better on other machines."""
     ours: list[Exception] = [
-        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        cuda_error("uncorrectable ECC error encountered", "cudaErrorECCUncorrectable"),
+        cuda_error("an illegal memory access was encountered", "cudaErrorIllegalAddress"),
         OSError(errno.EIO, "Input/output"),
     ]
     ours += [LoaderKilled("loader process 7 was killed"), OSError("Caught OSError in DataLoader … [Errno 116] Stale")]
     assert {code_of(error) for error in ours} == {LOST}
     assert all(is_local(error) for error in ours)
-    for said in ("device-side assert triggered", "no kernel image is available for execution on the device"):
-        assert code_of(torch.AcceleratorError(f"CUDA error: {said}")) == 1
+    for said, number in (
+        ("device-side assert triggered", "cudaErrorAssert"),
+        ("no kernel image is available for execution on the device", "cudaErrorNoKernelImageForDevice"),
+    ):
+        assert code_of(cuda_error(said, number)) == 1
     assert code_of(dist.DistBackendError("NCCL error: remote process exited or there was a network error")) == LOST
     assert code_of(UserError("data.corpora is empty")) == 2
     assert [code_of(error) for error in (ValueError("shapes"), IndexError(), OSError(errno.ENOSPC, "full"))] == [1] * 3
@@ -352,7 +366,7 @@ def test_a_machines_fault_keeps_its_traceback_and_names_the_node(
     monkeypatch.setenv("MEGATRON_LCL_FAULTS", str(tmp_path))
     monkeypatch.setenv("SLURMD_NODENAME", "n042")
     with pytest.raises(SystemExit) as ended, exit_if_lost():
-        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+        raise cuda_error("uncorrectable ECC error encountered", "cudaErrorECCUncorrectable")
     assert ended.value.code == LOST
     assert "Traceback" in capfd.readouterr().err
     assert (tmp_path / "fault-0").read_text() == "n042\n"
