@@ -145,6 +145,21 @@ def fail_while_saving(rank: int, where: str, mark: str) -> None:
         checkpointer.write_files = late
 
 
+def die_while_saving(rank: int, mark: str) -> None:
+    """The second process is killed while it writes its part of a checkpoint; the first one waits for that by then."""
+    from megatron_lcl.train.checkpoint import checkpointer
+
+    os.environ |= {"SLURMD_NODENAME": f"node-{rank}", "MEGATRON_LCL_FAULTS": str(Path(mark).parent)}
+
+    def write_files(*_):  # type: ignore[no-untyped-def]
+        Path(mark).touch()
+        time.sleep(2.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 1:
+        checkpointer.write_files = write_files
+
+
 class Outcome(NamedTuple):
     """How a run ended after its fault."""
 
@@ -221,6 +236,14 @@ def failed_while_saving(where: str, config_file: str, folder: Path) -> Outcome:
     return ended
 
 
+def died_while_saving(background: str, config_file: str, folder: Path) -> Outcome:
+    words, mark = ["--config", config_file, *LONG, "--checkpoint.every", "1"], folder / "saves"
+    words += ["--checkpoint.background", background, "--checkpoint.max_failures", "1", "--guard.timeout", "300"]
+    with Fleet(folder / "run", *words, plant=die_while_saving, planted=(str(mark),)) as fleet:
+        fleet.wait_for(mark.exists)
+        return outcome(fleet, time.time(), 1, [0])
+
+
 def slow(config_file: str, folder: Path) -> list[tuple[Any, ...]]:
     words = ["--config", config_file, "--checkpoint.every", "0", "--checkpoint.background", "false"]
     train(folder / "run", *words, "--guard.timeout", str(TIMEOUT), plant=slow_start)
@@ -242,6 +265,8 @@ def outcomes(config_file: str, undisturbed: list[Any], tmp_path_factory: pytest.
         "failed": failed,
         "failed writing": partial(failed_while_saving, "writing"),
         "failed copying": partial(failed_while_saving, "copying"),
+        "died while saving": partial(died_while_saving, "false"),
+        "died while saving beside the steps": partial(died_while_saving, "true"),
         "slow": slow,
     }
     with ThreadPoolExecutor(4) as pool:
@@ -328,6 +353,19 @@ def test_an_error_of_one_process_during_a_save(where: str, outcomes: dict[str, F
     assert re.search(r"process 0 failed while computing .*last step done: 2\): RuntimeError: cosmic ray", said[1]), said
     assert said[0].count("Traceback (most recent call last):") == 1
     assert "hangs" not in "".join(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["", " beside the steps"])
+def test_a_process_that_is_killed_while_all_save(how: str, outcomes: dict[str, Future[Outcome]]) -> None:
+    """Is no save that has failed, were it the last that may."""
+    codes, said, named, left, _, seconds = outcomes[f"died while saving{how}"].result()
+    assert codes == [LOST, -signal.SIGKILL], said
+    assert named == ["node-1\n"]
+    assert not left
+    assert re.search(r"megatron-lcl: process 1 died or its machine did: .*last step done: \d+\)", said[0]), said
+    assert "no checkpoint of step" not in said[0]
+    assert seconds < 3 * SUSPICION_SECONDS + BUSY, said
 
 
 def cuda_error(said: str, number: str) -> torch.AcceleratorError:
