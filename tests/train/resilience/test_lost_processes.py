@@ -23,7 +23,8 @@ from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import UserError
 from megatron_lcl.train import launch
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.resilience.faults import LOST, code_of, exit_if_lost, is_local
+from megatron_lcl.train.resilience.faults import LOST, blaming, code_of, exit_if_lost, is_local
+from megatron_lcl.train.resilience.signals import Interrupted, Signals
 from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS
 
 TIMEOUT, LONG_TIMEOUT = 12.0, 18.0
@@ -100,7 +101,7 @@ def slow_start(rank: int) -> None:
     Stepper.start, checkpointer.write_files = run, write_files  # type: ignore[method-assign]
 
 
-def fail(rank: int, mark: str) -> None:
+def fail(rank: int, error: Exception, mark: str) -> None:
     """The second process meets an error of its own, half a second after it leaves a mark."""
     from megatron_lcl.train.step import Stepper
 
@@ -111,7 +112,7 @@ def fail(rank: int, mark: str) -> None:
         if len(calls) == 5 and rank == 1:
             Path(mark).touch()
             time.sleep(0.5)
-            raise RuntimeError("cosmic ray")
+            raise error
         return plain(self, *arguments)
 
     Stepper.start = run  # type: ignore[method-assign]
@@ -219,9 +220,10 @@ def frozen(config_file: str, folder: Path) -> Outcome:
         return outcome(fleet, time.time(), 5, [1])
 
 
-def failed(config_file: str, folder: Path) -> Outcome:
-    with Fleet(folder / "run", "--config", config_file, *LONG, plant=fail, planted=(str(folder / "fails"),)) as fleet:
-        fleet.wait_for((folder / "fails").exists)
+def failed(error: Exception, config_file: str, folder: Path) -> Outcome:
+    mark = folder / "fails"
+    with Fleet(folder / "run", "--config", config_file, *LONG, plant=fail, planted=(error, str(mark))) as fleet:
+        fleet.wait_for(mark.exists)
         return outcome(fleet, time.time(), 4, range(2))
 
 
@@ -262,7 +264,8 @@ def outcomes(config_file: str, undisturbed: list[Any], tmp_path_factory: pytest.
         "hangs 1 starting": partial(hung, 1, "starting"),
         "hangs 2 saving": partial(hung, 2, "saving"),
         "frozen": frozen,
-        "failed": failed,
+        "failed": partial(failed, RuntimeError("cosmic ray")),
+        "failed with a file": partial(failed, PermissionError(errno.EACCES, "Permission denied", "/data/c/tokens-0")),
         "failed writing": partial(failed_while_saving, "writing"),
         "failed copying": partial(failed_while_saving, "copying"),
         "died while saving": partial(died_while_saving, "false"),
@@ -343,6 +346,17 @@ def test_an_error_of_one_process_is_told_by_the_others(outcomes: dict[str, Futur
 
 
 @pytest.mark.slow
+def test_a_file_that_one_process_may_not_read_is_an_input_for_all(outcomes: dict[str, Future[Outcome]]) -> None:
+    """They end with the code of the process that met it, whose line says what is to be mended."""
+    codes, said, _, left, _, _ = outcomes["failed with a file"].result()
+    assert codes == [2, 2], said
+    assert not left
+    assert re.search(r"process 1 failed while computing .*: PermissionError: .*'/data/c/tokens-0'", said[0]), said
+    assert "megatron-lcl train: /data/c/tokens-0: Permission denied\n" in said[1]
+    assert "Traceback" not in "".join(said)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["writing", "copying"])
 def test_an_error_of_one_process_during_a_save(where: str, outcomes: dict[str, Future[Outcome]]) -> None:
     """Is no hang, however long all finish the save; nor where what only this process waits for never ends."""
@@ -394,8 +408,25 @@ def test_whose_fault_an_error_is() -> None:
     ):
         assert code_of(cuda_error(said, number)) == 1
     assert code_of(dist.DistBackendError("NCCL error: remote process exited or there was a network error")) == LOST
-    assert code_of(UserError("data.corpora is empty")) == 2
-    assert [code_of(error) for error in (ValueError("shapes"), IndexError(), OSError(errno.ENOSPC, "full"))] == [1] * 3
+    assert [code_of(error) for error in (UserError("data.corpora is empty"), OSError(errno.ENOSPC, "full"))] == [2, 2]
+    others: list[Exception] = [ValueError("shapes"), IndexError(), OSError("no number"), OSError(errno.EBADF, "closed")]
+    assert [code_of(error) for error in others] == [1] * 4
+
+
+def test_an_error_after_a_signal_is_taken_to_come_from_it() -> None:
+    """Where it is the program's, or tells of a file, which a process that has ended may not have left."""
+    signals = Signals()
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "/tmp/compiled.so")
+    for answered, error, raised in (
+        (False, RuntimeError("C++ compile error"), Interrupted),
+        (False, missing, Interrupted),
+        (True, missing, FileNotFoundError),
+        (False, UserError("data.corpora is empty"), UserError),
+        (False, OSError(errno.EIO, "Input/output"), OSError),
+    ):
+        signals.received, signals.answered = signal.SIGTERM, answered
+        with pytest.raises(raised), blaming(signals):
+            raise error
 
 
 def test_a_machines_fault_keeps_its_traceback_and_names_the_node(
