@@ -22,6 +22,18 @@ class RunError(UserError):
     """What every process of a run finds, with the same message; only the first process prints it."""
 
 
+_OF_FILES = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
+    errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
+}  # fmt: skip
+"""what the system says of files and folders; other OSErrors are faults of the program"""
+
+
+def is_mendable(error: BaseException | None) -> bool:
+    """Whether a user can mend it: one line then says what it is, and the exit code is 2."""
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _OF_FILES)
+
+
 def is_full(error: OSError) -> bool:
     """Whether a disk, or a user's share of it, has no room left."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -170,6 +170,12 @@ PARTS = [
     Part("torch.distributed.distributed_c10d", "_abort_process_group", "a process that has failed", ("group",)),
     Part("torch.distributed.distributed_c10d", "_world", "all process groups, and their names"),
     Part("torch.distributed", "ProcessGroup._get_sequence_number_for_group", "collectives so far, for the report"),
+    Part(
+        "torch.utils.data.dataloader",
+        "_MultiProcessingDataLoaderIter._workers",
+        "the loader's processes: has one of them been killed?",
+        in_source="self._workers = []",
+    ),
     Part("torch.nn", "Module._parameters", "stand-ins of shared parameters", in_source='"_parameters"'),
     Part("torch.nn", "Module._apply", "extended: the log scale stays float32", ("self", "fn", "recurse")),
     Part("torch._ops", "OpOverload._opname", "name of a collective, to count its traffic"),

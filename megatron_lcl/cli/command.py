@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import functools
 import io
 import os
@@ -13,18 +12,13 @@ from collections.abc import Callable, Sequence
 
 from megatron_lcl.cli import corpus, curating, evaluation, fetching, planning, training
 from megatron_lcl.cli.arguments import Imported, settings_joined
-from megatron_lcl.errors import RunError, UserError, check_on_disk, complain, describe_os_error
+from megatron_lcl.errors import RunError, UserError, check_on_disk, complain, describe_os_error, is_mendable
 
 _EXIT_CODES = """\
 Exit codes: 0 done, 1 a check failed or (with a traceback) a fault of the program, 2 bad input or a run that cannot
 go on; of `train` also 71, a process or a machine was lost, and 75, stopped by a signal with all saved (130 for Ctrl-C):
 start it again.
 """
-_MENDABLE = {
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
-    errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
-}  # fmt: skip
-"""what the system says of files and folders; other OSErrors are faults of the program"""
 _PLACES = ("input", "images", "output", "held_out", "tokenizer", "work")
 """arguments that are no place in object storage, but where a command says so (`at_urls`)"""
 _WITH_SETTINGS = ("train", "claim", "plan", "curate")
@@ -59,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         return 0
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _MENDABLE:
+        if not is_mendable(error):
             raise
         if not _said_elsewhere(error):
             complain(f"megatron-lcl{command}: {_one_line(error)}")

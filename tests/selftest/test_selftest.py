@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,7 @@ from processes import run_processes
 
 from megatron_lcl import attention
 from megatron_lcl.parallel.mesh import Axis, Mesh, Pending
-from megatron_lcl.selftest import reference
+from megatron_lcl.selftest import reference, run
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase, compare_kernels
 from megatron_lcl.selftest.run import Verdict, compare, selftest, those_that_fit
@@ -351,6 +352,36 @@ def test_a_host_that_does_not_answer_is_named() -> None:
     """Where hosts have groups of their own, beside those of devices."""
     said = run_processes(check_with_a_silent_host, 2)[0]
     assert said.startswith("tensor host group [0, 1]: processes [1] did not answer"), said
+
+
+def pass_at_a_distance(rank: int) -> int:
+    """Cases that pass at once; what the store says is read a second later by all but the process that serves it."""
+
+    class Distant(dist.PrefixStore):
+        def wait(self, *arguments: Any) -> None:
+            super().wait(*arguments)
+            time.sleep(1.0)
+
+    with patch.object(run, "_start", lambda *_: (None, [])):
+        if rank == 0:
+            return len(selftest([TENSOR], timeout=60))
+        with patch.object(dist, "PrefixStore", Distant):
+            return len(selftest([TENSOR], timeout=60))
+
+
+def test_the_process_that_serves_the_store_ends_last() -> None:
+    """Under srun that is the first one, whose node hears of a key before the others do."""
+    assert run_processes(pass_at_a_distance, 3) == [2, 0, 0]
+
+
+def test_a_program_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what the others have found."""
+    monkeypatch.setattr(run, "GRACE", 0.0)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert run._of_everyone(dist.PrefixStore("case 0", store), ["gradients"], 0, [0, 1], 0.1) == (
+        ["gradients", "the program that starts processes [1] does not answer"],
+        True,
+    )
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ class PackedLoader(Iterable[PackedBatch]):
             with contextlib.closing(turns):
                 yield from map(turns.read, numbers)
             return
-        self.reader.progress = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
+        self.reader.progress = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
         loader: DataLoader[PackedBatch | UserError | OSError] = DataLoader(
             turns,
             sampler=numbers,  # type: ignore[arg-type]
@@ -168,7 +169,7 @@ class PackedLoader(Iterable[PackedBatch]):
         )
         main = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD) if main else None
-        batches = iter(loader)
+        batches: Any = iter(loader)
         if main:  # without torch's handler, which raises anywhere in the main program; a dead worker is noticed below
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         while True:
@@ -177,18 +178,19 @@ class PackedLoader(Iterable[PackedBatch]):
             except StopIteration:
                 return
             except RuntimeError as error:
-                raise self._explained(error) from error
+                raise self._explained(error, batches._workers) from error
             if isinstance(batch, Exception):
                 raise batch
             yield batch
 
-    def _explained(self, error: RuntimeError) -> RuntimeError:
+    def _explained(self, error: RuntimeError, workers: Sequence[BaseProcess]) -> RuntimeError:
         assert self.reader.progress is not None
-        for pid, pack in self.reader.progress.tolist():
-            if pid > 0 and not _alive(pid):
-                where = "between two packs" if pack < 0 else f"at pack {pack}: {self._describe(pack)}"
+        for worker, pack in zip(workers, self.reader.progress.tolist(), strict=True):
+            if not worker.is_alive():
+                where = "before its next pack" if pack < 0 else f"at pack {pack}: {self._describe(pack)}"
                 return LoaderKilled(
-                    f"loader process {pid} was killed {where}. If the machine is short of memory, lower data.workers"
+                    f"loader process {worker.pid} was killed {where}. If the machine is short of memory, lower "
+                    "data.workers"
                 )
         return error
 
@@ -214,14 +216,6 @@ def loader_of(reading: Reading, data: Data, sequences: Sequences, **options: Any
 
 class LoaderKilled(RuntimeError):
     """A loader process has gone without an error of its own: the machine is short of memory, as a rule."""
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _start_worker(worker: int) -> None:

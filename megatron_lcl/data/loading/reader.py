@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +84,7 @@ class PackReader(Dataset[PackedBatch]):
         self.train, self.sequences = train, sequences
         self.max_seqlen = min(context_length, data.tokens_per_pack)
         self.progress: torch.Tensor | None = None
+        """int64 [workers], shared by them: the pack that each is at, or -1"""
 
     def __getitem__(self, packs: tuple[int, ...]) -> PackedBatch:
         T, I, size = self.data.tokens_per_pack, self.index.images_per_pack, self.image_size  # noqa: E741
@@ -247,7 +247,7 @@ class PackReader(Dataset[PackedBatch]):
         """Say which pack this worker is at, for the message should it be killed."""
         worker = torch.utils.data.get_worker_info()
         if self.progress is not None and worker is not None:
-            self.progress[worker.id, 0], self.progress[worker.id, 1] = os.getpid(), pack
+            self.progress[worker.id] = pack
 
 
 def draw_patches(seed: int, pack: int, slot: int, num_patches: int, num_kept: int) -> np.ndarray:

@@ -47,6 +47,7 @@ from megatron_lcl.train.checkpoint.state import FROZEN, PARTITION_DIMS, State, s
 from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restricted
 from megatron_lcl.train.optimizers.pieces import partitions_of
 from megatron_lcl.train.precision import resolve_dtype
+from megatron_lcl.train.resilience.faults import is_distributed
 
 T = TypeVar("T")
 TIMEOUT = timedelta(days=1)
@@ -77,8 +78,8 @@ class Saved:
 class Checkpointer:
     """Saves and loads the checkpoints of a run; every process has one, made together and used together.
 
-    `save` and `wait` raise SaveError on all processes or on none. Close it (or leave its `with` block) before the
-    process group is destroyed.
+    `save` and `wait` raise SaveError on all processes or on none; where another process is lost, the error of the
+    collective that has failed. Close it (or leave its `with` block) before the process group is destroyed.
     """
 
     def __init__(self, engine: Any, config: Config, mesh: Mesh, run: Path) -> None:
@@ -96,7 +97,7 @@ class Checkpointer:
             group = dist.new_group(backend="gloo", timeout=TIMEOUT)
             self._peers = Axis(group, mesh.world.rank, mesh.world.size, mesh.world.ranks)
         self._thread: threading.Thread | None = None
-        self._fault: SaveError | None = None
+        self._fault: BaseException | None = None
         self._finished: deque[Saved] = deque()
         self._reached = 0
         """the last step that was loaded or saved"""
@@ -173,10 +174,9 @@ class Checkpointer:
         try:
             saved = self._write(files, temporary, final, progress)
             self._finished.append(replace(saved, stall_seconds=stall))
-        except SaveError as error:
-            self._fault = error
         except BaseException as error:  # noqa: BLE001 whatever it is, there is no checkpoint
-            self._fault = SaveError(f"the checkpoint was not written: {explain(error, final)}")
+            known = isinstance(error, SaveError) or is_distributed(error)
+            self._fault = error if known else SaveError(f"the checkpoint was not written: {explain(error, final)}")
 
     def _write(self, files: list[tuple[Path, Any]], temporary: Path, final: Path, progress: Progress) -> Saved:
         started, first = time.perf_counter(), self.mesh.is_first
@@ -246,10 +246,7 @@ class Checkpointer:
             outcome = action(), None
         except Exception as error:  # noqa: BLE001 whatever it is, the other processes must know of it
             outcome = None, explain(error, self.run)
-        try:
-            outcomes = self._peers.gather_objects(outcome)
-        except RuntimeError as error:
-            raise SaveError(f"lost another process while saving: {explain(error)}") from None
+        outcomes = self._peers.gather_objects(outcome)
         for rank, (_, fault) in enumerate(outcomes):
             if fault is not None:
                 raise SaveError(f"process {rank} could not write the checkpoint: {fault}")

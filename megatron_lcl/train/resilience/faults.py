@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.data.loading.loader import LoaderKilled
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import is_mendable
 from megatron_lcl.train.resilience.signals import Interrupted, Signals, Stopped
 from megatron_lcl.train.resilience.start import WRITE_SECONDS, within
 
@@ -56,7 +56,9 @@ def blaming(signals: Signals) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not signals.received or signals.answered or code_of(error) != 1:
+        # of the system, too: what has ended may not have left its files
+        program = code_of(error) == 1 or (isinstance(error, OSError) and not is_local(error))
+        if not signals.received or signals.answered or not program:
             raise
         raise Interrupted(signals.received, error) from error
 
@@ -75,7 +77,8 @@ def is_local(error: BaseException | None) -> bool:
         numbers = {error.errno, *map(int, re.findall(r"\[Errno (\d+)\]", str(error)))}
         return bool(numbers & _STORAGE)
     if isinstance(error, torch.AcceleratorError):
-        return not any(words in str(error) for words in _OF_THE_PROGRAM)
+        first = str(error).partition("\n")[0]  # torch's advice below it tells of device-side assertions in every error
+        return not any(words in first for words in _OF_THE_PROGRAM)
     return isinstance(error, LoaderKilled)
 
 
@@ -83,9 +86,9 @@ def code_of(error: BaseException | None) -> int:
     """The exit code for an error: 2 bad input, LOST the machine's fault, 1 the program's; or that of a signal."""
     if isinstance(error, Stopped | Interrupted):
         return error.code
-    if isinstance(error, UserError):
-        return 2
-    return LOST if is_local(error) or is_distributed(error) else 1
+    if is_local(error) or is_distributed(error):
+        return LOST
+    return 2 if is_mendable(error) else 1
 
 
 @contextlib.contextmanager

@@ -41,7 +41,8 @@ def start_compilers() -> None:
     """Start the processes in which inductor compiles for a GPU, with the signals held back that ask a run to end.
 
     torch would start them with the first graph. A scheduler's signal also reaches them, and inductor waits for ever for
-    what one that has gone was to compile. Nothing is started where torch would start nothing.
+    what one that has gone was to compile. They also hold back the SIGTERM by which torch would end them in the midst of
+    a compilation, and so end after it. Nothing is started where torch would start nothing.
     """
     from torch._inductor.async_compile import maybe_warm_pool
 

@@ -22,6 +22,7 @@ from small_loaders import loader_of
 
 from megatron_lcl.data.corpus import store
 from megatron_lcl.data.loading import reader
+from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.launch import free_port
@@ -43,13 +44,13 @@ def test_a_killed_worker_is_an_error_that_names_the_sample(
 ) -> None:
     corpus = make_corpus("c", random_documents(50, 5))
     monkeypatch.setattr("megatron_lcl.data.loading.reader.decode_train", _slow(0.2))
-    loader = loader_of(corpus.path, data={"workers": 2})
+    loader, others = loader_of(corpus.path, data={"workers": 1}), multiprocessing.active_children()
     batches = iter(loader)
     next(batches)
-    victim = int(loader.reader.progress[0, 0])  # type: ignore[index]
-    while loader.reader.progress[0, 1] < 0:  # type: ignore[index]
+    (victim,) = (child.pid for child in multiprocessing.active_children() if child not in others)
+    while loader.reader.progress[0] < 0:  # type: ignore[index]
         time.sleep(0.01)
-    os.kill(victim, signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)  # type: ignore[arg-type]
     time.sleep(0.5)  # it does not break into whatever else the main process is at
     started = time.monotonic()
     with pytest.raises(
@@ -59,6 +60,16 @@ def test_a_killed_worker_is_an_error_that_names_the_sample(
     assert time.monotonic() - started < 30
     pack = int(str(caught.value).split("at pack ")[1].split(":")[0])
     assert f"document {loader.provenance(pack)[0].document} of" in str(caught.value)
+
+
+def test_a_worker_that_is_killed_before_its_first_pack(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it reads what the first ones need from object storage, say: an error of the machine, too."""
+    corpus = make_corpus("c", random_documents(50, 5))
+    monkeypatch.setattr("megatron_lcl.data.loading.ahead.Turns.read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(LoaderKilled, match=r"loader process \d+ was killed before its next pack\. If the machine"):
+        next(iter(loader_of(corpus.path, data={"workers": 1})))
 
 
 def test_a_full_shared_memory_is_an_error_of_one_line(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import UserError
 from megatron_lcl.train import launch
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.resilience.faults import LOST, code_of, exit_if_lost, is_local
+from megatron_lcl.train.resilience.faults import LOST, blaming, code_of, exit_if_lost, is_local
+from megatron_lcl.train.resilience.signals import Interrupted, Signals
 from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS
 
 TIMEOUT, LONG_TIMEOUT = 12.0, 18.0
@@ -100,7 +101,7 @@ def slow_start(rank: int) -> None:
     Stepper.start, checkpointer.write_files = run, write_files  # type: ignore[method-assign]
 
 
-def fail(rank: int, mark: str) -> None:
+def fail(rank: int, error: Exception, mark: str) -> None:
     """The second process meets an error of its own, half a second after it leaves a mark."""
     from megatron_lcl.train.step import Stepper
 
@@ -111,7 +112,7 @@ def fail(rank: int, mark: str) -> None:
         if len(calls) == 5 and rank == 1:
             Path(mark).touch()
             time.sleep(0.5)
-            raise RuntimeError("cosmic ray")
+            raise error
         return plain(self, *arguments)
 
     Stepper.start = run  # type: ignore[method-assign]
@@ -143,6 +144,21 @@ def fail_while_saving(rank: int, where: str, mark: str) -> None:
         checkpointer.Checkpointer._copy = late  # type: ignore[method-assign]
     elif rank == 1:
         checkpointer.write_files = late
+
+
+def die_while_saving(rank: int, mark: str) -> None:
+    """The second process is killed while it writes its part of a checkpoint; the first one waits for that by then."""
+    from megatron_lcl.train.checkpoint import checkpointer
+
+    os.environ |= {"SLURMD_NODENAME": f"node-{rank}", "MEGATRON_LCL_FAULTS": str(Path(mark).parent)}
+
+    def write_files(*_):  # type: ignore[no-untyped-def]
+        Path(mark).touch()
+        time.sleep(2.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 1:
+        checkpointer.write_files = write_files
 
 
 class Outcome(NamedTuple):
@@ -218,9 +234,10 @@ def suspended(config_file: str, folder: Path) -> int:
         return last_step(fleet.run) - step
 
 
-def failed(config_file: str, folder: Path) -> Outcome:
-    with Fleet(folder / "run", "--config", config_file, *LONG, plant=fail, planted=(str(folder / "fails"),)) as fleet:
-        fleet.wait_for((folder / "fails").exists)
+def failed(error: Exception, config_file: str, folder: Path) -> Outcome:
+    mark = folder / "fails"
+    with Fleet(folder / "run", "--config", config_file, *LONG, plant=fail, planted=(error, str(mark))) as fleet:
+        fleet.wait_for(mark.exists)
         return outcome(fleet, time.time(), 4, range(2))
 
 
@@ -233,6 +250,14 @@ def failed_while_saving(where: str, config_file: str, folder: Path) -> Outcome:
     (saved,) = checkpoint.list_checkpoints(folder / "run")
     assert checkpoint.verify(saved) == []
     return ended
+
+
+def died_while_saving(background: str, config_file: str, folder: Path) -> Outcome:
+    words, mark = ["--config", config_file, *LONG, "--checkpoint.every", "1"], folder / "saves"
+    words += ["--checkpoint.background", background, "--checkpoint.max_failures", "1", "--guard.timeout", "300"]
+    with Fleet(folder / "run", *words, plant=die_while_saving, planted=(str(mark),)) as fleet:
+        fleet.wait_for(mark.exists)
+        return outcome(fleet, time.time(), 1, [0])
 
 
 def slow(config_file: str, folder: Path) -> list[tuple[Any, ...]]:
@@ -254,9 +279,12 @@ def outcomes(config_file: str, undisturbed: list[Any], tmp_path_factory: pytest.
         "hangs 2 saving": partial(hung, 2, "saving"),
         "frozen": frozen,
         "suspended": suspended,
-        "failed": failed,
+        "failed": partial(failed, RuntimeError("cosmic ray")),
+        "failed with a file": partial(failed, PermissionError(errno.EACCES, "Permission denied", "/data/c/tokens-0")),
         "failed writing": partial(failed_while_saving, "writing"),
         "failed copying": partial(failed_while_saving, "copying"),
+        "died while saving": partial(died_while_saving, "false"),
+        "died while saving beside the steps": partial(died_while_saving, "true"),
         "slow": slow,
     }
     with ThreadPoolExecutor(4) as pool:
@@ -339,6 +367,17 @@ def test_an_error_of_one_process_is_told_by_the_others(outcomes: dict[str, Futur
 
 
 @pytest.mark.slow
+def test_a_file_that_one_process_may_not_read_is_an_input_for_all(outcomes: dict[str, Future[Outcome]]) -> None:
+    """They end with the code of the process that met it, whose line says what is to be mended."""
+    codes, said, _, left, _, _ = outcomes["failed with a file"].result()
+    assert codes == [2, 2], said
+    assert not left
+    assert re.search(r"process 1 failed while computing .*: PermissionError: .*'/data/c/tokens-0'", said[0]), said
+    assert "megatron-lcl train: /data/c/tokens-0: Permission denied\n" in said[1]
+    assert "Traceback" not in "".join(said)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["writing", "copying"])
 def test_an_error_of_one_process_during_a_save(where: str, outcomes: dict[str, Future[Outcome]]) -> None:
     """Is no hang, however long all finish the save; nor where what only this process waits for never ends."""
@@ -351,20 +390,64 @@ def test_an_error_of_one_process_during_a_save(where: str, outcomes: dict[str, F
     assert "hangs" not in "".join(said)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["", " beside the steps"])
+def test_a_process_that_is_killed_while_all_save(how: str, outcomes: dict[str, Future[Outcome]]) -> None:
+    """Is no save that has failed, were it the last that may."""
+    codes, said, named, left, _, seconds = outcomes[f"died while saving{how}"].result()
+    assert codes == [LOST, -signal.SIGKILL], said
+    assert named == ["node-1\n"]
+    assert not left
+    assert re.search(r"megatron-lcl: process 1 died or its machine did: .*last step done: \d+\)", said[0]), said
+    assert "no checkpoint of step" not in said[0]
+    assert seconds < 3 * SUSPICION_SECONDS + BUSY, said
+
+
+def cuda_error(said: str, number: str) -> torch.AcceleratorError:
+    """As torch words it: c10_cuda_check_implementation in its c10/cuda/CUDAException.cpp."""
+    return torch.AcceleratorError(
+        f"CUDA error: {said}\nSearch for `{number}' in https://docs.nvidia.com/cuda/cuda-runtime-api/"
+        "group__CUDART__TYPES.html for more information.\nCUDA kernel errors might be asynchronously reported at some "
+        "other API call, so the stacktrace below might be incorrect.\nFor debugging consider passing "
+        "CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+    )
+
+
 def test_whose_fault_an_error_is() -> None:
     """2 and 1 would only happen again; 71 may go better on other machines."""
     ours: list[Exception] = [
-        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        cuda_error("uncorrectable ECC error encountered", "cudaErrorECCUncorrectable"),
+        cuda_error("an illegal memory access was encountered", "cudaErrorIllegalAddress"),
         OSError(errno.EIO, "Input/output"),
     ]
     ours += [LoaderKilled("loader process 7 was killed"), OSError("Caught OSError in DataLoader … [Errno 116] Stale")]
     assert {code_of(error) for error in ours} == {LOST}
     assert all(is_local(error) for error in ours)
-    for said in ("device-side assert triggered", "no kernel image is available for execution on the device"):
-        assert code_of(torch.AcceleratorError(f"CUDA error: {said}")) == 1
+    for said, number in (
+        ("device-side assert triggered", "cudaErrorAssert"),
+        ("no kernel image is available for execution on the device", "cudaErrorNoKernelImageForDevice"),
+    ):
+        assert code_of(cuda_error(said, number)) == 1
     assert code_of(dist.DistBackendError("NCCL error: remote process exited or there was a network error")) == LOST
-    assert code_of(UserError("data.corpora is empty")) == 2
-    assert [code_of(error) for error in (ValueError("shapes"), IndexError(), OSError(errno.ENOSPC, "full"))] == [1] * 3
+    assert [code_of(error) for error in (UserError("data.corpora is empty"), OSError(errno.ENOSPC, "full"))] == [2, 2]
+    others: list[Exception] = [ValueError("shapes"), IndexError(), OSError("no number"), OSError(errno.EBADF, "closed")]
+    assert [code_of(error) for error in others] == [1] * 4
+
+
+def test_an_error_after_a_signal_is_taken_to_come_from_it() -> None:
+    """Where it is the program's, or tells of a file, which a process that has ended may not have left."""
+    signals = Signals()
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "/tmp/compiled.so")
+    for answered, error, raised in (
+        (False, RuntimeError("C++ compile error"), Interrupted),
+        (False, missing, Interrupted),
+        (True, missing, FileNotFoundError),
+        (False, UserError("data.corpora is empty"), UserError),
+        (False, OSError(errno.EIO, "Input/output"), OSError),
+    ):
+        signals.received, signals.answered = signal.SIGTERM, answered
+        with pytest.raises(raised), blaming(signals):
+            raise error
 
 
 def test_a_machines_fault_keeps_its_traceback_and_names_the_node(
@@ -373,7 +456,7 @@ def test_a_machines_fault_keeps_its_traceback_and_names_the_node(
     monkeypatch.setenv("MEGATRON_LCL_FAULTS", str(tmp_path))
     monkeypatch.setenv("SLURMD_NODENAME", "n042")
     with pytest.raises(SystemExit) as ended, exit_if_lost():
-        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+        raise cuda_error("uncorrectable ECC error encountered", "cudaErrorECCUncorrectable")
     assert ended.value.code == LOST
     assert "Traceback" in capfd.readouterr().err
     assert (tmp_path / "fault-0").read_text() == "n042\n"
