@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from tqdm import tqdm, trange
 from megatron_lcl.evaluate.knn import same_classes
 from megatron_lcl.evaluate.patches import CachedPatches, Patches
 from megatron_lcl.evaluate.results import Result, bootstrap
-from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings, plain
+from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
 from megatron_lcl.evaluate.sources import ImageSet
 
 
@@ -113,7 +113,7 @@ def linear_probe(
         "accuracy": bootstrap(correct, seed, 1 / num_classes),
         "mean per-class recall": bootstrap(correct, seed, 1 / num_classes, groups=labels),
     }
-    facts = {"C": strength, **plain(settings), "train images": len(train), "seed": seed}
+    facts = {"C": strength, **asdict(settings), "train images": len(train), "seed": seed}
     return Result("linear probe", encoder, test.name, len(test), metrics, facts)
 
 
@@ -174,7 +174,7 @@ def attentive_probe(
     by_seed = [predicted == labels for predicted in _predict(probes, test_patches, len(labels), settings.batch_size)]
     accuracies = [float(correct.mean()) for correct in by_seed]
     metrics = {"accuracy": bootstrap(np.mean(by_seed, axis=0), settings.seeds[0], 1 / num_classes)}
-    facts = {**plain(settings), "accuracy by seed": accuracies, "train images": len(train)}
+    facts = {**asdict(settings), "accuracy by seed": accuracies, "train images": len(train)}
     return Result("attentive probe", encoder, test.name, len(test), metrics, facts)
 
 

@@ -31,7 +31,7 @@ from megatron_lcl.evaluate.results import bootstrap, chance_of_hit
 from megatron_lcl.evaluate.retrieval import retrieval, retrieval_ranks
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
 from megatron_lcl.evaluate.sources import FileBlob, ImageSet
-from megatron_lcl.evaluate.zero_shot import zero_shot
+from megatron_lcl.evaluate.zero_shot import accuracy, classify
 
 Digits = tuple[np.ndarray, np.ndarray]
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -51,7 +51,7 @@ def split(digits: Digits) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 def test_zero_shot(encoder: Encoder, split: tuple[np.ndarray, ...]) -> None:
     peer = pytest.importorskip("sklearn.metrics")
     _, _, x, y = split
-    result = zero_shot(encoder, image_set(y), x)
+    result = accuracy(encoder, image_set(y), classify(encoder, image_set(y), x))
     centers = encoder.encode_texts(WORDS).numpy()
     scores = x / np.linalg.norm(x, axis=1, keepdims=True) @ centers.T
     assert result.metrics["accuracy"].value == pytest.approx((scores.argmax(1) == y).mean())
