@@ -116,7 +116,7 @@ def measure(name: str) -> tuple[float, float, float]:
     """Seconds of a step: predicted, measured, and by the clock; every process of the setting calls it."""
     import torch
 
-    from megatron_lcl.plan.calibrate import Calibration, network, rates_of_all
+    from megatron_lcl.plan.calibrate import Calibration, network, rates_of
     from megatron_lcl.plan.predict import predict
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
 
@@ -131,7 +131,7 @@ def measure(name: str) -> tuple[float, float, float]:
         """Of the rounds so far."""
         found = calibration.found()
         between = network() if number > 1 else (found["memory"], 0.0)
-        rates = rates_of_all(mesh.world.gather_objects((found, *between)))
+        rates = rates_of(mesh.world.gather_objects((found, *between)))
         return predict(config, number, number, rates, IMAGES)
 
     calibration.round()

@@ -263,16 +263,16 @@ def _compiled_flex() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention)
 
 
-def flex_mask(cu_seqlens: torch.Tensor, rows: int, block: int = 128) -> Any:
-    """FlexAttention's `BlockMask` of sequences one after another, each causal: blocks of `block` queries and keys.
+def flex_mask(cu_seqlens: torch.Tensor, rows: int) -> Any:
+    """FlexAttention's `BlockMask` of sequences one after another, each causal: blocks of 128 queries and keys.
 
     The blocks that a block of queries reads begin with the one where the sequence of its first row begins, and end with
     its own; those between are read without a mask where its last row's sequence begins before them. So the mask takes
-    (rows / block)² numbers, where torch's `create_block_mask` looks at rows² of them; nothing waits for the device.
+    (rows / 128)² numbers, where torch's `create_block_mask` looks at rows² of them; nothing waits for the device.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    row = torch.arange(rows, device=cu_seqlens.device)
+    block, row = 128, torch.arange(rows, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens.to(row.dtype), row, right=True)
     starts = cu_seqlens.long()[sequence - 1]
     own = torch.arange(-(-rows // block), device=row.device)

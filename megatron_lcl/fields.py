@@ -15,13 +15,14 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, describe_os_error
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -121,6 +122,25 @@ def convert(annotation: Any, value: Any) -> Any:
 def read_yaml(text: str) -> Any:
     """What YAML makes of a text. Raises yaml.YAMLError, also for a key that stands twice in a mapping."""
     return yaml.load(text, _Loader)
+
+
+def read_sections(file: str | Path, wanted: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds, {} of an empty one.
+
+    wanted: what the file should hold, for the UserError where it holds something else. UserError also where there is
+    no such file, or it is not YAML.
+    """
+    try:
+        tree = read_yaml(Path(file).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"no config file {file}") from None
+    except OSError as error:
+        raise UserError(describe_os_error(error)) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} holds a {type(tree).__name__}; {wanted}")
+    return tree
 
 
 class _UniqueKeys(yaml.composer.Composer):

@@ -129,9 +129,9 @@ def test_errors_name_the_key_and_the_nearest(key: str, value: str, message: str)
 
 def test_the_smallest_learning_rate_is_that_of_the_step_after_the_last() -> None:
     """open_clip's cosine_lr, as the reference trains: 0.5 * (1 + cos(pi * step / steps)) * lr after the warmup."""
-    settings = configs.Optimizer(lr=1.0, warmup=0, min_lr=0.0)
+    config = configs.from_dict({"optimizer": {"lr": 1.0, "warmup": 0, "min_lr": 0.0}, "train": {"steps": 10}})
     theirs = [0.5 * (1 + math.cos(math.pi * step / 10)) for step in range(11)]
-    assert [learning_rate(step, settings, 10) for step in range(11)] == pytest.approx(theirs, abs=1e-12)
+    assert [learning_rate(step, config) for step in range(11)] == pytest.approx(theirs, abs=1e-12)
     assert round(theirs[9], 3) == 0.024
     (said,) = (help for name, _, _, help in configs.describe() if name == "optimizer.min_lr")
     assert "one step after the last" in said

@@ -146,13 +146,8 @@ def _write_names(source: Path, folder: Path) -> None:
 
 def _write_digits(folder: Path) -> None:
     """8 x 8 pixels of 17 levels, each pixel as 8 x 8."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError(
-            "scikit-learn is not installed, which has the digits that encoders are transferred to; `pip install "
-            "scikit-learn`, or the extra `demo`"
-        ) from None
+    from sklearn.datasets import load_digits
+
     found = load_digits()
     pictures = []
     for number, (levels, label) in enumerate(zip(found.images, found.target, strict=True)):

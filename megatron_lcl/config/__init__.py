@@ -37,8 +37,6 @@ from megatron_lcl.config.run import (
 )
 from megatron_lcl.config.schedule import EarlyPhase, Schedule
 from megatron_lcl.config.types import STRICT
-from megatron_lcl.errors import UserError
-from megatron_lcl.fields import read_yaml
 
 __all__ = [
     "AttentionName",
@@ -118,16 +116,7 @@ def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = N
     """
     tree: dict[str, Any] = {}
     if file is not None:
-        try:
-            tree = read_yaml(Path(file).read_text(encoding="utf-8")) or {}
-        except FileNotFoundError:
-            raise UserError(f"no config file {file}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict):
-            raise UserError(
-                f"{file} holds a {type(tree).__name__}; a config is a mapping of sections such as `train:` and `data:`"
-            )
+        tree = fields.read_sections(file, "a config is a mapping of sections such as `train:` and `data:`")
     for key, value in (overrides or {}).items():
         fields.put(Config, tree, key.replace("-", "_"), value)
     return from_dict(tree)

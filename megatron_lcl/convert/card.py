@@ -48,10 +48,6 @@ class Measured:
     dtype: str = "float32"
     """of the weights and activations that were measured, in words"""
 
-    def __post_init__(self) -> None:
-        if self.hub_data and not is_hub_id(self.hub_data):
-            raise UserError(f"{self.hub_data!r} is no identifier of a data set on the Hub, such as org/name")
-
     def row(self) -> str:
         """A line of the card's table."""
         interval = "" if self.interval is None else "{:.6g} – {:.6g}".format(*self.interval)

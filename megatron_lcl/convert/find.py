@@ -14,15 +14,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import yaml
-
-from megatron_lcl.config import Config, from_dict
+from megatron_lcl.config import Config, load
 from megatron_lcl.convert.folder import EXPORTS, HAS_RUN, IMPORT, read_record
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
-from megatron_lcl.fields import read_yaml
 from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, LOCK, METRICS, WEIGHTS
 
 WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
@@ -118,15 +115,12 @@ def step_of(checkpoint: Path) -> int | None:
 
 def read_config(checkpoint: Path) -> Config:
     """The config of the run that wrote a checkpoint folder. UserError where there is none, or it cannot be read."""
-    if not (checkpoint / CONFIG).is_file():
+    file = checkpoint / CONFIG
+    if not file.is_file():
         raise UserError(f"{checkpoint} has no {CONFIG}; name the run, one of its checkpoints, or what `import` wrote")
-    try:
-        tree = read_yaml((checkpoint / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{checkpoint / CONFIG} cannot be read: {one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{checkpoint / CONFIG} is not a config: it holds a {type(tree).__name__}")
-    return from_dict(tree)
+    if not file.stat().st_size:
+        raise UserError(f"{file} is empty; name another checkpoint of the run")
+    return load(file)
 
 
 def known_config(path: Path) -> Config | None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 
@@ -15,6 +16,9 @@ MAX_PIECES = 1 << 20
 """a range has no more texts and images"""
 _BLOCK = 1 << 14
 """documents whose sizes are added up at once"""
+Gone = Mapping[int, Collection[int]]
+"""of documents, by their number in the corpus, the items that rules of single items remove"""
+NOTHING: Gone = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,25 @@ def _images_of(shard: Shard, start: int, stop: int) -> tuple[np.ndarray, np.ndar
     """Of the pieces start … stop-1 which are images, bool, and these images' indices in the shard."""
     is_image = shard.modes[start:stop] != TEXT
     if not is_image.any():
-        return is_image, np.empty(0, np.int64)
+        return is_image, np.empty(0, np.int32)
     ends = np.cumsum(shard.lengths[start:stop], dtype=np.int64)
     return is_image, shard.pieces(start, stop)[ends[is_image] - 1]
+
+
+def places(corpus: Corpus, task: Range, gone: Gone = NOTHING) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where images stand in documents of a range: number of the document in the corpus int64 [K], index of the piece in
+    the document int32 [K], number of the image in the shard int32 [K]. Without the items that are gone."""
+    part = corpus.shard(task.shard)
+    offsets = part.document_offsets[task.first : task.last + 1]
+    start, stop = offsets[[0, -1]].tolist()
+    is_image, shown = _images_of(part, start, stop)
+    piece = start + np.flatnonzero(is_image)
+    local = np.searchsorted(offsets, piece, side="right") - 1
+    document, item = task.start(corpus) + local.astype(np.int64), (piece - offsets[local]).astype(np.int32)
+    if gone:
+        stays = [i not in gone.get(d, ()) for d, i in zip(document.tolist(), item.tolist(), strict=True)]
+        document, item, shown = (array[np.array(stays, bool)] for array in (document, item, shown))
+    return document, item, shown
 
 
 class Source:

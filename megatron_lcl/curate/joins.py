@@ -6,7 +6,7 @@ of single items left, and what several remove is counted with the first.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megatron_lcl.curate.documents import Range, documents
+from megatron_lcl.curate.documents import Gone, Range, places
 from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.prepare.sorting import sorted_rows
 
@@ -25,8 +25,6 @@ the name of what it is like, if it is removed for that"""
 _AT_ONCE = 1 << 23
 """images whose hashes are counted in memory together"""
 _PLACES = pa.schema([("xxh3", pa.binary(16)), ("places", pa.int64())])
-Gone = Mapping[int, Collection[int]]
-"""of documents, by their number in the corpus, the items that rules of single items remove"""
 
 
 class Join(Protocol):
@@ -78,20 +76,12 @@ class Places:
 
     def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """Document, item and hash of every image."""
-        numbers: list[int] = []
-        items: list[int] = []
-        digests: list[bytes] = []
-        for document in documents(corpus, task):
-            document.without(gone.get(document.number, ()))
-            images = document.kept_images
-            numbers += [document.number] * len(images)
-            items += images
-            digests += [document.shard.image_xxh3[document.image(item)].tobytes() for item in images]
-        buffers = [None, pa.py_buffer(b"".join(digests))]
+        document, item, shown = places(corpus, task, gone)
+        digests = corpus.shard(task.shard).image_xxh3[shown]
         columns = {
-            "document": pa.array(numbers, pa.int64()),
-            "item": pa.array(items, pa.int32()),
-            "xxh3": pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), buffers),
+            "document": pa.array(document),
+            "item": pa.array(item),
+            "xxh3": pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, pa.py_buffer(digests)]),
         }
         pq.write_table(pa.table(columns), file, compression="zstd")
 

@@ -225,11 +225,6 @@ def decide(work: Work, task: Range) -> Counted:
     return Counted(**json.loads((folder / COUNTED_FILE).read_bytes()))
 
 
-def part_of(work: Work, task: Range) -> Part:
-    """The record of a task that `decide` has done."""
-    return recorded(work.folder, task.number)
-
-
 def recorded(folder: Path, number: int) -> Part:
     """The record of a range, or a group of them. FileNotFoundError where there is none, as where another job has
     finished the corpus and deletes it."""

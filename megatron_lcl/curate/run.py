@@ -34,7 +34,7 @@ from megatron_lcl.curate.passes import (
     Work,
     decide,
     judge,
-    part_of,
+    recorded,
     threshold_text,
     thresholds_of,
 )
@@ -365,7 +365,7 @@ def _finish(
     scratch: Path,
     workers: int,
 ) -> None:
-    parts = [part_of(work, task) for task in tasks]
+    parts = [recorded(work.folder, task.number) for task in tasks]
     written = sorted(written, key=lambda part: part.task)
     curated = _curated(output, work.corpus, work, counted)
     shards = [shard for part in written for shard in part.shards]

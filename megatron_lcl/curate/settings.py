@@ -12,7 +12,6 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import xxhash
-import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -24,7 +23,6 @@ from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.store import FORMATS, is_corpus, open_corpus
 from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.errors import UserError
-from megatron_lcl.fields import read_yaml
 
 PRESETS = Path(__file__).parent / "presets"
 PERPLEXITY = ("min_perplexity", "max_perplexity")
@@ -236,17 +234,10 @@ def read_settings(
         if preset not in preset_names():
             raise UserError(f"there is no preset {preset!r}; there are {', '.join(preset_names())}")
     if file is not None:
-        try:
-            tree = read_yaml(Path(file).read_text(encoding="utf-8")) or {}
-        except FileNotFoundError:
-            raise UserError(f"no config file {file}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict):
-            raise UserError(f"{file} holds a {type(tree).__name__}; rules are sections such as `image:` and `text:`")
+        tree = fields.read_sections(file, "rules are sections such as `image:` and `text:`")
     for key, text in (overrides or {}).items():
         fields.put(Settings, tree, key.replace("-", "_"), text)
-    settings = fields.build(Settings, fields.without_null(Settings, tree), _called)
+    settings = fields.build(Settings, fields.without_null(Settings, tree), "--{}".format)
     for name, path in _files(settings):
         if not Path(path).is_file():
             raise UserError(f"--{name} {path}: there is no such file")
@@ -319,7 +310,3 @@ def _files(settings: Settings) -> Iterator[tuple[str, str]]:
     for name, head in settings.models.heads.items():
         if head.head is not None:
             yield "models.head" if name == "score" else f"models.{name}.head", head.head
-
-
-def _called(key: str) -> str:
-    return f"--{key}"

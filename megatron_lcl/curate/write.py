@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from megatron_lcl.curate.documents import Range, Source, documents, read_ahead
 from megatron_lcl.curate.models.rules import Matched
-from megatron_lcl.curate.passes import REMOVED_FILE, WHOLE, Work, matches_of, once, part_of, recorded
+from megatron_lcl.curate.passes import REMOVED_FILE, WHOLE, Work, matches_of, once, recorded
 from megatron_lcl.data.corpus.document import Kind
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.store import FORMATS, ShardWriter
@@ -89,7 +89,9 @@ def _is_full(writer: ShardWriter) -> bool:
 
 def _left(work: Work, task: Range) -> Iterator[Source]:
     """The documents of a range that stay, without what was removed from them."""
-    table = pq.read_table(work.folder / part_of(work, task).name / REMOVED_FILE, columns=["document", "item"])
+    table = pq.read_table(
+        work.folder / recorded(work.folder, task.number).name / REMOVED_FILE, columns=["document", "item"]
+    )
     gone: dict[int, list[int]] = {}
     for number, item in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
         gone.setdefault(number, []).append(item)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
+from megatron_lcl.evaluate.settings import CaptioningSettings
 from megatron_lcl.evaluate.sources import Blob, ImageSet
 from megatron_lcl.evaluate.workers import map_batches
 from megatron_lcl.model.layers import Activations, normalize
@@ -24,35 +25,20 @@ ENTIRE = "entire"
 """what NoCaps calls all domains together"""
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How the next token is chosen."""
-
-    max_tokens: int = 30
-    top_p: float = 0.0
-    """0: greedy. Else nucleus sampling (Holtzman et al. 2020): draw among the likeliest tokens that make up top_p"""
-    temperature: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.top_p <= 1 or not self.temperature > 0:
-            raise UserError(
-                f"top_p = {self.top_p} and temperature = {self.temperature}; give top_p from 0 (greedy) to 1, and a "
-                "temperature above 0"
-            )
-
-
 @torch.no_grad()
-def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Sequence[int] = ()) -> list[list[int]]:
+def generate(
+    model: LCL, images: torch.Tensor, settings: CaptioningSettings, seed: int = 0, prompt: Sequence[int] = ()
+) -> list[list[int]]:
     """Token ids that follow `<sot> <soi> image <eoi>` and the prompt's ids, one list an image, without `<eot>`.
 
-    images: [N, 3, H, W], normalized float or uint8. Only text tokens and `<eot>` can come. Images are encoded
-    once, and keys and values of the rows before are kept, so a token costs one row of each sequence.
+    images: [N, 3, H, W], normalized float or uint8. prompt: the ids of `settings.prompt`. Only text tokens and `<eot>`
+    can come. Images are encoded once, and keys and values of the rows before are kept, so a token costs one row of each
+    sequence.
     """
     special, start = model.special, _start(model, prompt)
-    room = min(decoding.max_tokens, model.config.language.context_length - len(start))
+    room = min(settings.max_tokens, model.config.language.context_length - len(start))
     device = model.pool.query.device
-    generator = torch.Generator().manual_seed(decoding.seed)
+    generator = torch.Generator().manual_seed(seed)
     rows = _start_rows(model, start, normalize(images) if images.dtype == torch.uint8 else images)
     caches = [_Cache() for _ in model.language_blocks]
     written = torch.empty(len(images), 0, dtype=torch.int64, device=device)
@@ -62,7 +48,7 @@ def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Seque
             rows = block.residual(rows, len(rows), cache.attend)
         logits = model.head.logits(rows[:, -1]).float()
         logits[:, [special.sot, special.placeholder, special.soi, special.eoi]] = -torch.inf
-        chosen = _choose(logits.cpu(), decoding, generator).to(device)
+        chosen = _choose(logits.cpu(), settings, generator).to(device)
         chosen = torch.where(finished, special.eot, chosen)
         finished |= chosen == special.eot
         if finished.all():
@@ -112,10 +98,10 @@ class _Cache:
         return F.scaled_dot_product_attention(q, k, v, is_causal=first).transpose(1, 2)
 
 
-def _choose(logits: torch.Tensor, decoding: Decoding, generator: torch.Generator) -> torch.Tensor:
-    if decoding.top_p == 0:
+def _choose(logits: torch.Tensor, settings: CaptioningSettings, generator: torch.Generator) -> torch.Tensor:
+    if settings.top_p == 0:
         return logits.argmax(-1)
-    return torch.multinomial(nucleus(logits / decoding.temperature, decoding.top_p), 1, generator=generator)[:, 0]
+    return torch.multinomial(nucleus(logits / settings.temperature, settings.top_p), 1, generator=generator)[:, 0]
 
 
 def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -141,31 +127,33 @@ def _ids(encoder: OurEncoder, prompt: str) -> list[int]:
 def caption(
     encoder: OurEncoder,
     images: Sequence[Blob],
-    decoding: Decoding | None = None,
-    prompt: str = "",
+    settings: CaptioningSettings,
+    seed: int = 0,
     batch_size: int = 32,
     processes: int = 1,
     progress: bool = True,
 ) -> list[str]:
     """One caption an image; the number of processes does not change them. UserError naming an image that is broken."""
-    write = partial(_write, decoding or Decoding(), tuple(_ids(encoder, prompt)))
+    write = partial(_write, settings, seed, tuple(_ids(encoder, settings.prompt)))
     batches = map_batches(encoder, images, write, batch_size, processes, "captions", progress)
     return [text for texts in batches for text in texts]
 
 
-def _write(decoding: Decoding, prompt: Sequence[int], encoder: Encoder, first: int, images: torch.Tensor) -> list[str]:
+def _write(
+    settings: CaptioningSettings, seed: int, prompt: Sequence[int], encoder: Encoder, first: int, images: torch.Tensor
+) -> list[str]:
     assert isinstance(encoder, OurEncoder)
     tokenizer = encoder.need_tokenizer()
-    drawn = replace(decoding, seed=decoding.seed + first)  # other draws for every batch
-    written = generate(encoder.module, images.to(encoder.device), drawn, prompt)
+    seed += first  # other draws for every batch
+    written = generate(encoder.module, images.to(encoder.device), settings, seed, prompt)
     return [tokenizer.decode(row).strip() for row in written]
 
 
 def captioning(
     encoder: OurEncoder,
     data: ImageSet,
-    decoding: Decoding | None = None,
-    prompt: str = "",
+    settings: CaptioningSettings,
+    seed: int = 0,
     batch_size: int = 32,
     processes: int = 1,
     progress: bool = True,
@@ -179,20 +167,19 @@ def captioning(
     references: list[list[str]] = [[] for _ in firsts]
     for number, several in zip(data.numbers, data.need_captions(), strict=True):
         references[number] += several
-    decoding = decoding or Decoding()
     images = [data.images[i] for i in firsts]
-    written = caption(encoder, images, decoding, prompt, batch_size, processes, progress)
+    written = caption(encoder, images, settings, seed, batch_size, processes, progress)
     copies = len(data) - len(firsts)
-    settings = {**asdict(decoding), "prompt": prompt, "tokenization": "13a", "image copies": copies}
-    metrics = caption_metrics(written, references, decoding.seed)
+    recorded = {**asdict(settings), "seed": seed, "tokenization": "13a", "image copies": copies}
+    metrics = caption_metrics(written, references, seed)
     if data.domains is not None:
         domains = [data.domains[i] for i in firsts]
         metrics = {f"{name}, {ENTIRE}": metric for name, metric in metrics.items()}
         for domain in sorted(set(domains)):
             own = [i for i, other in enumerate(domains) if other == domain]
-            of_domain = caption_metrics([written[i] for i in own], [references[i] for i in own], decoding.seed)
+            of_domain = caption_metrics([written[i] for i in own], [references[i] for i in own], seed)
             metrics |= {f"{name}, {domain}": metric for name, metric in of_domain.items()}
-    result = Result("captioning", encoder.name, data.name, len(firsts), metrics, settings)
+    result = Result("captioning", encoder.name, data.name, len(firsts), metrics, recorded)
     return result, [written[number] for number in data.numbers]
 
 

@@ -28,10 +28,10 @@ from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.data.corpus.remote import user_cache
 from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, clear_dead, scratch_folder
 from megatron_lcl.data.loading.images import DECODING
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, nearest_folder
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.patches import CachedPatches, Patches, StreamedPatches
-from megatron_lcl.evaluate.sources import DIGEST, Blob, ImageSet, content_digests
+from megatron_lcl.evaluate.sources import DIGEST, ImageSet
 from megatron_lcl.evaluate.workers import load, map_batches
 from megatron_lcl.interrupts import ending_on_sigterm
 
@@ -83,9 +83,32 @@ class FeatureStore:
         self.folder, self.batch_size, self.processes, self.progress = folder, batch_size, processes, progress
 
     def features(self, encoder: Encoder, data: ImageSet, kind: Kind = "pooled") -> np.ndarray:
-        """See `image_features`."""
+        """Features of all images, in order, memory-mapped: pooled [N, D] float32, or patches [N, P, V] float16.
+
+        Where there are several processes each makes its own encoder (on a GPU of its own, say; see `EncoderSource`) and
+        computes an equal share. UserError naming an image that does not decode, or where the encoder has no patch
+        tokens.
+        """
         file = _file(self.folder, encoder.fingerprint, kind, data.digests)
-        return _cached(file, encoder, data.images, kind, self.batch_size, self.processes, self.progress)
+        if not file.is_file():
+            shape = getattr(encoder.encode(load(encoder, data.images[0])[None]), kind).shape[1:]
+            if kind == "patches":
+                need_patches(encoder.name, shape)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clear_dead(self.folder, UNUSED_SECONDS)
+            with ending_on_sigterm(), scratch_folder(self.folder) as scratch:
+                temporary = scratch / file.name  # who may read it, the umask says
+                new_array(temporary, _TYPES[kind], (len(data), *shape)).flush()
+                write, label = partial(_write, temporary, kind), f"{kind} features"
+                map_batches(encoder, data.images, write, self.batch_size, self.processes, label, self.progress)
+                temporary.replace(file)
+        try:
+            return np.load(file, mmap_mode="r")
+        except PermissionError:
+            raise UserError(
+                f"{file} was written by another user, and may not be read; name another folder (--cache DIR), or have "
+                f"that user share it (chmod a+r {file})"
+            ) from None
 
     def patches(self, encoder: Encoder, data: ImageSet, streamed: bool) -> Patches:
         """Patch tokens for a probe, from the cache or computed whenever they are asked for."""
@@ -107,8 +130,7 @@ class FeatureStore:
                     size = shapes.num_bytes(kind, len(data))
                     sizes[file] = size, f"{kind} features{of_whom}, {len(data):,} images of {each}: {_gb(size)}"
         total = sum(size for size, _ in sizes.values())
-        existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(nearest_folder(self.folder)).free
         if total > free:
             streamed = any(kind == "patches" for _, kind in wanted)
             raise UserError(
@@ -125,53 +147,10 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:,.0f} GB" if size >= 10e9 else f"{size / 1e9:.2g} GB"
 
 
-def image_features(
-    encoder: Encoder,
-    images: Sequence[Blob],
-    kind: Kind = "pooled",
-    cache: str | Path | None = None,
-    batch_size: int = 64,
-    processes: int = 1,
-    progress: bool = True,
-) -> np.ndarray:
-    """Features of all images, in order, memory-mapped: pooled [N, D] float32, or patches [N, P, V] float16.
-
-    `processes` > 1: each makes its own encoder (on a GPU of its own, say; see `EncoderSource`) and computes an equal
-    share. UserError naming an image that does not decode, or where the encoder has no patch tokens.
-    """
-    folder = Path(cache) if cache is not None else default_cache()
-    file = _file(folder, encoder.fingerprint, kind, content_digests(images))
-    return _cached(file, encoder, images, kind, batch_size, processes, progress)
-
-
 def _file(folder: Path, fingerprint: str, kind: Kind, digests: bytes) -> Path:
     key = xxhash.xxh3_128(f"{fingerprint} {DECODING} {kind} {len(digests) // DIGEST}".encode())
     key.update(digests)
     return folder / f"{key.hexdigest()}-{kind}.npy"
-
-
-def _cached(
-    file: Path, encoder: Encoder, images: Sequence[Blob], kind: Kind, batch_size: int, processes: int, progress: bool
-) -> np.ndarray:
-    if not file.is_file():
-        shape = getattr(encoder.encode(load(encoder, images[0])[None]), kind).shape[1:]
-        if kind == "patches":
-            need_patches(encoder.name, shape)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        clear_dead(file.parent, UNUSED_SECONDS)
-        with ending_on_sigterm(), scratch_folder(file.parent) as scratch:
-            temporary = scratch / file.name  # who may read it, the umask says
-            new_array(temporary, _TYPES[kind], (len(images), *shape)).flush()
-            write = partial(_write, temporary, kind)
-            map_batches(encoder, images, write, batch_size, processes, f"{kind} features", progress)
-            temporary.replace(file)
-    try:
-        return np.load(file, mmap_mode="r")
-    except PermissionError:
-        raise UserError(
-            f"{file} was written by another user, and may not be read; name another folder (--cache DIR), or have that "
-            f"user share it (chmod a+r {file})"
-        ) from None
 
 
 def _write(file: Path, kind: Kind, encoder: Encoder, first: int, images: torch.Tensor) -> None:

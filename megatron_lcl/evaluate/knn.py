@@ -29,8 +29,6 @@ def knn_predict(
 
     Wu et al. 2018 (arXiv 1805.01978, section 3.4), with DINO's k and temperature (arXiv 2104.14294).
     """
-    if k > len(train):
-        raise UserError(f"k = {k} neighbours, but there are {len(train)} training images")
     known = F.normalize(torch.from_numpy(np.array(train)).float().to(device), dim=-1)
     labels = torch.from_numpy(train_labels).to(device)
     predicted = []

@@ -239,16 +239,12 @@ class LabeledEvaluation:
             return None
         rows_ND = _first(features, self.config.model.language.width, (high - low) * of_class)
         means = rows_ND.unflatten(0, (high - low, of_class)).mean(1)
-        return F.normalize(self._gathered(means, [self._share(len(test.classes), r) for r in self._ranks]), dim=-1)
+        return F.normalize(self._gathered(means), dim=-1)
 
-    @property
-    def _ranks(self) -> range:
-        return range(self.mesh.data.size)
-
-    def _gathered(self, rows: torch.Tensor, shares: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def _gathered(self, rows: torch.Tensor) -> torch.Tensor:
         """All replicas' rows, on the CPU."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return self.mesh.data.gather_ragged(rows.to(device), [high - low for low, high in shares]).cpu()
+        data, device = self.mesh.data, "cuda" if torch.cuda.is_available() else "cpu"
+        return data.gather_ragged(rows.to(device), data.gather_objects(len(rows))).cpu()
 
     def _classify(
         self,
@@ -265,9 +261,7 @@ class LabeledEvaluation:
         own_labels = labels[first : first + len(own_test)]
         values: dict[str, float] = {}
         if own_train is not None and train is not None:
-            sizes = data.gather_objects(len(own_train))
-            bounds = [0, *itertools.accumulate(sizes)]
-            all_train = self._gathered(own_train, list(itertools.pairwise(bounds)))
+            all_train = self._gathered(own_train)
             right = np.zeros(0, bool)
             if len(own_test):
                 predicted = knn_predict(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from torch import nn
 from tqdm import tqdm, trange
 
 from megatron_lcl.evaluate.knn import same_classes
-from megatron_lcl.evaluate.patches import CachedPatches, Patches
+from megatron_lcl.evaluate.patches import Patches
 from megatron_lcl.evaluate.results import Result, bootstrap
-from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings, plain
+from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
 from megatron_lcl.evaluate.sources import ImageSet
 
 
@@ -96,13 +96,12 @@ def linear_probe(
     test: ImageSet,
     train_features: np.ndarray,
     test_features: np.ndarray,
-    settings: LinearSettings | None = None,
+    settings: LinearSettings,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> Result:
     """Test accuracy of the logistic regression whose strength does best on held-out training images."""
-    settings = settings or LinearSettings()
     labels, num_classes, train_labels = same_classes(train, test), len(test.classes), train.need_labels()
     strength, *others = settings.strengths
     if others:
@@ -113,7 +112,7 @@ def linear_probe(
         "accuracy": bootstrap(correct, seed, 1 / num_classes),
         "mean per-class recall": bootstrap(correct, seed, 1 / num_classes, groups=labels),
     }
-    facts = {"C": strength, **plain(settings), "train images": len(train), "seed": seed}
+    facts = {"C": strength, **asdict(settings), "train images": len(train), "seed": seed}
     return Result("linear probe", encoder, test.name, len(test), metrics, facts)
 
 
@@ -158,14 +157,13 @@ def attentive_probe(
     encoder: str,
     train: ImageSet,
     test: ImageSet,
-    train_patches: np.ndarray | Patches,
-    test_patches: np.ndarray | Patches,
-    settings: AttentiveSettings | None = None,
+    train_patches: Patches,
+    test_patches: Patches,
+    settings: AttentiveSettings,
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> Result:
     """Mean test accuracy of probes trained from several seeds; the interval is over test images."""
-    settings = settings or AttentiveSettings()
     labels, num_classes = same_classes(train, test), len(test.classes)
     probes = [
         fit_attentive(train_patches, train.need_labels(), num_classes, settings, seed, device, progress)
@@ -174,12 +172,12 @@ def attentive_probe(
     by_seed = [predicted == labels for predicted in _predict(probes, test_patches, len(labels), settings.batch_size)]
     accuracies = [float(correct.mean()) for correct in by_seed]
     metrics = {"accuracy": bootstrap(np.mean(by_seed, axis=0), settings.seeds[0], 1 / num_classes)}
-    facts = {**plain(settings), "accuracy by seed": accuracies, "train images": len(train)}
+    facts = {**asdict(settings), "accuracy by seed": accuracies, "train images": len(train)}
     return Result("attentive probe", encoder, test.name, len(test), metrics, facts)
 
 
 def fit_attentive(
-    patches: np.ndarray | Patches,
+    patches: Patches,
     labels: np.ndarray,
     num_classes: int,
     settings: AttentiveSettings,
@@ -187,8 +185,7 @@ def fit_attentive(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> AttentiveProbe:
-    """A trained probe; an array of patches [N, P, V] may be memory-mapped."""
-    patches = CachedPatches(patches) if isinstance(patches, np.ndarray) else patches
+    """A trained probe."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = AttentiveProbe(patches.width, num_classes, settings.heads).to(device).train()
@@ -217,11 +214,8 @@ def _parts(indices: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def _predict(
-    probes: Sequence[AttentiveProbe], patches: np.ndarray | Patches, num_images: int, batch_size: int
-) -> list[np.ndarray]:
+def _predict(probes: Sequence[AttentiveProbe], patches: Patches, num_images: int, batch_size: int) -> list[np.ndarray]:
     """Each probe's classes [N] of the images, in one pass over them."""
-    patches = CachedPatches(patches) if isinstance(patches, np.ndarray) else patches
     predicted: list[list[torch.Tensor]] = [[] for _ in probes]
     for batch in patches.batches(_parts(np.arange(num_images), batch_size)):
         for probe, of_probe in zip(probes, predicted, strict=True):

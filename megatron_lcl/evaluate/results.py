@@ -150,9 +150,9 @@ def _short(path: str) -> str:
     return "/".join(parts[-2:] if parts[-1] in ("train", "val", "validation", "test") else parts[-1:])
 
 
-def _end(name: str, characters: int = 32) -> str:
-    """The end of a long name: of paths, that is what tells them apart."""
-    return name if len(name) <= characters else "…" + name[1 - characters :]
+def _end(name: str) -> str:
+    """The last 32 characters of a name: of paths, that is what tells them apart."""
+    return name if len(name) <= 32 else "…" + name[-31:]
 
 
 def write_picture(results: Sequence[Result], path: str | Path) -> None:

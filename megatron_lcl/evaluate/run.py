@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.captioning import Decoding, captioning, check_captioning
+from megatron_lcl.evaluate.captioning import captioning, check_captioning
 from megatron_lcl.evaluate.checking import BadBlob, find_bad, without_bad
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
@@ -133,9 +133,7 @@ def evaluate(
         for task in tasks:
             if task == "captioning":
                 assert isinstance(encoder, OurEncoder)
-                own = settings.captioning
-                decoding = Decoding(own.max_tokens, own.top_p, own.temperature, seed)
-                result, captions = captioning(encoder, test, decoding, own.prompt, batch_size, processes, progress)
+                result, captions = captioning(encoder, test, settings.captioning, seed, batch_size, processes, progress)
                 written.append((spec, captions))
             elif task in _NEED_TRAINING:
                 assert train is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -133,11 +132,6 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
     """Every option as (name, type, default, help), in order."""
     for name, *rest in fields.describe(Settings):
         yield _spelled(name), *rest  # type: ignore[misc]
-
-
-def plain(settings: Any) -> dict[str, Any]:
-    """A section as plain values, for the results."""
-    return dataclasses.asdict(settings)
 
 
 def _spelled(name: str) -> str:

@@ -58,13 +58,8 @@ def by_texts(texts: torch.Tensor, features: np.ndarray, labels: np.ndarray) -> C
     return Classified(np.concatenate(ranks), np.concatenate(given))
 
 
-def zero_shot(encoder: Encoder, data: ImageSet, features: np.ndarray, seed: int = 0, progress: bool = False) -> Result:
-    """Accuracy (top 1, top 5, mean of the classes' recalls) of the nearest class text. `features`: pooled, [N, D]."""
-    return accuracy(encoder, data, classify(encoder, data, features, progress), seed)
-
-
 def accuracy(encoder: Encoder, data: ImageSet, classified: Classified, seed: int = 0) -> Result:
-    """The accuracies of what `classify` gave."""
+    """Accuracy (top 1, top 5, mean of the classes' recalls) of what `classify` gave."""
     labels, ranks, num = data.need_labels(), classified.rank, len(data.classes)
     metrics = {
         "accuracy": bootstrap(ranks < 1, seed, 1 / num),

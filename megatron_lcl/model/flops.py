@@ -15,7 +15,7 @@ and D widths, R token slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Self
 
 from megatron_lcl.config import Language, Model, Vision
@@ -125,16 +125,15 @@ def of_step(
     model: Model,
     sizes: Sizes,
     all_pairs: int | None = None,
-    forwards: int = 1,
     contrast: bool = True,
     frozen: frozenset[str] = frozenset(),
 ) -> Flops:
-    """Of a step: forwards and backward of all its batches.
+    """Of a step: a forward and a backward of all its batches, as the model needs them.
 
-    sizes: of the batches of one replica; all_pairs: pairs of the global batch (None: this replica's). forwards: 1, as
-    the model must be run; 2 where the first is for the features alone (`contrast.strategy: recompute`), in which case
-    the result is what the hardware does rather than what the model needs. contrast: whether the objective has one.
-    frozen: parameters `{index}.name` that are not trained.
+    `contrast.strategy: recompute` does another forward, for the features alone, which is not counted.
+
+    sizes: of the batches of one replica; all_pairs: pairs of the global batch (None: this replica's). contrast: whether
+    the objective has one. frozen: parameters `{index}.name` that are not trained.
     """
     others = sizes.pairs * ((sizes.pairs if all_pairs is None else all_pairs) - sizes.pairs)
     # a tile of own images and own texts serves both directions (losses/contrastive_tiles.py): its logits forward and
@@ -144,10 +143,7 @@ def of_step(
     similarities = 2 * model.language.width * (of_own * sizes.pairs**2 + of_others * others)
     step = forward(model, sizes)
     step += _by_part(model, backward_of_layers(model, sizes, model_gradients(model, frozen)))
-    step += Flops(0, 0, 0, 0, similarities if contrast else 0)
-    for _ in range(forwards - 1):
-        step += forward(model, replace(sizes, targets=0))
-    return step
+    return step + Flops(0, 0, 0, 0, similarities if contrast else 0)
 
 
 def _by_part(model: Model, layers: Sequence[LayerFlops]) -> Flops:

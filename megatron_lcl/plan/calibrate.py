@@ -45,7 +45,7 @@ def calibrate(config: Config, processes: int, images: int) -> Rates:
     ):
         where = f"file://{Path(folder) / 'meet'}"
         tasks = [pool.submit(_of_process, config, images, threads, where, rank, processes) for rank in range(processes)]
-        return rates_of_all([task.result() for task in tasks])
+        return rates_of([task.result() for task in tasks])
 
 
 class Calibration:
@@ -71,19 +71,23 @@ class Calibration:
         return {name: self._measurements[name][0] / statistics.median(of) for name, of in self._seconds.items()}
 
 
-def rates_of(found: dict[str, float], intra: float, collective: float) -> Rates:
-    """What a calibration has found, with bytes/s and seconds of the network."""
+def rates_of(processes: Sequence[tuple[dict[str, float], float, float]]) -> Rates:
+    """The medians of what each process has found (`Calibration.found`, and of `network` bytes/s and seconds)."""
+    rates, intras, collectives = zip(*processes, strict=True)
+    found = {name: statistics.median(of[name] for of in rates) for name in rates[0]}
+    matmul = {part: found[f"matmul {part}"] for part in ("vision", "language", "vocabulary")}
+    intra = statistics.median(intras)
     return Rates(
-        matmul={part: found[f"matmul {part}"] for part in ("vision", "language", "vocabulary")},
+        matmul=matmul,
         attention={part: found[f"attention {part}"] for part in ("vision", "language")},
         elements=found["elements"],
         memory=found["memory"],
         intra=intra,
         inter=intra,
-        collective=collective,
+        collective=statistics.median(collectives),
         kernel=1 / found["kernel"],
         waits=True,
-        peak=max(found[f"matmul {part}"] for part in ("vision", "language", "vocabulary")),
+        peak=max(matmul.values()),
     )
 
 
@@ -124,13 +128,6 @@ def _there_and_back(rows: torch.Tensor, axis: Axis) -> float:
         axis.all_gather(axis.reduce_scatter(rows))
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-def rates_of_all(found: Sequence[tuple[dict[str, float], float, float]]) -> Rates:
-    """From what each process has found (`Calibration.found`, `network`): the medians."""
-    rates, intra, collective = zip(*found, strict=True)
-    median = {name: statistics.median(of[name] for of in rates) for name in rates[0]}
-    return rates_of(median, statistics.median(intra), statistics.median(collective))
 
 
 def _measurements(config: Config, images: int) -> Iterator[tuple[str, float, Callable[[], object]]]:

@@ -17,8 +17,7 @@ WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 22
 NUM_COLORS = 8
 """CSS variables --c0 … of style.html"""
-DASHES = ("", "6 3", "2 3", "8 3 2 3")
-"""of lines, when the colors are used up"""
+_DASHES = ("", "6 3", "2 3", "8 3 2 3")
 DOTS = 40
 """a line of no more values has a dot for each"""
 _LOG_RANGE = 30.0
@@ -37,7 +36,7 @@ class Line:
     """[N], NaN where there is a gap"""
     high: np.ndarray
     color: int = 0
-    dash: str = ""
+    """its number among the lines, which also says how it is dashed"""
     quiet: bool = False
     """a level to compare with, such as chance"""
     mean: np.ndarray | None = None
@@ -51,6 +50,11 @@ class Mark:
     step: int
     kind: str
     text: str
+
+
+def dashes_of(color: int) -> str:
+    """SVG's `stroke-dasharray` of a line with this number: none, until the colors are used up."""
+    return _DASHES[color // NUM_COLORS % len(_DASHES)]
 
 
 def chart(lines: Sequence[Line], last_step: int, marks: Sequence[Mark] = (), label: str = "") -> Markup:
@@ -129,7 +133,7 @@ class _Area:
 
     def line(self, line: Line) -> list[str]:
         color = "quiet" if line.quiet else f"k{line.color % NUM_COLORS}"
-        dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
+        dash = f' stroke-dasharray="{dashes}"' if (dashes := dashes_of(line.color)) else ""
         label = escape(line.label)
         parts = []
         if line.mean is None:

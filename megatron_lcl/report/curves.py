@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from megatron_lcl.report.charts import DASHES, NUM_COLORS, Line, Mark, chart, short
+from megatron_lcl.report.charts import NUM_COLORS, Line, Mark, chart, short
 from megatron_lcl.report.events import NAMES, Event, Events
 from megatron_lcl.report.series import Points, Series
 
@@ -295,9 +295,8 @@ def _figure(spec: Spec, series: Mapping[str, Series], last_step: int, marks: Seq
 
 def line_of(label: str, points: Points, factor: float = 1.0, color: int = 0, quiet: bool = False) -> Line:
     """Through the least and the largest value of each stretch."""
-    dash = DASHES[color // NUM_COLORS % len(DASHES)]
     low, high = points.low * factor, points.high * factor
-    return Line(label, points.first, points.final, low, high, color, dash, quiet)
+    return Line(label, points.first, points.final, low, high, color, quiet)
 
 
 def figure(title: str, drawn: Markup, entries: Sequence[tuple[int, bool, str]] = (), now: str = "") -> Markup:

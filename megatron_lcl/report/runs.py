@@ -25,9 +25,10 @@ from megatron_lcl.convert.find import is_run, run_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout_results import RESULT
-from megatron_lcl.report.charts import DASHES, NUM_COLORS, Line, chart
+from megatron_lcl.report.charts import Line, chart, dashes_of
 from megatron_lcl.report.curves import FOLDED, figure, specs_for
 from megatron_lcl.report.events import numbers
+from megatron_lcl.report.gallery import read_json
 from megatron_lcl.report.page import AREA, REPORT, template, text_of
 from megatron_lcl.report.page import link as link_to
 from megatron_lcl.report.series import Metrics
@@ -95,13 +96,9 @@ class Run:
 
     def _final(self, name: str) -> float | None:
         """The last value; of a held-out number what `evaluate` has written into the folder counts as the last."""
-        found, path = self.metrics.series.get(name), self.folder / RESULT
+        found = self.metrics.series.get(name)
         last, last_step = (None, 0) if found is None or found.is_zero else (found.last, found.last_step)
-        if name.startswith("heldout/") and path.is_file():
-            try:
-                result = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path} is damaged ({error}); `megatron-lcl evaluate` writes it") from None
+        if name.startswith("heldout/") and (result := read_json(self.folder / RESULT)) is not None:
             value, step = result.get(name.removeprefix("heldout/")), result.get("step")
             if isinstance(value, int | float) and (step is None or step >= last_step):
                 last = float(value)
@@ -121,11 +118,6 @@ class Group:
     @property
     def label(self) -> str:
         return ", ".join(f"{_short(key, self.shown)} {text_of(value)}" for key, value in self.shown.items()) or "all"
-
-    @property
-    def dash(self) -> str:
-        """Of its line, when the colors are used up."""
-        return DASHES[self.number // NUM_COLORS % len(DASHES)]
 
     @property
     def ends(self) -> str:
@@ -217,6 +209,7 @@ class RunsPage:
             groups=groups,
             keys=[(key, _short(key, groups[0].shown)) for key in groups[0].shown],
             text=text_of,
+            dashes=dashes_of,
             curves=list(_curves(groups)),
             folded=FOLDED,
             final=[(name, title) for name, title in FINAL.items() if any(g.cell(name) for g in groups)],
@@ -305,4 +298,4 @@ def _lines(groups: Sequence[Group], name: str, factor: float) -> Iterator[Line]:
             gaps = np.flatnonzero(np.diff(runs)) + 1
             mean, low, high = (np.insert(of, gaps, np.nan) for of in (mean, low, high))
             step = np.insert(step, gaps, step[gaps])
-            yield Line(of_one.label, step, step, low, high, of_one.number, of_one.dash, mean=mean)
+            yield Line(of_one.label, step, step, low, high, of_one.number, mean=mean)

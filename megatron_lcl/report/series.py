@@ -45,8 +45,6 @@ class Points(NamedTuple):
     low: np.ndarray
     high: np.ndarray
     mean: np.ndarray
-    is_exact: bool
-    """each has one value"""
 
 
 class Series:
@@ -82,7 +80,7 @@ class Series:
         first, final, low, high, total, count = kept
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = np.where(count > 0, total / count, np.nan)
-        return Points(first, final, low, high, mean, bool((count <= 1).all()))
+        return Points(first, final, low, high, mean)
 
     @property
     def width(self) -> int:
@@ -130,7 +128,6 @@ class Metrics:
     """between lines of the run's processes, without the time in between"""
     _uncounted: float = 0.0
     slowest: Slowest = field(default_factory=Slowest)
-    num_bad_images: int = 0
     _events: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
     _audited: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
     """those of audit.jsonl"""
@@ -209,9 +206,6 @@ class Metrics:
             self._event(
                 "stragglers", step, time, "; ".join(_straggler(one) for one in last[:5] if isinstance(one, dict))
             )
-        if isinstance(bad := line.get("bad_images"), list):
-            number = line.get("num_bad_images_since")  # earlier versions named them all
-            self.num_bad_images += number if isinstance(number, int) else len(bad)
         for name, value in line.items():
             if name in _NO_METRICS or not (value is None or isinstance(value, int | float)) or isinstance(value, bool):
                 continue

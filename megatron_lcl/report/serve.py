@@ -159,13 +159,13 @@ class _Server(ThreadingHTTPServer):
         """A browser that hangs up is no error."""
 
 
-def serve(paths: Sequence[Path], port: int = 0, every: float = EVERY) -> None:
+def serve(paths: Sequence[Path], port: int = 0) -> None:
     """Serve the page about one or several runs until Ctrl-C; prints its address first. port: 0: a free one.
 
     UserError where there is no run, or the port is taken.
     """
     page = page_of(paths)
-    watch = Watch(page, lambda: [_files_of(folder) for folder in find_runs(paths)], every)
+    watch = Watch(page, lambda: [_files_of(folder) for folder in find_runs(paths)])
     watch.digests()
     try:
         server = _Server(port, watch)

@@ -91,7 +91,7 @@ class Case:
 
     def lr(self, step: int) -> float:
         """Learning rate of a step: negative where the steps go uphill."""
-        rate = learning_rate(step, self.config().optimizer, STEPS)
+        rate = learning_rate(step, self.config())
         return -rate if self.climbs else rate
 
     @property

@@ -17,10 +17,10 @@ from megatron_lcl.fields import flat
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight
 from megatron_lcl.train.checkpoint.folder import read_progress
-from megatron_lcl.train.optimizer import SCHEDULE, scheduled
+from megatron_lcl.train.optimizer import SCHEDULE, learning_rate
 
 JUMP = 1.1
-"""a factor by which a scheduled value may differ from that of the old schedule without a warning"""
+"""a factor by which the learning rate may differ from that of the old schedule without a warning"""
 NO_EFFECT = (
     *(*NO_RESULT, "evaluate.", "average.", "train.evaluate_every"),
     *("train.seed", "train.init_from", "contrast.initial_log_scale"),  # with what a run begins
@@ -106,27 +106,27 @@ def _has_new_loss(before: Config, now: Config, folder: Path) -> bool:
 
 
 def _jumps(changes: Changes, before: Config, now: Config, folder: Path) -> Iterator[str]:
-    """Where the next step's learning rate, or what else is scheduled, is far from what the old schedule has there.
+    """Where the next step's learning rate is far from what the old schedule has there.
 
     Behind the end of the old schedule its last step counts.
     """
     step = read_progress(folder).step
     if not 0 < step < now.train.steps:
         return
-    last, following = scheduled(step - 1, before), scheduled(step, now)
-    expected = scheduled(step, before) if step < before.train.steps else last
+    goes_on = step < before.train.steps
+    last, value = learning_rate(step - 1, before), learning_rate(step, now)
+    expected = learning_rate(step, before) if goes_on else last
+    if expected / JUMP <= value <= expected * JUMP:
+        return
     cause = [name for name in changes.settings if name in SCHEDULE]
-    for name, value in following.items():
-        if expected[name] / JUMP <= value <= expected[name] * JUMP:
-            continue
-        remedy = f"a longer run begins smoothly as a new one with --train.init_from {folder}, with a warmup of its own"
-        if step < before.train.steps:
-            back = " ".join(f"--{name} {text_of(changes.settings[name][0])}" for name in cause)
-            remedy = f"{back} goes on as before; {remedy}"
-        yield (
-            f"the {name} jumps from {last[name]:.2g} in step {step}, the last one, to {value:.2g} in step {step + 1}, "
-            f"the next one ({', '.join(changes.said(name) for name in cause)}). If that is not meant: {remedy}"
-        )
+    remedy = f"a longer run begins smoothly as a new one with --train.init_from {folder}, with a warmup of its own"
+    if goes_on:
+        back = " ".join(f"--{name} {text_of(changes.settings[name][0])}" for name in cause)
+        remedy = f"{back} goes on as before; {remedy}"
+    yield (
+        f"the learning rate jumps from {last:.2g} in step {step}, the last one, to {value:.2g} in step {step + 1}, "
+        f"the next one ({', '.join(changes.said(name) for name in cause)}). If that is not meant: {remedy}"
+    )
 
 
 def _weight(folder: Path, before: Config, now: Config) -> Iterator[str]:

@@ -22,7 +22,6 @@ from megatron_lcl.evaluate.rules import heldout_data
 from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import (
-    Estimate,
     Memory,
     Slots,
     estimate,
@@ -75,9 +74,9 @@ def _largest(config: Config, processes: int, images_per_pack: Slots, on_gpu: boo
     return largest, images or largest.data.images_per_pack or 1
 
 
-def check_memory(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> Estimate:
-    """What a process needs at least; UserError where it is not there, with its parts and the nearest that fits, or
-    where shared memory has no room for the micro-batches of loader processes.
+def check_memory(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> None:
+    """UserError where what a process needs at least is not there, with its parts and the nearest that fits, or where
+    shared memory has no room for the micro-batches of loader processes.
 
     has: what a process has.
     """
@@ -88,7 +87,6 @@ def check_memory(config: Config, processes: int, has: Memory, images_per_pack: S
             f"a step needs at least {needs.describe()} a process, and {has.where}; "
             + remedy(config, processes, has, images_per_pack)
         )
-    return needs
 
 
 def _check_batches(config: Config, processes: int, has: Memory, images_per_pack: Slots) -> None:

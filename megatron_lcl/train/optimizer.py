@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_lcl.config import Config, Model, Optimizer, Schedule
+from megatron_lcl.config import Config, Model, Optimizer
 from megatron_lcl.config.schedule import LEFT
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.apex import fused_adam
@@ -26,8 +26,7 @@ SCHEDULE = (
     *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup", "train.steps"),
     *("schedule.learning_rate", "schedule.decay_steps", "schedule.cooldown", "schedule.cooldown_shape"),
 )
-"""the settings on which `scheduled` depends"""
-_COSINE = Schedule()
+"""the settings on which `learning_rate` depends"""
 
 
 @uncompiled
@@ -184,25 +183,22 @@ def steps_beside_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimi
     return optimizer
 
 
-def scheduled(step: int, config: Config) -> dict[str, float]:
-    """What follows a schedule and should not jump where a run goes on, by its name in words, at a step (from 0)."""
-    return {"learning rate": learning_rate(step, config.optimizer, config.train.steps, config.schedule)}
-
-
-def learning_rate(step: int, config: Optimizer, total_steps: int, schedule: Schedule = _COSINE) -> float:
-    """Learning rate of a step (counted from 0): linear warmup, then by `schedule`, by default half a cosine to min_lr.
+def learning_rate(step: int, config: Config) -> float:
+    """Learning rate of a step (counted from 0): linear warmup, then by `config.schedule`, by default half a cosine to
+    min_lr.
 
     As in the reference (open_clip's cosine_lr): step s of the warmup has lr·(s+1)/warmup, and min_lr would be reached
-    by step `total_steps`, the first that is not made. Of 10 steps without warmup the last has 0.024·lr, not 0. A
+    by step `train.steps`, the first that is not made. Of 10 steps without warmup the last has 0.024·lr, not 0. A
     cooldown goes from what the step before which it begins would have (its first step has that, undiminished) to
     min_lr in the same way (Hägele et al. 2024, arXiv 2405.18392; Dremov et al. 2025, arXiv 2508.01483).
     """
-    begin = total_steps - schedule.cooldown
-    value = _before_cooldown(min(step, begin), config, schedule.decay_steps or total_steps, schedule.learning_rate)
+    schedule, optimizer, steps = config.schedule, config.optimizer, config.train.steps
+    begin = steps - schedule.cooldown
+    value = _before_cooldown(min(step, begin), optimizer, schedule.decay_steps or steps, schedule.learning_rate)
     if step < begin or not schedule.cooldown:
         return value
     left = LEFT[schedule.cooldown_shape](min(1.0, (step - begin) / schedule.cooldown))
-    return config.min_lr + (value - config.min_lr) * left
+    return optimizer.min_lr + (value - optimizer.min_lr) * left
 
 
 def unfinished_warmup(config: Config) -> str | None:

@@ -21,6 +21,7 @@ import torch
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
 from megatron_lcl.errors import UserError
+from megatron_lcl.fields import plain_text
 from megatron_lcl.model.layers import PARTS, layer_kinds, num_layers, parameter_shapes
 
 _WITHOUT_GRADIENT = {
@@ -124,7 +125,7 @@ def check_freeze(config: Config) -> None:
     ]
     if trained <= set.intersection(*without):
         raise UserError(
-            f"train.freeze = {_listed(config.train.freeze)} freezes all that the objective "
+            f"train.freeze = {plain_text(config.train.freeze)} freezes all that the objective "
             f"{config.objective.name} trains; leave a part of it out"
         )
 
@@ -143,7 +144,7 @@ def check_frozen_have_weights(config: Config, drawn: Iterable[str] | None) -> No
         of_part = {name for name, own in names.items() if own.startswith(f"{part}.")}
         if of_part <= frozen and of_part & random:
             raise UserError(
-                f"train.freeze = {_listed(config.train.freeze)} freezes all of {part}, which the objective "
+                f"train.freeze = {plain_text(config.train.freeze)} freezes all of {part}, which the objective "
                 f"{config.objective.name} needs trained, and train.init_from gives "
                 f"{'no weights for it' if of_part <= random else 'not all of its weights'}; name weights that do, or "
                 f"train the {part}"
@@ -174,14 +175,10 @@ def check_stages(config: Config) -> None:
             most, found = most + 1, frozenset()
     if config.parallel.pipeline > most:
         raise UserError(
-            f"train.freeze = {_listed(config.train.freeze)} leaves one of parallel.pipeline = "
+            f"train.freeze = {plain_text(config.train.freeze)} leaves one of parallel.pipeline = "
             f"{config.parallel.pipeline} stages no matrix or no vector to train, and DeepSpeed needs both in every "
             f"stage or neither; set parallel.pipeline to at most {most}, use parallel.tensor or ZeRO, or freeze less"
         )
-
-
-def _listed(patterns: Iterable[str]) -> str:
-    return "[" + ", ".join(patterns) + "]"
 
 
 def freeze(parameters: Mapping[str, torch.nn.Parameter], frozen: Collection[str]) -> None:

@@ -265,7 +265,7 @@ class Training:
             self.stepper.objective = objectives.create(self.phase.config_at(step))
         self.meter.read(own and own.read, self.phase.config, self.stepper.objective)
         self.watchdog.heartbeat(step, "computing")
-        lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
+        lr = learning_rate(step, config)
         scale = lowerable_scale(self.engine.optimizer)
         shared = broadcast_batches(own and own.copies, micro_batches, micro_batch, mesh, self.engine.device)
         pending = self.stepper.start(shared, lr, self.spikes.limit(), self.telemetry.is_logged(step + 1))

@@ -295,4 +295,6 @@ def test_our_folder_with_the_wrong_tensors(model: LCL, ours: Path, tmp_path: Pat
     refused(ours, "0.positions of shape (16, 64), not (17, 64)")
     shutil.copy(ours / "config.yaml", tmp_path / "config.yaml")
     (ours / "config.yaml").write_text("model: [1, 2")
-    refused(ours, "config.yaml")
+    refused(ours, "config.yaml is not YAML")
+    (ours / "config.yaml").write_text("")
+    refused(ours, "config.yaml is empty")

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import files, left, picture, read, write
 
-from megatron_lcl.curate.documents import Range, bytes_before, documents, ranges
-from megatron_lcl.curate.joins import REMOVED, Gone
+from megatron_lcl.curate.documents import Gone, Range, bytes_before, documents, ranges
+from megatron_lcl.curate.joins import REMOVED
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text

@@ -18,7 +18,6 @@ from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.evaluate.captioning import (
-    Decoding,
     caption,
     caption_metrics,
     captioning,
@@ -27,6 +26,7 @@ from megatron_lcl.evaluate.captioning import (
     tokenize,
 )
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
+from megatron_lcl.evaluate.settings import CaptioningSettings
 from megatron_lcl.evaluate.sources import FileBlob, ImageSet
 from megatron_lcl.model.layers import Activations
 from megatron_lcl.model.lcl import pack_padded
@@ -64,21 +64,23 @@ def test_greedy_is_the_plain_recomputation() -> None:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
         expected = [naive_greedy(model, picture, 8) for picture in pictures]
-    assert generate(model, pictures, Decoding(max_tokens=8)) == expected
-    assert generate(model, pictures, Decoding(max_tokens=8, top_p=1e-9)) == expected  # one token in the nucleus
+    assert generate(model, pictures, CaptioningSettings(max_tokens=8)) == expected
+    assert (
+        generate(model, pictures, CaptioningSettings(max_tokens=8, top_p=1e-9)) == expected
+    )  # one token in the nucleus
     assert any(expected)
 
 
 def test_limits() -> None:
     model = LCL(CONFIG)
-    assert all(len(ids) <= 13 for ids in generate(model, images(2), Decoding(max_tokens=100)))  # 20 - 7
+    assert all(len(ids) <= 13 for ids in generate(model, images(2), CaptioningSettings(max_tokens=100)))  # 20 - 7
     with pytest.raises(ValueError, match="context of 20"):
-        generate(model, images(2), Decoding(), prompt=[1] * 13)
-    drawn = generate(model, images(3), Decoding(top_p=0.9, seed=5))
+        generate(model, images(2), CaptioningSettings(), prompt=[1] * 13)
+    drawn = generate(model, images(3), CaptioningSettings(top_p=0.9), 5)
     assert (
         drawn
-        == generate(model, images(3), Decoding(top_p=0.9, seed=5))
-        != generate(model, images(3), Decoding(top_p=0.9, seed=6))
+        == generate(model, images(3), CaptioningSettings(top_p=0.9), 5)
+        != generate(model, images(3), CaptioningSettings(top_p=0.9), 6)
     )
     assert all(0 <= i < 20 for ids in drawn for i in ids)  # no special token
 
@@ -107,7 +109,7 @@ def test_a_model_that_has_learned_captions_writes_them() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert generate(model, pictures, Decoding()) == captions
+    assert generate(model, pictures, CaptioningSettings()) == captions
 
 
 WRITTEN = ["A dog runs on the green grass.", "two people ride a bike", "it's a red house by the sea", "nothing like it"]
@@ -148,7 +150,7 @@ def encoder() -> OurEncoder:
 def test_a_broken_image_is_named(encoder: OurEncoder, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"xx")
     with pytest.raises(ValueError, match=r"bad\.png: "):
-        caption(encoder, [FileBlob(tmp_path / "bad.png")], progress=False)
+        caption(encoder, [FileBlob(tmp_path / "bad.png")], CaptioningSettings(), progress=False)
 
 
 def test_copies_of_an_image_are_one_image_with_all_its_references(encoder: OurEncoder, tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_copies_of_an_image_are_one_image_with_all_its_references(encoder: OurEn
         blobs.append(FileBlob(tmp_path / f"{i}.png"))
     shutil.copy(tmp_path / "2.png", tmp_path / "copy.png")
     zero, one, two, copy = *blobs, FileBlob(tmp_path / "copy.png")
-    drawn = Decoding(max_tokens=8, top_p=1.0)  # by numbers that depend on an image's batch
+    drawn = CaptioningSettings(max_tokens=8, top_p=1.0)  # by numbers that depend on an image's batch
     written = caption(encoder, blobs, drawn, batch_size=2, progress=False)
     references = [(written[0], "some words"), (written[1],), ("words of c", written[2])]
     captions = (references[0][:1], references[1], references[2][:1], references[0][1:], references[2][1:])

@@ -22,12 +22,13 @@ from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer, train_sen
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import workers
-from megatron_lcl.evaluate.captioning import Decoding, caption
+from megatron_lcl.evaluate.captioning import caption
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.load import EncoderSource, load_encoder
-from megatron_lcl.evaluate.features import image_features
-from megatron_lcl.evaluate.sources import FileBlob, open_images
-from megatron_lcl.evaluate.zero_shot import zero_shot
+from megatron_lcl.evaluate.features import FeatureStore
+from megatron_lcl.evaluate.settings import CaptioningSettings
+from megatron_lcl.evaluate.sources import FileBlob, ImageSet, open_images
+from megatron_lcl.evaluate.zero_shot import accuracy, classify
 from megatron_lcl.model.reference_format import open_clip_config
 from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train.forks import forkserver
@@ -100,7 +101,9 @@ def test_our_texts_are_read_at_soi(model: LCL, checkpoint: Path, tokenizer: Sent
 def test_zero_shot_from_checkpoint_to_result(checkpoint: Path, colors: Path, tmp_path: Path) -> None:
     encoder = load_encoder(checkpoint, checkpoint / "words.model")
     data = open_images(colors)
-    result = zero_shot(encoder, data, image_features(encoder, data.images, cache=tmp_path, progress=False))
+    result = accuracy(
+        encoder, data, classify(encoder, data, FeatureStore(tmp_path, progress=False).features(encoder, data))
+    )
     assert result.num_items == 18
     assert result.metrics["accuracy, top 5"].value == 1  # of three
     with pytest.raises(ValueError, match="--tokenizer"):
@@ -144,7 +147,8 @@ def test_nucleus_sampling_draws_anew_for_every_batch(checkpoint: Path, colors: P
     encoder = load_encoder(checkpoint, checkpoint / "words.model")
     assert isinstance(encoder, OurEncoder)
     same = open_images(colors).images[:1] * 4
-    written = [caption(encoder, same, Decoding(4, 1.0, seed=s), "", batch_size=1, progress=False) for s in (0, 0, 7)]
+    drawn = CaptioningSettings(max_tokens=4, top_p=1.0)
+    written = [caption(encoder, same, drawn, s, batch_size=1, progress=False) for s in (0, 0, 7)]
     assert len(set(written[0])) == 4
     assert written[0] == written[1]
     assert not set(written[0]) & set(written[2])
@@ -155,21 +159,22 @@ def test_several_processes_give_the_same(
     checkpoint: Path, colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = EncoderSource(str(checkpoint), str(checkpoint / "words.model"))(0)
-    images = open_images(colors).images
-    one = image_features(encoder, images, cache=tmp_path / "1", batch_size=4, progress=False)
-    two = image_features(encoder, images, cache=tmp_path / "2", batch_size=4, processes=2)
+    data = open_images(colors)
+    images = data.images
+    one = FeatureStore(tmp_path / "1", 4, progress=False).features(encoder, data)
+    two = FeatureStore(tmp_path / "2", 4, processes=2).features(encoder, data)
     assert np.allclose(one, two, rtol=1e-4, atol=1e-5)
     assert [p.name for p in (tmp_path / "1").iterdir()] == [p.name for p in (tmp_path / "2").iterdir()]
     assert "100%" in capsys.readouterr().err
     assert isinstance(encoder, OurEncoder)
     # as from here on nothing new about the start: processes that need not import everything again
     monkeypatch.setattr(workers, "get_context", lambda _: forkserver())
-    drawn = Decoding(max_tokens=5, top_p=0.9)
-    captions = [caption(encoder, images, drawn, "", 4, processes, progress=False) for processes in (1, 2)]
+    drawn = CaptioningSettings(max_tokens=5, top_p=0.9)
+    captions = [caption(encoder, images, drawn, 0, 4, processes, progress=False) for processes in (1, 2)]
     assert captions[0] == captions[1]
-    broken = (*images, FileBlob(checkpoint / "config.yaml"))
+    broken = ImageSet("x", (*images, FileBlob(checkpoint / "config.yaml")))
     with pytest.raises(ValueError, match=r"config\.yaml: "):
-        image_features(encoder, broken, cache=tmp_path / "3", batch_size=4, processes=2, progress=False)
+        FeatureStore(tmp_path / "3", 4, processes=2, progress=False).features(encoder, broken)
     assert list((tmp_path / "3").iterdir()) == []
 
 
@@ -388,10 +393,10 @@ def test_a_pooler_without_weights_is_left_out(tmp_path: Path) -> None:
 
 def test_an_encoder_without_patch_tokens(resnet: str, tmp_path: Path, colors: Path) -> None:
     encoder = load_encoder(resnet)
-    images = open_images(colors).images[:2]
-    assert image_features(encoder, images, cache=tmp_path / "c", progress=False).shape == (2, 16)
+    data, store = ImageSet("x", open_images(colors).images[:2]), FeatureStore(tmp_path / "c", progress=False)
+    assert store.features(encoder, data).shape == (2, 16)
     with pytest.raises(ValueError, match="no patch tokens"):
-        image_features(encoder, images, "patches", cache=tmp_path / "c", progress=False)
+        store.features(encoder, data, "patches")
     texts = encoder.encode_texts(["a red square", "a circle"])
     assert torch.allclose(texts.norm(dim=-1), torch.ones(2))
     assert not torch.allclose(texts[0], texts[1])

@@ -16,7 +16,7 @@ import torch
 from evaluate.conftest import WORDS, PixelEncoder
 from PIL import Image
 
-from megatron_lcl.evaluate.features import image_features
+from megatron_lcl.evaluate.features import FeatureStore
 from megatron_lcl.evaluate.gallery import NUM_EXAMPLES, make_gallery, on_grid, t_sne, write_gallery
 from megatron_lcl.evaluate.results import Result
 from megatron_lcl.evaluate.sources import ImageSet, open_images
@@ -25,7 +25,7 @@ from megatron_lcl.evaluate.zero_shot import accuracy, classify
 
 def gallery_of(encoder: PixelEncoder, folder: Path, output: Path) -> tuple[dict[str, Any], Result]:
     data = open_images(folder, class_names=WORDS)
-    features = image_features(encoder, data.images, cache=output, progress=False)
+    features = FeatureStore(output, progress=False).features(encoder, data)
     classified = classify(encoder, data, features)
     result = accuracy(encoder, data, classified)
     write_gallery(make_gallery(data, features, classified, result, "Digits."), output)

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from megatron_lcl.evaluate.encoders.encoder import Encoder, Features
-from megatron_lcl.evaluate.features import image_features
-from megatron_lcl.evaluate.sources import FileBlob
+from megatron_lcl.evaluate.features import FeatureStore
+from megatron_lcl.evaluate.sources import FileBlob, ImageSet
 
 class Slow(Encoder):
     def __init__(self, began, number):
@@ -42,8 +42,8 @@ class Slow(Encoder):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    images = [FileBlob(Path(__file__))] * 1000
-    image_features(Slow(folder / "began", -1), images, "pooled", folder / "cache", batch_size=1, processes=2)
+    data = ImageSet("x", (FileBlob(Path(__file__)),) * 1000)
+    FeatureStore(folder / "cache", batch_size=1, processes=2).features(Slow(folder / "began", -1), data)
 """
 
 

@@ -13,6 +13,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import captioning as module
 from megatron_lcl.evaluate.captioning import captioning, tokenize
 from megatron_lcl.evaluate.checking import find_bad, without_bad
+from megatron_lcl.evaluate.settings import CaptioningSettings
 from megatron_lcl.evaluate.sources import ImageSet, open_images
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
@@ -93,7 +94,7 @@ def test_scores_of_each_domain(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
         name = "ours"
 
     def scores(of: ImageSet) -> dict[str, float]:
-        return {name: m.value for name, m in captioning(Named(), of)[0].metrics.items()}  # type: ignore[arg-type]
+        return {name: m.value for name, m in captioning(Named(), of, CaptioningSettings())[0].metrics.items()}  # type: ignore[arg-type]
 
     found = scores(data)
     parts = {"entire": range(9), **{d: [i for i in range(9) if data.domains[i] == d] for d in DOMAINS}}  # type: ignore[index]

@@ -24,11 +24,11 @@ from megatron_lcl.data.corpus.probe import image_suffixes
 from megatron_lcl.data.corpus.store import Shard
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import features
-from megatron_lcl.evaluate.features import image_features
+from megatron_lcl.evaluate.features import FeatureStore
 from megatron_lcl.evaluate.results import Metric, Result, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
 from megatron_lcl.evaluate.sources import ImageSet, all_pictures, open_images
-from megatron_lcl.evaluate.zero_shot import zero_shot
+from megatron_lcl.evaluate.zero_shot import accuracy, classify
 
 
 def pixels(data: ImageSet, i: int) -> np.ndarray:
@@ -70,7 +70,9 @@ def test_webdataset_in_clip_benchmarks_layout(folder: Path, tmp_path: Path, enco
     assert [data.images[i].read() for i in range(200)] == [blob.read() for blob in test.images]
     assert (data.need_labels() == test.need_labels()).all()
     assert data.templates == ("a drawing of a {c}", "the digit {c}")
-    result = zero_shot(encoder, data, image_features(encoder, data.images, cache=tmp_path, progress=False))
+    result = accuracy(
+        encoder, data, classify(encoder, data, FeatureStore(tmp_path, progress=False).features(encoder, data))
+    )
     assert result.metrics["accuracy"].value > 0.7
     assert result.settings["templates"] == 2
 
@@ -82,7 +84,7 @@ def test_webdataset_without_names(folder: Path, tmp_path: Path, encoder) -> None
     data = open_images(tmp_path)
     assert (data.classes, data.numbered) == (("0", "1", "2"), True)
     with pytest.raises(UserError, match=r"has no names of its 3 classes.*classnames.txt.*--class-names FILE\)$"):
-        zero_shot(encoder, data, np.zeros((2, 64)))
+        classify(encoder, data, np.zeros((2, 64)))
     assert open_images(tmp_path, class_names=["a", "b", "c", "d"]).need_names() == ("a", "b", "c", "d")
     assert open_images(tmp_path, class_names=["0", "1", "2"]).need_names() == ("0", "1", "2")
     with pytest.raises(ValueError, match="2 class names do not match"):
@@ -132,7 +134,7 @@ def test_webdataset_captions_and_karpathy(folder: Path, tmp_path: Path, encoder)
     results = []
     for data in (open_images(tmp_path / "wds"), open_images(tmp_path / "dataset_coco.json", images=tmp_path)):
         assert data.need_captions()[3] == ("a three", "the three")
-        features = image_features(encoder, data.images, cache=tmp_path, progress=False)
+        features = FeatureStore(tmp_path, progress=False).features(encoder, data)
         results.append(retrieval(encoder, data, features).metrics)
     assert results[0] == results[1]
     assert results[0]["image → text recall@5"].value >= 0.8
@@ -173,25 +175,26 @@ def test_features_are_cached_by_content(
     encoder,  # type: ignore[no-untyped-def]
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    images = open_images(folder, "test").images[:50]
+    data = ImageSet("x", open_images(folder, "test").images[:50])
+    store = FeatureStore(tmp_path, batch_size=16, progress=False)
     before = encoder.calls
-    first = image_features(encoder, images, cache=tmp_path, batch_size=16, progress=False)
+    first = store.features(encoder, data)
     assert first.shape == (50, 64)
     assert np.array_equal(first[7], pixels(open_images(folder, "test"), 7).ravel().astype(np.float32) / 255)
     computed = encoder.calls
     assert computed > before
-    assert np.array_equal(image_features(encoder, images, cache=tmp_path, progress=False), first)
+    assert np.array_equal(store.features(encoder, data), first)
     assert encoder.calls == computed  # read, not computed
-    patches = image_features(encoder, images, "patches", cache=tmp_path, progress=False)
+    patches = store.features(encoder, data, "patches")
     assert (patches.shape, patches.dtype) == ((50, 16, 4), np.float16)
     computed = encoder.calls
-    other = image_features(encoder, images[::-1], cache=tmp_path, progress=False)
+    other = store.features(encoder, ImageSet("x", data.images[::-1]))
     assert np.array_equal(other, first[::-1])
     assert encoder.calls > computed
     assert len(list(tmp_path.iterdir())) == 3  # no temporary file left
     monkeypatch.setattr(features, "DECODING", features.DECODING + 1)  # the same bytes may be other pixels
     computed = encoder.calls
-    image_features(encoder, images, cache=tmp_path, progress=False)
+    store.features(encoder, data)
     assert encoder.calls > computed
 
 
@@ -199,7 +202,8 @@ def test_features_are_cached_by_content(
 def test_the_umask_says_who_may_read_features(folder: Path, tmp_path: Path, encoder, mask: int) -> None:  # type: ignore[no-untyped-def]
     with umask(mask):
         (tmp_path / "file").touch()
-        image_features(encoder, open_images(folder, "test").images[:3], cache=tmp_path / "cache", progress=False)
+        data = ImageSet("x", open_images(folder, "test").images[:3])
+        FeatureStore(tmp_path / "cache", progress=False).features(encoder, data)
     (file,) = (tmp_path / "cache").iterdir()
     assert mode_of(file) == mode_of(tmp_path / "file")
 
@@ -210,13 +214,13 @@ def test_features_that_another_user_keeps_are_one_line(folder: Path, encoder) ->
         with pytest.raises(
             UserError, match=r"npy was written by another user, .*; name another folder \(--cache DIR\)"
         ):
-            image_features(encoder, images, cache=cache, progress=False)
+            FeatureStore(cache, progress=False).features(encoder, data)
 
     with shared_folder(0o2777) as cache:
         shutil.copytree(folder / "test", cache / "images")
-        images = open_images(cache / "images").images[:3]
+        data = ImageSet("x", open_images(cache / "images").images[:3])
         with umask(0o077):
-            image_features(encoder, images, cache=cache, progress=False)
+            FeatureStore(cache, progress=False).features(encoder, data)
         assert succeeds(as_other(reads))
 
 
@@ -253,10 +257,11 @@ def test_bad_data(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignor
     refused("empty has no images", lambda: open_images(tmp_path / "a"))
     (tmp_path / "a" / "empty").rmdir()
     broken = open_images(tmp_path / "a")
-    refused("x.png: .*does not decode", lambda: image_features(encoder, broken.images, cache=tmp_path / "c"))
+    store = FeatureStore(tmp_path / "c")
+    refused("x.png: .*does not decode", lambda: store.features(encoder, broken))
     assert not (tmp_path / "c").exists()
-    good, bad = open_images(folder, "test").images[:3], broken.images
-    refused("x.png: .*does not decode", lambda: image_features(encoder, (*good, *bad), cache=tmp_path / "c"))
+    mixed = ImageSet("x", (*open_images(folder, "test").images[:3], *broken.images))
+    refused("x.png: .*does not decode", lambda: store.features(encoder, mixed))
     assert list((tmp_path / "c").iterdir()) == []
     (tmp_path / "w").mkdir()
     write_tar(tmp_path / "w" / "0.tar", {"a.png": b"x", "a.cls": b"cat"})

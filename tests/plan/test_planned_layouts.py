@@ -404,7 +404,7 @@ def test_what_is_written_can_be_trained(tiny: list[str], tmp_path: Path, capsys:
 def test_this_machine_is_measured() -> None:
     calibration = Calibration(config_of(), IMAGES)
     calibration.round()
-    rates = measured_rates(calibration.found(), 1e9, 1e-5)
+    rates = measured_rates([(calibration.found(), 1e9, 1e-5)])
     assert min(*rates.matmul.values(), *rates.attention.values(), rates.elements, rates.memory) > 1e6
     assert 1e-7 < rates.kernel < 1e-2
     assert rates.peak == max(rates.matmul.values())

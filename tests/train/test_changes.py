@@ -14,7 +14,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.results import ROUNDING
 from megatron_lcl.train import changes
 from megatron_lcl.train.changes import changes_since
-from megatron_lcl.train.optimizer import SCHEDULE, scheduled
+from megatron_lcl.train.optimizer import SCHEDULE
 
 LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 1, "dtype": "float32", "deepspeed": {}}
 
@@ -184,17 +184,6 @@ def test_a_schedule_that_goes_on_is_no_warning(step: int, now: dict[str, str], t
     was = {"train.steps": "1000", "optimizer.warmup": "10", "optimizer.lr": "3e-4"}
     folder = checkpoint(tmp_path, configs.load(None, was), step)
     assert changes_since(folder, configs.load(None, {**was, **now})).warnings == ()
-
-
-def test_whatever_is_scheduled_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def two(step: int, config: Config) -> dict[str, float]:
-        return {**scheduled(step, config), "weight decay": 0.1 * step / config.train.steps}
-
-    folder = checkpoint(tmp_path, configs.load(None, {"train.steps": "100", "optimizer.warmup": "0"}), 50)
-    monkeypatch.setattr(changes, "scheduled", two)
-    warnings = changes_since(folder, configs.load(None, {"train.steps": "200", "optimizer.warmup": "0"})).warnings
-    assert [warning.split(" jumps")[0] for warning in warnings] == ["the learning rate", "the weight decay"]
-    assert "from 0.049 in step 50, the last one, to 0.025 in step 51" in warnings[1]
 
 
 OLD_LINE = '{"step": 3, "loss": 0.2302585, "generation": 5.5, "contrastive": 2.302585, "log_scale": 2.6, "time": 1.5}\n'

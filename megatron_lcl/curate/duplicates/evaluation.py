@@ -19,13 +19,12 @@ import numpy as np
 import xxhash
 from PIL import Image as Pillow
 
-from megatron_lcl.curate.documents import Range, address
+from megatron_lcl.curate.documents import NOTHING, Gone, Range, address, places
 from megatron_lcl.curate.duplicates.alignment import COLOR_SIDE, SIDE, Picture, agreement
-from megatron_lcl.curate.duplicates.facts import NOTHING, THUMBNAIL, Facts, gray_square, places
+from megatron_lcl.curate.duplicates.facts import THUMBNAIL, Facts, gray_square
 from megatron_lcl.curate.duplicates.join import Removals, gather
 from megatron_lcl.curate.duplicates.settings import Decontamination
 from megatron_lcl.curate.duplicates.views import ASKED, COMPARED, KEPT, first_guess, nearest, view_hashes
-from megatron_lcl.curate.joins import Gone
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Corpus, is_corpus, open_corpus
 from megatron_lcl.data.loading.images import decode_rgb

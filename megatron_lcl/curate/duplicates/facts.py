@@ -6,25 +6,22 @@ Each returns arrays, and `corpus`, its address, by which a join names what it ma
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from types import MappingProxyType
 
 import numpy as np
 import xxhash
 from PIL import Image as Pillow
 
-from megatron_lcl.curate.documents import Range, address
+from megatron_lcl.curate.documents import NOTHING, Gone, Range, address, places
 from megatron_lcl.curate.duplicates.minhash import shingle_hashes, signature, word_hashes
 from megatron_lcl.curate.duplicates.settings import DocumentDuplicates, ImageDuplicates
-from megatron_lcl.curate.joins import Gone
 from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.corpus.store import IMAGE, Corpus, Shard
+from megatron_lcl.data.corpus.store import Corpus, Shard
 from megatron_lcl.data.loading.images import decode_rgb
 
 THUMBNAIL = 128
 """pixels a side of the gray picture, stretched to a square, that everything is computed from"""
 Facts = dict[str, np.ndarray]
-NOTHING: Gone = MappingProxyType({})
 
 
 def document_facts(corpus: Corpus, task: Range, settings: DocumentDuplicates, gone: Gone = NOTHING) -> Facts:
@@ -71,8 +68,7 @@ def image_facts(corpus: Corpus, task: Range, settings: ImageDuplicates, gone: Go
     detail only where `max_bits` is not null).
     """
     part = corpus.shard(task.shard)
-    document, item, shown = places(corpus, task, gone)
-    images, index = np.unique(shown, return_inverse=True)
+    images, facts = shown_images(corpus, task, gone)
     hashes = np.zeros((len(images), 10), np.uint32)
     detail = np.full(len(images), -1, np.float32)
     if settings.max_bits is not None:
@@ -82,30 +78,21 @@ def image_facts(corpus: Corpus, task: Range, settings: ImageDuplicates, gone: Go
             except BadImage:
                 continue
             hashes[k], detail[k] = _hashes(pixels), pixels.std()
-    return {
+    return {**facts, "hash": hashes, "detail": detail}
+
+
+def shown_images(corpus: Corpus, task: Range, gone: Gone) -> tuple[np.ndarray, Facts]:
+    """Numbers in the shard of the M images that documents of a range show, ascending; and of all facts of images those
+    that need no pixels: corpus, document, item, image and digest (see `image_facts`)."""
+    document, item, shown = places(corpus, task, gone)
+    images, index = np.unique(shown, return_inverse=True)
+    return images, {
         "corpus": np.array(address(corpus)),
         "document": document,
         "item": item,
         "image": index.astype(np.int32),
-        "digest": part.image_xxh3[images].view(np.uint32).reshape(-1, 4),
-        "hash": hashes,
-        "detail": detail,
+        "digest": corpus.shard(task.shard).image_xxh3[images].view(np.uint32).reshape(-1, 4),
     }
-
-
-def places(corpus: Corpus, task: Range, gone: Gone = NOTHING) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where images stand in documents of a range: number of the document in the corpus int64 [K], index of the piece in
-    the document int32 [K], number of the image in the shard int64 [K]. Without the items that are gone."""
-    part = corpus.shard(task.shard)
-    offsets = part.document_offsets[task.first : task.last + 1]
-    piece = int(offsets[0]) + np.flatnonzero(part.modes[int(offsets[0]) : int(offsets[-1])] == IMAGE)
-    local = np.searchsorted(offsets, piece, side="right") - 1
-    document, item = task.start(corpus) + local.astype(np.int64), (piece - offsets[local]).astype(np.int32)
-    shown = np.array([part.piece(int(k)) for k in piece], np.int64)
-    if gone:
-        stays = [i not in gone.get(d, ()) for d, i in zip(document.tolist(), item.tolist(), strict=True)]
-        document, item, shown = (array[np.array(stays, bool)] for array in (document, item, shown))
-    return document, item, shown
 
 
 def thumbnail(data: bytes) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from megatron_lcl.curate.documents import Range, ranges
+from megatron_lcl.curate.documents import Gone, Range, ranges
 from megatron_lcl.curate.duplicates.evaluation import (
     contamination_facts,
     evaluation_facts,
@@ -22,7 +22,7 @@ from megatron_lcl.curate.duplicates.evaluation import (
 from megatron_lcl.curate.duplicates.facts import Facts, document_facts, image_facts
 from megatron_lcl.curate.duplicates.join import Removals, join_documents, join_images
 from megatron_lcl.curate.duplicates.settings import Decontamination, DocumentDuplicates, ImageDuplicates
-from megatron_lcl.curate.joins import REMOVED, Gone
+from megatron_lcl.curate.joins import REMOVED
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.prepare.preprocess import TASK_BYTES
 from megatron_lcl.data.prepare.workers import in_order

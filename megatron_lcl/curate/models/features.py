@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lcl.compiled import compiled
-from megatron_lcl.curate.documents import Range, address
+from megatron_lcl.curate.documents import NOTHING, Gone, Range
 from megatron_lcl.curate.duplicates.clusters import MEMORY, unite
-from megatron_lcl.curate.duplicates.facts import NOTHING, Facts, places
+from megatron_lcl.curate.duplicates.facts import Facts, shown_images
 from megatron_lcl.curate.duplicates.join import Places, Removals, gather, removals_of, rows_shown, same_content
-from megatron_lcl.curate.joins import Gone
 from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore
 from megatron_lcl.data.corpus.probe import BadImage
@@ -40,8 +39,7 @@ def feature_facts(
 
     model, width = load(encoder, tokenizer)
     part = corpus.shard(task.shard)
-    document, item, shown = places(corpus, task, gone)
-    images, index = np.unique(shown, return_inverse=True)
+    images, facts = shown_images(corpus, task, gone)
     features = np.zeros((len(images), width), np.float32)
     for start in range(0, len(images), _BATCH):
         prepared = {}
@@ -51,14 +49,7 @@ def feature_facts(
         if prepared:
             pooled = model.encode(torch.stack(list(prepared.values()))).pooled
             features[list(prepared)] = torch.nn.functional.normalize(pooled).numpy()
-    return {
-        "corpus": np.array(address(corpus)),
-        "document": document,
-        "item": item,
-        "image": index.astype(np.int32),
-        "digest": part.image_xxh3[images].view(np.uint32).reshape(-1, 4),
-        "feature": features,
-    }
+    return {**facts, "feature": features}
 
 
 def join_scores(files: Sequence[Path], settings: HeadScore) -> Removals:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_lcl.curate.documents import Range
-from megatron_lcl.curate.duplicates.facts import NOTHING, Facts
-from megatron_lcl.curate.joins import Gone
+from megatron_lcl.curate.documents import NOTHING, Gone, Range
+from megatron_lcl.curate.duplicates.facts import Facts
 from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.corpus.probe import BadImage

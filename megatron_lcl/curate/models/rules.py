@@ -12,11 +12,10 @@ import pyarrow as pa
 
 from megatron_lcl.convert.find import find_checkpoint
 from megatron_lcl.convert.remote import pinned
-from megatron_lcl.curate.documents import Range
+from megatron_lcl.curate.documents import Gone, Range
 from megatron_lcl.curate.duplicates.facts import Facts
 from megatron_lcl.curate.duplicates.join import Removals
 from megatron_lcl.curate.duplicates.rules import Describing, table_of
-from megatron_lcl.curate.joins import Gone
 from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.curate.models.features import check_width, feature_facts, join_features, join_scores, read_head
 from megatron_lcl.curate.models.matching import matching_facts

@@ -227,10 +227,8 @@ class SentencePieceTokenizer(Tokenizer):
         Path(path).write_bytes(self._model)
 
 
-def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, max_bytes: int = 100_000_000, max_piece_bytes: int = 4000
-) -> SentencePieceTokenizer:
-    """A unigram model trained on the first `max_bytes` of `texts`; the same texts give the same model.
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+    """A unigram model trained on the first 100 MB of `texts`; the same texts give the same model.
 
     `vocab_size` counts the five special tokens; fewer pieces come out where the texts do not support so many. Lossless:
     no normalization, byte fallback for rare characters (only U+2581, SentencePiece's mark for a space, comes back as a
@@ -243,7 +241,7 @@ def train_sentencepiece(
     if vocab_size - len(SPECIAL_TOKENS) < smallest:
         raise UserError(f"--vocab-size {vocab_size}: give at least {smallest + len(SPECIAL_TOKENS)}")
     model = io.BytesIO()
-    lines = _training_lines(texts, max_bytes, max_piece_bytes)
+    lines = _training_lines(texts)
     first = next(lines, None)
     if first is None:
         raise UserError("no text to train a tokenizer on")
@@ -261,7 +259,7 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            max_sentence_length=max_piece_bytes + 8,
+            max_sentence_length=_LINE_BYTES + 8,
             num_threads=1,  # sums depend on their order
             minloglevel=2,
         )
@@ -270,19 +268,24 @@ def train_sentencepiece(
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _training_lines(texts: Iterable[str], max_bytes: int, max_piece_bytes: int) -> Iterator[str]:
+_LINE_BYTES = 4000
+"""of a text that the trainer gets at once"""
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     """Lines short enough for the trainer, which skips longer ones, cut at a space."""
+    left = 100_000_000  # bytes
     for text in texts:
         for line in text.splitlines():
             line = line.replace("\0", " ")  # the trainer refuses it
-            while line.strip() and max_bytes > 0:
-                head = line[: max_piece_bytes // 4]  # UTF-8 has at most four bytes a character
+            while line.strip() and left > 0:
+                head = line[: _LINE_BYTES // 4]  # UTF-8 has at most four bytes a character
                 if len(head) < len(line) and " " in head.strip():
                     head = head[: head.rindex(" ")] or head
                 line = line[len(head) :]
-                max_bytes -= len(head.encode())
+                left -= len(head.encode())
                 yield head
-        if max_bytes <= 0:
+        if left <= 0:
             return
 
 

@@ -20,6 +20,10 @@ from megatron_lcl.errors import UserError
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _THUMBNAIL = 320
+_LISTED = 50
+"""documents of a source, at most"""
+_SAMPLES = 12
+"""documents on a page"""
 
 
 def stats(corpus: Corpus) -> dict[str, Any]:
@@ -72,16 +76,16 @@ def show(corpus: Corpus, i: int) -> str:
     return "\n\n".join(lines)
 
 
-def found(corpus: Corpus, source: str, max_listed: int = 50) -> str:
+def found(corpus: Corpus, source: str) -> str:
     """The documents whose source has `source` in it, a line each; one alone is shown. UserError where there is none."""
     numbers = _find(corpus, source)
-    listed = list(itertools.islice(numbers, max_listed))
+    listed = list(itertools.islice(numbers, _LISTED))
     more = sum(1 for _ in numbers)
     if len(listed) == 1:
         return show(corpus, listed[0])
     width = len(str(listed[-1]))
     lines = [f"{i:>{width}}  {corpus.name(i)}" for i in listed]
-    lines.append(f"{len(listed) + more:,} documents" + (f", the first {max_listed} are listed" if more else ""))
+    lines.append(f"{len(listed) + more:,} documents" + (f", the first {_LISTED} are listed" if more else ""))
     return "\n".join([*lines, f"`megatron-lcl inspect {corpus.where} show N` shows one"])
 
 
@@ -98,19 +102,17 @@ def _find(corpus: Corpus, source: str) -> Iterator[int]:
     return itertools.chain((first,), numbers)
 
 
-def write_page(
-    corpus: Corpus, file: str | Path, num_samples: int = 12, seed: int = 0, source: str | None = None
-) -> Path:
-    """One self-contained HTML page: statistics, histograms, what was dropped, and `num_samples` documents.
+def write_page(corpus: Corpus, file: str | Path, source: str | None = None) -> Path:
+    """One self-contained HTML page: statistics, histograms, what was dropped, and some documents.
 
     These are drawn at random, or, with `source`, the first whose source has it in its name. UserError where there is
     none.
     """
     if source:
-        chosen = list(itertools.islice(_find(corpus, source), num_samples))
+        chosen = list(itertools.islice(_find(corpus, source), _SAMPLES))
     else:
-        rng = np.random.default_rng(seed)
-        chosen = np.sort(rng.choice(len(corpus), size=min(num_samples, len(corpus)), replace=False)).tolist()
+        rng = np.random.default_rng(0)
+        chosen = np.sort(rng.choice(len(corpus), size=min(_SAMPLES, len(corpus)), replace=False)).tolist()
     samples = []
     for i in chosen:
         document = _document(corpus, i)
@@ -177,8 +179,9 @@ def _caption(image: Image) -> str:
     return f"image, {len(image.data):,} bytes{match}{text}"
 
 
-def _histogram(array: np.ndarray, num_bins: int = 40, width: int = 360, height: int = 120) -> str:
+def _histogram(array: np.ndarray) -> str:
     """An SVG of bars; the last one takes in what lies above the 99th percentile."""
+    num_bins, width, height = 40, 360, 120
     low, high = float(array.min()), float(np.quantile(array, 0.99))
     if high <= low:
         high = low + 1

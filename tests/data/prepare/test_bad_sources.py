@@ -28,7 +28,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import FORMATS, open_corpus
-from megatron_lcl.data.prepare.importers import create, sources
+from megatron_lcl.data.prepare.importers import create, sorted_runs, sources
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -318,7 +318,7 @@ def test_names_that_repeat_from_tar_to_tar(tmp_path: Path) -> None:
 
 
 def test_an_index_of_tars_in_files_is_that_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_RUN", 8)  # members come in many sorted runs
+    monkeypatch.setattr(sorted_runs, "_RUN", 8)  # members come in many sorted runs
     names = [f"{folder}/{k}.png" for folder in ("a", "b") for k in range(15)]
     for half in range(2):
         with tarfile.open(tmp_path / f"{half}.tar", "w") as archive:

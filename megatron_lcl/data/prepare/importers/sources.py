@@ -3,7 +3,6 @@ outside."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,11 +13,10 @@ import xxhash
 
 from megatron_lcl.data.corpus.document import Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder
 from megatron_lcl.data.prepare.importers import Importer, files_signature
 from megatron_lcl.data.prepare.importers.files import MAX_FILE, uncompressed
+from megatron_lcl.data.prepare.importers.sorted_runs import SortedRuns
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.storage.paths import ObjectPath
@@ -27,8 +25,6 @@ from megatron_lcl.errors import UserError
 MAX_PATH = 4096
 """characters; Linux's bound"""
 _DAMAGED = "damaged.json"
-_RUN = 1 << 21
-"""names sorted together: 48 MiB"""
 
 
 def images_signature(root: Path) -> str:
@@ -36,7 +32,7 @@ def images_signature(root: Path) -> str:
     return f"{root.resolve().name} {files_signature(_archives(root), root.parent)}"
 
 
-class ImageSource:
+class ImageSource(SortedRuns):
     """Images by name below `root`: a folder, which may itself hold archives, or one archive; None: there are none.
 
     Archives (tar files, and a store's parquet files) are listed once, and their members kept as sorted arrays of 24
@@ -48,25 +44,26 @@ class ImageSource:
         self._root = root
         self.archives = [] if root is None else _archives(root)
         self._packed = "" if root is None or root.is_file() else _packed(root)
-        self._folder: Path | None = None
-        self._runs: list[np.ndarray] | None = None
         self._damaged: list[str] = []
+        super().__init__(self.archives, "images-in-tars", 3)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_runs": None}
+    def columns(self) -> Iterator[tuple[int, int, int]]:
+        """Of all members of the archives, under their name and under each end of it: the key's XXH3; first byte; number
+        of the archive (upper 32 bits) and size (lower 32 bits)."""
+        self._damaged = []
+        for number, path in enumerate(self.archives):
+            for name, start, size in _members(path, self._damaged):
+                place = number << 32 | min(size, 0xFFFF_FFFF)
+                for k, end in enumerate(_ends(name)):
+                    yield _digest(_ending(end) if k else end), start, place
 
-    def prepare(self, folder: Path) -> None:
-        """List the archives into a folder below `folder`, unless it is there."""
-        self._folder = folder / "images-in-tars"
-        if self.archives and not self._folder.exists():
-            with scratch_folder(folder) as scratch:
-                unfinished = scratch / "images-in-tars"
-                unfinished.mkdir()
-                damaged: list[str] = []
-                for number, run in enumerate(_sorted_runs(self.archives, damaged)):
-                    save_array(unfinished / f"{number:06d}.npy", run)
-                (unfinished / _DAMAGED).write_text(json.dumps(damaged))
-                put_in_place(unfinished, self._folder)
+    def write_runs(self, folder: Path) -> None:
+        super().write_runs(folder)
+        (folder / _DAMAGED).write_text(json.dumps(self._damaged))
+
+    def read_runs(self, folder: Path) -> list[np.ndarray]:
+        self._damaged = json.loads((folder / _DAMAGED).read_text())
+        return super().read_runs(folder)
 
     def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
         """The first of the names that there is. BadImage says why there is none.
@@ -110,21 +107,7 @@ class ImageSource:
 
     def _find(self, key: str) -> list[tuple[int, int, int]]:
         """(archive, first byte, size) of all members of a name."""
-        if self._runs is None:
-            if self._folder is None:
-                self._damaged = []
-                self._runs = list(_sorted_runs(self.archives, self._damaged))
-            else:
-                self._damaged = json.loads((self._folder / _DAMAGED).read_text())
-                self._runs = [np.load(file, mmap_mode="r") for file in sorted(self._folder.glob("*.npy"))]
-        digest = np.uint64(_digest(key))
-        found = []
-        for names, starts, places in self._runs:
-            for k in itertools.count(int(np.searchsorted(names, digest))):
-                if k == len(names) or names[k] != digest:
-                    break
-                found.append((int(places[k]) >> 32, int(starts[k]), int(places[k]) & 0xFFFF_FFFF))
-        return found
+        return [(place >> 32, start, place & 0xFFFF_FFFF) for start, place in self.find(_digest(key))]
 
     def _read_member(self, number: int, start: int, size: int) -> bytes:
         if size > MAX_FILE:
@@ -179,26 +162,6 @@ def _ending(end: str) -> str:
 
 def _digest(key: str) -> int:
     return xxhash.xxh3_64_intdigest(key.encode(errors="surrogatepass"))
-
-
-def _sorted_runs(archives: list[Path], damaged: list[str]) -> Iterator[np.ndarray]:
-    """All members of the archives, under their name and under each end of it: uint64 [3, n], up to _RUN each.
-
-    What is wrong with archives that cannot be read to their end is added to `damaged`.
-
-    Rows: the key's XXH3, ascending; first byte; number of the archive (upper 32 bits) and size (lower 32 bits).
-    """
-    run, length = np.empty((3, _RUN), np.uint64), 0
-    for number, path in enumerate(archives):
-        for name, start, size in _members(path, damaged):
-            place = number << 32 | min(size, 0xFFFF_FFFF)
-            for k, end in enumerate(_ends(name)):
-                run[:, length] = _digest(_ending(end) if k else end), start, place
-                length += 1
-                if length == _RUN:
-                    yield run[:, np.argsort(run[0], kind="stable")]
-                    length = 0
-    yield run[:, np.argsort(run[0, :length], kind="stable")]
 
 
 def _members(path: Path, damaged: list[str]) -> Iterator[tuple[str, int, int]]:
