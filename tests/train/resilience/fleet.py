@@ -140,6 +140,43 @@ def alive(pids: Sequence[int]) -> list[int]:
     return found
 
 
+def left(pids: Sequence[int], seconds: float = 15.0) -> list[int]:
+    """Those of them that still run after that time; looks no longer once none does."""
+    deadline = time.monotonic() + seconds
+    while (found := alive(pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def loaders_stay() -> None:
+    """In a process of a fleet: its loader processes do not look every 5 seconds whether it is there, as torch's do, and
+    then end by themselves: so who ends it has to end them, too."""
+    from torch.utils.data._utils import worker
+
+    worker.MP_STATUS_CHECK_INTERVAL = 60.0
+
+
+def wait_while(mark: str) -> None:
+    """In a process of a fleet: until the test has removed a file."""
+    while Path(mark).exists():
+        time.sleep(0.01)
+
+
+def held_steps(rank: int, mark: str) -> None:
+    """The eighth step begins when the test has removed the mark."""
+    from megatron_lcl.train.step import Stepper
+
+    plain, calls = Stepper.start, []
+
+    def run(self, *arguments):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == 8:
+            wait_while(mark)
+        return plain(self, *arguments)
+
+    Stepper.start = run  # type: ignore[method-assign]
+
+
 def lines(run: Path) -> list[dict[str, Any]]:
     """Whole lines of metrics.jsonl."""
     path, found = run / "metrics.jsonl", []
