@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ports import hold_port
+
 from megatron_lcl.train.forks import forkserver
-from megatron_lcl.train.launch import free_port
 
 START_SECONDS = 90.0
 
@@ -38,12 +39,16 @@ class Fleet:
         command: Sequence[str] = (),
     ) -> None:
         context = forkserver()
-        port = free_port()
+        self._held = hold_port()
+        port = self._held.getsockname()[1]
         run.parent.mkdir(parents=True, exist_ok=True)
         self.run, self.logs = run, [run.parent / f"{run.name}.{rank}.log" for rank in range(size)]
         words = list(command) or ["train", "--train.output", str(run), *arguments]
         self.processes = [
-            context.Process(target=_work, args=(rank, size, port, words, str(self.logs[rank]), plant, planted))
+            context.Process(
+                target=_work,
+                args=(rank, size, port, words, str(self.logs[rank]), plant, planted),
+            )
             for rank in range(size)
         ]
 
@@ -56,6 +61,7 @@ class Fleet:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.kill()
+        self._held.close()
         if kind is not None:
             print(self.said())
 
