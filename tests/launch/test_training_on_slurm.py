@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from local_slurm import Slurm
+from ports import hold_port
 from train.resilience import fleet
 
 from megatron_lcl import config as configs
 from megatron_lcl.run_folder import CONFIG
-from megatron_lcl.train.launch import free_port
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "lcl_vitg.sh"
 STEPS = 60
@@ -82,7 +82,8 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     folder, run = tmp_path / "sub mit", tmp_path / "sub mit" / "a run"
     folder.mkdir()
     arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "20"]
-    port = str(free_port())  # by its number, which starts at 1, it would be that of other tests' jobs on this machine
+    held = hold_port()  # by its number, which starts at 1, it would be that of other tests' jobs on this machine
+    port = str(held.getsockname()[1])
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     slow = tmp_path / "site" / "slow"
     slow.parent.mkdir()
@@ -121,6 +122,7 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     assert len(summed) == 3, "before each start"
     assert log.read_text().count(f"processes   2: 1 on each of 2 nodes, meeting at 127.0.0.1:{port}\n") == 3
 
+    held.close()
     undisturbed = tmp_path / "undisturbed"
     config = SCRIPT.parents[1] / "configs" / "lcl_vitg_interleaved.yaml"
     fleet.train(undisturbed, "--config", str(config), *arguments, timeout=300)
