@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ports import hold_port
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch", "setpriv")
 CONF = """
@@ -124,7 +125,9 @@ def start(folder: Path) -> Iterator[Slurm]:
     for part in ("munge", "state", "spool-n1", "spool-n2", "spool-n3"):
         (folder / part).mkdir(mode=0o755)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // 4
-    conf = CONF.format(host=socket.gethostname(), folder=folder, ports=_free_ports(4), memory=memory)
+    held = [hold_port() for _ in range(4)]
+    ports = [one.getsockname()[1] for one in held]
+    conf = CONF.format(host=socket.gethostname(), folder=folder, ports=ports, memory=memory)
     (folder / "slurm.conf").write_text(conf)
     (folder / "gres.conf").write_text(GPUS)
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
@@ -133,6 +136,8 @@ def start(folder: Path) -> Iterator[Slurm]:
     slurm.run("mungekey", "--create", "--keyfile", munge / "key")
     files = [f"--{name}-file={munge / name}" for name in ("key", "log", "pid", "seed")]
     with ExitStack() as daemons:
+        for one in held:
+            daemons.enter_context(one)
 
         def daemon(*command: str) -> None:
             # ends with this process, however that ends
@@ -150,15 +155,6 @@ def start(folder: Path) -> Iterator[Slurm]:
         daemons.callback(_kill_jobs, folder)
         slurm.wait(lambda: slurm.idle_nodes() == 3, "three idle nodes", 60)
         yield slurm
-
-
-def _free_ports(count: int) -> list[int]:
-    from megatron_lcl.train.launch import free_port  # torch, for which most tests that have this plugin have no use
-
-    ports: set[int] = set()
-    while len(ports) < count:
-        ports.add(free_port())
-    return list(ports)
 
 
 def _kill_jobs(folder: Path) -> None:

@@ -9,8 +9,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from ports import hold_port
+
 from megatron_lcl.train.forks import forkserver
-from megatron_lcl.train.launch import free_port
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 180.0) -> list[Any]:
@@ -19,7 +20,8 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set; the function makes its process group from them. The
     first failure, or the timeout, ends all processes and is raised here.
     """
-    port = free_port()
+    held = hold_port()
+    port = held.getsockname()[1]
     context = forkserver()
     results: Any = context.Queue()
     workers = [
@@ -48,6 +50,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
             if worker.is_alive():
                 worker.kill()
             worker.join()
+        held.close()
     return [collected[rank] for rank in range(world_size)]
 
 

@@ -14,10 +14,15 @@ from s3_server import Proxy, moto, proxied
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[Proxy]:
+    from megatron_lcl.data.storage import store
+
     with moto() as port, proxied(port) as proxy:
         with urlopen(Request(f"{proxy.url}/bucket", method="PUT"), timeout=60) as answer:
             assert answer.status == 200
         yield proxy
+        if (server := store._server) is not None:  # that of this process's own requests: or Python says it still runs
+            server.process.stdin.close()
+            server.process.wait(20)
 
 
 @pytest.fixture

@@ -76,6 +76,8 @@ class Proxy:
     keeps: bool = False
     """whole objects are kept here after they were first asked for, so that the server's speed is not measured"""
     requests: list[Request] = field(default_factory=list)
+    late: float = 0.0
+    """seconds by which the link came too late at most, as the process was not given the time"""
     _count: int = 0
     _free: float = 0.0
     """when the link has sent what it was given"""
@@ -88,7 +90,7 @@ class Proxy:
     def reset(self) -> None:
         """No faults, and nothing seen."""
         self.latency, self.unavailable, self.cut, self.answer, self._count = 0.0, 0, 0, b"", 0
-        self.speed, self._free = 0.0, 0.0
+        self.speed, self._free, self.late = 0.0, 0.0, 0.0
         self.requests.clear()
 
     def keep(self, path: str, content: bytes, etag: str) -> None:
@@ -152,7 +154,9 @@ class Proxy:
         if self.speed:
             now = time.monotonic()
             self._free = max(self._free, now) + size / self.speed
-            await asyncio.sleep(self._free - now)
+            due = self._free
+            await asyncio.sleep(due - now)
+            self.late = max(self.late, time.monotonic() - due)
 
     def _from_kept(self, path: str, wanted: str) -> tuple[bytes, bytes]:
         etag, content = self._kept[path]

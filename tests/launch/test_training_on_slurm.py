@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -12,20 +11,38 @@ from pathlib import Path
 
 import pytest
 from local_slurm import Slurm
+from ports import hold_port
 from train.resilience import fleet
 
 from megatron_lcl import config as configs
 from megatron_lcl.run_folder import CONFIG
-from megatron_lcl.train.launch import free_port
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "lcl_vitg.sh"
 STEPS = 60
+SLOW = """
+import sys, time
+from pathlib import Path
+
+if "train" in sys.orig_argv and "--dry-run" not in sys.orig_argv:
+    from megatron_lcl.train.step import Stepper
+
+    plain, calls = Stepper.start, []
+
+    def start(self, *arguments):
+        calls.append(1)
+        if len(calls) > 6 and Path(__file__).with_name("slow").exists():
+            time.sleep(1.0)
+        return plain(self, *arguments)
+
+    Stepper.start = start
+"""
+"""sitecustomize.py, which Python imports first: the run is then not at its end when it is stopped, or loses a node"""
 
 
 def losses(run: Path) -> list[tuple[int, float, float, float]]:
     """Step, loss, contrastive loss and gradient norm of every step of a run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["contrastive"], line["grad_norm"]) for line in lines if "loss" in line]
+    lines = [line for line in fleet.lines(run) if "loss" in line]
+    return [(line["step"], line["loss"], line["contrastive"], line["grad_norm"]) for line in lines]
 
 
 def sbatch(
@@ -65,8 +82,14 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     folder, run = tmp_path / "sub mit", tmp_path / "sub mit" / "a run"
     folder.mkdir()
     arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "20"]
-    port = str(free_port())  # by its number, which starts at 1, it would be that of other tests' jobs on this machine
+    held = hold_port()  # by its number, which starts at 1, it would be that of other tests' jobs on this machine
+    port = str(held.getsockname()[1])
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    slow = tmp_path / "site" / "slow"
+    slow.parent.mkdir()
+    slow.touch()
+    slow.with_name("sitecustomize.py").write_text(SLOW)
+    meet["PYTHONPATH"] = os.pathsep.join(filter(None, (str(slow.parent), os.environ.get("PYTHONPATH"))))
     job = sbatch(slurm, folder, *arguments, "--train.output", "a run", **meet)
     metrics, log = run / "metrics.jsonl", folder / f"lcl_vitg-{job}.log"
     slurm.wait(lambda: metrics.exists() and len(losses(run)) > 5, "six steps", 300)
@@ -84,6 +107,7 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     slurm.wait(lambda: losses(run)[-1][0] > int(stopped[1]), "a step of the second start", 60)
     for pid in processes_of(slurm, job, "n2"):
         os.kill(pid, signal.SIGKILL)
+    slow.unlink()
     slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "the job has ended", 300)
     assert slurm.state(job) == "COMPLETED", log.read_text()
     assert (slurm.field(job, "Restarts"), slurm.field(job, "NodeList")) == ("2", "n[1,3]")
@@ -98,6 +122,7 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     assert len(summed) == 3, "before each start"
     assert log.read_text().count(f"processes   2: 1 on each of 2 nodes, meeting at 127.0.0.1:{port}\n") == 3
 
+    held.close()
     undisturbed = tmp_path / "undisturbed"
     config = SCRIPT.parents[1] / "configs" / "lcl_vitg_interleaved.yaml"
     fleet.train(undisturbed, "--config", str(config), *arguments, timeout=300)

@@ -63,7 +63,7 @@ def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
         if fault == "stops":
             os.kill(os.getpid(), signal.SIGSTOP)
         if fault == "dies":
-            time.sleep(3)  # by then the other one knows it; of a sooner death srun tells the node
+            time.sleep(8)  # by then the other one knows it; of a sooner death srun tells the node
             os.kill(os.getpid(), signal.SIGKILL)
         seconds = timed(values)
         values[77] += 1
@@ -99,7 +99,7 @@ def test_who_does_not_answer_is_named(fault: str, faulty: int, seconds: int, sai
         started = time.monotonic()
         codes = fleet.wait(100, answers)
         assert {codes[rank] for rank in answers} == {LOST}
-        assert time.monotonic() - started < seconds + 25
+        assert time.monotonic() - started < seconds + 60
         lines = [line for line in fleet.said().splitlines() if line.startswith("megatron-lcl")]
     assert any(said in line for line in lines), lines
     if fault != "wrong sum":

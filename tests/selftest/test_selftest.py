@@ -340,8 +340,9 @@ def check_with_a_silent_host(rank: int) -> str:
         check_group(dataclasses.replace(mesh.tensor, host_group=None), "tensor", again, 60)
         again.wait(["said"], timedelta(seconds=60))
     else:
+        check_group(dataclasses.replace(mesh.tensor, host_group=None), "tensor", again, 60)
         with pytest.raises(GroupError) as error:
-            check_group(mesh.tensor, "tensor", again, 3)
+            check_group(dataclasses.replace(mesh.tensor, group=None), "tensor", again, 3)
         said = str(error.value)
         again.set("said", "yes")
     dist.destroy_process_group()

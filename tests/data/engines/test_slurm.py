@@ -115,7 +115,7 @@ def kill_when_busy(mark: str, store: Path) -> None:
 @pytest.mark.usefixtures("client")
 def test_fetch_accounts_for_every_url_once(tmp_path: Path) -> None:
     """Job 1 is killed with a part half done, which the next one goes on with."""
-    settings = dataclasses.replace(QUICK, shard_urls=15, delay=0.25, concurrency=4)
+    settings = dataclasses.replace(QUICK, shard_urls=15, delay=0.75, concurrency=4)
     mark = uuid.uuid4().hex
     killer = threading.Thread(target=kill_when_busy, args=(mark, tmp_path / "store"))
     with serving(tmp_path, addresses=8) as server:

@@ -116,18 +116,19 @@ def test_a_worker_says_all_that_went_wrong(tmp_path: Path) -> None:
 @pytest.mark.timeout(200)
 def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     listed, store = tmp_path / "urls.txt", tmp_path / "store"
-    flags = [*FLAGS, "--delay", "0.02", "--shard-urls", "40", "--workers", "2"]
+    flags = [*FLAGS, "--delay", "0.1", "--shard-urls", "40", "--workers", "2"]
     with serving(tmp_path, addresses=8) as server:
         urls = mixed(server, 590, start=1)
         listed.write_text("\n".join(urls) + "\n")
         command = [sys.executable, "-m", "megatron_lcl", "fetch", str(listed), "--output", str(store), *flags]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             deadline = time.monotonic() + 100
-            while not list(store.glob("*.log")) and time.monotonic() < deadline:
+            workers: list[str] = []
+            while not (len(workers) == 2 and list(store.glob("*.log"))):
+                assert time.monotonic() < deadline
                 time.sleep(0.01)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-            assert len(workers) == 2
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
             os.kill(int(workers[0]), signal.SIGKILL)
             out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import MakeCorpus, random_documents
+from ports import hold_port
 from small_loaders import loader_of
 
 from megatron_lcl.data.corpus import store
@@ -25,7 +26,6 @@ from megatron_lcl.data.loading import reader
 from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
-from megatron_lcl.train.launch import free_port
 
 
 def _slow(seconds: float) -> Any:
@@ -48,7 +48,9 @@ def test_a_killed_worker_is_an_error_that_names_the_sample(
     batches = iter(loader)
     next(batches)
     (victim,) = (child.pid for child in multiprocessing.active_children() if child not in others)
+    deadline = time.monotonic() + 60
     while loader.reader.progress[0] < 0:  # type: ignore[index]
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(victim, signal.SIGKILL)  # type: ignore[arg-type]
     time.sleep(0.5)  # it does not break into whatever else the main process is at
@@ -246,8 +248,8 @@ def _leaves(rank: int, path: str, port: int) -> None:
 def test_groups_are_left_while_loader_processes_run(make_corpus: MakeCorpus) -> None:
     """gloo aborted: it was told again of a connection that it had closed, a copy of which a loader process had."""
     path = str(make_corpus("c", random_documents(50, 6)).path)
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    processes = [context.Process(target=_leaves, args=(rank, path, port)) for rank in range(2)]
+    context, held = multiprocessing.get_context("spawn"), hold_port()
+    processes = [context.Process(target=_leaves, args=(rank, path, held.getsockname()[1])) for rank in range(2)]
     for process in processes:
         process.start()
     try:
@@ -255,5 +257,6 @@ def test_groups_are_left_while_loader_processes_run(make_corpus: MakeCorpus) -> 
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0]
     finally:
+        held.close()
         for process in processes:
             process.kill()

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 import boto3
 import pytest
+from ports import closed_port
 from s3_server import Proxy
 
 from megatron_lcl.data.storage import server
@@ -107,9 +107,13 @@ def test_a_slow_link_is_no_failure_and_silence_is(s3: Proxy, place: str, tmp_pat
     content = LARGE[: 8 << 20]
     (tmp_path / "file").write_bytes(content)
     command = [sys.executable, "-c", SCALED, place, str(tmp_path / "file"), str(tmp_path)]
-    s3.speed = 2 << 20
-    subprocess.run(command, timeout=60, check=True)
-    assert (tmp_path / "object").read_bytes() == content
+    for _ in range(5):
+        s3.reset()
+        s3.speed = 2 << 20
+        subprocess.run(command, timeout=60, check=True)
+        assert (tmp_path / "object").read_bytes() == content
+        if s3.late < 0.5:  # else the link itself was silent: a thread of this process, on a machine busy with others
+            break
     assert [request.status for request in s3.requests if request.range] == [206] * 8, "each once"
     s3.speed = 1
     ended = subprocess.run(
@@ -271,13 +275,12 @@ def test_errors_have_one_line_and_no_secret(s3: Proxy, place: str, code: str, st
 
 
 def test_a_wrong_address_shows_soon(s3: Proxy, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    since = time.monotonic()
-    with pytest.raises(StorageError, match=f"no whole answer from http://127.0.0.1:{port}; check AWS_ENDPOINT_URL"):
-        Store(place).get("object")
-    assert time.monotonic() - since < 60  # not the 300 s of a run that has begun
+    with closed_port() as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        since = time.monotonic()
+        with pytest.raises(StorageError, match=f"no whole answer from http://127.0.0.1:{port}; check AWS_ENDPOINT_URL"):
+            Store(place).get("object")
+        assert time.monotonic() - since < 60  # not the 300 s of a run that has begun
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
     with pytest.raises(StorageError, match="there is no bucket 'other'"):
         Store("s3://other/folder").get("object")

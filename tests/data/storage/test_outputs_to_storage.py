@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import jpeg
 from data.helpers import TOKENIZER, byte_level
+from ports import closed_port
 from s3_fixtures import upload
 from s3_server import Proxy
 
@@ -281,16 +282,21 @@ def test_killed_in_mid_upload(s3: Proxy, place: str, tmp_path: Path, cache: Path
     assert left(cache) == []
 
 
+@pytest.fixture
+def closed() -> Iterator[int]:
+    with closed_port() as port:
+        yield port
+
+
 @pytest.mark.parametrize("what", ["address", "keys", "bucket", "refused", "clock"])
 def test_errors_are_one_line_before_anything_is_done(
-    s3: Proxy, place: str, tmp_path: Path, cache: Path, what: str,
+    s3: Proxy, place: str, tmp_path: Path, cache: Path, what: str, closed: int,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     given, said = source(tmp_path / "in"), "there is no bucket 'nowhere' at http://127.0.0.1"
     match what:
         case "address":
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed}")
             said = "check AWS_ENDPOINT_URL"
         case "keys":
             monkeypatch.delenv("AWS_ACCESS_KEY_ID")

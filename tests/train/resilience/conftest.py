@@ -21,7 +21,7 @@ data: {{corpora: {corpus}, cache: {cache}, tokens_per_pack: 64, images_per_pack:
 optimizer: {{lr: 1.0e-2, warmup: 1}}
 train: {{steps: 12, global_batch: 4, log_every: 1, progress: false, dtype: float32}}
 checkpoint: {{every: 4}}
-guard: {{timeout: 12}}
+guard: {{timeout: 120}}
 """
 
 

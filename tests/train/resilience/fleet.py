@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ports import hold_port
+
 from megatron_lcl.train.forks import forkserver
-from megatron_lcl.train.launch import free_port
 
 START_SECONDS = 90.0
 
@@ -38,12 +39,16 @@ class Fleet:
         command: Sequence[str] = (),
     ) -> None:
         context = forkserver()
-        port = free_port()
+        self._held = hold_port()
+        port = self._held.getsockname()[1]
         run.parent.mkdir(parents=True, exist_ok=True)
         self.run, self.logs = run, [run.parent / f"{run.name}.{rank}.log" for rank in range(size)]
         words = list(command) or ["train", "--train.output", str(run), *arguments]
         self.processes = [
-            context.Process(target=_work, args=(rank, size, port, words, str(self.logs[rank]), plant, planted))
+            context.Process(
+                target=_work,
+                args=(rank, size, port, words, str(self.logs[rank]), plant, planted),
+            )
             for rank in range(size)
         ]
 
@@ -56,6 +61,7 @@ class Fleet:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.kill()
+        self._held.close()
         if kind is not None:
             print(self.said())
 
@@ -138,6 +144,43 @@ def alive(pids: Sequence[int]) -> list[int]:
             if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
                 found.append(pid)
     return found
+
+
+def left(pids: Sequence[int], seconds: float = 15.0) -> list[int]:
+    """Those of them that still run after that time; looks no longer once none does."""
+    deadline = time.monotonic() + seconds
+    while (found := alive(pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def loaders_stay() -> None:
+    """In a process of a fleet: its loader processes do not look every 5 seconds whether it is there, as torch's do, and
+    then end by themselves: so who ends it has to end them, too."""
+    from torch.utils.data._utils import worker
+
+    worker.MP_STATUS_CHECK_INTERVAL = 60.0
+
+
+def wait_while(mark: str) -> None:
+    """In a process of a fleet: until the test has removed a file."""
+    while Path(mark).exists():
+        time.sleep(0.01)
+
+
+def held_steps(rank: int, mark: str) -> None:
+    """The eighth step begins when the test has removed the mark."""
+    from megatron_lcl.train.step import Stepper
+
+    plain, calls = Stepper.start, []
+
+    def run(self, *arguments):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == 8:
+            wait_while(mark)
+        return plain(self, *arguments)
+
+    Stepper.start = run  # type: ignore[method-assign]
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

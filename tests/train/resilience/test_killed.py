@@ -27,7 +27,7 @@ def test_killed_again_and_again(rounds: int, steps: int, config_file: str, tmp_p
     run, draw, at = tmp_path / "killed", random.Random(7), 0
     for number in range(rounds):
         # a start may be quicker than the first one was, and so may steps: no round comes to the end of the run
-        most = max(at + 1, min(at + 5, steps * (number + 1) // (rounds + 1)))
+        most = max(at + 1, min(at + 5, steps * (number + 1) // (rounds + 10)))
         with Fleet(run, *words) as fleet:
             if number % 5:
                 fleet.wait_for_step(min(at + draw.randrange(1, 4), most))

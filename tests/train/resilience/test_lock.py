@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -54,16 +54,21 @@ def test_a_second_run_is_refused_and_changes_nothing(config_file: str, tmp_path:
     assert all(checkpoint.verify(folder) == [] for folder in checkpoint.list_checkpoints(run))
 
 
-def test_the_lock_is_waited_for_and_given_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_lock_is_waited_for_and_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"from megatron_lcl.train.resilience.lock import *; import time\n"
-         f"with lock_run_folder(Path({str(tmp_path)!r})): print(flush=True); time.sleep(1)"],
-        stdout=subprocess.PIPE,
+        [sys.executable, "-c", f"import sys; from megatron_lcl.train.resilience.lock import *\n"
+         f"with lock_run_folder(Path({str(tmp_path)!r})): print(flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
+    assert holder.stdin is not None
     assert holder.stdout is not None
     holder.stdout.readline()
+    say, end = lock._say_waiting, holder.stdin.close
+    monkeypatch.setattr(lock, "_say_waiting", lambda *arguments: (say(*arguments), end()))
     with lock_run_folder(tmp_path):
-        assert holder.wait(10) == 0
+        assert holder.wait(60) == 0
     assert f"in use by process {holder.pid} on " in capfd.readouterr().err
     with lock_run_folder(tmp_path):
         assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
@@ -81,33 +86,40 @@ def test_a_file_system_without_locks_is_no_obstacle(
     assert capfd.readouterr().err.count("cannot be locked (Function not implemented)") == 1
 
 
+class OtherMachine:
+    """Another machine's run, which touches the lock file at every heartbeat and after so many of them has ended in
+    order. It stands in for the module `time`: the clock goes on while one sleeps, and only then."""
+
+    def __init__(self, file: Path, heartbeats: float) -> None:
+        self.file, self.heartbeats, self.now, self.killed = file, heartbeats, 0.0, False
+        file.write_text("process 7 on another")
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        number = int(self.now / lock.HEARTBEAT_SECONDS)
+        if number > self.heartbeats:
+            self.file.write_text("")
+        elif not self.killed:
+            os.utime(self.file, (number, number))
+
+
 @pytest.mark.parametrize("how", ["not coherent", "refused"])
 def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.2)
-    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 1.0)
-    program = (
-        "import fcntl, socket, sys, time\n"
-        "from megatron_lcl.train.resilience import lock\n"
-        "lock.HEARTBEAT_SECONDS = 0.2; socket.gethostname = lambda: 'another'; fcntl.flock = lambda *_: None\n"
-        "with lock.lock_run_folder(lock.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout is not None
-        holder.stdout.readline()
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
 
-        def flock(*_: Any) -> None:
-            if how == "refused":
-                raise OSError(errno.ENOLCK, "No locks available")
-
+    if how == "refused":
         monkeypatch.setattr(fcntl, "flock", flock)
-        with pytest.raises(UserError, match=f"in use by process {holder.pid} on another"), lock_run_folder(tmp_path):
-            pass
-    finally:
-        holder.kill()
-        holder.wait()
+    other = OtherMachine(tmp_path / LOCK, math.inf)
+    monkeypatch.setattr(lock, "time", other)
+    with pytest.raises(UserError, match="in use by process 7 on another"), lock_run_folder(tmp_path):
+        pass
+    other.killed = True
     with lock_run_folder(tmp_path):  # it is dead, though it could not say so
         assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     assert (tmp_path / LOCK).read_text() == ""
@@ -116,28 +128,25 @@ def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
 def test_a_run_that_is_ending_on_another_machine_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.2)
-    ending = threading.Event()
-
-    def end() -> None:
-        """Another machine's run, which touches the file five times more."""
-        for _ in range(5):
-            os.utime(tmp_path / LOCK)
-            time.sleep(0.2)
-        (tmp_path / LOCK).write_text("")
-        ending.set()
-
-    (tmp_path / LOCK).write_text("process 7 on another")
-    other = threading.Thread(target=end)
-    other.start()
+    other = OtherMachine(tmp_path / LOCK, heartbeats=5)
+    monkeypatch.setattr(lock, "time", other)
     with lock_run_folder(tmp_path):
-        assert ending.is_set()
-    other.join()
+        assert other.now > 5 * lock.HEARTBEAT_SECONDS
     assert "in use by process 7 on another; waiting up to 30 s" in capfd.readouterr().err
 
 
+def test_who_has_the_run_folder_touches_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
+    with lock_run_folder(tmp_path):
+        os.utime(tmp_path / LOCK, (0, 0))
+        deadline = time.monotonic() + 30
+        while (tmp_path / LOCK).stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize("how", ["left", "killed"])
-def test_processes_that_live_on_do_not_hold_the_lock(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_live_on_do_not_hold_the_lock(how: str, tmp_path: Path) -> None:
     """Loader processes, which are forked while the run holds it."""
     program = (
         "import os, sys, time\n"
@@ -150,7 +159,6 @@ def test_processes_that_live_on_do_not_hold_the_lock(how: str, tmp_path: Path, m
         "        print(loader.pid, flush=True); time.sleep(60)\n"
         "print(loader.pid, flush=True); time.sleep(60)"
     )
-    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.5)
     holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), how], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     loader = int(holder.stdout.readline())

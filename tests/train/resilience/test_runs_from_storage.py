@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import Fleet, alive, descendants, losses, train
+from fleet import Fleet, descendants, held_steps, left, losses, train
 from s3_fixtures import upload
 from s3_server import Proxy
 
@@ -16,8 +15,10 @@ from megatron_lcl.config import load
 from megatron_lcl.data.storage.store import Store
 
 
-def planted(rank: int, environment: dict[str, str]) -> None:
+def planted(rank: int, environment: dict[str, str], mark: str = "") -> None:
     os.environ.update(environment)
+    if mark:
+        held_steps(rank, mark)
 
 
 @pytest.mark.slow
@@ -28,17 +29,17 @@ def test_a_run_that_is_killed_goes_on_as_from_the_disk(
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     run, cache = tmp_path / "run", tmp_path / "cache"
     words = ["--config", config_file, "--data.corpora", place, "--data.cache", str(cache), "--data.look_ahead", "1"]
-    options: dict[str, Any] = {"plant": planted, "planted": (environment,)}
+    mark = tmp_path / "hold"
+    mark.touch()
+    options: dict[str, Any] = {"plant": planted, "planted": (environment, str(mark))}
     s3.latency, s3.unavailable, s3.cut = 0.02, 11, 13
     with Fleet(run, *words, **options) as fleet:
         fleet.wait_for_step(6)
         started = [pid for process in fleet.processes for pid in descendants(process.pid)]
         assert started
         fleet.kill()
-    deadline = time.monotonic() + 30
-    while alive(started) and time.monotonic() < deadline:  # they see by themselves that they are alone
-        time.sleep(0.05)
-    assert alive(started) == []
+    assert left(started, 30) == []  # they see by themselves that they are alone
+    mark.unlink()
     said = train(run, *words, **options)
     assert "going on from" in said
     assert losses(run) == undisturbed

@@ -21,7 +21,7 @@ from megatron_lcl.model import flops
 from megatron_lcl.train.heldout import HeldOutMeter
 from megatron_lcl.train.telemetry.clock import PHASES
 
-STEPS, EVERY, LAG = 12, 4, 0.1
+STEPS, EVERY, LAG = 12, 4, 0.6
 PEAK = 1e9
 CONFIG = """
 model:
@@ -120,7 +120,7 @@ def test_the_slow_process_is_named_with_its_phase(run: tuple[Path, str]) -> None
     (report,) = [line["stragglers"] for line in fleet.lines(folder) if "stragglers" in line]
     assert [(row["rank"], row["last"], row["of"], row["phase"]) for row in report] == [(1, 3, 3, "forward")]
     assert re.search(
-        r"process 1 \(node \S+\) is behind the others by 0\.\d+ s a step, in forward: last in 3 of 3", said
+        r"process 1 \(node \S+\) is behind the others by \d\.\d+ s a step, in forward: last in 3 of 3", said
     )
 
 
