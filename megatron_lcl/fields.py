@@ -22,7 +22,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_lcl.errors import UserError, describe_os_error
+from megatron_lcl.errors import UserError
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -131,16 +131,14 @@ def read_sections(file: str | Path, wanted: str) -> dict[str, Any]:
     no such file, or it is not YAML.
     """
     try:
-        tree = read_yaml(Path(file).read_text(encoding="utf-8")) or {}
+        tree = read_yaml(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no config file {file}") from None
-    except OSError as error:
-        raise UserError(describe_os_error(error)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict | None):
         raise UserError(f"{file} holds a {type(tree).__name__}; {wanted}")
-    return tree
+    return tree or {}
 
 
 class _UniqueKeys(yaml.composer.Composer):

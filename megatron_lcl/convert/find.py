@@ -14,12 +14,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_lcl.config import Config, load
+from megatron_lcl.config import Config, from_dict
 from megatron_lcl.convert.folder import EXPORTS, HAS_RUN, IMPORT, read_record
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
+from megatron_lcl.fields import read_sections
 from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, LOCK, METRICS, WEIGHTS
 
 WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
@@ -114,13 +115,14 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def read_config(checkpoint: Path) -> Config:
-    """The config of the run that wrote a checkpoint folder. UserError where there is none, or it cannot be read."""
+    """The config of the run that wrote a checkpoint folder. UserError where there is none, or it is none."""
     file = checkpoint / CONFIG
     if not file.is_file():
         raise UserError(f"{checkpoint} has no {CONFIG}; name the run, one of its checkpoints, or what `import` wrote")
-    if not file.stat().st_size:
+    tree = read_sections(file, "a config is a mapping of sections")
+    if not tree:
         raise UserError(f"{file} is empty; name another checkpoint of the run")
-    return load(file)
+    return from_dict(tree)
 
 
 def known_config(path: Path) -> Config | None:

@@ -296,5 +296,8 @@ def test_our_folder_with_the_wrong_tensors(model: LCL, ours: Path, tmp_path: Pat
     shutil.copy(ours / "config.yaml", tmp_path / "config.yaml")
     (ours / "config.yaml").write_text("model: [1, 2")
     refused(ours, "config.yaml is not YAML")
-    (ours / "config.yaml").write_text("")
-    refused(ours, "config.yaml is empty")
+    for nothing in ("", "# nothing\n"):
+        (ours / "config.yaml").write_text(nothing)
+        refused(ours, "config.yaml is empty")
+    (ours / "config.yaml").write_text("[]")
+    refused(ours, "config.yaml holds a list")

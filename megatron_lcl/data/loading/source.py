@@ -232,10 +232,11 @@ def rules_of_kinds(
     version: int = VERSION,
 ) -> dict[Kind, Rules]:
     """The rules for documents of each kind."""
+    second = version > 1 and not carry_text  # evaluation has rules of its own
     as_stored = replace(data, min_similarity=float(np.float32(data.min_similarity)))
     return {
         kind: rules_for(
-            as_stored if kind == "matched" and version > 1 else data,
+            as_stored if second and kind == "matched" else data,
             num_patches,
             context_length,
             images_per_pack,
@@ -244,7 +245,7 @@ def rules_of_kinds(
             alternatives=kind == "captions",
             sequences=sequences,
             carry_text=carry_text,
-            cut_beside_images=version > 1 and not carry_text,  # evaluation has rules of its own
+            cut_beside_images=second,
         )
         for kind in KINDS
     }

@@ -218,6 +218,8 @@ class Watchdog:
                 unseen = [r for r in range(self.size) if r != self.rank and r not in self._others]
                 others = [*self._others, *self._published(unseen)]
                 lines = self._store.multi_get([_key(r) for r in others]) if others else []
+            except dist.DistStoreError:  # no answer in the store's own time, which passes while a job is suspended
+                continue
             except RuntimeError:  # the store is gone, and with it process 0 or the launcher: see `_fault`
                 self._unread = time.monotonic() - read
                 for state, _ in self._others.values():

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,7 +166,7 @@ class Process:
     """One process of three, the last, whose watchdog watches and reads by a clock of the test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.gone, self.silent = 1000.0, False, False
+        self.now, self.gone, self.silent, self.late = 1000.0, False, False, 0
         monkeypatch.setattr(watchdogs.time, "monotonic", lambda: self.now)
         self.watchdog = Watchdog(Axis(rank=2, size=3), 12.0, 60.0, store=self)  # type: ignore[arg-type]
         self.watchdog.heartbeat(0, "starting")
@@ -177,6 +178,9 @@ class Process:
         return True
 
     def multi_get(self, keys: list[str]) -> list[str]:
+        if self.late:
+            self.late -= 1
+            raise dist.DistStoreError("wait timeout after 600000ms")
         for state in self.states.values():
             state.num_published += not self.silent
         return [json.dumps(vars(self.states[int(key.rpartition("/")[2])])) for key in keys]
@@ -246,17 +250,22 @@ def test_who_was_stopped_while_the_others_ended(
     assert fault.nodes == nodes
 
 
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("watches_first", [False, True])
-def test_a_job_that_was_stopped_as_a_whole_goes_on(watches_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time in which a process was stopped counts nowhere, and the others may go on later than it does."""
+def test_a_job_that_was_stopped_as_a_whole_goes_on(
+    watches_first: bool, late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time in which a process was stopped counts nowhere, and the others may go on later than it does; also the one
+    that serves the store, whose limit is by the clock of the system."""
     process = Process(monkeypatch)
 
     def stop() -> bool:
         process.now += 600.0
-        process.silent = True
+        process.silent, process.late = True, late
         return watches_first
 
     assert process.run(600.0 + 4.2, stop) is None
+    assert not process.watchdog._unread, "it takes the store for gone"
     assert process.published["waiting"] < process.watchdog.limit
     process.silent = False
     process.watchdog.heartbeat(2, "computing")
