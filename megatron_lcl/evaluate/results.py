@@ -65,20 +65,23 @@ def bootstrap(
 ) -> Metric:
     """Mean of per-item scores [N], with the percentile bootstrap's 95 % interval (Efron 1979).
 
-    `groups` [N]: the mean is over groups of the groups' means (per-class recall); items are resampled inside theirs.
+    `groups` [N]: the mean is over groups of the groups' means (per-class recall), that is, of the items weighted by one
+    over their group's size. Items are resampled whatever their group: within it, a group of one would seem certain.
     """
-    generator = np.random.default_rng(seed)
-    scores = np.asarray(scores, np.float64)
-    parts = [scores] if groups is None else [scores[groups == g] for g in np.unique(groups)]
-    means = np.mean([_resampled_means(part, generator) for part in parts], axis=0)
+    generator, scores = np.random.default_rng(seed), np.asarray(scores, np.float64)
+    weights = np.ones(len(scores))
+    if groups is not None:
+        _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        weights = 1 / sizes[group]
+
+    def mean(items: np.ndarray) -> float:
+        return float(np.average(scores[items], weights=weights[items]))
+
+    n = len(scores)
+    means = [mean(generator.integers(n, size=n)) for _ in range(RESAMPLES)]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Metric(float(np.mean([part.mean() for part in parts])), float(low), float(high), chance)
-
-
-def _resampled_means(scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    n = len(scores)
-    return np.array([scores[generator.integers(n, size=n)].mean() for _ in range(RESAMPLES)])
+    return Metric(mean(np.arange(n)), float(low), float(high), chance)
 
 
 def table(results: Sequence[Result]) -> str:

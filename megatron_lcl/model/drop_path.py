@@ -18,15 +18,16 @@ from megatron_lcl.model.transfer import from_host
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 BRANCHES = 2
 """of a block: attention, feed-forward"""
-LANGUAGE = 1 << 20
-"""what is added to the number of a layer of the language model"""
+LANGUAGE, VISION = 1 << 20, 1 << 21
+"""what is added to the number of a layer of the language model and of the vision encoder: below are the draws of an
+image's crop, which have the same key where `data.seed` is `train.seed`"""
 
 
 class DropPath:
     """What of a block is left out, for all rows of a micro-batch."""
 
     def __init__(self, rate: float, seed: int, layer: int) -> None:
-        """layer: the block's number in its encoder; of the language model with LANGUAGE added."""
+        """layer: the block's number in its encoder; with LANGUAGE or VISION added."""
         self.rate, self.seed, self.layer = rate, seed, layer
 
     def factors(self, packs: torch.Tensor, units: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:

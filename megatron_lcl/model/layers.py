@@ -28,7 +28,7 @@ from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
 from megatron_lcl.model.block import Block, Norm, Recompute
-from megatron_lcl.model.drop_path import LANGUAGE, DropPath, numbers_of, rate_of
+from megatron_lcl.model.drop_path import LANGUAGE, VISION, DropPath, numbers_of, rate_of
 from megatron_lcl.model.positions import positions_for
 from megatron_lcl.model.transfer import from_host
 from megatron_lcl.parallel.layers import (
@@ -422,7 +422,7 @@ def layer_specs(
 
     return [
         functools.partial(Patches, vision, vision_norm, axis),
-        *blocks(VisionBlock, vision, vision_norm, 0),
+        *blocks(VisionBlock, vision, vision_norm, VISION),
         functools.partial(PoolInterleave, model, norm, axis),
         *blocks(LanguageBlock, language, norm, LANGUAGE, attention),
         functools.partial(Head, language, initial_log_scale, model.logit_bias, norm, axis),

@@ -352,6 +352,10 @@ def test_bootstrap_against_scipy() -> None:
     assert ours.low == pytest.approx(theirs.low, abs=0.004)
     assert ours.high == pytest.approx(theirs.high, abs=0.004)
     assert bootstrap(scores, seed=3) == bootstrap(scores, seed=3)
+    each = bootstrap(scores, groups=np.random.default_rng(2).permutation(300))
+    assert (each.low, each.value, each.high) == pytest.approx((ours.low, ours.value, ours.high)), "groups of one item"
+    halves = bootstrap(scores, groups=np.arange(300) < 100)
+    assert halves.value == pytest.approx((scores[:100].mean() + scores[100:].mean()) / 2)
     certain = bootstrap(np.ones(10))
     assert (certain.low, certain.value, certain.high) == (1, 1, 1)
 

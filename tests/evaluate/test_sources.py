@@ -294,6 +294,8 @@ def test_corpus(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for label in range(3):
         a, b = sorted((folder / "test" / open_images(folder, "test").classes[label]).glob("*.png"))[:2]
         items = [{"image": str(a.relative_to(folder))}, {"text": f"after the first {label}"}, {"text": f"far {label}"}]
+        if label == 2:  # between two texts
+            items.insert(0, {"text": "before the last"})
         matched = {"image": str(b.relative_to(folder)), "similarity": 0.5, "matched_text_index": 0}
         lines.append(json.dumps({"items": [*items, matched] if label == 1 else items}))
     c = next(p for p in (folder / "test").rglob("*.png") if p not in (a, b))
@@ -309,6 +311,7 @@ def test_corpus(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         open_images(tmp_path / "corpus", "test")
     texts = [captions[0] for captions in data.need_captions()]
     assert texts[0] == "after the first 0"
+    assert "before the last" in texts
     assert len(data) == 5
     (number,) = (i for i in range(5) if data.images[i].read() == c.read_bytes())
     assert data.need_captions()[number] == ("a digit", "some digit", "the last")

@@ -16,7 +16,7 @@ from megatron_lcl.config import Model
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.hashes import mix
 from megatron_lcl.data.loading.hashes import uniform as numba_uniform
-from megatron_lcl.model.drop_path import LANGUAGE, DropPath, rate_of, uniform
+from megatron_lcl.model.drop_path import BRANCHES, LANGUAGE, DropPath, rate_of, uniform
 from megatron_lcl.model.drop_path import _mix as torch_mix
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Activations, build_layers
@@ -111,6 +111,16 @@ def test_the_hash_is_the_loader_s() -> None:
         assert np.array_equal(ours.numpy().view(np.uint64), expected)
         drawn = [numba_uniform(key, np.uint64(value)) for key in keys]
         assert uniform(ours).tolist() == drawn
+
+
+def test_no_block_is_left_out_by_what_crops_its_image() -> None:
+    """The loader draws crops by the same key where its seed is the model's."""
+    model = LCL(model_of({"drop_path": 0.5}, {"drop_path": 0.5}), seed=0)
+    turns = {BRANCHES * b.drop.layer + k for b in model.vision_blocks[1:] for k in range(BRANCHES)}
+    others = {BRANCHES * b.drop.layer + k for b in model.language_blocks[1:] for k in range(BRANCHES)}
+    assert min(turns | others) > 10 * 4, "draws of a crop"
+    assert max(turns | others) < 1 << 40, "draws of patches that are kept"
+    assert not turns & others
 
 
 def test_rates_and_means() -> None:

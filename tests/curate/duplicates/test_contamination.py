@@ -23,6 +23,7 @@ from megatron_lcl.curate.duplicates.evaluation import (
     write_index,
 )
 from megatron_lcl.curate.duplicates.facts import thumbnail
+from megatron_lcl.curate.duplicates.join import gather
 from megatron_lcl.curate.duplicates.settings import Decontamination
 from megatron_lcl.curate.duplicates.views import COMPARED, WHOLE, first_guess
 from megatron_lcl.errors import UserError
@@ -102,6 +103,15 @@ def make_index(folder: Path, images: list[Image.Image], size: int = 1000) -> Pat
         np.savez(files[-1], **evaluation_facts(folder / "images", first, last, SETTINGS))
     write_index(files, folder / "index")
     return folder / "index"
+
+
+def test_names_of_later_tasks_are_not_cut(tmp_path: Path) -> None:
+    names = [["coco/1.jpg"], ["imagenet/n01440764/ILSVRC2012_val_00000293.JPEG", "coco/2.jpg"]]
+    files = [tmp_path / f"{k}.npz" for k in range(2)]
+    for file, own in zip(files, names, strict=True):
+        np.savez(file, digest=np.zeros(len(own), np.uint64), name=np.array(own, np.str_))
+    arrays, starts = gather(files, ("digest", "name"), tmp_path)
+    assert (arrays["name"].tolist(), starts.tolist()) == ([*names[0], *names[1]], [0, 1, 3])
 
 
 def recall(finder: Finder, images: list[Image.Image], change: Callable[[Image.Image, int], bytes]) -> float:
