@@ -415,6 +415,15 @@ class _Mask:
         return self._of_dtype[dtype]
 
 
+MASKED = 1 << 31
+"""numbers of a mask for one call, at most: torch's kernel counts them in 32 bits, and reads other rows' ones behind that
+(pytorch issue 187227)"""
+
+
 def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: _Mask) -> torch.Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.of(q.dtype))[0].transpose(0, 1)
+    whole = mask.of(q.dtype)
+    rows = max(1, MASKED // (len(whole) + 16))  # torch fills a row up to a multiple of 16
+    calls = zip(q.split(rows, dim=2), whole.split(rows), strict=True)
+    parts = [F.scaled_dot_product_attention(some, k, v, attn_mask=own) for some, own in calls]
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)

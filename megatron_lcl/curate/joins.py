@@ -91,10 +91,11 @@ class Places:
         hashes = (_as_numbers(pq.read_table(file, columns=["xxh3"])["xxh3"]) for file in facts)
         parts = sorted_rows(hashes, _AT_ONCE, scratch / "hashes")
         too_many = pa.concat_tables([_PLACES.empty_table(), *map(self._too_many, parts)])
-        known = too_many["xxh3"].combine_chunks()
+        wide = pa.large_binary()  # Arrow looks up at most 2 GiB of the narrow ones, which are 134 million
+        known = too_many["xxh3"].combine_chunks().cast(wide)
         for file in facts:
             table = pq.read_table(file)
-            found = pc.index_in(table["xxh3"], known)
+            found = pc.index_in(table["xxh3"].cast(wide), known)
             chosen = table.append_column("value", pc.take(too_many["places"], found)).filter(pc.is_valid(found))
             chosen = chosen.append_column("matched", pa.repeat("", len(chosen)))
             yield chosen.select(REMOVED.names).cast(REMOVED)

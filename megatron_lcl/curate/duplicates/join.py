@@ -210,16 +210,19 @@ def _corpus_of(file: Path) -> str:
 
 def gather(files: Sequence[Path], names: Sequence[str], scratch: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Arrays of all files one after another, mapped below `scratch`, and where each file's part begins [files + 1]."""
+    with np.load(files[0]) as facts:
+        kinds = {name: (facts[name].dtype, facts[name].shape[1:]) for name in names}
+    texts = [name for name, (dtype, _) in kinds.items() if dtype.kind == "U"]  # as wide as a file's longest one
     lengths = []
     for file in files:
         with np.load(file) as facts:
             lengths.append(len(facts[names[0]]))
+            kinds |= {name: (np.result_type(kinds[name][0], facts[name].dtype), ()) for name in texts}
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    arrays: dict[str, np.ndarray] = {}
-    with np.load(files[0]) as facts:
-        for name in names:
-            shape = (int(starts[-1]), *facts[name].shape[1:])
-            arrays[name] = new_array(scratch / f"{name}.npy", facts[name].dtype, shape)
+    arrays = {
+        name: new_array(scratch / f"{name}.npy", dtype, (int(starts[-1]), *shape))
+        for name, (dtype, shape) in kinds.items()
+    }
     for file, start, stop in zip(files, starts[:-1], starts[1:], strict=True):
         with np.load(file) as facts:
             for name, array in arrays.items():
