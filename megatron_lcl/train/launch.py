@@ -49,9 +49,9 @@ def is_launched() -> bool:
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     """In a task of srun, set the launcher's variables from Slurm's; where a launcher has set them they stay.
 
-    MASTER_ADDR and MASTER_PORT are kept if they are set: the first node's name and a port derived from the job's number
-    otherwise. A step of one task (`srun --pty bash`) is a machine like any other, on which `start_local` starts
-    processes.
+    MASTER_ADDR and MASTER_PORT are kept if they are set; otherwise they are the first node's name and a port derived
+    from the numbers of the job and the step (several steps of a job may begin on one node). A step of one task
+    (`srun --pty bash`) is a machine like any other, on which `start_local` starts processes.
     """
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
     if tasks == 1 or "RANK" in environment:
@@ -63,7 +63,8 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     if (counts := environment.get("SLURM_STEP_TASKS_PER_NODE")) and "SLURM_NODEID" in environment:
         environment["LOCAL_WORLD_SIZE"] = str(_per_node(counts)[int(environment["SLURM_NODEID"])])
     environment.setdefault("MASTER_ADDR", hosts(environment["SLURM_STEP_NODELIST"])[0])
-    environment.setdefault("MASTER_PORT", str(10_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID") or 0)
+    environment.setdefault("MASTER_PORT", str(10_000 + (job + 7_919 * step) % 20_000))
 
 
 def hosts(nodes: str) -> list[str]:
