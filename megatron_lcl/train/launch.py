@@ -35,6 +35,8 @@ from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal
 
 GRACE_SECONDS = 30.0
 """how long the other processes may take to end by themselves once one has failed, beside what their watchdogs take"""
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""variables that every launcher sets"""
 WATCHED = "MEGATRON_LCL_WATCHED"
 """variable with the number of the pipe into which `start_local`'s processes say that they watch each other"""
 OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -42,8 +44,21 @@ OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether a launcher started this process.
+
+    UserError where it is to be one of several and lacks some of the launcher's variables: they are left over from
+    something else, or set by hand. Without LOCAL_RANK all processes of a machine would use its first GPU.
+    """
+    if not os.environ.keys() >= {"RANK", "WORLD_SIZE"}:
+        return False
+    missing = [name for name in OF_LAUNCHERS if name not in os.environ]
+    if missing and os.environ["WORLD_SIZE"] != "1":
+        raise UserError(
+            f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are set, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not; set what is missing, or, if no launcher has started this "
+            "process, `unset RANK WORLD_SIZE`"
+        )
+    return True
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
