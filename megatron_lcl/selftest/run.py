@@ -31,7 +31,7 @@ from megatron_lcl.selftest.kernels import Kernel, KernelCase
 from megatron_lcl.selftest.reference import Trajectory, reference
 from megatron_lcl.selftest.worker import run_case
 from megatron_lcl.train.forks import forkserver
-from megatron_lcl.train.launch import open_store
+from megatron_lcl.train.launch import is_launched, open_store
 
 
 @dataclass(frozen=True)
@@ -223,14 +223,13 @@ def selftest(
     has as many processes as there are, one more case does, with so many replicas. timeout: seconds for a case; on
     CUDA COMPILING times as many for that of the kernels. prepare: see `run_case`.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if launched:
+    if launched := is_launched():
         ranks, world = [int(os.environ["RANK"])], int(os.environ["WORLD_SIZE"])
     else:
         world = torch.cuda.device_count() or max(case.processes for case in cases)
         ranks = list(range(world))
     starters = list(range(world)) if launched else [0]
-    store = _open_store(launched, timeout)
+    store = _open_store(launched and world > 1, timeout)
     if launched or torch.cuda.is_available():  # every device, or machine, has kernels of its own
         cases = [KernelCase(world) if isinstance(case, KernelCase) else case for case in cases]
     fitting = those_that_fit([case for case in cases if not _lacks(case)], world)

@@ -35,6 +35,8 @@ from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal
 
 GRACE_SECONDS = 30.0
 """how long the other processes may take to end by themselves once one has failed, beside what their watchdogs take"""
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""variables that every launcher sets"""
 WATCHED = "MEGATRON_LCL_WATCHED"
 """variable with the number of the pipe into which `start_local`'s processes say that they watch each other"""
 OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -42,16 +44,29 @@ OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether a launcher started this process.
+
+    UserError where it is to be one of several and lacks some of the launcher's variables: they are left over from
+    something else, or set by hand. Without LOCAL_RANK all processes of a machine would use its first GPU.
+    """
+    if not os.environ.keys() >= {"RANK", "WORLD_SIZE"}:
+        return False
+    missing = [name for name in OF_LAUNCHERS if name not in os.environ]
+    if missing and os.environ["WORLD_SIZE"] != "1":
+        raise UserError(
+            f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are set, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not; set what is missing, or, if no launcher has started this "
+            "process, `unset RANK WORLD_SIZE`"
+        )
+    return True
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     """In a task of srun, set the launcher's variables from Slurm's; where a launcher has set them they stay.
 
-    MASTER_ADDR and MASTER_PORT are kept if they are set: the first node's name and a port derived from the job's number
-    otherwise. A step of one task (`srun --pty bash`) is a machine like any other, on which `start_local` starts
-    processes.
+    MASTER_ADDR and MASTER_PORT are kept if they are set; otherwise they are the first node's name and a port derived
+    from the numbers of the job and the step (several steps of a job may begin on one node). A step of one task
+    (`srun --pty bash`) is a machine like any other, on which `start_local` starts processes.
     """
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
     if tasks == 1 or "RANK" in environment:
@@ -63,7 +78,8 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     if (counts := environment.get("SLURM_STEP_TASKS_PER_NODE")) and "SLURM_NODEID" in environment:
         environment["LOCAL_WORLD_SIZE"] = str(_per_node(counts)[int(environment["SLURM_NODEID"])])
     environment.setdefault("MASTER_ADDR", hosts(environment["SLURM_STEP_NODELIST"])[0])
-    environment.setdefault("MASTER_PORT", str(10_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID") or 0)
+    environment.setdefault("MASTER_PORT", str(10_000 + (job + 7_919 * step) % 20_000))
 
 
 def hosts(nodes: str) -> list[str]:

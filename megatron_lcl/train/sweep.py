@@ -7,7 +7,6 @@ passes over the members that are finished, and the others resume. In a job array
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +17,13 @@ from typing import Any
 from megatron_lcl import config as configs
 from megatron_lcl import fields
 from megatron_lcl.config import Config
+from megatron_lcl.data.storage.names import shortened
 from megatron_lcl.errors import UserError, complain
 from megatron_lcl.train.finished import is_finished
 
 ARRAY_TASK = "SLURM_ARRAY_TASK_ID"
 MAX_NAME = 150
-"""characters of a member's name; file systems take 255"""
+"""bytes of a member's name"""
 STOPPED = (75, 130)
 """exit codes of a run that was told to end"""
 _OUTPUT, _MIRROR = "train.output", "checkpoint.mirror"
@@ -157,9 +157,7 @@ def _name(values: Mapping[str, Any]) -> str:
     short = [key.removesuffix(".name").rsplit(".", 1)[-1] for key in values]
     keys = short if len(set(short)) == len(short) else list(values)
     name = ",".join(f"{key}={_text(value)}" for key, value in zip(keys, values.values(), strict=True))
-    if len(name) > MAX_NAME:  # still of its own
-        name = f"{name[: MAX_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    return shortened(name, MAX_NAME)
 
 
 def _text(value: Any) -> str:

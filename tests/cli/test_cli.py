@@ -180,11 +180,29 @@ def test_a_flag_of_another_action_is_not_ignored(
 def test_processes_are_not_for_what_a_launcher_started(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     for rank, said in (("0", "--processes 2: a launcher has started 4 of them; leave it out"), ("3", "")):
         monkeypatch.setenv("RANK", rank)
         code, error = run(capsys, "train", "--data.corpora", "a", "--processes", "2")
         assert (code, error) == (2, f"megatron-lcl train: {said}\n" if said else "")
+
+
+@pytest.mark.parametrize("command", [("train", "--data.corpora", "a"), ("selftest", "--all-reduce"), ("selftest",)])
+def test_what_a_launcher_has_not_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """As in a shell in which something else has set them; every process says so."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    code, error = run(capsys, *command)
+    assert code == 2
+    assert error == (
+        f"megatron-lcl {command[0]}: RANK=1 and WORLD_SIZE=2 are set, but LOCAL_RANK, MASTER_PORT are not; set what is "
+        "missing, or, if no launcher has started this process, `unset RANK WORLD_SIZE`\n"
+    )
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -220,6 +220,14 @@ def test_a_task_of_srun_knows_its_rank() -> None:
         adopt_slurm(uneven)
         assert uneven["LOCAL_WORLD_SIZE"] == count
     assert 10_000 <= int(task["MASTER_PORT"]) < 30_000
+    steps = [TASK | {"SLURM_STEP_ID": str(step), "SLURM_PROCID": rank} for step in range(500) for rank in ("0", "11")]
+    for step in steps:
+        adopt_slurm(step)
+    ports = [int(step["MASTER_PORT"]) for step in steps]
+    assert ports[::2] == ports[1::2]
+    assert len({*ports}) == 500, "steps of one job that run at once do not meet each other"
+    assert ports[0] == int(task["MASTER_PORT"])
+    assert all(10_000 <= port < 30_000 for port in ports)
 
 
 def test_what_is_set_from_outside_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -375,6 +375,14 @@ def test_the_process_that_serves_the_store_ends_last() -> None:
     assert run_processes(pass_at_a_distance, 3) == [2, 0, 0]
 
 
+def test_one_process_needs_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where something else has left RANK and WORLD_SIZE."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(run, "_start", lambda *_: (None, []))
+    assert len(selftest([Case()], timeout=60)) == 1
+
+
 def test_a_program_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside what the others have found."""
     monkeypatch.setattr(run, "GRACE", 0.0)

@@ -65,7 +65,9 @@ def test_members_are_the_product_and_say_their_values() -> None:
     assert names("""train.init_from="a,b",'c'""") == ["init_from=a,b", "init_from=c"]
     long = names("train.init_from=" + "a" * 300 + "," + "a" * 299 + "b")
     assert len(set(long)) == 2
-    assert max(map(len, long)) <= sweep.MAX_NAME
+    in_bytes = names("train.init_from=" + "数" * 120 + "," + "数" * 119 + "据")
+    assert len({*in_bytes}) == 2
+    assert max(len(os.fsencode(name)) for name in long + in_bytes) <= sweep.MAX_NAME
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def gather(files: Sequence[Path], names: Sequence[str], scratch: Path) -> tuple[
             lengths.append(len(facts[names[0]]))
             kinds |= {name: (np.result_type(kinds[name][0], facts[name].dtype), ()) for name in texts}
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         name: new_array(scratch / f"{name}.npy", dtype, (int(starts[-1]), *shape))
         for name, (dtype, shape) in kinds.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ _POLL = 2.0
 """seconds between checks for the jobs' results"""
 _QUERY = 10.0
 """seconds between queries of the queue, and for which a result may be delayed by a network file system"""
+_OF_THE_USER = ("SLURM_CONF", "SLURM_CLUSTERS", "SBATCH_")
+"""what variables begin with by which a user says which Slurm takes jobs, and with which of sbatch's options"""
 logger = logging.getLogger(__name__)
 
 
@@ -75,7 +78,8 @@ class _Slurm:
     def submit(self, jobs: Sequence[int]) -> None:
         from submitit.core.utils import FailedJobError
 
-        with holding_interrupts(ENDING):  # else Slurm may have jobs that nobody here knows to cancel
+        # held: else Slurm may have jobs that nobody here knows to cancel
+        with holding_interrupts(ENDING), _outside_of_jobs():
             try:
                 submitted = self._executor.map_array(do, [self._task] * len(jobs), list(jobs))
             except (FailedJobError, RuntimeError, FileNotFoundError) as error:
@@ -116,6 +120,20 @@ class _Slurm:
             index: f"job {self._running[index].job_id} ended without a result; it was killed, or its node failed"
             for index in lost
         }
+
+
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Without the variables of the job in which this may run, which sbatch would pass on.
+
+    The jobs would read from them another job's memory and binding to CPUs, and a place in another's array.
+    """
+    from submitit.helpers import clean_env
+
+    kept = {name: os.environ[name] for name in os.environ if name.startswith(_OF_THE_USER)}
+    with clean_env():
+        os.environ.update(kept)
+        yield
 
 
 def _outcome(job: Any) -> str:

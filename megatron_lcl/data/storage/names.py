@@ -1,6 +1,9 @@
-"""Names of files as somebody else's manifest has them."""
+"""Names of files: whether one of somebody else's manifest may be used, and how many bytes one has."""
 
 from __future__ import annotations
+
+import hashlib
+import os
 
 
 def is_within(name: str) -> bool:
@@ -9,3 +12,14 @@ def is_within(name: str) -> bool:
     Others (`/etc/x`, `../x`) would be written, or removed, outside of it.
     """
     return not {"", ".", ".."} & {*name.split("/")}
+
+
+def shortened(name: str, most: int) -> str:
+    """A file's name of at most so many bytes: a longer one is cut, and ends in a hash that keeps it one of its own.
+
+    File systems take 255 bytes, in which suffixes are to find room too.
+    """
+    raw = os.fsencode(name)
+    if len(raw) <= most:
+        return name
+    return f"{raw[: most - 9].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:8]}"

@@ -237,7 +237,8 @@ def _profile() -> dict[str, str]:
     """Keys from the file that the tools of AWS write, where the environment has none."""
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         return {}
-    file, parser = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials", ConfigParser()
+    file = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
+    parser = ConfigParser(interpolation=None)  # a % is part of a key
     name = os.environ.get("AWS_PROFILE", "default")
     try:
         parser.read(Path(file).expanduser())

@@ -18,11 +18,14 @@ from urllib.parse import quote
 
 import xxhash
 
+from megatron_lcl.data.storage.names import shortened
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
 
 UPLOADING = "_uploading.json"
 """{"fingerprint": of all that is being put, or null while that is being made}"""
+MAX_NAME = 200
+"""bytes of a folder's name below `work`; a URL has up to 1,024, and names are put behind it with suffixes"""
 _RECORDS = (".json", ".jsonl", ".parquet")
 """what a command looks at to see that its output is finished"""
 
@@ -55,8 +58,9 @@ def uploaded(
     """
     if url.startswith("http"):
         raise UserError(f"{url}: outputs are written to a disk or to object storage, as s3://bucket/folder")
-    store, above = Store(url), work / quote(url.rpartition("/")[0], safe="")
-    folder = above / url.rpartition("/")[2]
+    parent, _, name = url.rpartition("/")
+    store, above = Store(url), work / shortened(quote(parent, safe=""), MAX_NAME)
+    folder = above / shortened(name, MAX_NAME)
     found = dict(store.list())
     complete = last in found
     begun = _begun(store, found)

@@ -27,7 +27,13 @@ LOST = 71
 """exit code: a process or a machine was lost (EX_OSERR of sysexits.h); the last checkpoint is where to go on"""
 FAULTS = "MEGATRON_LCL_FAULTS"
 """variable with the folder in which processes say which nodes have failed"""
-_OF_THE_PROGRAM = ("device-side assert", "invalid argument", "invalid configuration", "no kernel image")
+_OF_THE_PROGRAM = (
+    "device-side assert",
+    "invalid argument",
+    "invalid configuration",
+    "invalid device ordinal",  # more processes than GPUs that they see
+    "no kernel image",
+)
 """of CUDA's errors: on another machine they would be the same"""
 _STORAGE = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV, errno.ETIMEDOUT}
 

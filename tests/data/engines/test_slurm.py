@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from curate.corpora_of_rules import files, write
 from data import writers
-from data.engines.engine_jobs import waits
+from data.engines.engine_jobs import hashes, waits
 from data.engines.running import marked, processes_marked
 from data.fetch.faulty_server import requests_of, serving
 from data.fetch.test_fetch import QUICK, check_store, mixed
@@ -237,3 +237,46 @@ def test_a_lost_job_alone_is_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(FakeExecutor, "num_lost", 9)
     with pytest.raises(ValueError, match=r"jobs \[1\] of 3 failed, each 3 times, the first with: node n2 went away"):
         preprocess_in_jobs("jsonl", tmp_path / "in", tmp_path / "two", engine, tokenizer=TOKENIZER)
+
+
+OF_A_JOB = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_ARRAY_JOB_ID": "76",
+    "SLURM_ARRAY_TASK_ID": "1",
+    "SLURM_MEM_PER_CPU": "100",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x00000001",
+    "SRUN_CPUS_PER_TASK": "1",
+}
+OF_A_USER = {"SLURM_CONF": "/etc/slurm/own.conf", "SLURM_CLUSTERS": "b", "SBATCH_ACCOUNT": "mine"}
+
+
+def test_jobs_are_submitted_from_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch gets none of its variables, but what the user has set; all are there again afterwards."""
+    import submitit
+
+    seen: list[dict[str, str]] = []
+
+    class Submits(FakeExecutor):
+        def map_array(self, run, tasks, indices):  # type: ignore[no-untyped-def]
+            seen.append({**os.environ})
+            return super().map_array(run, tasks, indices)
+
+    for name, value in (OF_A_JOB | OF_A_USER).items():
+        monkeypatch.setenv(name, value)
+    before = {**os.environ}
+    monkeypatch.setattr(submitit, "AutoExecutor", Submits)
+    run_jobs(hashes, {"folder": tmp_path, "variable": "PATH"}, Engine("slurm", 1), output=tmp_path)
+    assert not seen[0].keys() & OF_A_JOB.keys()
+    assert seen[0].items() >= OF_A_USER.items()
+    assert {**os.environ} == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.usefixtures("client")
+def test_jobs_of_a_job_read_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**OF_A_JOB, "PYTHONPATH": marked("")["PYTHONPATH"]}.items():
+        monkeypatch.setenv(name, value)
+    engine = Engine("slurm", 1, {"timeout_min": 5, "mem_gb": 1})
+    run_jobs(hashes, {"folder": tmp_path, "variable": "PATH"}, engine, output=tmp_path / "out")
+    assert (tmp_path / "hash").exists()

@@ -318,3 +318,12 @@ def test_a_user_without_a_home_folder_has_no_keys_there(monkeypatch: pytest.Monk
     for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     assert server._profile() == {}
+
+
+def test_keys_of_a_file_are_taken_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setenv("AWS_PROFILE", "own")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    for secret in ("chosen%by%(hand)s", "twice%%"):
+        (tmp_path / "keys").write_text(f"[own]\naws_access_key_id = me\naws_secret_access_key = {secret}\n")
+        assert server._profile() == {"access_key_id": "me", "secret_access_key": secret}

@@ -193,6 +193,21 @@ def test_interrupted_anywhere(place: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.parametrize("below", ["数据" * 20, "a/" * 120 + "a", "s" * 230], ids=["no-ascii", "slashes", "long"])
+def test_a_long_url(place: str, tmp_path: Path, below: str) -> None:
+    """Of two that begin alike each has its own folder; that of the last part must have room for a suffix, too."""
+    urls = [f"{place}/{below}{end}/{name}" for end in "xy" for name in ("c", "数" * 84)]
+    folders = []
+    for url in urls:
+        with uploaded(url, tmp_path / "work", None, resumes=True) as folder:
+            folder.mkdir()
+            folder.with_name(f"{folder.name}.slurm").mkdir()
+            (folder / "a").write_text(url)
+        folders.append(folder)
+    assert [objects(url) for url in urls] == [{"a": url.encode()} for url in urls]
+    assert len({*folders}) == len(urls)
+
+
 def test_what_is_there_is_not_written_over(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(content: str, last: str | None = None, resumes: bool = False) -> None:
         with uploaded(place, tmp_path / "work", last, resumes=resumes) as folder:

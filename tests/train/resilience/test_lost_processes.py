@@ -434,6 +434,7 @@ def test_whose_fault_an_error_is() -> None:
     assert all(is_local(error) for error in ours)
     for said, number in (
         ("device-side assert triggered", "cudaErrorAssert"),
+        ("invalid device ordinal", "cudaErrorInvalidDevice"),
         ("no kernel image is available for execution on the device", "cudaErrorNoKernelImageForDevice"),
     ):
         assert code_of(cuda_error(said, number)) == 1
