@@ -250,8 +250,9 @@ class Worker:
             self._asking = False
         if self._reached_at <= asked_at:
             raise UserError(
-                f"no host was reached for {silent:.0f} s, of {len(self._held_hosts)}: is there a network, or is a "
-                "--proxy needed? None of their URLs is marked as dead, and the same command goes on"
+                f"no host was reached for {silent:.0f} s, of {len(self._held_hosts)}: is there a network, is a "
+                "--proxy needed, or are the clock or the certificates of this machine wrong? None of their URLs is "
+                "marked as dead, and the same command goes on"
             )
 
     def _release(self) -> None:

@@ -16,11 +16,13 @@ from data.fetch.faulty_server import image, requests_of, serving
 pytest.importorskip("aiohttp")
 pytest.importorskip("protego")
 
+from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.probe import MAX_PIXELS
 from megatron_lcl.data.fetch import addresses, client
 from megatron_lcl.data.fetch.addresses import is_public
 from megatron_lcl.data.fetch.client import Client, Outcome, Retry, opted_out
 from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.data.fetch.store import read_rows
 
 Server = tuple[list[str], int]
 SETTINGS = Settings(timeout=20)
@@ -132,12 +134,15 @@ def test_redirect_to_another_scheme() -> None:
     assert (given.value.status, given.value.reason) == ("refused", "redirect to what is not http")
 
 
-def test_certificates_are_verified(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A self-signed certificate: refused where it is not known, taken where the system knows it."""
+def test_certificates_are_verified(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A self-signed certificate: refused where it is not known, taken where the system knows it. Where no host's is
+    valid, as with a wrong clock, no URL is marked as dead."""
     pem = Path(__file__).with_name("self_signed.pem")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = socket.create_server(("", 0))
 
     def serve() -> None:
         while True:
@@ -157,12 +162,23 @@ def test_certificates_are_verified(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
-        url = f"https://127.0.0.1:{listening.getsockname()[1]}/1.png"
+        port = listening.getsockname()[1]
+        url, other = (f"https://{host}:{port}/1.png" for host in ("127.0.0.1", "127.0.0.2"))
         settings = Settings(allow_private=True, timeout=20)
         assert ends(url, settings=settings) == [("dead", "certificate not valid")]
+        (tmp_path / "urls.txt").write_text(f"{url}\n{other}")
+        words = ["fetch", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "store"), "--allow-private"]
+        assert main(words) == 2
+        assert "or are the clock or the certificates of this machine wrong" in capsys.readouterr().err
+        assert not list(read_rows(tmp_path / "store"))
         trusted = ssl.create_default_context(cafile=str(pem))
         monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trusted)
         assert ends(url, settings=settings) == [("kept", "")]
+        assert main(words) == 0
+        assert {row["url"]: row["reason"] for row in read_rows(tmp_path / "store")} == {
+            url: "",
+            other: "certificate not valid",  # it names 127.0.0.1 alone
+        }
     finally:
         listening.shutdown(socket.SHUT_RDWR)
         listening.close()
