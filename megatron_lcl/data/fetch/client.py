@@ -15,10 +15,11 @@ import hashlib
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from urllib.parse import unquote_to_bytes
@@ -190,7 +191,7 @@ class Client:
         if status == 407 and self._settings.proxy:
             raise ProxyError(_says(self._proxy, "status 407"))
         if status in _TEMPORARY:
-            wait = _retry_after(response.headers.get("Retry-After", ""))
+            wait = _retry_after(response.headers)
             if wait > MAX_WAIT:
                 raise _Given("dead", f"status {status}, asks for a long wait", leave=True)
             raise Retry(f"status {status}", wait)
@@ -249,7 +250,7 @@ class Client:
                                 target = _parsed(response.headers["Location"], target)
                                 continue
                             if response.status == 429 or response.status >= 500:
-                                wait = _retry_after(response.headers.get("Retry-After", ""))
+                                wait = _retry_after(response.headers)
                                 raise Retry(f"robots.txt: status {response.status}", min(wait, MAX_WAIT))
                             if response.status != 200:
                                 return None
@@ -335,15 +336,25 @@ def _parsed(text: str, base: URL | None = None) -> URL:
     return url.with_fragment(None)
 
 
-def _retry_after(text: str) -> float:
+def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds, from a number or a date; 0 where nothing is said."""
-    text = text.strip()
+    text = headers.get("Retry-After", "").strip()
     if text.isdecimal():
         return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
+    until, now = _timestamp(text), _timestamp(headers.get("Date", ""))
+    if until is None:
         return 0.0
+    return max(0.0, until - (time.time() if now is None else now))  # by the server's clock: ours may be wrong
+
+
+def _timestamp(date: str) -> float | None:
+    """Seconds since 1970 of a date in a header; None where it is none."""
+    try:
+        parsed = parsedate_to_datetime(date)
+        # of the forms that RFC 9110, 5.6.7, has, one names no zone; all are UTC
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 async def _beginning(response: aiohttp.ClientResponse, limit: int) -> bytes:

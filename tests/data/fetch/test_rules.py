@@ -6,7 +6,9 @@ import asyncio
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +241,39 @@ def test_robots_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         server.close()
 
     asyncio.run(all())
+
+
+@pytest.fixture
+def east_of_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "EAST-5")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("east_of_utc")
+@pytest.mark.parametrize(
+    ("until", "date", "seconds"),
+    [
+        ("90", "", 90),
+        ("Sun, 06 Nov 1994 08:50:37 GMT", "Sun, 06 Nov 1994 08:49:37 GMT", 60),  # whatever this machine's clock says
+        ("Sunday, 06-Nov-94 08:50:37 GMT", "Sun Nov  6 08:49:37 1994", 60),
+        ("Sun Nov  6 08:50:37 1994", "Sun, 06 Nov 1994 08:49:37 GMT", 60),
+        ("Sun, 06 Nov 1994 08:50:37 -0000", "Sun, 06 Nov 1994 08:49:37 GMT", 60),
+        ("Sun, 06 Nov 1994 08:48:37 GMT", "Sun, 06 Nov 1994 08:49:37 GMT", 0),
+        ("Fri, 01 Jan 2100 00:01:00 GMT", "", 60),
+        ("Fri, 01 Jan 2100 00:01:00 GMT", "today", 60),
+        ("Fri Jan  1 00:01:00 2100", "", 60),
+        ("soon", "Sun, 06 Nov 1994 08:49:37 GMT", 0),
+        ("", "", 0),
+    ],
+)
+def test_retry_after(until: str, date: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock of the server, where it says the time."""
+    monkeypatch.setattr(time, "time", lambda: datetime(2100, 1, 1, tzinfo=UTC).timestamp())
+    headers = {name: value for name, value in (("Retry-After", until), ("Date", date)) if value}
+    assert client._retry_after(headers) == seconds
 
 
 @pytest.mark.parametrize("agent", ["User-agent: bot{}", "useragent:{}", "  user  agent bot{}", "USER AGENT: {}*"])
