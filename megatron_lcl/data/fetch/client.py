@@ -47,8 +47,8 @@ MAX_WAIT = 600.0
 """seconds; a host that asks by Retry-After or Crawl-delay to wait longer is not asked again"""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TEMPORARY = (408, 429, 500, 502, 503, 504)
-_ROBOTS_KEPT = 20_000
-"""robots.txt files in memory"""
+_ROBOTS_KEPT, _ROBOTS_SECONDS = 20_000, 86_400.0
+"""robots.txt files in memory, and for how long (RFC 9309, 2.4)"""
 _KEEP_ALIVE = 5.0
 """seconds that a connection waits for another request"""
 _RESOLVERS = 64
@@ -102,7 +102,8 @@ class Client:
         self._proxy, login = proxy_parts(settings.proxy) if settings.proxy else ("", "")
         """without credentials"""
         self._login = _basic(login) if login else ""
-        self._robots: dict[str, asyncio.Task[Protego | None]] = {}
+        self._robots: dict[str, tuple[float, asyncio.Task[Protego | None]]] = {}
+        """by origin; since when, by the event loop's time"""
         self._crawl_delays: dict[str, float] = {}
 
     async def __aenter__(self) -> Client:
@@ -225,17 +226,21 @@ class Client:
                 raise _Given("refused", str(PrivateAddress()), reached=None)
 
     async def _rules(self, target: URL) -> Protego | None:
-        """The robots.txt of a URL's host, asked for once; None: none. Retry where it cannot be had."""
+        """The robots.txt of a URL's host, asked for once a day; None: none. Retry where it cannot be had."""
         origin = str(target.origin())
-        if (task := self._robots.get(origin)) is None:
+        now = asyncio.get_running_loop().time()
+        kept = self._robots.get(origin)
+        if kept is None or now - kept[0] >= _ROBOTS_SECONDS:
+            self._robots.pop(origin, None)
             while len(self._robots) >= _ROBOTS_KEPT:
                 self._robots.pop(next(iter(self._robots)))
-            task = self._robots[origin] = asyncio.create_task(self._read_rules(target.origin()))
-            task.add_done_callback(lambda task: self._keep_if_had(origin, task))
-        return await asyncio.shield(task)
+            kept = self._robots[origin] = now, asyncio.create_task(self._read_rules(target.origin()))
+            kept[1].add_done_callback(lambda task: self._keep_if_had(origin, task))
+        return await asyncio.shield(kept[1])
 
     def _keep_if_had(self, origin: str, task: asyncio.Task[Protego | None]) -> None:
-        if (task.cancelled() or task.exception() is not None) and self._robots.get(origin) is task:
+        failed = task.cancelled() or task.exception() is not None
+        if failed and self._robots.get(origin, (0.0, None))[1] is task:
             del self._robots[origin]
 
     async def _read_rules(self, origin: URL) -> Protego | None:

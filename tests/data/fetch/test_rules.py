@@ -209,7 +209,7 @@ def test_opt_outs(headers: list[str], out: bool) -> None:
 
 
 def test_robots_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RFC 9309, 2.3.1: 4xx allows all; 5xx allows nothing until it is had."""
+    """RFC 9309, 2.3.1: 4xx allows all; 5xx allows nothing until it is had. 2.4: kept for a day."""
     status = {"robots": "404 Not Found"}
     asked: list[bytes] = []
 
@@ -228,6 +228,13 @@ def test_robots_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (await fetching.fetch(url)).row.status == "kept"
             assert (await fetching.fetch(url)).row.status == "kept"
             assert asked == [b"/robots.txt", b"/1.png", b"/1.png"]  # asked for once
+            loop = asyncio.get_running_loop()
+            now = loop.time
+            monkeypatch.setattr(loop, "time", lambda: now() + 86_000)
+            assert (await fetching.fetch(url)).row.status == "kept"
+            monkeypatch.setattr(loop, "time", lambda: now() + 86_400)
+            assert (await fetching.fetch(url)).row.status == "kept"
+            assert asked[3:] == [b"/1.png", b"/robots.txt", b"/1.png"]  # and once more after a day
         status["robots"] = "500 Oh"
         asked.clear()
         async with Client(settings) as fetching:
