@@ -15,10 +15,11 @@ import hashlib
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from urllib.parse import unquote_to_bytes
@@ -46,8 +47,8 @@ MAX_WAIT = 600.0
 """seconds; a host that asks by Retry-After or Crawl-delay to wait longer is not asked again"""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TEMPORARY = (408, 429, 500, 502, 503, 504)
-_ROBOTS_KEPT = 20_000
-"""robots.txt files in memory"""
+_ROBOTS_KEPT, _ROBOTS_SECONDS = 20_000, 86_400.0
+"""robots.txt files in memory, and for how long (RFC 9309, 2.4)"""
 _KEEP_ALIVE = 5.0
 """seconds that a connection waits for another request"""
 _RESOLVERS = 64
@@ -101,7 +102,8 @@ class Client:
         self._proxy, login = proxy_parts(settings.proxy) if settings.proxy else ("", "")
         """without credentials"""
         self._login = _basic(login) if login else ""
-        self._robots: dict[str, asyncio.Task[Protego | None]] = {}
+        self._robots: dict[str, tuple[float, asyncio.Task[Protego | None]]] = {}
+        """by origin; since when, by the event loop's time"""
         self._crawl_delays: dict[str, float] = {}
 
     async def __aenter__(self) -> Client:
@@ -190,7 +192,7 @@ class Client:
         if status == 407 and self._settings.proxy:
             raise ProxyError(_says(self._proxy, "status 407"))
         if status in _TEMPORARY:
-            wait = _retry_after(response.headers.get("Retry-After", ""))
+            wait = _retry_after(response.headers)
             if wait > MAX_WAIT:
                 raise _Given("dead", f"status {status}, asks for a long wait", leave=True)
             raise Retry(f"status {status}", wait)
@@ -224,17 +226,21 @@ class Client:
                 raise _Given("refused", str(PrivateAddress()), reached=None)
 
     async def _rules(self, target: URL) -> Protego | None:
-        """The robots.txt of a URL's host, asked for once; None: none. Retry where it cannot be had."""
+        """The robots.txt of a URL's host, asked for once a day; None: none. Retry where it cannot be had."""
         origin = str(target.origin())
-        if (task := self._robots.get(origin)) is None:
+        now = asyncio.get_running_loop().time()
+        kept = self._robots.get(origin)
+        if kept is None or now - kept[0] >= _ROBOTS_SECONDS:
+            self._robots.pop(origin, None)
             while len(self._robots) >= _ROBOTS_KEPT:
                 self._robots.pop(next(iter(self._robots)))
-            task = self._robots[origin] = asyncio.create_task(self._read_rules(target.origin()))
-            task.add_done_callback(lambda task: self._keep_if_had(origin, task))
-        return await asyncio.shield(task)
+            kept = self._robots[origin] = now, asyncio.create_task(self._read_rules(target.origin()))
+            kept[1].add_done_callback(lambda task: self._keep_if_had(origin, task))
+        return await asyncio.shield(kept[1])
 
     def _keep_if_had(self, origin: str, task: asyncio.Task[Protego | None]) -> None:
-        if (task.cancelled() or task.exception() is not None) and self._robots.get(origin) is task:
+        failed = task.cancelled() or task.exception() is not None
+        if failed and self._robots.get(origin, (0.0, None))[1] is task:
             del self._robots[origin]
 
     async def _read_rules(self, origin: URL) -> Protego | None:
@@ -249,7 +255,7 @@ class Client:
                                 target = _parsed(response.headers["Location"], target)
                                 continue
                             if response.status == 429 or response.status >= 500:
-                                wait = _retry_after(response.headers.get("Retry-After", ""))
+                                wait = _retry_after(response.headers)
                                 raise Retry(f"robots.txt: status {response.status}", min(wait, MAX_WAIT))
                             if response.status != 200:
                                 return None
@@ -301,7 +307,8 @@ def _named_errors(proxy: str) -> Iterator[None]:
             raise Retry(f"the proxy answers status {error.status}", reached=None) from None
         raise _Given("dead", f"the proxy answers status {error.status}", reached=None) from None
     except aiohttp.ClientConnectorCertificateError:
-        raise _Given("dead", "certificate not valid") from None
+        # where the clock is wrong, or there are no authorities, this holds for all hosts: as if none were reached
+        raise _Given("dead", "certificate not valid", reached=False) from None
     except aiohttp.ClientConnectorDNSError as error:
         if error.os_error.errno in _NOT_FOUND:
             raise _Given("dead", "host not found", reached=False) from None
@@ -334,15 +341,25 @@ def _parsed(text: str, base: URL | None = None) -> URL:
     return url.with_fragment(None)
 
 
-def _retry_after(text: str) -> float:
+def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds, from a number or a date; 0 where nothing is said."""
-    text = text.strip()
+    text = headers.get("Retry-After", "").strip()
     if text.isdecimal():
         return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
+    until, now = _timestamp(text), _timestamp(headers.get("Date", ""))
+    if until is None:
         return 0.0
+    return max(0.0, until - (time.time() if now is None else now))  # by the server's clock: ours may be wrong
+
+
+def _timestamp(date: str) -> float | None:
+    """Seconds since 1970 of a date in a header; None where it is none."""
+    try:
+        parsed = parsedate_to_datetime(date)
+        # of the forms that RFC 9110, 5.6.7, has, one names no zone; all are UTC
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 async def _beginning(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -23,12 +23,12 @@ Part = TypeVar("Part")
 
 
 class Job(Generic[Part]):
-    """A URL to fetch. `part`: whatever it belongs to."""
+    """A URL to fetch. `part`: whatever it belongs to; `again`: it was held, and has been added once more."""
 
-    __slots__ = ("host", "part", "tries", "url")
+    __slots__ = ("again", "host", "part", "tries", "url")
 
     def __init__(self, url: str, part: Part) -> None:
-        self.url, self.part, self.tries = url, part, 0
+        self.url, self.part, self.tries, self.again = url, part, 0, False
         self.host: Host[Part]
 
 
@@ -60,7 +60,8 @@ class Schedule(Generic[Part]):
 
     open_part: adds the next part's jobs (`add`) and says whether there was one.
     attempt: fetches a job's URL; None if that is its end, else the seconds after which to try again.
-    all_held: called before a part is opened beyond the limits. It may wait, or raise where no part is to be opened.
+    all_held: called before a part is opened beyond the limits. It may wait, add jobs again, which are then done first,
+    or raise where no part is to be opened.
     """
 
     def __init__(
@@ -129,7 +130,8 @@ class Schedule(Generic[Part]):
                     if not parts_left:
                         break
                     await self._all_held()
-                    parts_left = self._open_part()
+                    if not self._pending:
+                        parts_left = self._open_part()
                     continue
                 self._changed.clear()
                 pause = max(0.0, self._asleep[0][0] - loop.time()) if self._asleep else None

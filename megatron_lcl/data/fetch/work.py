@@ -83,8 +83,9 @@ class Worker:
         self._busy: list[int] = []
         """parts that another process has open: one whose parent was killed a moment ago, or that works on a machine
         that counted as lost"""
-        self._held: list[tuple[OpenPart, Row]] = []
-        """URLs whose host was not reached since any was: written once any is again, or at the end"""
+        self._held: list[tuple[Job[OpenPart], str]] = []
+        """URLs whose host was not reached since any was, with the reason: dead, or tried again, once any is, or at the
+        end"""
         self._held_hosts: set[str] = set()
         self._reached_at = 0.0
         """event loop's time when a host was reached last, or the beginning"""
@@ -112,10 +113,12 @@ class Worker:
     async def _do_parts(self, next_part: Callable[[], int | None]) -> None:
         """Those of them that no other process has open."""
         self._next_part = next_part
-        await self._schedule.run()
-        await self._check_network(at_once=True)
-        self._release()
-        assert not self._open
+        while True:
+            await self._schedule.run()
+            await self._check_network(at_once=True)
+            self._release()
+            if not self._open:
+                break  # else URLs are tried again, each once at most
 
     def _open_next(self) -> bool:
         """Open the next part that no other process has; whether there was one."""
@@ -192,7 +195,7 @@ class Worker:
 
     def _unreached(self, job: Job[OpenPart], reason: str) -> None:
         """The host may be dead, or the network away."""
-        self._held.append((job.part, Row(job.url, "dead", reason)))
+        self._held.append((job, reason))
         self._held_hosts.add(job.host.name)
         self._schedule.held += 1
         job.part.held += 1
@@ -247,18 +250,35 @@ class Worker:
             self._asking = False
         if self._reached_at <= asked_at:
             raise UserError(
-                f"no host was reached for {silent:.0f} s, of {len(self._held_hosts)}: is there a network, or is a "
-                "--proxy needed? None of their URLs is marked as dead, and the same command goes on"
+                f"no host was reached for {silent:.0f} s, of {len(self._held_hosts)}: is there a network, is a "
+                "--proxy needed, or are the clock or the certificates of this machine wrong? None of their URLs is "
+                "marked as dead, and the same command goes on"
             )
 
     def _release(self) -> None:
-        """The network is there: hosts that were not reached are dead."""
+        """The network is there: hosts that were not reached are dead.
+
+        Where they are as many as in an outage, it may have been away for a while: their URLs are tried once more.
+        """
         self._reached_at = asyncio.get_running_loop().time()
+        was_away = len(self._held_hosts) >= OUTAGE_HOSTS
         self._held_hosts.clear()
         held, self._held, self._schedule.held = self._held, [], 0
-        for part, row in held:
-            part.held -= 1
-            self._account(part, row)
+        for job, reason in held:
+            job.part.held -= 1
+            if was_away and not job.again:
+                self._try_again(job)
+            else:
+                self._account(job.part, Row(job.url, "dead", reason))
+
+    def _try_again(self, job: Job[OpenPart]) -> None:
+        """Put a held URL back, as if it had not been tried."""
+        job.tries, job.again = 0, True
+        self._schedule.add(job, job.host.name)
+        job.host.failures = 0
+        if job.part.had_its_turn:
+            job.part.had_its_turn = False
+            self._schedule.open_parts += 1
 
     def _account(self, part: OpenPart, row: Row, data: bytes = b"") -> None:
         part.add(row, data)

@@ -206,6 +206,42 @@ def test_network_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert reasons(tmp_path) == {"kept": 240}
 
 
+@pytest.mark.parametrize(
+    ("hosts", "max_open_urls", "shard_urls"),
+    [(200, 200_000, 20), (80, 200_000, 20), (80, 200_000, 10_000), (200, 700, 20)],
+    ids=["amid the list", "until all is held", "one part", "until no more may be held"],
+)
+def test_network_is_away_for_less_than_a_minute(
+    tmp_path: Path, hosts: int, max_open_urls: int, shard_urls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was tried meanwhile is tried once more, and hosts that are dead are so in the end. The network is back after
+    50 seconds, or when a host that gave an image is asked for it again."""
+    for module in (work, schedule):
+        monkeypatch.setattr(module, "MAX_OPEN_URLS", max_open_urls)
+    settings = dataclasses.replace(SETTINGS, shard_urls=shard_urls)
+    urls = [f"http://{host}.example/{k}" for host in range(hosts) for k in range(13)]
+    dead = [f"http://dead{host}.example/a" for host in range(60)]
+    plan = planned(tmp_path, [*urls, *dead], settings)
+    ask, asked, back = Web.fetch, Counter[str](), 50.0
+    given: set[str] = set()
+
+    async def fetch(self: Web, url: str) -> Outcome:
+        nonlocal back
+        asked[url] += 1
+        now = asyncio.get_running_loop().time()
+        if url in given:
+            back = min(now, back)
+        monkeypatch.setattr(Web, "down", 3 <= now < back)
+        outcome = await ask(self, url)
+        given.add(url)
+        return outcome
+
+    monkeypatch.setattr(Web, "fetch", fetch)
+    work_on(tmp_path, plan, 16, settings)
+    assert reasons(tmp_path) == {"kept": len(urls), "no connection": len(dead)}
+    assert max(asked[url] for url in dead) <= 2 * (1 + settings.retries)
+
+
 def test_parts_that_are_not_at_their_end_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "urls.txt").write_text("http://127.0.0.1:9/a")
     monkeypatch.setattr(run, "_do", lambda *_: None)

@@ -6,7 +6,9 @@ import asyncio
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from data.fetch.faulty_server import image, requests_of, serving
 pytest.importorskip("aiohttp")
 pytest.importorskip("protego")
 
+from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.probe import MAX_PIXELS
 from megatron_lcl.data.fetch import addresses, client
 from megatron_lcl.data.fetch.addresses import is_public
 from megatron_lcl.data.fetch.client import Client, Outcome, Retry, opted_out
 from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.data.fetch.store import read_rows
 
 Server = tuple[list[str], int]
 SETTINGS = Settings(timeout=20)
@@ -132,12 +136,15 @@ def test_redirect_to_another_scheme() -> None:
     assert (given.value.status, given.value.reason) == ("refused", "redirect to what is not http")
 
 
-def test_certificates_are_verified(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A self-signed certificate: refused where it is not known, taken where the system knows it."""
+def test_certificates_are_verified(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A self-signed certificate: refused where it is not known, taken where the system knows it. Where no host's is
+    valid, as with a wrong clock, no URL is marked as dead."""
     pem = Path(__file__).with_name("self_signed.pem")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = socket.create_server(("", 0))
 
     def serve() -> None:
         while True:
@@ -157,12 +164,23 @@ def test_certificates_are_verified(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
-        url = f"https://127.0.0.1:{listening.getsockname()[1]}/1.png"
+        port = listening.getsockname()[1]
+        url, other = (f"https://{host}:{port}/1.png" for host in ("127.0.0.1", "127.0.0.2"))
         settings = Settings(allow_private=True, timeout=20)
         assert ends(url, settings=settings) == [("dead", "certificate not valid")]
+        (tmp_path / "urls.txt").write_text(f"{url}\n{other}")
+        words = ["fetch", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "store"), "--allow-private"]
+        assert main(words) == 2
+        assert "or are the clock or the certificates of this machine wrong" in capsys.readouterr().err
+        assert not list(read_rows(tmp_path / "store"))
         trusted = ssl.create_default_context(cafile=str(pem))
         monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trusted)
         assert ends(url, settings=settings) == [("kept", "")]
+        assert main(words) == 0
+        assert {row["url"]: row["reason"] for row in read_rows(tmp_path / "store")} == {
+            url: "",
+            other: "certificate not valid",  # it names 127.0.0.1 alone
+        }
     finally:
         listening.shutdown(socket.SHUT_RDWR)
         listening.close()
@@ -191,7 +209,7 @@ def test_opt_outs(headers: list[str], out: bool) -> None:
 
 
 def test_robots_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RFC 9309, 2.3.1: 4xx allows all; 5xx allows nothing until it is had."""
+    """RFC 9309, 2.3.1: 4xx allows all; 5xx allows nothing until it is had. 2.4: kept for a day."""
     status = {"robots": "404 Not Found"}
     asked: list[bytes] = []
 
@@ -210,6 +228,13 @@ def test_robots_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (await fetching.fetch(url)).row.status == "kept"
             assert (await fetching.fetch(url)).row.status == "kept"
             assert asked == [b"/robots.txt", b"/1.png", b"/1.png"]  # asked for once
+            loop = asyncio.get_running_loop()
+            now = loop.time
+            monkeypatch.setattr(loop, "time", lambda: now() + 86_000)
+            assert (await fetching.fetch(url)).row.status == "kept"
+            monkeypatch.setattr(loop, "time", lambda: now() + 86_400)
+            assert (await fetching.fetch(url)).row.status == "kept"
+            assert asked[3:] == [b"/1.png", b"/robots.txt", b"/1.png"]  # and once more after a day
         status["robots"] = "500 Oh"
         asked.clear()
         async with Client(settings) as fetching:
@@ -223,6 +248,39 @@ def test_robots_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         server.close()
 
     asyncio.run(all())
+
+
+@pytest.fixture
+def east_of_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "EAST-5")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("east_of_utc")
+@pytest.mark.parametrize(
+    ("until", "date", "seconds"),
+    [
+        ("90", "", 90),
+        ("Sun, 06 Nov 1994 08:50:37 GMT", "Sun, 06 Nov 1994 08:49:37 GMT", 60),  # whatever this machine's clock says
+        ("Sunday, 06-Nov-94 08:50:37 GMT", "Sun Nov  6 08:49:37 1994", 60),
+        ("Sun Nov  6 08:50:37 1994", "Sun, 06 Nov 1994 08:49:37 GMT", 60),
+        ("Sun, 06 Nov 1994 08:50:37 -0000", "Sun, 06 Nov 1994 08:49:37 GMT", 60),
+        ("Sun, 06 Nov 1994 08:48:37 GMT", "Sun, 06 Nov 1994 08:49:37 GMT", 0),
+        ("Fri, 01 Jan 2100 00:01:00 GMT", "", 60),
+        ("Fri, 01 Jan 2100 00:01:00 GMT", "today", 60),
+        ("Fri Jan  1 00:01:00 2100", "", 60),
+        ("soon", "Sun, 06 Nov 1994 08:49:37 GMT", 0),
+        ("", "", 0),
+    ],
+)
+def test_retry_after(until: str, date: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock of the server, where it says the time."""
+    monkeypatch.setattr(time, "time", lambda: datetime(2100, 1, 1, tzinfo=UTC).timestamp())
+    headers = {name: value for name, value in (("Retry-After", until), ("Date", date)) if value}
+    assert client._retry_after(headers) == seconds
 
 
 @pytest.mark.parametrize("agent", ["User-agent: bot{}", "useragent:{}", "  user  agent bot{}", "USER AGENT: {}*"])
