@@ -62,7 +62,8 @@ def explained(error: BaseException, url: str, name: str, environment: Mapping[st
     if code == "NoSuchBucket":
         return Fault(f"{url}: there is no bucket {urlsplit(url).netloc!r} at {endpoint}; check its name", False)
     if code in ("RequestTimeTooSkewed", "RequestExpired"):
-        return Fault(f"{url}: {endpoint} refused the time of this machine ({code}); set its clock (NTP)", False)
+        # after a suspend, or early in the start of a machine, a time daemon does so soon
+        return Fault(f"{url}: {endpoint} refused the time of this machine ({code}); set its clock (NTP)", True)
     if any(address in said for address in _METADATA):
         return Fault(f"{url}: no credentials; {_remedy(url)}", False)
     if "redirect" in said.lower():
