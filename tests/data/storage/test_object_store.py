@@ -292,6 +292,36 @@ def test_a_clock_that_is_wrong_for_a_while_is_waited_for(s3: Proxy, place: str) 
     assert "PLANTED" not in str(raised.value)
 
 
+def test_credentials_that_were_taken_before_are_read_again_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a role, which have outlived themselves while the machine was suspended."""
+    opened: list[str] = []
+
+    def open_store(*_: Any) -> str:
+        opened.append(f"store {len(opened)}")
+        return opened[-1]
+
+    monkeypatch.setattr(server, "_open", open_store)
+    remote = server.Remote("s3://bucket/folder")
+    tried: list[str] = []
+
+    def answered_from(good: int) -> str:
+        tried.append(remote._store)
+        if len(opened) < good:
+            raise PermissionError("status: 400, <Code>ExpiredToken</Code>")
+        return remote._store
+
+    with pytest.raises(StorageError, match="refused"):  # wrong from the first
+        remote._again("object", lambda: answered_from(3))
+    assert len(tried) == 1
+    assert remote._again("object", lambda: answered_from(2)) == "store 0"
+    assert remote._again("object", lambda: answered_from(4)) == "store 2"
+    assert len(opened) == 4
+    tried.clear()
+    with pytest.raises(StorageError, match=r"refused \(ExpiredToken\)"):
+        remote._again("object", lambda: answered_from(100))
+    assert len(tried) == 2
+
+
 def test_a_wrong_address_shows_soon(s3: Proxy, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with closed_port() as port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
