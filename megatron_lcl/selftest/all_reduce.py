@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from megatron_lcl.parallel.mesh import Axis, connect_on_demand, local_device
 from megatron_lcl.train.launch import hosts, open_store
-from megatron_lcl.train.resilience.faults import LOST, exit_if_lost, name_nodes, node
+from megatron_lcl.train.resilience.faults import exit_if_lost, name_nodes, node
 from megatron_lcl.train.resilience.signals import leave
+from megatron_lcl.train.resilience.start import LOST
 from megatron_lcl.train.resilience.watchdog import Watchdog
 
 MIB = 2**20

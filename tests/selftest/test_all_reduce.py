@@ -17,7 +17,7 @@ from train.resilience.fleet import Fleet
 from megatron_lcl.cli import main
 from megatron_lcl.selftest import all_reduce
 from megatron_lcl.selftest.all_reduce import MIB, bus_bandwidth
-from megatron_lcl.train.resilience.faults import LOST
+from megatron_lcl.train.resilience.start import LOST
 
 COMMAND = ("selftest", "--all-reduce", "--timeout")
 

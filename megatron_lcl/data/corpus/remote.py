@@ -8,9 +8,9 @@
     <cache>/corpora-<HASH>/scratch-… small files that a process copies, until they are whole
     <cache>/corpora-<HASH>.lock      held by that process, as far as there are locks
 
-A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest. Folders
-that nobody has read from for a day go, longest unused first, once there is no more room for what is read; none goes
-where there are no locks.
+A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest and sets
+the folder's time every hour. Folders that nobody has read from for a day go, longest unused first, once there is no
+more room for what is read; none goes where there are no locks.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ LIMIT = 100e9
 """bytes that the blocks of all corpora take, where no config says it"""
 BATCH = 16
 """files that are copied at once"""
+RENEW_SECONDS = 3600.0
+"""how often a process that reads from a folder sets its time: locks may not show that to other machines"""
 _PREFIX = "corpora-"
 
 
@@ -90,12 +92,20 @@ class Remote:
                 replace_bytes(self.folder / manifest_name, raw)
             self._use = os.open(self.folder / manifest_name, os.O_RDONLY | os.O_CLOEXEC)
             os.utime(self.folder)
+            self._renewed = time.monotonic()
         except OSError as error:
             raise UserError(
                 f"{url} cannot be kept in {cache} ({error.strerror}); set data.cache to another folder"
             ) from None
         with contextlib.suppress(OSError):  # there are no locks, or another user's
             fcntl.flock(self._use, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def renew(self) -> None:
+        """Say that the folder is still used; to be called at every use."""
+        if time.monotonic() - self._renewed > RENEW_SECONDS:
+            self._renewed = time.monotonic()
+            with contextlib.suppress(OSError):  # deleted meanwhile, or another user's
+                os.utime(self.folder)
 
     def prepare(self, manifest: dict[str, Any]) -> None:
         """What all shards need on the disk, and the sizes of all objects; each once."""
@@ -155,7 +165,7 @@ class Remote:
         if name not in self._blocks:
             about = self._objects[name]
             assert about is not None, name
-            self._blocks[name] = Blocks(self.store, name, *about, self.folder, self.room)
+            self._blocks[name] = Blocks(self.store, name, *about, self.folder, self.room, self.renew)
         return self._blocks[name]
 
     def copy(self, names: Sequence[str]) -> None:

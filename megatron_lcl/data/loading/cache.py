@@ -42,7 +42,9 @@ RECORD = "chunk.json"
 BEAT_SECONDS = 10.0
 """how often a builder sets its folder's time, so that it is seen to be alive"""
 LOST_SECONDS = 60.0
-"""a folder being built whose time is older has no builder that others should wait for"""
+"""a folder being built whose time does not change for so long has no builder that others should wait for"""
+POLL_SECONDS = 0.1
+"""between attempts at a lock that another builder holds"""
 RECENT_SECONDS = 300.0
 """chunks used since are kept, whatever the limit"""
 CONSUMED_SECONDS = 3600.0
@@ -73,8 +75,8 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Have `folder` built, by one process while others wait for it, as far as locks work; complete or not there.
 
-    A builder that dies frees its lock; one that only seems to live is waited for no longer than LOST_SECONDS. UserError
-    where the folder cannot be written.
+    A builder that dies frees its lock; one that only seems to live is waited for no longer than twice LOST_SECONDS.
+    UserError where the folder cannot be written.
     """
     with contextlib.ExitStack() as until_built:
         try:
@@ -84,13 +86,17 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
             lock = until_built.enter_context(lock_file(folder.with_name(folder.name + ".lock")))
         except OSError as error:
             raise _unwritable(folder.parent, error) from None
-        began = time.monotonic()
+        # by its own pauses: the clock of the file server may be another, and runs while a job is suspended as a whole
+        seen, left = _beats(folder), LOST_SECONDS
         while not try_lock(lock):
             if folder.is_dir():
                 return folder
-            if time.monotonic() - began > LOST_SECONDS and not _being_built(folder):
-                break
-            time.sleep(0.1)
+            if left <= 0:
+                before, seen, left = seen, _beats(folder), LOST_SECONDS
+                if seen == before:
+                    break
+            time.sleep(POLL_SECONDS)
+            left -= POLL_SECONDS
         if not folder.is_dir():
             _build(folder, build)
     return folder
@@ -126,8 +132,13 @@ def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable
     raise AssertionError
 
 
-def _being_built(folder: Path) -> bool:
-    return any(_age(path) < LOST_SECONDS for path in folder.parent.glob(folder.name + ".*.tmp"))
+def _beats(folder: Path) -> dict[Path, int]:
+    """The times of what is being built for a folder."""
+    found = {}
+    for path in folder.parent.glob(folder.name + ".*.tmp"):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            found[path] = path.stat().st_mtime_ns
+    return found
 
 
 def _build(folder: Path, build: Callable[[Path], None]) -> None:

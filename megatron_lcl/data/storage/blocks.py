@@ -87,11 +87,14 @@ def disk_use(folder: Path) -> int:
 
 
 class Blocks:
-    """The bytes of one object of `size` bytes. Threads may use it at once."""
+    """The bytes of one object of `size` bytes. used: called at every use. Threads may use it at once."""
 
-    def __init__(self, store: Store, name: str, size: int, etag: str | None, folder: Path, room: Room) -> None:
+    def __init__(
+        self, store: Store, name: str, size: int, etag: str | None, folder: Path, room: Room,
+        used: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.name, self.size = name, size
-        self._store, self._etag, self._room = store, etag, room
+        self._store, self._etag, self._room, self._used = store, etag, room, used
         self._path = folder / name
         self._files: _Files | None = None
         self._held: dict[int, tuple[bytes, int]] = {}
@@ -168,6 +171,7 @@ class Blocks:
 
     def _here(self, first: int, last: int, turn: int | None = None) -> bytes | None:
         """Blocks first … last-1, if all are here. turn: those in memory are needed until then."""
+        self._used()
         with self._lock:
             held = {block: self._held[block] for block in range(first, last) if block in self._held}
             if turn is not None:

@@ -39,6 +39,8 @@ class Fault(NamedTuple):
     missing: bool = False
     answered: bool = False
     """there is a server, and it may do better later"""
+    refused: bool = False
+    """the credentials were not taken"""
 
 
 def endpoint_of(url: str, environment: Mapping[str, str]) -> str:
@@ -62,7 +64,8 @@ def explained(error: BaseException, url: str, name: str, environment: Mapping[st
     if code == "NoSuchBucket":
         return Fault(f"{url}: there is no bucket {urlsplit(url).netloc!r} at {endpoint}; check its name", False)
     if code in ("RequestTimeTooSkewed", "RequestExpired"):
-        return Fault(f"{url}: {endpoint} refused the time of this machine ({code}); set its clock (NTP)", False)
+        # after a suspend, or early in the start of a machine, a time daemon does so soon
+        return Fault(f"{url}: {endpoint} refused the time of this machine ({code}); set its clock (NTP)", True)
     if any(address in said for address in _METADATA):
         return Fault(f"{url}: no credentials; {_remedy(url)}", False)
     if "redirect" in said.lower():
@@ -71,7 +74,8 @@ def explained(error: BaseException, url: str, name: str, environment: Mapping[st
         return Fault(f"{place} was replaced while it was read; begin again with what is there now", False)
     if code in _NOT_TAKEN or status in (401, 403) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
         why = code or f"status {status or 403}"
-        return Fault(f"{place}: {endpoint} refused ({why}); {_remedy(url)}, with rights to this place", False)
+        said = f"{place}: {endpoint} refused ({why}); {_remedy(url)}, with rights to this place"
+        return Fault(said, False, refused=True)
     if isinstance(error, FileNotFoundError) or status == 404:
         return Fault(f"{place} does not exist", False, missing=True)
     if kind == "NotSupportedError" or "Range request not supported" in said:

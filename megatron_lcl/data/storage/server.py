@@ -8,6 +8,8 @@ A request that may succeed later is made again, after a pause that doubles: for 
 was answered yet (a wrong address shows soon), otherwise for PATIENCE_SECONDS after it first failed (of what puts, whose
 parts obstore itself repeats, after it began). How long an answer takes depends on the link, which many share, so only
 silence is a failure. A body with fewer bytes than were asked for counts as one that failed.
+
+Credentials that were taken before and are refused are obtained again, once for each request.
 """
 
 from __future__ import annotations
@@ -51,9 +53,12 @@ class Remote:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._store, self._retrying = _open(url, 0, SILENT_SECONDS), _open(url, 10, PUT_SECONDS)
+        self._open()
         self._answered = False
         self._pool = ThreadPoolExecutor(IN_FLIGHT)
+
+    def _open(self) -> None:
+        self._store, self._retrying = _open(self.url, 0, SILENT_SECONDS), _open(self.url, 10, PUT_SECONDS)
 
     def head(self, names: list[str]) -> list[tuple[int, str | None] | None]:
         """(bytes, ETag) of each object; None where it is not there."""
@@ -180,8 +185,9 @@ class Remote:
 
     def _again(self, name: str, action: Callable[[], T], failed: float = 0.0) -> T:
         """failed: from when patience counts; 0: from the first failure on."""
-        began, pause = time.monotonic(), 0.1
+        began, pause, reopened = time.monotonic(), 0.1, False
         while True:
+            store = self._store
             try:
                 result = action()
                 self._answered = True
@@ -193,6 +199,13 @@ class Remote:
                 fault = Fault(f"{self.url}/{name}: the answer ended too early, each time; check the network", True)
             except Exception as error:  # noqa: BLE001 of whatever kind, it is explained
                 fault = explained(error, self.url, name, os.environ)
+            if fault.refused and self._answered and not reopened:
+                # a role's token, whose age obstore takes by a clock that stands still in a suspend, or keys of a file
+                # that were replaced
+                reopened = True
+                if self._store is store:  # else another thread has done it
+                    self._open()
+                continue
             self._answered |= fault.answered
             now = time.monotonic()
             failed = failed or now

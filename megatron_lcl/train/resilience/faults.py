@@ -21,10 +21,8 @@ import torch.distributed as dist
 from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import is_mendable
 from megatron_lcl.train.resilience.signals import Interrupted, Signals, Stopped
-from megatron_lcl.train.resilience.start import WRITE_SECONDS, within
+from megatron_lcl.train.resilience.start import LOST, WRITE_SECONDS, within
 
-LOST = 71
-"""exit code: a process or a machine was lost (EX_OSERR of sysexits.h); the last checkpoint is where to go on"""
 FAULTS = "MEGATRON_LCL_FAULTS"
 """variable with the folder in which processes say which nodes have failed"""
 _OF_THE_PROGRAM = (

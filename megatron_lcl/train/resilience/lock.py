@@ -19,11 +19,12 @@ from filelock import lock_descriptor
 
 from megatron_lcl.errors import UserError, complain, naming
 from megatron_lcl.run_folder import LOCK
+from megatron_lcl.train.resilience.start import LOST, leave
 
 PATIENCE_SECONDS = 30.0
 """a run that is started again at once may find the one before still ending"""
 HEARTBEAT_SECONDS = 5.0
-"""how often the process that has the run folder touches the lock file"""
+"""how often the process that has the run folder looks whether it still has it, and touches the lock file"""
 
 
 @contextlib.contextmanager
@@ -32,8 +33,8 @@ def lock_run_folder(run: Path) -> Iterator[None]:
 
     UserError naming the process that has it, after some patience. Where the file system has no locks (Lustre without
     `-o flock`, say) that is said. There, and where locks reach no further than one machine (Lustre's `localflock`, some
-    NFS), a run is known to live by the time of its lock file; two that start within the same seconds are not
-    kept apart.
+    NFS), a run is known to live by the time of its lock file. A process that was stopped for so long that another one
+    took the folder, or that began within the same seconds as another, ends with LOST at its next heartbeat.
     """
     run.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as until_end:
@@ -46,15 +47,18 @@ def lock_run_folder(run: Path) -> Iterator[None]:
         holder, here = file.read(), f" on {socket.gethostname()}"
         if holder and not (locked and holder.endswith(here)):  # a lock that we got says that all on this machine ended
             _refuse_living(run, holder)
+        name = f"process {os.getpid()}{here}"
         with naming(run / LOCK):
             file.truncate(0)
-            os.write(file.fileno(), f"process {os.getpid()}{here}".encode())
+            os.write(file.fileno(), name.encode())
             os.fsync(file.fileno())  # who waits on another machine is to see it
         try:
-            with _touched(run / LOCK):
+            with _kept(run, name):
                 yield
         finally:
-            file.truncate(0)
+            with contextlib.suppress(FileNotFoundError):  # somebody has deleted the folder
+                if _holder(run) == name:
+                    file.truncate(0)
 
 
 def _refuse_living(run: Path, holder: str) -> None:
@@ -63,7 +67,7 @@ def _refuse_living(run: Path, holder: str) -> None:
     lives = False
     while time.monotonic() < since + 3 * HEARTBEAT_SECONDS:
         time.sleep(min(1.0, HEARTBEAT_SECONDS / 5))
-        holder = (run / LOCK).read_text(encoding="utf-8")  # perhaps another one that has waited, too
+        holder = _holder(run)  # perhaps another one that has waited, too
         if not holder:
             return  # it has ended in order
         before, touched = touched, _touched_at(run)
@@ -85,14 +89,21 @@ def _touched_at(run: Path) -> int:
         return os.fstat(file.fileno()).st_mtime_ns
 
 
+def _holder(run: Path) -> str:
+    return (run / LOCK).read_text(encoding="utf-8")  # opened anew, too
+
+
 @contextlib.contextmanager
-def _touched(path: Path) -> Iterator[None]:
+def _kept(run: Path, name: str) -> Iterator[None]:
+    """Touch the lock file at every heartbeat; end the process where it names another one."""
     ended = threading.Event()
 
     def heartbeat() -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
-                os.utime(path)
+                if (holder := _holder(run)) != name:
+                    leave(LOST, f"train.output = {run} was taken over by {holder or 'another run'}")
+                os.utime(run / LOCK)
 
     thread = threading.Thread(target=heartbeat, name="lock", daemon=True)
     thread.start()
@@ -113,7 +124,7 @@ def _acquire(run: Path, descriptor: int) -> bool:
         except OSError as error:
             _say(f"{run} cannot be locked ({error.strerror}); see to it that no other run uses it")
             return False
-        holder = (run / LOCK).read_text(encoding="utf-8") or "another process"
+        holder = _holder(run) or "another process"
         if time.monotonic() > deadline:
             raise UserError(f"train.output = {run} is in use by {holder}; end that run, or name another folder")
         if not said:

@@ -15,6 +15,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """those that ask a run to end"""
 REQUEUE = 75
 """exit code: stopped by a signal with everything saved, start me again (EX_TEMPFAIL of sysexits.h)"""
+LOST = 71
+"""exit code: a process or a machine was lost (EX_OSERR of sysexits.h); the last checkpoint is where to go on"""
 WRITE_SECONDS = 5.0
 """that a process which ends gives to what it has to say: the storage may be what hangs"""
 

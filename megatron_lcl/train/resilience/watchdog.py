@@ -25,8 +25,9 @@ from megatron_lcl.config import Guard
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.launch import say_watched
-from megatron_lcl.train.resilience.faults import LOST, code_of, is_distributed, is_local, name_nodes, node
+from megatron_lcl.train.resilience.faults import code_of, is_distributed, is_local, name_nodes, node
 from megatron_lcl.train.resilience.signals import Stopped, leave
+from megatron_lcl.train.resilience.start import LOST
 
 PERIOD_SECONDS = 1.0
 SUSPICION_SECONDS = 8.0

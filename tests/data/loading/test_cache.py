@@ -94,6 +94,33 @@ def test_a_builder_that_only_seems_to_live_is_not_waited_for(tmp_path: Path, mon
     assert live.is_dir(), "who knows"
 
 
+def test_a_builder_is_waited_for_whatever_the_clock_of_its_file_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That sets the times of files, and is an hour behind; time passes here only while one sleeps."""
+    building, now, began = tmp_path / "packs-x.other.tmp", 0.0, time.time()
+    building.mkdir()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if now > 3 * cache_module.LOST_SECONDS and building.exists():
+            building.rename(tmp_path / "packs-x")
+        elif building.exists():
+            beat = began - 3600 + now // cache_module.BEAT_SECONDS * cache_module.BEAT_SECONDS
+            os.utime(building, (beat, beat))
+
+    def build_never(path: Path) -> None:
+        raise AssertionError(path)
+
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now, time=lambda: began + now)
+    monkeypatch.setattr(cache_module, "time", clock)
+    with open(tmp_path / "packs-x.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert build_once(tmp_path / "packs-x", build_never).is_dir()
+    assert now > 3 * cache_module.LOST_SECONDS
+
+
 def test_a_long_build_is_seen_to_be_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "BEAT_SECONDS", 0.05)
 

@@ -255,7 +255,6 @@ def planted(code: str, status: str = "403 Forbidden") -> bytes:
 @pytest.mark.parametrize(
     ("code", "status", "said"),
     [
-        ("RequestTimeTooSkewed", "403 Forbidden", r"refused the time of this machine \(RequestTimeTooSkewed\)"),
         ("SignatureDoesNotMatch", "403 Forbidden", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
         ("NoSuchBucket", "404 Not Found", "there is no bucket 'bucket' at http://127.0.0.1"),
         ("PermanentRedirect", "301 Moved", "set AWS_REGION"),
@@ -272,6 +271,55 @@ def test_errors_have_one_line_and_no_secret(s3: Proxy, place: str, code: str, st
         assert place in message
         assert "PLANTED" not in message
         assert "secret/of" not in message
+
+
+@pytest.mark.timeout(120)
+def test_a_clock_that_is_wrong_for_a_while_is_waited_for(s3: Proxy, place: str) -> None:
+    """That of a machine that was suspended, until its time daemon has seen it; one that stays wrong is named."""
+    store = Store(place)
+    store.put("object", CONTENT)
+    s3.reset()
+    s3.answer = planted("RequestTimeTooSkewed")
+    with ThreadPoolExecutor(1) as other:
+        asked = other.submit(store.read, "object", [(5, 9)])
+        while not asked.done() and [request.status for request in s3.requests].count(403) < 3:
+            time.sleep(0.01)
+        s3.answer = b""
+        assert asked.result() == [CONTENT[5:9]]
+    s3.answer = planted("RequestTimeTooSkewed")
+    with pytest.raises(StorageError, match=r"refused the time of this machine \(RequestTimeTooSkewed\)") as raised:
+        Store(f"{place}/never-answered").list()
+    assert "PLANTED" not in str(raised.value)
+
+
+def test_credentials_that_were_taken_before_are_read_again_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a role, which have outlived themselves while the machine was suspended."""
+    opened: list[str] = []
+
+    def open_store(*_: Any) -> str:
+        opened.append(f"store {len(opened)}")
+        return opened[-1]
+
+    monkeypatch.setattr(server, "_open", open_store)
+    remote = server.Remote("s3://bucket/folder")
+    tried: list[str] = []
+
+    def answered_from(good: int) -> str:
+        tried.append(remote._store)
+        if len(opened) < good:
+            raise PermissionError("status: 400, <Code>ExpiredToken</Code>")
+        return remote._store
+
+    with pytest.raises(StorageError, match="refused"):  # wrong from the first
+        remote._again("object", lambda: answered_from(3))
+    assert len(tried) == 1
+    assert remote._again("object", lambda: answered_from(2)) == "store 0"
+    assert remote._again("object", lambda: answered_from(4)) == "store 2"
+    assert len(opened) == 4
+    tried.clear()
+    with pytest.raises(StorageError, match=r"refused \(ExpiredToken\)"):
+        remote._again("object", lambda: answered_from(100))
+    assert len(tried) == 2
 
 
 def test_a_wrong_address_shows_soon(s3: Proxy, place: str, monkeypatch: pytest.MonkeyPatch) -> None:

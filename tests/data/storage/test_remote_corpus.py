@@ -289,6 +289,23 @@ def test_what_is_read_from_is_not_deleted_for_room(
     assert (tmp_path / "corpora-used").exists() == (flock is without_locks)
 
 
+def test_a_corpus_that_is_read_for_days_stays_a_used_one(
+    s3: Proxy, place: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all of it is on the disk."""
+    shard = open_corpus(upload(local, place), tmp_path / "cache").shard(0)
+    (folder,) = (tmp_path / "cache").glob("corpora-*/")
+    shard.pieces(0, shard.num_pieces)
+    s3.reset()
+    os.utime(folder, (1, 1))
+    shard.pieces(0, shard.num_pieces)
+    assert folder.stat().st_mtime == 1, "not at every read"
+    monkeypatch.setattr(module, "RENEW_SECONDS", 0.0)
+    shard.pieces(0, shard.num_pieces)
+    assert folder.stat().st_mtime > 1
+    assert ranges(s3) == []
+
+
 def test_what_is_not_the_corpus_is_refused(place: str, s3: Proxy, local: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{place} is not a corpus: it has no corpus.json"):
         open_corpus(place)

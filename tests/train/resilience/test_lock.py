@@ -86,6 +86,10 @@ def test_a_file_system_without_locks_is_no_obstacle(
     assert capfd.readouterr().err.count("cannot be locked (Function not implemented)") == 1
 
 
+def refused(*_: Any) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
 class OtherMachine:
     """Another machine's run, which touches the lock file at every heartbeat and after so many of them has ended in
     order. It stands in for the module `time`: the clock goes on while one sleeps, and only then."""
@@ -110,11 +114,8 @@ class OtherMachine:
 def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    def flock(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
     if how == "refused":
-        monkeypatch.setattr(fcntl, "flock", flock)
+        monkeypatch.setattr(fcntl, "flock", refused)
     other = OtherMachine(tmp_path / LOCK, math.inf)
     monkeypatch.setattr(lock, "time", other)
     with pytest.raises(UserError, match="in use by process 7 on another"), lock_run_folder(tmp_path):
@@ -143,6 +144,40 @@ def test_who_has_the_run_folder_touches_the_lock(tmp_path: Path, monkeypatch: py
         while (tmp_path / LOCK).stat().st_mtime == 0:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+@pytest.mark.timeout(120)
+def test_who_was_stopped_ends_where_another_has_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import sys, time\n"
+        "from megatron_lcl.train.resilience import lock\n"
+        "lock.HEARTBEAT_SECONDS = 0.1\n"
+        "with lock.lock_run_folder(lock.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        os.kill(holder.pid, signal.SIGSTOP)
+        monkeypatch.setattr(fcntl, "flock", refused)
+        monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
+        name = f"process {os.getpid()} on {socket.gethostname()}"
+        with lock_run_folder(tmp_path):
+            os.kill(holder.pid, signal.SIGCONT)
+            _, said = holder.communicate(timeout=30)
+            assert holder.returncode == 71
+            assert said == f"megatron-lcl: train.output = {tmp_path} was taken over by {name}\n"
+            assert (tmp_path / LOCK).read_text() == name
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_who_ends_leaves_the_name_of_who_has_the_run_folder_now(tmp_path: Path) -> None:
+    with lock_run_folder(tmp_path):
+        (tmp_path / LOCK).write_text("process 7 on another")
+    assert (tmp_path / LOCK).read_text() == "process 7 on another"
 
 
 @pytest.mark.parametrize("how", ["left", "killed"])

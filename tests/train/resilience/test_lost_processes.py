@@ -23,8 +23,9 @@ from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import UserError
 from megatron_lcl.train import launch
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.resilience.faults import LOST, blaming, code_of, exit_if_lost, is_local
+from megatron_lcl.train.resilience.faults import blaming, code_of, exit_if_lost, is_local
 from megatron_lcl.train.resilience.signals import Interrupted, Signals
+from megatron_lcl.train.resilience.start import LOST
 from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS
 
 TIMEOUT, LONG_TIMEOUT = 12.0, 18.0
