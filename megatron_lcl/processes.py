@@ -1,9 +1,10 @@
-"""What other processes need that this one starts: a place for the sockets over which they talk."""
+"""What other processes need that this one starts: a place for the sockets over which they talk, and its own code."""
 
 from __future__ import annotations
 
 import multiprocessing.util
 import os
+import sys
 import tempfile
 
 from megatron_lcl.errors import UserError, describe_os_error
@@ -39,3 +40,9 @@ def prepare_sockets() -> None:
         ) from None
     finally:
         tempfile.tempdir = before
+
+
+def same_code() -> dict[str, str]:
+    """Variables with which another Python finds modules where this one does, and not first in the folder in which it is
+    started, as `python -m` would: that may be another checkout, or have a file with the name of one of Python's own."""
+    return {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from megatron_lcl.data.storage.faults import StorageError, without_secrets
 from megatron_lcl.errors import UserError, describe_os_error
-from megatron_lcl.processes import LONGEST, socket_folder
+from megatron_lcl.processes import LONGEST, same_code, socket_folder
 
 About = tuple[int, "str | None"]
 """bytes and ETag of an object"""
@@ -212,7 +212,7 @@ def _start() -> tuple[subprocess.Popen[bytes], str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the processes that it serves
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env={**os.environ, **same_code()},
         )
         assert process.stdout is not None
         with process.stdout:
