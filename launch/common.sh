@@ -54,5 +54,6 @@ find_python() {
   # without the checkout's environment: what is active, be it a module, conda or another virtual environment
   [ -x "$python" ] || [ -n "${VENV:-}" ] || python=$(command -v python3 || echo "$python")
   [ "${1:-}" = elsewhere ] || [ -x "$python" ] || { echo "no Python at $python; set VENV to an environment with megatron_lcl" >&2 && exit 2; }
-  export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  # the checkout's code, where `python -m` would look in the current folder first
+  export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }

@@ -195,6 +195,7 @@ PARTS = [
     Part("torch", "ops.c10d._allgather_base_", "of which gloo copies what it gives"),
     Part("torch", "ops.c10d._reduce_scatter_base_", "of which gloo copies what it takes"),
     Part("multiprocessing.forkserver", "_forkserver", "the server of its processes, ended"),
+    Part("multiprocessing.util", "get_temp_dir", "the folder of its sockets", ()),
     *(
         Part(module, "", "its comparison with other processes is left out", in_source="assert_ints_same_as_other_ranks")
         for module in (

@@ -7,6 +7,7 @@ import importlib
 import os
 import shutil
 import sysconfig
+import tempfile
 from pathlib import Path
 
 
@@ -19,6 +20,20 @@ def triton_fault() -> str | None:
         return "triton needs a C compiler, and there is no gcc or clang on the PATH; install one, or name it in CC"
     if not (_headers() / "Python.h").exists():  # its launchers are compiled with them
         return f"triton needs Python's headers, and there is no Python.h in {_headers()}; install python3-dev"
+    if fault := _cache_fault():
+        return f"triton cannot write what it compiles: {fault}; name a folder in TRITON_CACHE_DIR"
+    return None
+
+
+def _cache_fault() -> str | None:
+    """Why Triton cannot make a folder for a kernel in its cache, as it does for each (triton/runtime/cache.py)."""
+    from triton import knobs
+
+    try:
+        os.makedirs(knobs.cache.dir, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=knobs.cache.dir).cleanup()
+    except OSError as error:
+        return f"{knobs.cache.dir}: {error.strerror}"
     return None
 
 

@@ -6,9 +6,13 @@ import multiprocessing
 import multiprocessing.forkserver
 from multiprocessing.context import ForkServerContext
 
+from megatron_lcl.processes import prepare_sockets
+
 
 def forkserver() -> ForkServerContext:
-    """Starts processes from a server that has imported what a run imports sooner or later (`preload.py`)."""
+    """Starts processes from a server that has imported what a run imports sooner or later (`preload.py`). UserError as
+    `prepare_sockets`."""
+    prepare_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_lcl.train.preload"])
     return context

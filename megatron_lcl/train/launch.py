@@ -30,6 +30,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError, complain
 from megatron_lcl.machine import num_cores
+from megatron_lcl.processes import same_code
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal
 
@@ -137,7 +138,8 @@ def default_processes(config: Config, nodes: int = 1) -> int:
 
 
 def start_local(arguments: Sequence[str], processes: int) -> int:
-    """Run `python -m megatron_lcl ARGUMENTS` in so many processes; their exit code (the first that failed).
+    """Run `python -m megatron_lcl ARGUMENTS`, with the code of this process, in so many; their exit code (the first
+    that failed).
 
     SIGTERM, SIGINT and SIGUSR1 are passed on; before the processes watch each other, where nothing has begun, they end
     all at once. When one process has ended with a failure, the others notice that by themselves (`watchdog`); those
@@ -145,7 +147,7 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     """
     threads = max(1, num_cores() // processes)
     watched, say = os.pipe()
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, WATCHED: str(say)}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **same_code(), WATCHED: str(say)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
     children = [

@@ -82,7 +82,7 @@ def test_ctrl_c_of_any_command(stopped_in: Callable[..., tuple[int, str]], modul
 
 def test_the_launching_process_ends_what_has_not_begun(stopped_in: Callable[..., tuple[int, str]]) -> None:
     script = (
-        "import os, sys\nfrom megatron_lcl.train import launch\nos.environ['PYTHONPATH'] = os.environ['STUB']\n"
+        "import os, sys\nfrom megatron_lcl.train import launch\nsys.path[:0] = os.environ['STUB'].split(os.pathsep)\n"
         "sys.exit(launch.start_local(['train', '--data.corpora', 'nowhere'], 2))"
     )
     code, said = stopped_in("pydantic", signal.SIGTERM, program=("-c", script))

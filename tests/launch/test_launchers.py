@@ -163,6 +163,30 @@ def test_without_a_hostfile_its_script_says_how(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.fixture
+def other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder has another checkout, and a file with the name of one of Python's own."""
+    package = tmp_path / "other" / "megatron_lcl"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "__main__.py", "../queue.py"):
+        (package / name).write_text("raise SystemExit('other code')\n")
+    monkeypatch.chdir(package.parent)
+
+
+@pytest.mark.usefixtures("other_code")
+def test_its_own_processes_run_the_code_that_it_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch.start_local(["--version"], 1) == 0
+    out, err = capfd.readouterr()
+    assert (out.split()[0], err) == ("megatron-lcl", "")
+
+
+@pytest.mark.usefixtures("other_code")
+def test_scripts_run_the_code_of_their_checkout() -> None:
+    script = f'source {LAUNCH}/common.sh; find_python; "$python" -m megatron_lcl --version'
+    result = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=60, env=environment())
+    assert (result.stdout.split()[:1], result.stderr) == (["megatron-lcl"], "")
+
+
 def test_its_own_processes_know_how_many_share_the_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

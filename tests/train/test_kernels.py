@@ -266,7 +266,7 @@ def test_the_dry_run_imports_what_is_installed(
     assert "does not load" in capsys.readouterr().err
 
 
-def test_losses_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_without_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     on_cuda: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32)
 
     def fault() -> str | None:
@@ -290,6 +290,16 @@ def test_losses_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(kernels, "_headers", lambda: Path("/nowhere"))
             assert fault() == "triton needs Python's headers, and there is no Python.h in /nowhere; install python3-dev"
             assert contrastive._backend(on_cuda) is contrastive_tiles
+        (tmp_path / "file").touch()
+        for folder, said in ((tmp_path / "file" / "cache", "Not a directory"), (Path("/proc"), "No such file")):
+            with monkeypatch.context() as patch:
+                patch.setenv("CC", "cc")
+                patch.setenv("TRITON_CACHE_DIR", str(folder))
+                assert re.fullmatch(
+                    rf"triton cannot write .*: {folder}: {said}.*; name a .* TRITON_CACHE_DIR", fault() or ""
+                )
+                assert contrastive._backend(on_cuda) is contrastive_tiles
+                assert generation._softmax(on_cuda) is softmax_torch
     finally:
         kernels.triton_fault.cache_clear()
 

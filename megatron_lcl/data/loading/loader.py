@@ -28,6 +28,7 @@ from megatron_lcl.data.loading.sequential_index import SequentialIndex
 from megatron_lcl.data.loading.shared_memory import PREFETCH
 from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError
+from megatron_lcl.processes import prepare_sockets
 
 
 class PackedLoader(Iterable[PackedBatch]):
@@ -154,6 +155,7 @@ class PackedLoader(Iterable[PackedBatch]):
             with contextlib.closing(turns):
                 yield from map(turns.read, numbers)
             return
+        prepare_sockets()
         self.reader.progress = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
         loader: DataLoader[PackedBatch | UserError | OSError] = DataLoader(
             turns,

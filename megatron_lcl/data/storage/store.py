@@ -22,13 +22,12 @@ from urllib.parse import urlsplit
 
 from megatron_lcl.data.storage.faults import StorageError, without_secrets
 from megatron_lcl.errors import UserError, describe_os_error
+from megatron_lcl.processes import LONGEST, same_code, socket_folder
 
 About = tuple[int, "str | None"]
 """bytes and ETag of an object"""
 _URL = re.compile(r"(s3|gs|az|https?):/+(.*)", re.DOTALL)
 _TRIES = 3
-_LONGEST = 71
-"""bytes of the path of a folder in which the path of a socket is not too long (107 bytes; macOS: 103)"""
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "HTTP", "http", "NO_PROXY", "no_proxy")
 """how the environment variables begin that a request depends on"""
 
@@ -198,14 +197,12 @@ def _start() -> tuple[subprocess.Popen[bytes], str]:
     """A new process and its address, in a folder that only this user may enter. StorageError where it cannot start."""
     above: str | None = None
     try:
-        above = tempfile.gettempdir()
-        if len(os.fsencode(above)) > _LONGEST:
-            above = "/tmp"
+        above = socket_folder()
         folder = tempfile.mkdtemp(prefix="megatron-lcl-storage-", dir=above)
     except OSError as error:
         raise StorageError(
             f"{describe_os_error(error, above)}; object storage needs a small folder for temporary files: set TMPDIR "
-            f"to one that can be written, with a path of up to {_LONGEST} bytes"
+            f"to one that can be written, with a path of up to {LONGEST} bytes"
         ) from None
     address = os.path.join(folder, "s")
     try:
@@ -215,7 +212,7 @@ def _start() -> tuple[subprocess.Popen[bytes], str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the processes that it serves
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env={**os.environ, **same_code()},
         )
         assert process.stdout is not None
         with process.stdout:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,19 @@ def test_a_full_shared_memory_is_an_error_of_one_line(make_corpus: MakeCorpus, m
         next(iter(loader_of(corpus.path, data={"workers": 1})))
 
 
+@pytest.mark.timeout(60)
+def test_the_path_of_temporary_files_may_be_too_long_for_sockets(
+    make_corpus: MakeCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over which a loader process hands over its batches, in a thread that would drop them."""
+    corpus, folder = make_corpus("c", random_documents(50, 5)), tmp_path / ("n" * 80)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setitem(vars(multiprocessing.current_process())["_config"], "tempdir", None)
+    next(iter(loader_of(corpus.path, data={"workers": 1})))
+    assert list(folder.iterdir()) == []
+
+
 def test_a_lost_shard_is_the_same_error_in_a_loader_process(make_corpus: MakeCorpus) -> None:
     """Its message alone, not torch's report of a process."""
     corpus = make_corpus("c", random_documents(50, 5), num_shards=2)
@@ -134,6 +148,7 @@ def test_errors_of_a_loader_process_are_what_they_were_there(
 
 READS = """
 import sys
+import tempfile
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.loading.loader import PackedLoader
 data = Data(corpora=(Corpus(sys.argv[1]),), cache=sys.argv[2], tokens_per_pack=256, images_per_pack=8, workers=2)

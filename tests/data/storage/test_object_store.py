@@ -209,6 +209,17 @@ def test_the_folder_for_temporary_files_may_have_a_long_path(
         assert Path(module._server.address).is_relative_to(folder) == (length == 70)
 
 
+@pytest.mark.timeout(120)
+def test_the_current_folder_is_not_searched_for_code(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("megatron_lcl.py", "queue.py"):
+        (tmp_path / name).write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "_server", None)
+    assert not Store(place).exists("object")
+
+
 def no_folder(*_: Any, **__: Any) -> str:
     raise OSError(errno.ENOSPC, "No space left on device")
 

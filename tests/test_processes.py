@@ -1,0 +1,54 @@
+"""Sockets of the processes that are started, wherever temporary files lie."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lcl.errors import UserError
+from megatron_lcl.processes import prepare_sockets
+
+FORKS = """
+import multiprocessing.util
+from concurrent.futures import ProcessPoolExecutor
+from megatron_lcl.train.forks import forkserver
+
+context = forkserver()
+context.set_forkserver_preload([])
+with ProcessPoolExecutor(1, context) as pool:
+    print(pool.submit(len, "abc").result(), multiprocessing.util.get_temp_dir())
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_fork_server_where_the_path_of_temporary_files_is_long(tmp_path: Path) -> None:
+    folder = tmp_path / ("n" * 80)
+    folder.mkdir()
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", FORKS], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer, place = done.stdout.split()
+    assert (answer, Path(place).parent) == ("3", Path("/tmp"))
+    assert not Path(place).exists(), "it outlives the command"
+    assert list(folder.iterdir()) == []
+
+
+def no_folder(*_: Any, **__: Any) -> str:
+    raise OSError(errno.EROFS, "Read-only file system", "/tmp/pymp-1")
+
+
+def test_where_there_is_no_place_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vars(multiprocessing.current_process())["_config"], "tempdir", None)
+    monkeypatch.setattr(tempfile, "mkdtemp", no_folder)
+    before = tempfile.tempdir
+    with pytest.raises(UserError, match=r"^/tmp/pymp-1: Read-only file system; processes need .* TMPDIR .* 71 bytes$"):
+        prepare_sockets()
+    assert tempfile.tempdir == before
