@@ -426,4 +426,4 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: _Mask) -> to
     rows = max(1, MASKED // (len(whole) + 16))  # torch fills a row up to a multiple of 16
     calls = zip(q.split(rows, dim=2), whole.split(rows), strict=True)
     parts = [F.scaled_dot_product_attention(some, k, v, attn_mask=own) for some, own in calls]
-    return torch.cat(parts, dim=2)[0].transpose(0, 1)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))[0].transpose(0, 1)

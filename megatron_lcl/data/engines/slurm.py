@@ -21,8 +21,8 @@ _POLL = 2.0
 """seconds between checks for the jobs' results"""
 _QUERY = 10.0
 """seconds between queries of the queue, and for which a result may be delayed by a network file system"""
-_OF_THE_USER = ("SLURM_CONF", "SLURM_CLUSTERS", "SBATCH_")
-"""what variables begin with by which a user says which Slurm takes jobs, and with which of sbatch's options"""
+_OF_THE_USER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SBATCH_")
+"""what variables begin with by which a user says which Slurm takes jobs, whose, and with which of sbatch's options"""
 logger = logging.getLogger(__name__)
 
 
@@ -130,6 +130,9 @@ def _outside_of_jobs() -> Iterator[None]:
     """
     from submitit.helpers import clean_env
 
+    if "SLURM_JOB_ID" not in os.environ:  # they are all the user's
+        yield
+        return
     kept = {name: os.environ[name] for name in os.environ if name.startswith(_OF_THE_USER)}
     with clean_env():
         os.environ.update(kept)

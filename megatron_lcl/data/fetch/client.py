@@ -70,8 +70,10 @@ class ProxyError(UserError):
 class _Given(Exception):
     """A URL's end without an image."""
 
-    def __init__(self, status: Status, reason: str, reached: bool | None = True, leave: bool = False) -> None:
-        self.status, self.reason, self.reached, self.leave = status, reason, reached, leave
+    def __init__(
+        self, status: Status, reason: str, reached: bool | None = True, leave: bool = False, alone: bool = False
+    ) -> None:
+        self.status, self.reason, self.reached, self.leave, self.alone = status, reason, reached, leave, alone
 
 
 class Retry(Exception):
@@ -91,6 +93,8 @@ class Outcome:
     """whether the host was reached; None where that was not tried or is not known"""
     leave: bool = False
     """the host wants no more requests for a long time"""
+    alone: bool = False
+    """other URLs of the host may be reached all the same"""
 
 
 class Client:
@@ -135,7 +139,9 @@ class Client:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._decoder, _checked, url, data, self._settings)
         except _Given as given:
-            return Outcome(Row(url, given.status, given.reason), reached=given.reached, leave=given.leave)
+            return Outcome(
+                Row(url, given.status, given.reason), reached=given.reached, leave=given.leave, alone=given.alone
+            )
         except TimeoutError:
             raise Retry(f"not done after {self._settings.timeout:g} s", reached=None) from None
 
@@ -308,7 +314,8 @@ def _named_errors(proxy: str) -> Iterator[None]:
         raise _Given("dead", f"the proxy answers status {error.status}", reached=None) from None
     except aiohttp.ClientConnectorCertificateError:
         # where the clock is wrong, or there are no authorities, this holds for all hosts: as if none were reached
-        raise _Given("dead", "certificate not valid", reached=False) from None
+        # (but plain http goes on, and it may be that of another host, to which this one redirects)
+        raise _Given("dead", "certificate not valid", reached=False, alone=True) from None
     except aiohttp.ClientConnectorDNSError as error:
         if error.os_error.errno in _NOT_FOUND:
             raise _Given("dead", "host not found", reached=False) from None

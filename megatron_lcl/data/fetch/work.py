@@ -164,7 +164,7 @@ class Worker:
         if outcome.leave:
             leave = outcome.row.reason
         if outcome.reached is False:
-            host.failures += 1
+            host.failures += not outcome.alone
             self._unreached(job, outcome.row.reason)
             if host.failures >= GIVE_UP:
                 for other in self._schedule.give_up(host):

@@ -54,11 +54,17 @@ def endpoint_of(url: str, environment: Mapping[str, str]) -> str:
     return {"gs": "Google Cloud Storage", "az": "Azure"}[parts.scheme]
 
 
+def status_of(error: BaseException) -> int:
+    """HTTP's status in an error of obstore; 0 where there is none."""
+    found = _STATUS.search(str(error))
+    return int(found[1]) if found else 0
+
+
 def explained(error: BaseException, url: str, name: str, environment: Mapping[str, str]) -> Fault:
     """An error of obstore at the object `name` below `url`."""
     said, kind = str(error), type(error).__name__
-    found, coded = _STATUS.search(said), _CODE.search(said)
-    status, code = int(found[1]) if found else 0, coded[1] if coded else ""
+    coded, status = _CODE.search(said), status_of(error)
+    code = coded[1] if coded else ""
     endpoint = without_secrets(endpoint_of(url, environment))
     place = f"{url}/{name}".rstrip("/")
     if code == "NoSuchBucket":

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from megatron_lcl.data.storage.faults import KEYS, Fault, StorageError, explained
+from megatron_lcl.data.storage.faults import KEYS, Fault, StorageError, explained, status_of
 from megatron_lcl.data.storage.names import is_within
 from megatron_lcl.errors import free_space, in_bytes
 
@@ -142,7 +142,7 @@ class Remote:
 
     def _head(self, name: str) -> tuple[int, str | None] | None:
         import obstore
-        from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
         def one() -> tuple[int, str | None] | None:
             try:
@@ -151,8 +151,10 @@ class Remote:
                 if urlsplit(self.url).scheme == "s3" and not self._answered:
                     self._say_why(name)
                 return None
-            except (PermissionDeniedError, UnauthenticatedError):
-                self._say_why(name)
+            except BaseError as error:
+                # S3 answers with 400 where a token has expired
+                if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status_of(error) == 400:
+                    self._say_why(name)
                 raise
             return about["size"], about["e_tag"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import threading
 import time
@@ -47,7 +48,9 @@ def lock_run_folder(run: Path) -> Iterator[None]:
         holder, here = file.read(), f" on {socket.gethostname()}"
         if holder and not (locked and holder.endswith(here)):  # a lock that we got says that all on this machine ended
             _refuse_living(run, holder)
-        name = f"process {os.getpid()}{here}"
+        name = (
+            f"process {os.getpid()} ({secrets.token_hex(4)}){here}"  # a container's next life has its number and host
+        )
         with naming(run / LOCK):
             file.truncate(0)
             os.write(file.fileno(), name.encode())

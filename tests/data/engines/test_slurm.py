@@ -247,7 +247,7 @@ OF_A_JOB = {
     "SLURM_CPU_BIND": "quiet,mask_cpu:0x00000001",
     "SRUN_CPUS_PER_TASK": "1",
 }
-OF_A_USER = {"SLURM_CONF": "/etc/slurm/own.conf", "SLURM_CLUSTERS": "b", "SBATCH_ACCOUNT": "mine"}
+OF_A_USER = {"SLURM_CONF": "/etc/slurm/own.conf", "SLURM_CLUSTERS": "b", "SLURM_JWT": "mine", "SBATCH_ACCOUNT": "mine"}
 
 
 def test_jobs_are_submitted_from_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +269,10 @@ def test_jobs_are_submitted_from_a_job(tmp_path: Path, monkeypatch: pytest.Monke
     assert not seen[0].keys() & OF_A_JOB.keys()
     assert seen[0].items() >= OF_A_USER.items()
     assert {**os.environ} == before
+    monkeypatch.delenv("SLURM_JOB_ID")  # what is left is the user's
+    before = {**os.environ}
+    run_jobs(hashes, {"folder": tmp_path, "variable": "PATH"}, Engine("slurm", 1), output=tmp_path / "two")
+    assert seen[1].items() >= before.items()
 
 
 @pytest.mark.slow

@@ -267,6 +267,7 @@ def planted(code: str, status: str = "403 Forbidden") -> bytes:
     ("code", "status", "said"),
     [
         ("SignatureDoesNotMatch", "403 Forbidden", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ("ExpiredToken", "400 Bad Request", r"refused \(ExpiredToken\); set AWS_"),
         ("NoSuchBucket", "404 Not Found", "there is no bucket 'bucket' at http://127.0.0.1"),
         ("PermanentRedirect", "301 Moved", "set AWS_REGION"),
     ],

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,6 +33,11 @@ def impatient(rank: int) -> None:
     lock.PATIENCE_SECONDS = 1.0
 
 
+def name_of(pid: int) -> str:
+    """A pattern for what a process of this machine writes into the lock file."""
+    return rf"process {pid} \([0-9a-f]{{8}}\) on {re.escape(socket.gethostname())}"
+
+
 @pytest.mark.slow
 def test_a_second_run_is_refused_and_changes_nothing(config_file: str, tmp_path: Path) -> None:
     """Neither the first one's metrics nor the saves that it is writing."""
@@ -41,10 +47,10 @@ def test_a_second_run_is_refused_and_changes_nothing(config_file: str, tmp_path:
     with Fleet(run, "--config", config_file, *LONG) as fleet:
         fleet.wait_for_step(3)
         said = train(second, "--config", config_file, *LONG, code=2, plant=impatient)
-        holder = f"process {fleet.pid(0)} on {socket.gethostname()}"
-        assert f"is in use by {holder}; waiting up to 1 s" in said
+        holder = name_of(fleet.pid(0))
+        assert re.search(f"is in use by {holder}; waiting up to 1 s", said)
         assert said.count("megatron-lcl train:") == 1
-        assert f"is in use by {holder}; end that run, or name another folder" in said
+        assert re.search(f"is in use by {holder}; end that run, or name another folder", said)
         at = last_step(run)
         fleet.wait_for_step(at + 3)
         os.kill(fleet.pid(0), signal.SIGTERM)
@@ -69,9 +75,9 @@ def test_the_lock_is_waited_for_and_given_back(
     monkeypatch.setattr(lock, "_say_waiting", lambda *arguments: (say(*arguments), end()))
     with lock_run_folder(tmp_path):
         assert holder.wait(60) == 0
-    assert f"in use by process {holder.pid} on " in capfd.readouterr().err
+    assert re.search(f"in use by {name_of(holder.pid)}; ", capfd.readouterr().err)
     with lock_run_folder(tmp_path):
-        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+        assert re.fullmatch(name_of(os.getpid()), (tmp_path / LOCK).read_text())
 
 
 def test_a_file_system_without_locks_is_no_obstacle(
@@ -122,7 +128,7 @@ def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
         pass
     other.killed = True
     with lock_run_folder(tmp_path):  # it is dead, though it could not say so
-        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+        assert re.fullmatch(name_of(os.getpid()), (tmp_path / LOCK).read_text())
     assert (tmp_path / LOCK).read_text() == ""
 
 
@@ -162,8 +168,9 @@ def test_who_was_stopped_ends_where_another_has_the_run_folder(tmp_path: Path, m
         os.kill(holder.pid, signal.SIGSTOP)
         monkeypatch.setattr(fcntl, "flock", refused)
         monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
-        name = f"process {os.getpid()} on {socket.gethostname()}"
         with lock_run_folder(tmp_path):
+            name = (tmp_path / LOCK).read_text()
+            assert re.fullmatch(name_of(os.getpid()), name)
             os.kill(holder.pid, signal.SIGCONT)
             _, said = holder.communicate(timeout=30)
             assert holder.returncode == 71
@@ -174,10 +181,13 @@ def test_who_was_stopped_ends_where_another_has_the_run_folder(tmp_path: Path, m
         holder.wait()
 
 
-def test_who_ends_leaves_the_name_of_who_has_the_run_folder_now(tmp_path: Path) -> None:
+@pytest.mark.parametrize("same", [False, True])
+def test_who_ends_leaves_the_name_of_who_has_the_run_folder_now(same: bool, tmp_path: Path) -> None:
+    """same: a container that was made again, whose process has the number and the host's name of the one before."""
+    other = f"process {os.getpid()} (00000000) on {socket.gethostname()}" if same else "process 7 on another"
     with lock_run_folder(tmp_path):
-        (tmp_path / LOCK).write_text("process 7 on another")
-    assert (tmp_path / LOCK).read_text() == "process 7 on another"
+        (tmp_path / LOCK).write_text(other)
+    assert (tmp_path / LOCK).read_text() == other
 
 
 @pytest.mark.parametrize("how", ["left", "killed"])
