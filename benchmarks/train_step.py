@@ -14,9 +14,9 @@ as JPEG. Each way trains in a process of its own, with all cores, on packs of th
                   length or padded to it, attention under a dense mask, all logits at once, torch's AdamW as it is by
                   default
     clip, coca    ours, on pairs of the same documents, texts cut where open_clip cuts them
-    open_clip     its CLIP and CoCa of the same size, their losses and torch's AdamW, on the same pairs as ours in each
-                  step, texts padded to its 77 tokens, no loader; bfloat16 is torch.autocast's, its `--precision
-                  amp_bf16`
+    open_clip     its CLIP of the same size and its CoCa, which has a decoder with cross-attention more than ours; their
+                  losses and torch's AdamW, on the same pairs as ours in each step, texts padded to its 77 tokens, no
+                  loader; bfloat16 is torch.autocast's, its `--precision amp_bf16`
 
 A document that is divided into several sequences counts once, in the step that has its first one. A shard of fewer than
 --documents documents is read again from its beginning, since the last pack of an epoch is not full: of 60 documents

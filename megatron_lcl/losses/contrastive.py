@@ -52,7 +52,8 @@ class ContrastiveOutput(NamedTuple):
     hardest_negative_similarity: torch.Tensor
     """mean, over images and texts, of the similarity to the most similar other; -1 where there is no other"""
     mutual_information: torch.Tensor
-    """log N - loss, in nats: the InfoNCE lower bound on the mutual information (arXiv 1807.03748, equation 5)"""
+    """log N - loss, in nats: the InfoNCE lower bound on the mutual information (arXiv 1807.03748, section 2.3;
+    derived in appendix A.1)"""
 
 
 @dataclass(eq=False)
