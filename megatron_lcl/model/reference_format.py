@@ -304,10 +304,7 @@ def _names(config: Model) -> dict[str, list[str]]:
     v, t = config.vision, config.language
     options = {"vision.registers": v.registers, "vision.qk_norm": v.qk_norm, "language.qk_norm": t.qk_norm}
     if homeless := [name for name, value in options.items() if value]:
-        raise UserError(
-            f"open_clip's format has no place for model.{homeless[0]} = {options[homeless[0]]}; export the vision "
-            "encoder to timm"
-        )
+        raise UserError(f"open_clip's format has no place for model.{homeless[0]} = {options[homeless[0]]}")
     index = {layer: index for index, layer in enumerate(layer_kinds(config))}
     patches, pool, head = (index[kind, 0] for kind in ("patches", "pool", "head"))
     names = {
