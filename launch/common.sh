@@ -43,7 +43,7 @@ version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 new_venv() {
   local log
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-    { echo "this Python cannot make virtual environments; as root: apt-get install python3-venv" >&2; exit 2; }
+    { echo "this Python cannot make virtual environments; as root: apt-get install python$(version "$python")-venv" >&2; exit 2; }
   [ ! -d "$venv/bin" ] || find -L "$venv/bin" -maxdepth 1 -name 'python*' -type l -delete
   log=$("$python" -m venv "$venv" 2>&1) || { echo "no virtual environment at $venv: $(tail -n 1 <<<"$log")" >&2; exit 2; }
 }

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 
@@ -16,6 +16,19 @@ class UserError(ValueError):
 
     The command line prints that line and ends with exit code 2.
     """
+
+    def __init__(self, message: str, remedies: Mapping[str, str] | None = None) -> None:
+        """remedies: what else to do, by the flag of the command line that does it, as the message goes on; a command
+        that has no such flag leaves it out (`said`)."""
+        super().__init__(message)
+        self.remedies = dict(remedies or {})
+
+    def __str__(self) -> str:
+        return self.said(lambda flag: True)
+
+    def said(self, has: Callable[[str], bool] = lambda flag: False) -> str:
+        """The message with the remedies for whose flags `has` is true; by default none."""
+        return super().__str__() + "".join(text for flag, text in self.remedies.items() if has(flag))
 
 
 class RunError(UserError):

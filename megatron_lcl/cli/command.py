@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 from megatron_lcl.cli import corpus, curating, evaluation, fetching, planning, training
 from megatron_lcl.cli.arguments import Imported, settings_joined
@@ -21,7 +21,9 @@ start it again.
 """
 _PLACES = ("input", "images", "output", "held_out", "tokenizer", "work")
 """arguments that are no place in object storage, but where a command says so (`at_urls`)"""
-_WITH_SETTINGS = ("train", "claim", "plan", "curate")
+_WITH_FIELDS = ("train", "claim", "plan")
+"""commands that take the fields of a run's config, as --section.key VALUE"""
+_WITH_SETTINGS = (*_WITH_FIELDS, "curate")
 """commands that take --section.key VALUE"""
 
 
@@ -33,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments:
         parser.print_help()
         return 2
-    command = ""
+    command, options = "", argparse.Namespace(command="")
     try:
         if arguments[0] == "curate":  # of these the one that also takes inputs
             arguments = settings_joined(arguments)
@@ -56,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         if not is_mendable(error):
             raise
         if not _said_elsewhere(error):
-            complain(f"megatron-lcl{command}: {_one_line(error)}")
+            complain(f"megatron-lcl{command}: {_one_line(error, options)}")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -79,10 +81,17 @@ def _said_elsewhere(error: BaseException) -> bool:
     return isinstance(error, RunError) and os.environ.get("RANK", "0") != "0"
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, options: argparse.Namespace) -> str:
     if isinstance(error, OSError) and error.strerror:
         return describe_os_error(error)
-    return " ".join(str(error).split())
+    said = error.said(partial(_has, options)) if isinstance(error, UserError) else str(error)
+    return " ".join(said.split())
+
+
+def _has(options: argparse.Namespace, flag: str) -> bool:
+    """Whether the command takes a flag."""
+    name = flag.removeprefix("--")
+    return options.command in _WITH_FIELDS if "." in name else hasattr(options, name.replace("-", "_"))
 
 
 class _OneLineEach(argparse.RawDescriptionHelpFormatter):
@@ -103,7 +112,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-@functools.cache
+@cache
 def _parser(called: str) -> argparse.ArgumentParser:
     """Of all commands; of the one that is called also the arguments which must be imported first.
 

@@ -6,9 +6,12 @@ takes a phase's config as if it were a run's; only what is built once, the model
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from megatron_lcl.config import Config
 from megatron_lcl.config.schedule import LEFT, EarlyPhase
@@ -47,6 +50,8 @@ class Phase:
     length: it is never built. A weight that changes is the one with which it begins to (`config_at` has a step's)"""
     change: Change | None = None
     """of the weight of the contrast; it may have begun before the phase, and go on behind it"""
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """of fields of `config` that have their values from elsewhere than the run's: what they are called there"""
 
     def config_at(self, step: int) -> Config:
         """The config of a step of the phase: `config`, with the weight of the contrast that the step has."""
@@ -54,6 +59,17 @@ class Phase:
             return self.config
         objective = dataclasses.replace(self.config.objective, contrastive_weight=self.change.at(step))
         return dataclasses.replace(self.config, objective=objective)
+
+    @contextlib.contextmanager
+    def naming_fields(self) -> Iterator[None]:
+        """A UserError from inside, of `config`, names the fields of the run's config that are to be changed."""
+        try:
+            yield
+        except UserError as error:
+            error.args = (
+                re.sub(r"\b[a-z_]+(\.[a-z_]+)+", lambda found: self.names.get(found[0], found[0]), error.args[0]),
+            )
+            raise
 
     def describe(self) -> str:
         """One line for the person who watches."""
@@ -87,13 +103,15 @@ def phases_of(config: Config) -> tuple[Phase, ...]:
         raise UserError(f"schedule.batch_doublings: step {late[0]} is not before the end, train.steps = {steps}")
     if schedule.cooldown > steps:
         raise UserError(f"schedule.cooldown = {schedule.cooldown} is more than train.steps = {steps}")
-    unmasked = steps
-    if vision.patch_dropout or any(phase.patch_dropout for phase in schedule.phases):
-        unmasked = steps - vision.unmasked_steps
+    dropping = ["model.vision.patch_dropout"] * bool(vision.patch_dropout)
+    dropping += [
+        f"schedule.phases[{n}].patch_dropout" for n, phase in enumerate(schedule.phases) if phase.patch_dropout
+    ]
+    unmasked = steps - vision.unmasked_steps if dropping else steps
     if unmasked <= 0:
         raise UserError(
             f"model.vision.unmasked_steps = {vision.unmasked_steps} leave none of train.steps = {steps} for patch "
-            "dropout; lower it, or set model.vision.patch_dropout to 0"
+            f"dropout; lower it, or set {' and '.join(dropping)} to 0"
         )
     bounds = sorted({0, *ends, *schedule.batch_doublings, *({unmasked} - {steps}), steps})
     found: list[Phase] = []
@@ -105,6 +123,7 @@ def phases_of(config: Config) -> tuple[Phase, ...]:
             stop,
             _config_of(config, early, first, masked=first < unmasked),
             _change(config, early, ends),
+            _names(config, early, first),
         )
         if found and (found[-1].config, found[-1].change) == (here.config, here.change):
             found[-1] = dataclasses.replace(found[-1], stop=stop)
@@ -157,6 +176,29 @@ def _config_of(config: Config, early: int | None, step: int, masked: bool) -> Co
         ),
         schedule=dataclasses.replace(config.schedule, phases=(), batch_doublings=()),
     )
+
+
+_NAMES = {
+    "image_size": "model.vision",
+    "patch_dropout": "model.vision",
+    "context_length": "model.language",
+    "tokens_per_pack": "data",
+    "images_per_pack": "data",
+    "global_batch": "train",
+    "micro_batch": "train",
+    "contrastive_weight": "objective",
+}
+"""the section of the run's config that has each field of an entry of schedule.phases"""
+
+
+def _names(config: Config, early: int | None, step: int) -> dict[str, str]:
+    """`Phase.names` in steps from `step` on, in which an entry of schedule.phases holds, or (None) none."""
+    names, divisor = {}, config.train.global_batch // _doubled(config, step)
+    if divisor > 1:
+        names["train.global_batch"] = f"train.global_batch / {divisor} (schedule.batch_doublings)"
+    phase = EarlyPhase(steps=1) if early is None else config.schedule.phases[early]
+    own = (name for name in _NAMES if getattr(phase, name) is not None)
+    return names | {f"{_NAMES[name]}.{name}": f"schedule.phases[{early}].{name}" for name in own}
 
 
 def _weight(config: Config, early: int | None) -> float | None:

@@ -77,6 +77,7 @@ def _export(
         model, card = load()
         if image_size is not None:
             model = at_image_size(model, image_size)
+        _check_place(model, format)
         size = model.config.vision.image_size
         images = check_images(size)
         ours = our_features(model, images)
@@ -88,6 +89,19 @@ def _export(
         facts = {"dtype": dtype_name, "image_size": size, "num_images": len(images), "versions": versions, **facts}
         write_record(folder, format, facts)
     return {"format": format, **facts}
+
+
+def _check_place(model: LCL, format: str) -> None:
+    """UserError for what the format has no place for; it names the formats that have."""
+    refused = {}
+    for name, writer in _FORMATS.items():
+        try:
+            writer.check(model)
+        except UserError as error:
+            refused[name] = error
+    if format in refused:
+        others = " or ".join(name for name in _FORMATS if name not in refused)
+        raise UserError(f"{refused[format]}; {f'export to {others}' if others else 'nor has another format'}")
 
 
 def import_checkpoint(

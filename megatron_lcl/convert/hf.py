@@ -58,8 +58,16 @@ _SIZES = {
 }
 
 
+def check(model: LCL) -> None:
+    """UserError for what transformers' classes have no place for."""
+    if model.config.vision.embedding_norm:
+        _clip_config(model.config)
+    else:
+        hf_dinov2.config_of(model.config.vision)
+
+
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
-    """All files but the certificate. UserError for what transformers' classes have no place for."""
+    """All files but the certificate."""
     v = model.config.vision
     if v.embedding_norm:
         config, tensors, usage = _clip_config(model.config), _tensors(model), USAGE
@@ -98,8 +106,7 @@ def _clip_config(model: Model) -> dict[str, Any]:
                 "" if name == "qk_norm" else " (Dinov2Model has one, and none for model.vision.embedding_norm = True)"
             )
             raise UserError(
-                f"format hf: transformers' CLIPVisionModel has no place for model.vision.{name} = {value}{other}; "
-                "export to timm"
+                f"format hf: transformers' CLIPVisionModel has no place for model.vision.{name} = {value}{other}"
             )
     return {
         "architectures": ["CLIPVisionModel"],

@@ -52,11 +52,11 @@ def config_of(vision: Vision) -> dict[str, Any]:
     """The `config.json`, but for the dtype. UserError for what neither class has a place for."""
     name = "Dinov2WithRegistersModel" if vision.registers else "Dinov2Model"
     if vision.qk_norm:
-        raise UserError(f"format hf: transformers' {name} has no place for model.vision.qk_norm = True; export to timm")
+        raise UserError(f"format hf: transformers' {name} has no place for model.vision.qk_norm = True")
     if vision.mlp_width % vision.width:
         raise UserError(
             f"format hf: transformers' {name} has no place for model.vision.mlp_width = {vision.mlp_width}, which is "
-            f"no multiple of the width, {vision.width}; export to timm"
+            f"no multiple of the width, {vision.width}"
         )
     config: dict[str, Any] = {
         "architectures": [name],

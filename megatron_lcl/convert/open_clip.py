@@ -62,9 +62,14 @@ _PROBABILITY = (
 )
 
 
+def check(model: LCL) -> None:
+    """UserError for what the format has no place for, and where there is no language model."""
+    model.need_language()
+    parts_open_clip(model.layers, model.config)
+
+
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
-    model.need_language()
     v = model.config.vision
     tensors = parts_open_clip(model.layers, model.config)
     save_parts(tensors, folder / WHOLE, dtype)

@@ -109,9 +109,14 @@ def _norm_layer(vision: Vision) -> str | None:
     if vision.norm_eps not in (1e-5, _TIMM_EPS):
         raise UserError(
             f"format timm: it names LayerNorms with an epsilon of 1e-5 and 1e-6, not model.vision.norm_eps = "
-            f"{vision.norm_eps:g}; export to hf or open_clip"
+            f"{vision.norm_eps:g}"
         )
     return "layernorm" if vision.norm_eps == _TIMM_EPS else None
+
+
+def check(model: LCL) -> None:
+    """UserError for what timm has no place for."""
+    _norm_layer(model.config.vision)
 
 
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:

@@ -26,11 +26,13 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.convert.find import average_of, find_checkpoint, read_config, step_of
 from megatron_lcl.convert.load import load_model
+from megatron_lcl.data.corpus.remote import writable_cache
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.batch import PackedBatch, batch_bytes
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
 from megatron_lcl.data.loading.sequential_index import SequentialIndex
+from megatron_lcl.data.loading.shared_memory import workers_with_room
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
@@ -74,6 +76,7 @@ def evaluate_checkpoint(checkpoint: str | Path, corpus: Path, output: Path | Non
     else:
         folder = find_checkpoint(Path(checkpoint))
         model, config, step = load_model(folder), read_config(folder), step_of(folder)
+    config = replace(config, data=replace(config.data, cache=writable_cache(config.data.cache)))
     tokenizer = open_corpus(corpus, config.data.cache).tokenizer
     if tokenizer.vocab_size != config.model.language.vocab_size:
         raise UserError(
@@ -101,6 +104,7 @@ def evaluate_heldout(
     """Measure `model`, of the run's `config`, on every document of `corpus`."""
     device = next(model.parameters()).device
     model.eval()
+    config = replace(config, data=replace(config.data, workers=_workers_with_room(config)))
 
     def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
         assert read is not None
@@ -109,6 +113,13 @@ def evaluate_heldout(
     evaluation = HeldOutEvaluation(config, corpus, Mesh(Axis(), Axis()), forward, tokens=_TOKENS)
     result, examples = evaluation.run(step, num_examples, intervals=True, progress=progress)
     return replace(result, dtype=str(next(model.parameters()).dtype).removeprefix("torch.")), examples
+
+
+def _workers_with_room(config: Config) -> int:
+    """The run's number of loader processes, or fewer, as shared memory has room for their micro-batches."""
+    rules, size = heldout_rules(config.model), config.model.vision.image_size
+    tokens, images = rules["sequence_tokens"], rules["sequence_images"]
+    return workers_with_room(config.data.workers, batch_bytes(max(1, _TOKENS // tokens), tokens, images, size))
 
 
 class HeldOutEvaluation:

@@ -154,8 +154,9 @@ def published_config(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str,
         raise UserError(
             f"{path} has other sizes than the published ViT-B/32 and B/16: patches of {patch} pixels, {positions} "
             f"image positions, {layers[0]} and {layers[1]} layers of widths {vision_width} and {width}, a context of "
-            f"{context}, {vocabulary} token ids; shapes do not tell the numbers of heads, so pass its model config "
-            "(config=…, --model-config FILE.json)"
+            f"{context}, {vocabulary} token ids; shapes do not tell the numbers of heads, so put its model config (one "
+            f"of the reference's model_configs) beside it, as {path.with_suffix('.json').name}, or run `megatron-lcl "
+            "import` with --model-config FILE.json"
         )
     return {
         "embed_dim": width,
@@ -304,10 +305,7 @@ def _names(config: Model) -> dict[str, list[str]]:
     v, t = config.vision, config.language
     options = {"vision.registers": v.registers, "vision.qk_norm": v.qk_norm, "language.qk_norm": t.qk_norm}
     if homeless := [name for name, value in options.items() if value]:
-        raise UserError(
-            f"open_clip's format has no place for model.{homeless[0]} = {options[homeless[0]]}; export the vision "
-            "encoder to timm"
-        )
+        raise UserError(f"open_clip's format has no place for model.{homeless[0]} = {options[homeless[0]]}")
     index = {layer: index for index, layer in enumerate(layer_kinds(config))}
     patches, pool, head = (index[kind, 0] for kind in ("patches", "pool", "head"))
     names = {

@@ -135,13 +135,14 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
     passed, too_large, refused = [], [], []
     for tried in layouts(config, target.node_size):
         try:
-            phases = [phase.config for phase in phases_of(tried)]
-            for phase in phases:
-                check_zero(phase, check_layout(phase, target.processes))
+            for phase in phases_of(tried):
+                with phase.naming_fields():
+                    check_zero(phase.config, check_layout(phase.config, target.processes))
             check_compile(tried, elsewhere=True)
         except UserError as error:
             refused.append(Layout(tried, refused=str(error)))
             continue
+        phases = [phase.config for phase in phases_of(tried)]
         least = max((bound(phase, target) for phase in phases), key=lambda of: of.needs)
         if least.needs > target.room:
             too_large.append(Layout(tried, **vars(least)))

@@ -116,7 +116,10 @@ def _add_emoji(pages: _Pages, given: Path | None) -> bool:
     """Write the emoji, and the pages, in one tokenizer. Whether they are there; if not nothing is written."""
     folder, workers = pages.output / EMOJI, min(2, num_cores())
     if (pages.output / CORPUS / MANIFEST).exists() and not (folder / DOCUMENTS).exists():
-        print(f"{pages.output} was begun with the pages alone, and goes on with them", flush=True)
+        print(
+            f"{pages.output} was begun with the pages alone, and goes on with them; with the emoji: a new --output",
+            flush=True,
+        )
         return False
     try:
         packages = fetch(emoji.PACKAGES, folder / SOURCE, given)
@@ -124,7 +127,7 @@ def _add_emoji(pages: _Pages, given: Path | None) -> bool:
     except UserError as error:
         if (folder / DOCUMENTS).exists():
             raise
-        print(f"without the emoji, on the pages alone: {error}", flush=True)
+        print(f"without the emoji, on the pages alone: {error.said()}; and then give a new --output", flush=True)
         return False
     if data is None:
         pages.write(training_texts(folder))

@@ -80,9 +80,10 @@ def check_phases(config: Config, processes: int) -> None:
     for phase in phases_of(config):
         data, model = phase.config.data, phase.config.model
         try:
-            sequences = objectives.create(phase.config).sequences
-            check_layout(phase.config, processes)
-            rules_of_kinds(data, model.vision.num_placeholders, model.language.context_length, 1, sequences)
+            with phase.naming_fields():
+                sequences = objectives.create(phase.config).sequences
+                check_layout(phase.config, processes)
+                rules_of_kinds(data, model.vision.num_placeholders, model.language.context_length, 1, sequences)
         except UserError as error:
             where = f"in phase {phase.number + 1}, " if phase.stop < config.train.steps else ""
             raise UserError(f"{where}{error}") from None

@@ -122,7 +122,7 @@ def _from(
     run: Path, config: Config, settings: dict[str, Any], processes: int, has: Memory, is_own: bool
 ) -> ResumePoint:
     resume = "auto" if url_of(config.checkpoint.resume) else config.checkpoint.resume  # which lies in the run by now
-    folder, rejected = checkpoint.choose(run, resume)
+    folder, rejected = checkpoint.choose(run, resume, config.checkpoint.mirror)
     kept = kept_kernels(config, folder)
     config = kept or config
     saved, previous, finished = Progress(0, 0, {}), None, False

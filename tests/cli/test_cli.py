@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from megatron_lcl.cli import main
+from megatron_lcl.errors import UserError
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -175,6 +176,29 @@ def test_a_flag_of_another_action_is_not_ignored(
     code, error = run(capsys, "checkpoint", what, "runs/a", *flags)
     assert code == 2
     assert error == f"megatron-lcl checkpoint: {flags[0]} goes with {goes}, not with {what}; leave it out\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "does", "takes"),
+    [
+        ("preprocess --format html --input a --output b", "data.prepare.preprocess.preprocess", "ABC"),
+        ("curate a --dry-run", "curate.run.curate", "A"),
+        ("train", "config.load", "D"),
+        ("verify a", "data.prepare.verify.verify", ""),
+        ("evaluate a --corpus b", "evaluate.heldout.evaluate_checkpoint", ""),
+        ("quickstart", "quickstart.run.quickstart", ""),
+        ("demo manual --output a", "demo.run.demo", ""),
+    ],
+)
+def test_a_remedy_is_said_by_the_commands_that_have_its_flag(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, does: str, takes: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        flags = ("--workers", "--max-bad-fraction", "--held-out", "--data.workers")
+        raise UserError("said", dict(zip(flags, "ABCD", strict=True)))
+
+    monkeypatch.setattr(f"megatron_lcl.{does}", fails)
+    assert run(capsys, *words.split()) == (2, f"megatron-lcl {words.split()[0]}: said{takes}\n")
 
 
 def test_processes_are_not_for_what_a_launcher_started(

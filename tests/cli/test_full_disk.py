@@ -284,7 +284,7 @@ def test_a_cache_that_is_full_is_named(documents: Path, disk: Path, capsys: pyte
     (said,) = capsys.readouterr().err.splitlines()
     assert f"the pack index cannot be written to {disk / 'cache'} (No space left on device, " in said
     assert "are free" in said
-    assert "set data.cache to another folder" in said
+    assert "; make room there, or set data.cache to another folder" in said
 
 
 def test_what_is_mapped_has_its_space_first(disk: Path) -> None:

@@ -122,7 +122,7 @@ def test_heads_are_not_guessed_for_other_sizes(
 ) -> None:
     shapes = json.loads((shared / "reference" / "LCL_ViT-B-16_laion.shapes.json").read_text()) | changed
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    with pytest.raises(UserError, match=f"{said}.*--model-config"):
+    with pytest.raises(UserError, match=f"{said}.* beside it, as x.json, or .*import` with --model-config"):
         published_config(tmp_path / "x.pt", state)
 
 
@@ -192,7 +192,7 @@ def test_bad_files(model: LCL, ours: Path, tmp_path: Path) -> None:
 
     state = model.state_dict_open_clip()
     torch.save(state, tmp_path / "tiny.pt")
-    refused(tmp_path / "tiny.pt", "--model-config")
+    refused(tmp_path / "tiny.pt", "put its model config", "beside it, as tiny.json", "`megatron-lcl import`")
     refused(tmp_path / "tiny.pt", "cannot be read", config=tmp_path / "none.json")
     state["visual.extra"] = state.pop("visual.ln_post.bias")
     torch.save(state, tmp_path / "names.pt")

@@ -14,6 +14,7 @@ from megatron_lcl import LCL
 from megatron_lcl.convert.certificate import check_images, our_features
 from megatron_lcl.convert.export import export_model
 from megatron_lcl.convert.load import load_model
+from megatron_lcl.errors import UserError
 
 ALL = {"registers": 3, "layer_scale": 0.5, "qk_norm": True, "embedding_norm": False, "norm_eps": 1e-6, "drop_path": 0.3}
 PLACES: dict[str, tuple[str, ...]] = {
@@ -86,9 +87,20 @@ def test_an_option_without_a_place_is_refused_by_its_name(
         export_model(with_options(model, make_model, others | {option: value}), format, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+    assert "; export to timm" in str(error.value)
 
 
 def test_an_epsilon_that_timm_has_no_name_for(model: LCL, make_model: Callable[..., LCL], tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    with pytest.raises(ValueError, match=r"not model\.vision\.norm_eps = 0\.001"):
+    with pytest.raises(ValueError, match=r"not model\.vision\.norm_eps = 0\.001; export to hf or open_clip$"):
         export_model(with_options(model, make_model, {"norm_eps": 1e-3}), "timm", tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", PLACES)
+def test_options_that_no_format_has_a_place_for(
+    format: str, model: LCL, make_model: Callable[..., LCL], tmp_path: Path
+) -> None:
+    pytest.importorskip({"hf": "transformers"}.get(format, format))
+    neither = with_options(model, make_model, {"norm_eps": 1e-3, "qk_norm": True})
+    with pytest.raises(UserError, match=r"; nor has another format$"):
+        export_model(neither, format, tmp_path / "out")

@@ -28,6 +28,7 @@ from megatron_lcl.data.corpus import scratch
 from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.untrained import untrained_model
 from megatron_lcl.parallel.mesh import ALONE
 from megatron_lcl.run_folder import AVERAGES
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, load_initial_weights
@@ -86,6 +87,9 @@ def test_a_url_means_what_a_path_does(run: str, tmp_path: Path, cache: Path, mon
     assert same(load_model(run), random_model(seed=2))
     assert same(load_model(f"{run}/step-00000001"), random_model(seed=1))
     assert len(list(cache.glob("checkpoint-*/step-*"))) == 2
+    untrained, config = untrained_model(run, 1)
+    assert config.model == TINY, "as a baseline"
+    assert same(untrained, LCL(TINY, 1))
     put(imported(tmp_path / "imported", random_model(seed=4)), f"{run}/more")
     assert same(load_model(f"{run}/more"), random_model(seed=4))
 

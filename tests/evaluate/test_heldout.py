@@ -25,6 +25,7 @@ from megatron_lcl import LCL, open_corpus
 from megatron_lcl.config import Config, Data, Language, Model, Objective, Vision
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.document import Text
+from megatron_lcl.data.loading import shared_memory
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.errors import UserError
@@ -340,6 +341,25 @@ def test_a_corpus_in_object_storage_is_kept_where_the_config_says(
     assert not (tmp_path / "user" / "megatron_lcl").exists()
     own = heldout_data(config, place)
     assert (own.cache, own.storage_cache_gb, own.look_ahead, own.workers) == (data.cache, 0.0, 3, 0)
+
+
+def test_another_machine_than_the_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no such cache folder, and in its shared memory no room for the run's loader processes."""
+    data = Data(workers=2, cache=str(tmp_path / "config.yaml" / "cache"))
+    save_checkpoint(own_model(), Config(model=TINY, data=data), tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: 1000)
+    read = []
+    monkeypatch.setattr(heldout, "heldout_data", lambda *config: read.append(heldout_data(*config)) or read[-1])
+    evaluate_checkpoint(tmp_path, folder / "corpus")
+    assert [(data.workers, data.cache) for data in read] == [(0, None)]
+    assert (tmp_path / "user" / "megatron_lcl").is_dir()
+
+
+@pytest.mark.parametrize(("free", "workers"), [(0, 0), (1999, 0), (2000, 1), (5999, 2), (6000, 3), (math.inf, 3)])
+def test_as_many_loader_processes_as_have_room(free: float, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: free)
+    assert shared_memory.workers_with_room(3, 1000) == workers
 
 
 def test_documents_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:

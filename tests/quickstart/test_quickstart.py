@@ -136,6 +136,7 @@ def test_without_npm_the_pages_alone_are_trained_on(
     assert not _add_emoji(pages, None)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("without the emoji, on the pages alone: npm is not on this machine")
+    assert line.endswith("; and then give a new --output")
     assert not (tmp_path / "out" / "corpus").exists()
     tokenizer = pages.write()
     assert len(tokenizer.encode(TOPIC)) > 18
@@ -143,8 +144,22 @@ def test_without_npm_the_pages_alone_are_trained_on(
     # with npm it goes on as it began: another tokenizer would be another corpus
     write_packages(tmp_path / "packages")
     assert not _add_emoji(pages, tmp_path / "packages")
-    assert "was begun with the pages alone" in capsys.readouterr().out
+    assert "was begun with the pages alone, and goes on with them; with the emoji: a new" in capsys.readouterr().out
     assert pages.write().fingerprint == tokenizer.fingerprint
+
+
+def test_pages_that_lack_images_are_to_be_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The quickstart has no flag for how much may be bad."""
+    write_pages(tmp_path / "pages", 4)
+    for name in ("0-0.png", "1-0.png"):
+        (tmp_path / "pages" / name).write_bytes(b"")
+    monkeypatch.setattr(packages, "npm", lambda: None)
+    assert main(["quickstart", "--html", str(tmp_path / "pages"), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "2 of 8 images are bad, 25%" in said
+    assert said.endswith(f"; mend the input (all reasons, with names: {tmp_path / 'out/corpus/drops.jsonl'})")
 
 
 @pytest.mark.slow

@@ -265,6 +265,9 @@ def test_batches_of_loader_processes_need_room_in_shared_memory(monkeypatch: pyt
     message = refusal(config, 1, replace(CARD, **{**has, "shared": 2 * 8 * batch - 1}), [27])
     assert message.startswith("the 8 loader processes hand over their batches in /dev/shm, up to 67.6 MB at once, and")
     assert message.endswith("give the container more (--shm-size or --ipc=host of docker), or lower data.workers (8)")
+    with pytest.raises(UserError) as caught:
+        check_memory(config, 1, replace(CARD, shared=0), [27])
+    assert "data.workers" not in caught.value.said()
     assert "of each of 4 replicas on a machine" in refusal(config, 8, replace(CARD, **{**has, "local": 4}), [27])
     pipeline = configs.replace(config, parallel__pipeline=4, contrast__strategy="recompute")
     check_memory(pipeline, 4, replace(CARD, **{**has, "local": 4}), [27])  # one process of four reads

@@ -162,7 +162,7 @@ def test_the_dry_run_says_the_phases(run: Path, tmp_path: Path, capsys: pytest.C
         in lines[0]
     )
     assert main([*arguments, "--dry-run", "--processes", "4"]) == 2
-    assert "in phase 1, train.global_batch = 2 packs do not divide into 4" in capsys.readouterr().err
+    assert "in phase 1, schedule.phases[0].global_batch = 2 packs do not divide into 4" in capsys.readouterr().err
 
 
 # --- the config --------------------------------------------------------------------------------------------------
@@ -181,10 +181,23 @@ def test_a_run_without_a_schedule_is_one_phase() -> None:
 @pytest.mark.parametrize(
     ("phase", "message"),
     [
-        ({"global_batch": 3}, "in phase 1, train.global_batch = 3 packs do not divide into 2"),
-        ({"micro_batch": 4}, "in phase 1, .* do not divide into 2 .* with train.micro_batch = 4; the nearest .* is 8"),
-        ({"tokens_per_pack": 40}, "in phase 1, a sequence of 40 tokens cannot hold an image of 49 patches"),
-        ({"contrastive_weight": 0}, "in phase 1, .* leaves nothing to train for"),
+        ({"global_batch": 3}, r"in phase 1, schedule.phases\[0\].global_batch = 3 packs do not divide into 2"),
+        (
+            {"micro_batch": 4},
+            r"in phase 1, train.global_batch = 4 .* with schedule.phases\[0\].micro_batch = 4; the nearest .* is 8",
+        ),
+        (
+            {"tokens_per_pack": 40},
+            r"in phase 1, a sequence of 40 tokens cannot .*; give schedule.phases\[0\].tokens_per_pack at least 54",
+        ),
+        (
+            {"tokens_per_pack": 40, "context_length": 40},
+            r"give schedule.phases\[0\].context_length and schedule.phases\[0\].tokens_per_pack at least 54",
+        ),
+        (
+            {"contrastive_weight": 0},
+            r"in phase 1, schedule.phases\[0\].contrastive_weight and objective.generation_weight are both 0",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_phase_is_said_before_the_run_begins(phase: dict[str, Any], message: str) -> None:
@@ -200,6 +213,10 @@ def test_what_is_wrong_with_a_phase_is_said_before_the_run_begins(phase: dict[st
     if "contrastive_weight" in phase:
         with pytest.raises(ValueError, match=r"give a contrastive_weight, which .* does not have"):
             check_phases(other, 2)
+    doubled = configs.replace(other, schedule__phases=(), schedule__batch_doublings=(2,), train__micro_batch=2)
+    message = r"in phase 1, train.global_batch / 2 \(schedule.batch_doublings\) = 2 packs .*; the nearest .* is 4"
+    with pytest.raises(ValueError, match=message):
+        check_phases(doubled, 2)
     phases = json.dumps([{"steps": 2, "contrastive_weight_change": "linear"}])
     with pytest.raises(ValueError, match=r"give a contrastive_weight_change, which .* does not have"):
         check_phases(config_of(objective__name="clip", objective__contrastive_weight=1, schedule__phases=phases), 1)
@@ -276,7 +293,14 @@ def test_the_end_is_unmasked_whatever_the_phases_say() -> None:
             {"schedule__batch_doublings": "[3]", "schedule__phases": "[{steps: 1, global_batch: 2}, {steps: 1}]"},
             "give one of the two",
         ),
-        ({"model__vision__patch_dropout": 0.5, "model__vision__unmasked_steps": 10}, "leave none of train.steps"),
+        (
+            {"model__vision__patch_dropout": 0.5, "model__vision__unmasked_steps": 10},
+            "leave none of train.steps.* or set model.vision.patch_dropout to 0",
+        ),
+        (
+            {"schedule__phases": "[{steps: 1}, {steps: 1, patch_dropout: 0.5}]", "model__vision__unmasked_steps": 10},
+            r"or set schedule.phases\[1\].patch_dropout to 0",
+        ),
         ({"schedule__cooldown": 11}, "cooldown = 11 is more than train.steps = 10"),
         (
             {"schedule__phases": "[{steps: 2, contrastive_weight: 0, contrastive_weight_change: linear}]"},

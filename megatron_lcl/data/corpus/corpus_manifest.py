@@ -50,8 +50,18 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     sync(folder)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def damaged(where: str | Path) -> UserError:
+    """The error for a corpus at a path or URL whose manifest is not one."""
+    return UserError(
+        f"{where}/{MANIFEST} is damaged; copy it again from where the corpus came from, or remove the folder and run "
+        "`megatron-lcl preprocess` again"
+    )
+
+
+def read_manifest(folder: Path, where: str | None = None) -> dict[str, Any]:
     """The manifest, with the corpus's "fingerprint" added. UserError where `folder` is not a corpus.
+
+    where: the URL of the corpus whose manifest was copied into the folder.
 
     The fingerprint is "contents", so that the same documents are shuffled alike wherever and whenever they were
     prepared. In corpora of earlier releases, which do not have it, it is the hash of the manifest.
@@ -66,9 +76,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is not a corpus: it has no {MANIFEST}; write one with `megatron-lcl preprocess`"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; remove the folder and run `megatron-lcl preprocess` again") from None
+        raise damaged(where or folder) from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
+        raise UserError(
+            f"{where or folder}/{MANIFEST} has format version {version}; this release reads version {FORMAT_VERSION}"
+        )
     return {**manifest, "fingerprint": manifest.get("contents") or xxhash.xxh3_128_hexdigest(raw)}
 
 

@@ -36,7 +36,7 @@ from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, clear_dead, lock_fi
 from megatron_lcl.data.storage.blocks import Blocks, Room, disk_use
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import About, Store
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, free_space, is_full
 
 LIMIT = 100e9
 """bytes that the blocks of all corpora take, where no config says it"""
@@ -44,6 +44,8 @@ BATCH = 16
 """files that are copied at once"""
 RENEW_SECONDS = 3600.0
 """how often a process that reads from a folder sets its time: locks may not show that to other machines"""
+ELSEWHERE = {"--data.cache": ", or set data.cache to another folder"}
+"""what else to do about a cache folder, for UserError"""
 _PREFIX = "corpora-"
 
 
@@ -56,8 +58,37 @@ def user_cache(given: str | Path | None = None) -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lcl"
     except RuntimeError:  # of Path
         raise UserError(
-            f"there is no home folder for {given or 'the cache'}; set XDG_CACHE_HOME or data.cache to a folder"
+            f"there is no home folder for {given or 'the cache'}; set {'HOME' if given else 'XDG_CACHE_HOME'} to a "
+            "folder",
+            ELSEWHERE,
         ) from None
+
+
+def writable_cache(given: str | None) -> str | None:
+    """`given` (a run's `data.cache`), or None where it cannot be written, as on another machine than the run's."""
+    if given is None:
+        return None
+    try:
+        user_cache(given).mkdir(parents=True, exist_ok=True)
+        return given if os.access(user_cache(given), os.W_OK) else None
+    except (OSError, UserError):
+        return None
+
+
+def not_writable(what: str, cache: Path, error: OSError) -> UserError:
+    """The error for a cache folder that cannot be written. what: what it is of, as far as the folder's name."""
+    said, remedy = str(error.strerror), "make it writable"
+    if is_full(error):
+        said, remedy = f"{said}, {free_space(cache)}", "make room there"
+    return UserError(f"{what} {cache} ({said}); {remedy}{or_default(cache)}", ELSEWHERE)
+
+
+def or_default(cache: Path) -> str:
+    """How a remedy goes on where the folder follows the user's cache folder."""
+    try:
+        return ", or set XDG_CACHE_HOME to another folder" if cache == user_cache() else ""
+    except UserError:
+        return ""
 
 
 @lru_cache(maxsize=64)  # a corpus does not change, and a run opens one often
@@ -88,15 +119,14 @@ class Remote:
         self._blocks: dict[str, Blocks] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / manifest_name).exists():
+            kept = self.folder / manifest_name
+            if not kept.exists() or kept.read_bytes() != raw:  # damaged since
                 replace_bytes(self.folder / manifest_name, raw)
             self._use = os.open(self.folder / manifest_name, os.O_RDONLY | os.O_CLOEXEC)
             os.utime(self.folder)
             self._renewed = time.monotonic()
         except OSError as error:
-            raise UserError(
-                f"{url} cannot be kept in {cache} ({error.strerror}); set data.cache to another folder"
-            ) from None
+            raise not_writable(f"{url} cannot be kept in", cache, error) from None
         with contextlib.suppress(OSError):  # there are no locks, or another user's
             fcntl.flock(self._use, fcntl.LOCK_SH | fcntl.LOCK_NB)
 

@@ -36,6 +36,7 @@ from megatron_lcl.data.corpus.corpus_manifest import (
     TOKENS,
     check_names,
     check_shape,
+    damaged,
     has_names,
     read_manifest,
     shard_files,
@@ -330,13 +331,11 @@ class Corpus(Sequence[Document]):
         self.where = str(url or path)
         """as the user named it"""
         self._cache = cache
-        self.manifest = read_manifest(self.path)
+        self.manifest = read_manifest(self.path, self.where)
         try:
             check_shape(self.manifest)
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{self.path / MANIFEST} is damaged; remove the folder and run `megatron-lcl preprocess` again"
-            ) from None
+            raise damaged(self.where) from None
         check_names([*self.manifest["files"], self.manifest["tokenizer"]["file"]], f"{self.where}/{MANIFEST}")
         if self.remote:
             self.remote.prepare(self.manifest)

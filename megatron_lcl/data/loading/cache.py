@@ -33,9 +33,9 @@ from filelock import lock_descriptor
 
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.files import replace_bytes, sync
-from megatron_lcl.data.corpus.remote import user_cache
+from megatron_lcl.data.corpus.remote import ELSEWHERE, not_writable, or_default, user_cache
 from megatron_lcl.data.corpus.scratch import lock_file, try_lock
-from megatron_lcl.errors import UserError, free_space, is_full
+from megatron_lcl.errors import UserError, is_full
 
 RECORD = "chunk.json"
 """the file of a folder that outlives it, as <folder>.json"""
@@ -56,6 +56,7 @@ GONE = (errno.ENOENT, errno.ESTALE)
 _LEFT_OVER = {".old": 0.0, ".tmp": DAY, ".lock": DAY, ".json": 30 * DAY}
 """ages at which what is no folder in use is deleted"""
 _SHARED = ("packs-", "documents-")
+_INDEX = "the pack index cannot be written to"
 _T = TypeVar("_T")
 
 
@@ -85,7 +86,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = until_built.enter_context(lock_file(folder.with_name(folder.name + ".lock")))
         except OSError as error:
-            raise _unwritable(folder.parent, error) from None
+            raise not_writable(_INDEX, folder.parent, error) from None
         # by its own pauses: the clock of the file server may be another, and runs while a job is suspended as a whole
         seen, left = _beats(folder), LOST_SECONDS
         while not try_lock(lock):
@@ -116,9 +117,10 @@ def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable
             return opened(built)
         except PermissionError as error:
             raise UserError(
-                f"{built} was built by another user, and may not be read ({error.strerror}); set data.cache to another "
-                f"folder, or have that user share it (chmod -R a+rX {built}) and build with such a umask (022, or 002 "
-                "for a group)"
+                f"{built} was built by another user, and may not be read ({error.strerror}); have that user share it "
+                f"(chmod -R a+rX {built}) and build with such a umask (022, or 002 for a group)"
+                f"{or_default(folder.parent)}",
+                ELSEWHERE,
             ) from None
         except OSError as error:
             if error.errno not in GONE or not left:
@@ -146,7 +148,7 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir()
     except OSError as error:
-        raise _unwritable(folder.parent, error) from None
+        raise not_writable(_INDEX, folder.parent, error) from None
     try:
         with _kept_fresh(temporary):
             build(temporary)
@@ -160,16 +162,9 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
     except OSError as error:
         if not is_full(error):
             raise
-        raise _unwritable(folder.parent, error) from None
+        raise not_writable(_INDEX, folder.parent, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _unwritable(cache: Path, error: OSError) -> UserError:
-    said, remedy = str(error.strerror), "set data.cache to another folder"
-    if is_full(error):
-        said, remedy = f"{said}, {free_space(cache)}", f"make room there, or {remedy}"
-    return UserError(f"the pack index cannot be written to {cache} ({said}); {remedy}")
 
 
 @contextlib.contextmanager

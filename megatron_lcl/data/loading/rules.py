@@ -112,9 +112,11 @@ def rules_for(
             f"of {num_patches} patches, six special tokens and twice one of text; give it at least {num_patches + 8}"
         )
     if max_tokens < smallest:
+        lengths = {"model.language.context_length": context_length, "data.tokens_per_pack": data.tokens_per_pack}
+        short = " and ".join(name for name, length in lengths.items() if length < smallest)
         raise UserError(
             f"a sequence of {max_tokens} tokens cannot hold an image of {num_patches} patches, four special tokens and "
-            f"one of text; give model.language.context_length and data.tokens_per_pack at least {smallest}"
+            f"one of text; give {short} at least {smallest}"
         )
     if sequences.captions:  # the caption has the same text and is the longer one
         max_tokens -= num_patches + 2

@@ -13,7 +13,7 @@ from megatron_lcl.errors import UserError, free_space, in_bytes
 FOLDER = Path("/dev/shm")
 PREFETCH = 2
 """micro-batches that each loader process makes ahead, the one that it is making included"""
-REMEDY = "give the container more (--shm-size or --ipc=host of docker), or lower data.workers"
+_REMEDY = "give the container more (--shm-size or --ipc=host of docker)"
 
 
 def free_shared_memory() -> float:
@@ -34,8 +34,15 @@ def check_shared_memory(needs: float, workers: int, replicas: int, free: float) 
         of = f" of each of {replicas} replicas on a machine" if replicas > 1 else ""
         raise UserError(
             f"the {workers} loader processes{of} hand over their batches in {FOLDER}, up to "
-            f"{in_bytes(replicas * needs)} at once, and {in_bytes(free)} are free there; {REMEDY} ({workers})"
+            f"{in_bytes(replicas * needs)} at once, and {in_bytes(free)} are free there; {_REMEDY}",
+            {"--data.workers": f", or lower data.workers ({workers})"},
         )
+
+
+def workers_with_room(workers: int, batch: int) -> int:
+    """How many of so many loader processes have room there for their micro-batches, of so many bytes each."""
+    free, each = free_shared_memory(), PREFETCH * batch
+    return workers if workers * each <= free else int(free // each)
 
 
 def put_there(batch: PackedBatch) -> PackedBatch:
@@ -50,5 +57,8 @@ def put_there(batch: PackedBatch) -> PackedBatch:
     except RuntimeError as error:
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
-        raise UserError(f"loader processes cannot hand over their batches: {free_space(FOLDER)}; {REMEDY}") from None
+        raise UserError(
+            f"loader processes cannot hand over their batches: {free_space(FOLDER)}; {_REMEDY}",
+            {"--data.workers": ", or lower data.workers"},
+        ) from None
     return batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from megatron_lcl.data.corpus.corpus_manifest import total
 from megatron_lcl.data.corpus.drops import Drops
@@ -18,8 +18,8 @@ class Unusable(UserError):
     drops: what was bad, for a list of it on disk.
     """
 
-    def __init__(self, message: str, drops: Drops) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, drops: Drops, remedies: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, remedies)
         self.drops = drops
 
 
@@ -53,8 +53,9 @@ class Budget:
                 self._drops.rename(self._place)
                 raise Unusable(
                     f"{bad:,} of {seen:,} {kind}s are bad, {bad / seen:.0%}: {_dominant(self._drops, kind)}; mend the "
-                    f"input, or allow more than {self._limit:g} with --max-bad-fraction",
+                    "input",
                     self._drops,
+                    {"--max-bad-fraction": f", or allow more than {self._limit:g} with --max-bad-fraction"},
                 )
 
 

@@ -14,6 +14,7 @@ that also share the original) and leaves about 70 of 464 pages in small groups.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -92,8 +93,12 @@ class Grouping:
         if digest not in self._image_of:
             if len(self._image_of) >= MAX_IMAGES:
                 raise UserError(
-                    f"over {MAX_IMAGES:,} different images are too many for --held-out, which compares all with all; "
-                    "leave it out, and preprocess some of the files into a corpus of their own (docs/data.md)"
+                    f"over {MAX_IMAGES:,} different images are too many to hold documents out, for which all are "
+                    "compared with all; take fewer documents",
+                    {
+                        "--held-out": ", or leave out --held-out, and preprocess some of the files into a corpus of "
+                        "their own (docs/data.md)"
+                    },
                 )
             self._image_of[digest] = len(self._image_of)
             self._features.append(None)
@@ -158,11 +163,27 @@ class Grouping:
             if len(chosen) + len(names) <= target:
                 chosen.update(names)
         if not chosen:
-            raise UserError(
-                f"nothing to hold out: near-duplicate images join {num} pages into {len(groups)} "
-                f"groups, the smallest of {len(groups[-1]) if groups else 0}; at most {target} pages may go"
-            )
+            raise _nothing_to_hold_out(num, groups, fraction, largest)
         return chosen
+
+
+def _nothing_to_hold_out(num: int, groups: list[list[str]], fraction: float, largest: int) -> UserError:
+    """The error for `num` documents in groups that are all larger than `largest`, or in one."""
+    if num < 2:
+        said = "there are not two documents, of which one could be"
+    elif len(groups) == 1:
+        said = f"equal or near-duplicate images join all {num:,} documents into one group"
+    else:
+        said = (
+            f"equal or near-duplicate images join {num:,} documents into {len(groups):,} groups, the smallest of "
+            f"{len(groups[-1]):,}; with a fraction of {fraction:g} only groups of up to {largest:,} (a tenth of it) are"
+        )
+    enough = math.ceil(1000 * len(groups[-1]) / num) / 100 if groups else 1.0
+    larger = f", or a larger --held-out-fraction ({enough:g})" if enough < 1 else ""
+    return UserError(
+        f"nothing to hold out: {said}; give more or other documents",
+        {"--held-out": f"{larger}, or leave out --held-out"},
+    )
 
 
 def group_name(document: Document) -> str:

@@ -237,7 +237,8 @@ def _with_list(error: Unusable, folders: list[Path]) -> Unusable:
     with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         replace_bytes(folder / LOG, error.drops.log())
-    return Unusable(f"{error} (all reasons, with names: {folder / LOG})", error.drops)
+    error.args = (f"{error.args[0]} (all reasons, with names: {folder / LOG})",)
+    return error
 
 
 def _with(training: Summary, rest: list[Summary]) -> Summary:

@@ -43,7 +43,7 @@ def _faults(path: Path, quick: bool) -> Iterator[str]:
     except StorageError:
         raise
     except UserError as error:
-        yield str(error)
+        yield error.said()
         return
     files, named = corpus.manifest["files"], corpus.manifest["tokenizer"]
     of_shards = {name for number in range(corpus.num_shards) for name in shard_files(number)}

@@ -49,8 +49,8 @@ def in_order(
                 deaths += 1
                 if deaths > _RETRIES:
                     raise UserError(
-                        f"a worker process died, {deaths} times now, perhaps out of memory; run the same command "
-                        "again, with a smaller --workers"
+                        f"a worker process died, {deaths} times now, perhaps out of memory; run the same command again",
+                        {"--workers": ", with a smaller --workers"},
                     ) from None
                 logger.warning("a worker process died, perhaps out of memory; its work is done again")
 

@@ -13,6 +13,7 @@ from megatron_lcl.convert.find import find_checkpoint, known_config
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
+from megatron_lcl.data.corpus.remote import writable_cache
 from megatron_lcl.data.corpus.store import is_corpus, open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
@@ -91,5 +92,5 @@ def _tokenizer(config: Config | None, model: LCL, given: str | Path | None) -> t
         return tokenizer
     for corpus in corpora:
         if is_corpus(corpus.path):
-            return open_corpus(corpus.path, cache).tokenizer
+            return open_corpus(corpus.path, writable_cache(cache)).tokenizer
     return tokenizers.load("clip") if model.config.language.vocab_size == _CLIP_VOCABULARY else None

@@ -9,6 +9,7 @@ import megatron_lcl
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.convert.find import find_checkpoint, read_config
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.run_folder import CONFIG
@@ -17,7 +18,7 @@ from megatron_lcl.run_folder import CONFIG
 def untrained_model(name: str, seed: int) -> tuple[LCL, Config]:
     """The model whose parameters are drawn from `seed`, and its config.
 
-    name: a config file, the folder of a run or checkpoint, or a name of `configs/` of the checkout.
+    name: a config file, the folder or URL of a run or checkpoint, or a name of `configs/` of the checkout.
     """
     config = _find_config(name)
     return LCL(config.model, seed, config.initial_log_scale), config
@@ -25,7 +26,7 @@ def untrained_model(name: str, seed: int) -> tuple[LCL, Config]:
 
 def _find_config(name: str) -> Config:
     path = Path(name)
-    if path.is_dir():
+    if url_of(name) or path.is_dir():
         return read_config(path if (path / CONFIG).is_file() else find_checkpoint(path))
     if path.is_file():
         return configs.load(path)

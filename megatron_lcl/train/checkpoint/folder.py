@@ -170,8 +170,10 @@ def newest(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
     return None, rejected
 
 
-def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
+def choose(run: Path, resume: str, mirror: str | None = None) -> tuple[Path | None, dict[Path, list[str]]]:
     """The checkpoint to go on from by `checkpoint.resume` (None: none) and those rejected, with their faults.
+
+    mirror: where copies are (`checkpoint.mirror`), which a run without checkpoints of its own goes on from.
 
     A run that has checkpoints of its own goes on from them whatever `resume` is, so that a job that is started again
     by the same command goes on where it stopped. UserError where all of them are damaged (weeks of work are not begun
@@ -181,7 +183,8 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
     if folder is None and rejected:
         latest, faults = next(iter(rejected.items()))
         unread = any(isinstance(fault, Unread) for faults in rejected.values() for fault in faults)
-        remedy = "look at the storage: some cannot be read" if unread else "restore one, or remove them to begin anew"
+        then = "begin anew" if mirror is None else f"go on from the newest whole copy in {mirror}, if there is one"
+        remedy = "look at the storage: some cannot be read" if unread else f"restore one, or remove them to {then}"
         raise UserError(
             f"none of the {len(rejected)} checkpoints in {run / CHECKPOINTS} is whole ({latest.name}: "
             f"{'; '.join(faults[:3])}); {remedy}"

@@ -278,7 +278,9 @@ def test_an_edited_manifest_is_damaged(corpus: Path, damage: Callable[[dict[str,
     manifest = json.loads((corpus / "corpus.json").read_text())
     damage(manifest)
     (corpus / "corpus.json").write_text(json.dumps(manifest))
-    remedy = "remove the folder and run `megatron-lcl preprocess` again"
+    remedy = (
+        "copy it again from where the corpus came from, or remove the folder and run `megatron-lcl preprocess` again"
+    )
     assert verify(corpus) == [f"{corpus / 'corpus.json'} is damaged; {remedy}"]
     with pytest.raises(ValueError, match="is damaged"):
         open_corpus(corpus)

@@ -411,10 +411,10 @@ def test_a_user_without_a_home_folder_is_told_to_name_a_cache(
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    data = Data(corpora=(Corpus("c"),), cache=given)
+    data, name = Data(corpora=(Corpus("c"),), cache=given), "HOME" if given else "XDG_CACHE_HOME"
     for wanting in (partial(cache_module.cache_folder, data), *([] if given else [default_cache, user_cache])):
         with pytest.raises(
-            UserError, match=r"no home folder for (~|the cache).*; set XDG_CACHE_HOME or data\.cache to"
+            UserError, match=rf"no home folder for (~|the cache).*; set {name} to a folder, or set data\.cache to"
         ):
             wanting()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -95,12 +95,14 @@ def test_what_cannot_be_emptied_keeps_its_name(mask: int) -> None:
 def test_what_another_may_not_do_is_one_line() -> None:
     def reads() -> None:
         with pytest.raises(
-            UserError, match=r"packs-x was built by another user, .*; set data\.cache to another folder"
+            UserError, match=r"packs-x was built by another user, .*; have that user.*, or set data\.cache to another"
         ):
             build_and_open(cache / "packs-x", build_never, lambda folder: Use(folder, RECORD))
 
     def builds() -> None:
-        with pytest.raises(UserError, match=r"cannot be written to .* \(Permission denied\); set data\.cache"):
+        with pytest.raises(
+            UserError, match=r"cannot be written to .* \(Permission denied\); make it writable, or set data\.cache"
+        ):
             build_once(cache / "packs-y", build_never)
 
     with shared_folder(0o755) as cache:

@@ -8,7 +8,7 @@ from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.prepare import holdout
-from megatron_lcl.data.prepare.holdout import Describer, Grouping
+from megatron_lcl.data.prepare.holdout import Described, Describer, Grouping
 from megatron_lcl.errors import UserError
 
 
@@ -28,8 +28,26 @@ def test_of_a_few_pages_one_is_held_out(num: int) -> None:
 def test_something_stays_in_training() -> None:
     assert len(grouping([0, 1, 2]).held_out(0.99)) == 2
     for images in ([0], [0, 0], [0, 0, 0]):
-        with pytest.raises(ValueError, match=f"nothing to hold out: .* join {len(images)} pages into 1 groups"):
+        why = f"join all {len(images)} documents into one group" if images[1:] else "there are not two documents"
+        with pytest.raises(
+            ValueError, match=f"nothing to hold out: .*{why}.*; give more or other documents, or leave out"
+        ):
             grouping(images).held_out(0.13)
+
+
+@pytest.mark.parametrize(("num", "enough"), [(400, 0.05), (150, 0.14), (40, 0.5), (21, 0.96), (20, None)])
+def test_groups_that_are_too_large_for_the_fraction(num: int, enough: float | None) -> None:
+    """The error names a fraction that is enough for the smallest, if there is one."""
+    found = Grouping()
+    for k in range(num):
+        found.add(Described(str(k), [bytes([min(k // 2, 1)])], []))  # two documents, and all others
+    said = "documents into 2 groups, the smallest of 2; with a fraction of .* only groups of up to 1 .* other documents"
+    with pytest.raises(UserError, match=said) as caught:
+        found.held_out(min(0.9 * (enough or 1), 15 / num))
+    larger = f", or a larger --held-out-fraction ({enough:g})" if enough else ""
+    assert str(caught.value) == f"{caught.value.said()}{larger}, or leave out --held-out"
+    if enough:
+        assert len(found.held_out(enough)) == 2
 
 
 def test_an_image_on_several_pages_has_near_duplicates_too() -> None:
@@ -53,5 +71,8 @@ def test_more_images_than_can_be_compared_are_refused_at_once(monkeypatch: pytes
     """Different ones: those that occur again are compared once."""
     monkeypatch.setattr(holdout, "MAX_IMAGES", 3)
     assert len(grouping([0, 1, 2, 1, 0]).groups()) == 3
-    with pytest.raises(UserError, match=r"over 3 different images are too many for --held-out.*\(docs/data\.md\)"):
+    with pytest.raises(
+        UserError, match=r"over 3 different images are too many .*--held-out.*\(docs/data\.md\)"
+    ) as caught:
         grouping([0, 1, 2, 1, 3])
+    assert caught.value.said().endswith("compared with all; take fewer documents")

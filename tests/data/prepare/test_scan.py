@@ -152,5 +152,6 @@ def test_what_a_process_that_dies_had_to_do_is_done_again(tmp_path: Path, caplog
     assert list(in_order(die, deaths, range(6), 2, ahead=3)) == list(range(6))
     assert caplog.text.count("its work is done again") == 2
     deaths.write_bytes(b"xxx")
-    with pytest.raises(UserError, match=r"a worker process died, 3 times now.*--workers"):
+    with pytest.raises(UserError, match=r"a worker process died, 3 times now.*--workers") as caught:
         list(in_order(die, deaths, range(6), 2))
+    assert caught.value.said(lambda flag: flag != "--workers").endswith("run the same command again")

@@ -309,6 +309,14 @@ def test_a_corpus_that_is_read_for_days_stays_a_used_one(
 def test_what_is_not_the_corpus_is_refused(place: str, s3: Proxy, local: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{place} is not a corpus: it has no corpus.json"):
         open_corpus(place)
+    for raw, said in (
+        (b"{", "is damaged; copy it again from where"),
+        (b'{"format_version": 9}', "has format version 9"),
+    ):
+        Store(place).put("corpus.json", raw)
+        open_remote.cache_clear()
+        with pytest.raises(UserError, match=rf"^{place}/corpus.json {said}"):
+            open_corpus(place)
     copy = shutil.copytree(local, tmp_path / "copy")
     index = bytearray((copy / "tokens-00001.idx").read_bytes())
     index[-1] ^= 1
@@ -352,9 +360,35 @@ def test_a_tokenizer_is_no_file_of_another_program(place: str, local: Path, tmp_
     store = Store(upload(local, place))
     store.put("corpus.json", json.dumps({**manifest, "tokenizer": {**manifest["tokenizer"], "file": "x.vim"}}).encode())
     store.put("x.vim", b"theirs")
-    with pytest.raises(UserError, match=r"corpus.json is damaged"):
+    with pytest.raises(UserError, match=rf"^{place}/corpus.json is damaged; copy it again from where"):
         open_corpus(place, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("x.vim"))
+
+
+def test_a_cache_that_cannot_be_written(place: str, local: Path, tmp_path: Path) -> None:
+    """What sets the folder is named: the environment in every command, `data.cache` in those that have it."""
+    upload(local, place)
+    file = tmp_path / "user-cache"
+    file.write_text("")
+    for cache, remedy in (
+        (None, "make it writable, or set XDG_CACHE_HOME to another"),
+        (file / "x", "make it writable"),
+    ):
+        with pytest.raises(UserError, match=rf"^{place} cannot be kept in {file}/.* \(.*\); {remedy}") as caught:
+            open_corpus(place, cache)
+        assert str(caught.value).endswith(", or set data.cache to another folder")
+        assert "data.cache" not in caught.value.said()
+    assert "data.cache" not in "".join(verify(place))
+
+
+def test_a_manifest_that_the_disk_has_lost_is_fetched_again(place: str, local: Path, tmp_path: Path) -> None:
+    upload(local, place)
+    kept = open_corpus(place, tmp_path / "cache").path / "corpus.json"
+    open_remote.cache_clear()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:100])
+    assert len(open_corpus(place, tmp_path / "cache")) == 60
+    assert kept.read_bytes() == whole
 
 
 def test_an_object_of_another_size_is_not_fetched(s3: Proxy, place: str, local: Path, tmp_path: Path) -> None:

@@ -111,8 +111,15 @@ def test_a_file_that_is_missing_shorter_or_longer_is_found(run: Path) -> None:
 def test_no_run_begins_anew_over_damaged_checkpoints(run: Path) -> None:
     for folder in checkpoint.list_checkpoints(run):
         (folder / "config.yaml").write_text("")
-    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* is whole \(step-00000004: config.yaml"):
+    with pytest.raises(
+        ValueError,
+        match=r"none of the 2 checkpoints in .* is whole \(step-00000004: config.yaml.*or remove them to begin anew$",
+    ):
         checkpoint.choose(run, "auto")
+    with pytest.raises(
+        ValueError, match=r"; restore one, or remove them to go on from the newest whole copy in s3://b/run, "
+    ):
+        checkpoint.choose(run, "auto", "s3://b/run")
 
 
 @pytest.mark.slow
