@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from data.engines.running import marked, processes_marked
+from processes import Ends
 from tqdm import tqdm
 
 from megatron_lcl.errors import UserError
@@ -81,16 +82,6 @@ def test_a_killed_evaluation_leaves_nothing(tmp_path: Path, signum: int) -> None
         assert sum(path.stat().st_size for path in cache.rglob("*.npy")) > 1000 * 1000 * 4
         FeatureStore(cache).check_room([], [])
     assert not list(cache.iterdir())
-
-
-class Ends:
-    """Ends the process that reads it, as a script does that each process runs again."""
-
-    def __reduce__(self) -> tuple[Any, tuple[int]]:
-        return os._exit, (1,)
-
-    def __call__(self, *_: Any) -> None:
-        raise AssertionError("no process gets here")
 
 
 @pytest.mark.timeout(60)

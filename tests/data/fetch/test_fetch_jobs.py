@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from data.fetch.faulty_server import LOGIN, WANTS_CREDENTIALS, requests_of, serving
 from data.fetch.test_fetch import FLAGS, QUICK, check_store, mixed
+from processes import Ends
 from tqdm import tqdm
 
 from megatron_lcl.cli import main
@@ -112,13 +113,6 @@ def test_a_worker_says_all_that_went_wrong(tmp_path: Path) -> None:
     plan: Any = BadPlan()
     with pytest.raises(UserError, match=f"^{LONG}$"):
         run._do(tmp_path, plan, [0, 1], QUICK, 2, tqdm(disable=True))
-
-
-class Ends:
-    """Ends the process that reads it, as a script does that each worker process runs again."""
-
-    def __reduce__(self) -> tuple[Any, tuple[int]]:
-        return os._exit, (1,)
 
 
 @pytest.mark.timeout(60)
