@@ -1,7 +1,9 @@
-"""What other processes need that this one starts: a place for the sockets over which they talk, and its own code."""
+"""What other processes need that this one starts: a place for the sockets over which they talk, and its own code, but
+not the script that started it once more."""
 
 from __future__ import annotations
 
+import multiprocessing
 import multiprocessing.util
 import os
 import sys
@@ -9,6 +11,12 @@ import tempfile
 
 from megatron_lcl.errors import UserError, describe_os_error
 
+UNGUARDED = (
+    'a script starts worker processes outside of `if __name__ == "__main__":`, and each of them runs the script\'s '
+    "lines again; put the call there"
+)
+NEVER_BEGAN = f"worker processes end before they begin to work, perhaps out of memory; or {UNGUARDED}"
+"""said where none of them has reached its first line of ours"""
 LONGEST = 71
 """bytes of the path of a folder in which the path of a socket is not too long (107 bytes; macOS: 103), with the 32 that
 `multiprocessing` adds"""
@@ -40,6 +48,11 @@ def prepare_sockets() -> None:
         ) from None
     finally:
         tempfile.tempdir = before
+
+
+def runs_script_again() -> bool:
+    """Whether this is a process that `multiprocessing` has started, and still imports the script of who started it."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 def same_code() -> dict[str, str]:

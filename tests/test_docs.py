@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
 from sphinx.util.docutils import docutils_namespace
@@ -86,6 +89,31 @@ def test_corpora_are_made_with_the_tokenizer_of_the_configs() -> None:
             assert "--images " in line, (page, line)
     for file in DOCS.parent.glob("configs/*.yaml"):
         assert configs.load(file).model.language.vocab_size == 49411
+
+
+def test_what_pages_offer_in_python_is_in_the_list_of_what_is_stable() -> None:
+    listed = set(re.findall(r"auto(?:function|class):: (\S+)", (DOCS / "api.md").read_text("utf-8")))
+    offered: set[str] = set()
+    for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]:
+        text = page.read_text("utf-8")
+        groups = re.findall(r"^ *from (megatron_lcl[.\w]*) import (.+)$", text, re.M)
+        groups += re.findall(r"`(megatron_lcl[.\w]+)\.\{(.+?)\}`", text)
+        offered |= {f"{module}.{name}" for module, names in groups for name in names.split(", ")}
+        offered.update(re.findall(r"\b(megatron_lcl(?:\.\w+)+)\(", text))
+    assert {"megatron_lcl.load_model", "megatron_lcl.convert.export.export", "megatron_lcl.evaluate.run.evaluate",
+            "megatron_lcl.curate.run.curate"} <= offered  # fmt: skip
+    assert offered <= listed, offered - listed
+
+
+def test_an_export_is_saved_again_for_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (DOCS / "conversion.md").read_text("utf-8")
+    (lines,) = re.findall(r"^((?: {4}.*\n)* {4}torch\.save\(.*\n)", page, re.M)
+    tensor = torch.arange(6.0)
+    (tmp_path / "DIR").mkdir()
+    save_file({"a": tensor}, tmp_path / "DIR" / "lcl.safetensors")
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(lines), {})
+    assert torch.equal(torch.load("DIR/lcl.pt")["a"], tensor)
 
 
 def test_open_clip_is_as_new_as_an_export_wants() -> None:

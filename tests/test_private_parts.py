@@ -195,6 +195,12 @@ PARTS = [
     Part("torch", "ops.c10d._allgather_base_", "of which gloo copies what it gives"),
     Part("torch", "ops.c10d._reduce_scatter_base_", "of which gloo copies what it takes"),
     Part("multiprocessing.forkserver", "_forkserver", "the server of its processes, ended"),
+    Part(
+        "multiprocessing.spawn",
+        "_main._inheriting",
+        "whether a process imports who started it",
+        in_source="process.current_process()._inheriting = True",
+    ),
     Part("multiprocessing.util", "get_temp_dir", "the folder of its sockets", ()),
     *(
         Part(module, "", "its comparison with other processes is left out", in_source="assert_ints_same_as_other_ranks")

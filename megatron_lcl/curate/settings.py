@@ -224,10 +224,11 @@ def read_settings(
 ) -> Settings:
     """The settings of a preset or a YAML file, with dotted overrides, `{"text.min_words": "4"}`, on top.
 
-    UserError for a preset that there is not, a field that there is not or a value that does not fit, a file of words
-    or a model that is missing.
+    UserError for a preset beside a file, a preset that there is not, a field that there is not or a value that does not
+    fit, a file of words or a model that is missing.
     """
-    assert preset is None or file is None
+    if preset is not None and file is not None:
+        raise UserError(f"the preset {preset} and the file {file}: give one of the two")
     tree: dict[str, Any] = {}
     if preset is not None:
         file = PRESETS / f"{preset}.yaml"

@@ -35,7 +35,7 @@ _NEED_CAPTIONS = frozenset({"retrieval", "captioning"})
 
 
 def evaluate(
-    models: Sequence[str],
+    models: Sequence[str | Path],
     tasks: Sequence[str],
     data: str | Path,
     output: str | Path | None = None,
@@ -50,7 +50,7 @@ def evaluate(
     cache: str | Path | None = None,
     batch_size: int = 64,
     processes: int = 1,
-    devices: tuple[str, ...] = ("cpu",),
+    devices: Sequence[str] = ("cpu",),
     progress: bool = True,
     skip_bad_images: bool = False,
     about: str = "",
@@ -68,6 +68,13 @@ def evaluate(
     All images are checked before any is encoded. UserError naming those that do not decode; or, with
     `skip_bad_images`, they are skipped, counted in the results, and named in the file bad_images.txt of `output`.
     """
+    for name, given in {"models": models, "tasks": tasks, "devices": devices}.items():
+        if isinstance(given, str | Path):
+            raise UserError(
+                f"{name} = {str(given)!r} is one, where there may be several; give a list: [{str(given)!r}]"
+            )
+    if not models or not devices:
+        raise UserError(f"models = {list(models)} and devices = {list(devices)}; give at least one of each")
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown or not tasks:
         raise UserError(f"unknown task {', '.join(unknown) or '(none given)'}; there are {', '.join(TASKS)}")
@@ -75,6 +82,7 @@ def evaluate(
         raise UserError(f"batch size {batch_size} and {processes} processes; give numbers from 1")
     for device in devices:
         _check_device(device)
+    specs = [str(model) for model in models]
     settings = settings or Settings()
     if settings.zero_shot.prompts and templates is not None:
         raise UserError(f"the prompts {list(settings.zero_shot.prompts)} and the file {templates}; give one of the two")
@@ -88,13 +96,13 @@ def evaluate(
         test.need_captions()
     if "zero-shot" in tasks:
         test.need_names()
-    for spec in models:
+    for spec in specs:
         check_trained(spec, tasks)
         if progress and (said := untrained_pool(spec, tasks)):
             tqdm.write(said, file=sys.stderr)
 
     def load(spec: str) -> Encoder:
-        encoder = EncoderSource(spec, tokenizer, devices)(0)
+        encoder = EncoderSource(spec, tokenizer, tuple(devices))(0)
         if {"zero-shot", "retrieval"} & set(tasks):
             encoder.encode_texts(["a text"])  # says at once if it cannot
         if "captioning" in tasks:
@@ -103,8 +111,8 @@ def evaluate(
         return encoder
 
     # what cannot be loaded, fits no task, or has no room, is to be known before the first one's hours
-    encoder = load(models[0])
-    known = [_known(encoder), *(_known(load(spec)) for spec in models[1:])]
+    encoder = load(specs[0])
+    known = [_known(encoder), *(_known(load(spec)) for spec in specs[1:])]
     shapes = [of_model for of_model, _ in known]
     if "attentive-probe" in tasks:
         for each in shapes:
@@ -126,7 +134,7 @@ def evaluate(
     results: list[Result] = []
     written: list[tuple[str, list[str]]] = []
     gallery: Gallery | None = None
-    for number, (spec, (_, source)) in enumerate(zip(models, known, strict=True)):
+    for number, (spec, (_, source)) in enumerate(zip(specs, known, strict=True)):
         if number:  # the same checkpoint, also of a run that has saved another one meanwhile
             encoder = source(0)
             encoder.name = spec

@@ -19,6 +19,7 @@ from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
 from megatron_lcl.interrupts import ENDING, end_with_command, holding_interrupts
 from megatron_lcl.machine import num_cores
+from megatron_lcl.processes import NEVER_BEGAN
 
 T = TypeVar("T")
 Work = Callable[[Encoder, int, torch.Tensor], T]
@@ -60,9 +61,10 @@ def _in_processes(
     context = get_context("spawn")
     # without locks, which a process that is killed would keep: each counts for itself, and only this one says stop
     done, stop = context.Array("q", processes, lock=False), context.Value("b", lock=False)
+    begun = context.Value("b", lock=False)
     with contextlib.ExitStack() as until_end:
         with holding_interrupts(ENDING):
-            pool = until_end.enter_context(ProcessPoolExecutor(processes, context, _start, (done, stop)))
+            pool = until_end.enter_context(ProcessPoolExecutor(processes, context, _start, (begun, done, stop)))
             until_end.callback(setattr, stop, "value", 1)  # after an error or a signal the others need not go on
             jobs: list[Future[list[T]]] = [
                 pool.submit(_process, source, i, processes, images[low:high], work, batch_size, low)
@@ -79,7 +81,9 @@ def _in_processes(
                     if error.__cause__ is not None:  # what the process said cannot be read here
                         raise
                     raise UserError(
-                        "a process that encodes was killed, perhaps out of memory; give fewer --processes, or a "
+                        NEVER_BEGAN
+                        if not begun.value
+                        else "a process that encodes was killed, perhaps out of memory; give fewer --processes, or a "
                         "smaller --batch-size"
                     ) from None
         return [result for job in jobs for result in job.result()]
@@ -89,7 +93,8 @@ _told: list[Any] = []
 """in one of several processes: images done by each, and whether to stop"""
 
 
-def _start(done: Any, stop: Any) -> None:
+def _start(begun: Any, done: Any, stop: Any) -> None:
+    begun.value = 1
     end_with_command()
     _told[:] = done, stop
 

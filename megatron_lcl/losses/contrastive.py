@@ -128,11 +128,12 @@ def start_gather(
     Every rank of the group calls it, then `finish_contrastive_loss` (or `finish_sigmoid_loss`); what is computed in
     between overlaps with the transfer. Arguments and errors: as there.
 
+    bias: of the sigmoid loss, which needs it, on every rank; None: for `finish_contrastive_loss`, which takes none.
     axis: in place of `group`, with what it knows of how the hosts meet.
     """
     axis = axis or Axis.of_group(group)
-    image_features, text_features = image_features.contiguous(), text_features.contiguous()
     sizes = _sizes(image_features, text_features, log_scale, bias, axis, counts)
+    image_features, text_features = image_features.contiguous(), text_features.contiguous()
     kernels = kernels or _backend(image_features)
     rows = None
     if axis.group is not None and max(sizes) > 0:
@@ -143,7 +144,12 @@ def start_gather(
 
 
 def finish_contrastive_loss(gather: FeatureGather) -> ContrastiveOutput:
-    """Second half of `contrastive_loss`: waits for the features and computes the loss."""
+    """Second half of `contrastive_loss`: waits for the features and computes the loss. ValueError for a gather that was
+    started with a bias."""
+    if gather.bias is not None:
+        raise ValueError(
+            "this gather has a bias, which is the sigmoid loss's: finish_sigmoid_loss, or start without it"
+        )
     outputs = _ContrastiveFunction.apply(gather.image_nD, gather.text_nD, gather.log_scale, gather)
     return ContrastiveOutput(*outputs)
 
@@ -221,11 +227,18 @@ def _sizes(
             digest = _digest(counts)
         except TypeError:
             error = error or f"counts must be integers, one per rank, not {counts}"
-    facts = (len(image), image.shape[1], DTYPES.index(image.dtype), digest) if error is None else (0, 0, 0, 0)
-    ranks = exchange(facts, error, image.device, axis)
-    if len({(width, dtype) for _, width, dtype, _ in ranks}) > 1:
-        described = [(width, DTYPES[dtype]) for _, width, dtype, _ in ranks]
+    facts, device = (0,) * 5, torch.device("cpu")  # where the features may be no tensors
+    if error is None:
+        facts, device = (len(image), image.shape[1], DTYPES.index(image.dtype), bias is not None, digest), image.device
+    ranks = exchange(facts, error, device, axis)
+    if len({(width, dtype) for _, width, dtype, *_ in ranks}) > 1:
+        described = [(width, DTYPES[dtype]) for _, width, dtype, *_ in ranks]
         raise ValueError(f"features must have one width and dtype on every rank, not {described} (in rank order)")
+    if len({biased for *_, biased, _ in ranks}) > 1:
+        without = [rank for rank, (*_, biased, _) in enumerate(ranks) if not biased]
+        raise ValueError(
+            f"bias must be given on every rank, for the sigmoid loss, or on none; rank(s) {without} lack it"
+        )
     sizes = tuple(n for n, *_ in ranks)
     if bad := [rank for rank, (*_, digest) in enumerate(ranks) if digest not in (0, _digest(sizes))]:
         own_counts = f"; this rank's are {list(counts)}" if counts is not None else ""
@@ -236,6 +249,9 @@ def _sizes(
 
 
 def _error(image: torch.Tensor, text: torch.Tensor, numbers: Mapping[str, torch.Tensor]) -> str | None:
+    for name, given in {"image features": image, "text features": text, **numbers}.items():
+        if not isinstance(given, torch.Tensor):
+            return f"{name} must be a tensor, not {type(given).__name__}"
     if image.ndim != 2 or image.shape != text.shape:
         return f"image and text features must both be [pairs, width], not {list(image.shape)} and {list(text.shape)}"
     if image.dtype != text.dtype or image.dtype not in DTYPES:

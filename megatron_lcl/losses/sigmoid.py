@@ -61,8 +61,10 @@ def sigmoid_loss(
 
 
 def finish_sigmoid_loss(gather: FeatureGather) -> SigmoidOutput:
-    """Second half of `sigmoid_loss`, after `contrastive.start_gather`: waits for the features and computes the loss."""
-    assert gather.bias is not None, "the sigmoid loss has a bias"
+    """Second half of `sigmoid_loss`, after `contrastive.start_gather`: waits for the features and computes the loss.
+    ValueError for a gather that was started without a bias."""
+    if gather.bias is None:
+        raise ValueError("the sigmoid loss has a bias: give it to start_gather, as bias=")
     return SigmoidOutput(
         *_SigmoidFunction.apply(gather.image_nD, gather.text_nD, gather.log_scale, gather.bias, gather)
     )

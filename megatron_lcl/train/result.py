@@ -71,7 +71,7 @@ class PendingResult:
         skipped: torch.Tensor | bool = False,
     ) -> None:
         """numbers: scalars by the names of `result_names`, where the head is, else None; what is missing is 0.
-        AssertionError where there are others. norms: [2, parts] of gradient and update, the same on every process.
+        ValueError where there are others. norms: [2, parts] of gradient and update, the same on every process.
         features: [n, 2 D] latents and contexts, without values where the head is not; both None where nothing is
         measured. wanted: whether this process is to have the features. skipped: whether the step has changed nothing;
         a scalar, 1 or 0, where only the device knows it."""
@@ -82,8 +82,11 @@ class PendingResult:
         self._names, self._objective = result_names(objective), objective
         own = torch.zeros(len(self._names), device=device)
         if numbers is not None:
-            undeclared = numbers.keys() - {*self._names}
-            assert not undeclared, f"{type(objective).__name__}.metrics does not name {', '.join(sorted(undeclared))}"
+            if undeclared := numbers.keys() - {*self._names}:
+                named = ", ".join(sorted(undeclared))
+                raise ValueError(
+                    f"{type(objective).__name__}.metrics does not name {named}, which its terms give; add it"
+                )
             zero = own[0]
             own = torch.stack([numbers.get(name, zero).detach().float() for name in self._names])
         flag = skipped.reshape(1) if isinstance(skipped, torch.Tensor) else own.new_full((1,), skipped)

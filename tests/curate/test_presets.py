@@ -21,6 +21,7 @@ from megatron_lcl.curate import languages
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import preset_names, read_settings, rules_of
 from megatron_lcl.data.corpus.store import ShardWriter, open_corpus
+from megatron_lcl.errors import UserError
 
 WORDS = list(
     dict.fromkeys(bytes(word).decode() for word in np.random.default_rng(0).integers(97, 123, (40_000, 6), "u1"))
@@ -277,3 +278,8 @@ def test_just_inside_and_just_outside(preset: str, tmp_path: Path, monkeypatch: 
     for document, _, rule in removed(tmp_path / "out"):
         reasons.setdefault(document, set()).add(rule)
     assert reasons == expected
+
+
+def test_a_preset_beside_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the preset obelics and the file .*rules\.yaml: give one of the two"):
+        read_settings("obelics", tmp_path / "rules.yaml")

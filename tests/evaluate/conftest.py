@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ class PixelEncoder(Encoder):
         blocks = F.unfold(images, 2, stride=2).transpose(1, 2)
         return Features(images.flatten(1), blocks)
 
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+    def _encode_texts(self, texts: list[str]) -> torch.Tensor:
         return F.normalize(torch.stack([self.module[0][WORDS.index(t.rstrip(".").split()[-1])] for t in texts]), dim=-1)  # type: ignore[index]
 
 

@@ -96,6 +96,12 @@ def test_our_texts_are_read_at_soi(model: LCL, checkpoint: Path, tokenizer: Sent
     for text, feature in zip(texts, features, strict=True):
         ids = [tokenizer.sot, *tokenizer.encode(text)[:62], tokenizer.eot]
         assert torch.allclose(model.encode_text(torch.tensor([ids]))[0], feature, atol=1e-5)
+    assert encoder.encode_texts([]).shape == (0, features.shape[1])
+    assert encoder.token_ids([]).shape == (0, 2)
+    for read in (encoder.encode_texts, encoder.token_ids):
+        assert torch.equal(read(iter(texts)), read(texts))
+        with pytest.raises(ValueError, match=r"'a windmill' is one text"):
+            read("a windmill")
 
 
 def test_zero_shot_from_checkpoint_to_result(checkpoint: Path, colors: Path, tmp_path: Path) -> None:
@@ -369,6 +375,11 @@ def test_texts_of_hugging_face_models(kind: str, tmp_path: Path, monkeypatch: py
     file = tmp_path / "tokenizer.json"
     file.write_text(file.read_text().replace("green", "brown"))
     assert load_encoder(f"hf:{tmp_path}").tokenizer_fingerprint != tokenizer
+    assert encoder.encode_texts([]).shape == (0, ours.shape[1])
+    with pytest.raises(ValueError, match="'a red square' is one text"):
+        encoder.encode_texts("a red square")
+    with pytest.raises(UserError, match="no LCL model, whose texts become token ids"):
+        encoder.token_ids(["a red square"])
     loads = []
     monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", lambda *a, **k: loads.append(a))
     assert torch.allclose(encoder.encode_texts(list(texts)), ours, atol=1e-5)

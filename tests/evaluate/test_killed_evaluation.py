@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,18 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data.engines.running import marked, processes_marked
+from processes import Ends
+from tqdm import tqdm
 
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate import workers
 from megatron_lcl.evaluate.features import FeatureStore
+from megatron_lcl.evaluate.sources import FileBlob
+from megatron_lcl.processes import NEVER_BEGAN
 
 PROGRAM = """
 import sys, time
@@ -74,3 +82,11 @@ def test_a_killed_evaluation_leaves_nothing(tmp_path: Path, signum: int) -> None
         assert sum(path.stat().st_size for path in cache.rglob("*.npy")) > 1000 * 1000 * 4
         FeatureStore(cache).check_room([], [])
     assert not list(cache.iterdir())
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_never_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_start", Ends())
+    source: Any = print
+    with pytest.raises(UserError, match=re.escape(NEVER_BEGAN)):
+        workers._in_processes(source, [FileBlob(tmp_path)] * 4, source, 2, 2, tqdm(disable=True))

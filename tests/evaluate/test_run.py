@@ -46,7 +46,7 @@ def test_labeled_images(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     export_model(load_model(checkpoint), "timm", tmp_path / "timm")
     results = evaluate(
-        [str(checkpoint), f"timm:local-dir:{tmp_path / 'timm'}"],
+        [checkpoint, f"timm:local-dir:{tmp_path / 'timm'}"],
         ["knn", "linear-probe", "attentive-probe"],
         folder,
         output=tmp_path / "out",
@@ -96,6 +96,14 @@ def test_what_does_not_fit(folder: Path, checkpoint: Path, tmp_path: Path) -> No
 
     refused("unknown task segmentation", "segmentation")
     refused("none given")
+    with pytest.raises(UserError, match="tasks = 'knn' is one, where there may be several"):
+        evaluate([checkpoint], "knn", folder)
+    with pytest.raises(UserError, match=f"models = '{checkpoint}' is one"):
+        evaluate(checkpoint, ["knn"], folder)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="at least one"):
+        evaluate([], ["knn"], folder)
+    refused(r"devices = 'cuda:0' is one.*\['cuda:0'\]", "knn", devices="cuda:0")
+    refused("at least one", "knn", devices=())
     refused("no captions", "retrieval")
     refused("no folder 'train'", "knn", data=folder / "test")
     refused("k = 1000", "knn", settings=Settings(knn=KnnSettings(k=1000)))

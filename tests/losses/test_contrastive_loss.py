@@ -209,6 +209,8 @@ def test_layout_of_features_does_not_matter():
         (torch.zeros(3, 4), torch.zeros(3, 4), [3.0], r"integers, one per rank, not \[3.0\]"),
         (torch.zeros(3, 4), torch.zeros(3, 4), 3, "integers, one per rank, not 3"),
         (torch.zeros(3, 4), torch.zeros(3, 4, device="meta"), None, "one device"),
+        ([[0.0] * 4] * 3, torch.zeros(3, 4), None, "image features must be a tensor, not list"),
+        (torch.zeros(3, 4), torch.zeros(3, 4).numpy(), None, "text features must be a tensor, not ndarray"),
     ],
 )
 def test_what_does_not_fit_is_refused(image, text, counts, message):
@@ -216,7 +218,7 @@ def test_what_does_not_fit_is_refused(image, text, counts, message):
         contrastive_loss(image, text, torch.tensor(1.0), counts=counts)
 
 
-@pytest.mark.parametrize("log_scale", [torch.zeros(2), torch.tensor(1), torch.tensor(1.0, device="meta")])
+@pytest.mark.parametrize("log_scale", [torch.zeros(2), torch.tensor(1), torch.tensor(1.0, device="meta"), 2.66])
 def test_a_log_scale_that_is_not_one_number_is_refused(log_scale):
     with pytest.raises(ValueError, match="log_scale"):
         contrastive_loss(torch.zeros(3, 4), torch.zeros(3, 4), log_scale)
@@ -385,6 +387,8 @@ def test_one_bad_rank_is_an_error_on_all_and_nobody_waits(pool, second, counts, 
         ((GOOD, GOOD, [2, 2.0, 2]), "counts must be integers"),
         ((GOOD, GOOD, 6), "counts must be integers"),
         ((GOOD, GOOD, None, torch.zeros(2)), r"log_scale must be one .* of shape \[2\]"),
+        ((GOOD, GOOD, None, 2.66), "log_scale must be a tensor, not float"),
+        ((GOOD.tolist(), GOOD, None), "image features must be a tensor, not list"),
         ((GOOD, GOOD, None, torch.tensor(1)), "log_scale must be one floating-point number, not torch.int64"),
         ((GOOD.to("meta"), GOOD, None), "must be on one device, not meta, cpu and cpu"),
         ((GOOD.to("meta"), GOOD.to("meta"), None, torch.zeros(1, device="meta")), "on meta, but the process group"),

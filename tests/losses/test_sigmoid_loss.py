@@ -9,7 +9,8 @@ from measured import Recorder
 from test_contrastive_loss import assert_close, features
 
 from megatron_lcl.losses import contrastive_tiles
-from megatron_lcl.losses.sigmoid import SigmoidOutput, sigmoid_loss
+from megatron_lcl.losses.contrastive import finish_contrastive_loss, start_gather
+from megatron_lcl.losses.sigmoid import SigmoidOutput, finish_sigmoid_loss, sigmoid_loss
 
 SCALE, BIAS = torch.tensor([2.7]), torch.tensor([-6.5])
 
@@ -113,3 +114,27 @@ def test_a_wrong_bias_is_an_error_on_every_rank(pool) -> None:
     assert isinstance(first, ValueError)
     assert "rank(s) [1]" in str(first)
     assert "bias must be one floating-point number" in str(second)
+
+
+def test_a_gather_is_finished_by_the_loss_that_it_was_started_for() -> None:
+    image, text = (rows.float() for rows in features(4))
+    with_bias, without = (start_gather(image, text, SCALE, bias=bias) for bias in (BIAS, None))
+    assert finish_sigmoid_loss(with_bias).loss == ours(image, text, SCALE, BIAS)
+    with pytest.raises(ValueError, match="finish_sigmoid_loss"):
+        finish_contrastive_loss(with_bias)
+    with pytest.raises(ValueError, match="give it to start_gather, as bias="):
+        finish_sigmoid_loss(without)
+
+
+def said_of(group, image, text, bias):
+    try:
+        return float(sigmoid_loss(image, text, SCALE, bias, group).loss)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_bias_on_some_ranks_only_is_an_error_on_all_and_nobody_waits(pool) -> None:
+    image, text = (rows.float() for rows in features(4))
+    said = pool.run(said_of, [(image, text, BIAS), (image, text, None)])
+    assert said == ["bias must be given on every rank, for the sigmoid loss, or on none; rank(s) [1] lack it"] * 2
+    assert all(isinstance(loss, float) for loss in pool.run(said_of, [(image, text, BIAS)] * 2))

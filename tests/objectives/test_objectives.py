@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_corpus import make_corpus
 from train.resilience import fleet
 
@@ -14,6 +15,10 @@ from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.rules import Sequences
+from megatron_lcl.objectives.base import GlobalCounts
+from megatron_lcl.parallel.mesh import ALONE, Mesh
+from megatron_lcl.train.result import PendingResult
 
 OF_ANOTHER_PACKAGE = '''
 from megatron_lcl.data.loading.rules import Sequences
@@ -91,6 +96,19 @@ def test_what_the_built_in_objectives_ask_for() -> None:
     assert asked("coca", "recompute") == ("recompute", 2, False, True, True)
     assert asked("emu", "recompute") == ("1F1B", 1, True, True, True)
     assert asked("generation", "recompute") == ("1F1B", 1, True, False, True)
+
+
+def test_what_another_package_gets_wrong_is_said() -> None:
+    with pytest.raises(ValueError, match="interleaved=False"):
+        Sequences(captions=True)
+
+    class Counted(objectives.create(configs.from_dict({})).__class__):  # type: ignore[misc]
+        metrics = ("generation",)
+
+    given = {"generation": torch.ones(()), "perplexity": torch.ones(())}
+    objective, counts = Counted(configs.from_dict({})), GlobalCounts.of([], Mesh(ALONE, ALONE), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"Counted\.metrics does not name perplexity, which its terms give"):
+        PendingResult(given, objective, counts, ALONE, torch.device("cpu"))
 
 
 def test_a_wrong_name_is_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

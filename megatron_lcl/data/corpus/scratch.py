@@ -22,6 +22,7 @@ from filelock import lock_descriptor
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.errors import UserError
 from megatron_lcl.interrupts import ending_on_sigterm
+from megatron_lcl.processes import UNGUARDED, runs_script_again
 
 UNUSED_SECONDS = 86400.0
 """after which what nobody has used or written is taken for left over"""
@@ -132,13 +133,16 @@ def _open_lock(path: Path) -> int | None:
 
 @contextmanager
 def waiting_for_others(file: Path) -> Iterator[None]:
-    """Hold a lock on `file`, once no other process does; without one where the file system has no locks.
+    """Hold a lock on `file`, once no other process does; without one where the file system has no locks. UserError
+    where that one waits for this process.
 
     The lock ends with its process, however that ends. (filelock's `FileLock` would put a marker file in its place where
     there are no locks, which a process that is killed on another machine leaves behind for ever.)
     """
     with lock_file(file) as lock:
         if not try_lock(lock):
+            if runs_script_again():  # its holder waits for this process, and would for ever
+                raise UserError(UNGUARDED)
             logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
             assert lock is not None
             with suppress(OSError):

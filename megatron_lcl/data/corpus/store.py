@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import operator
 import weakref
 from array import array
 from collections import deque
@@ -436,7 +437,8 @@ class Corpus(Sequence[Document]):
         return int(self.document_starts[-1])
 
     def locate(self, i: int) -> tuple[int, int]:
-        """(shard, document in that shard) of document `i`; IndexError past the end."""
+        """(shard, document in that shard) of document `i`; IndexError past the end, TypeError for no integer."""
+        i = operator.index(i)
         if not -len(self) <= i < len(self):
             raise IndexError(f"document {i} of a corpus of {len(self)}")
         i %= len(self)
@@ -446,7 +448,7 @@ class Corpus(Sequence[Document]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        k, local = self.locate(int(i))
+        k, local = self.locate(i)
         shard = self.shard(k)
         start, stop = (int(x) for x in shard.document_offsets[local : local + 2])
         name = shard.names[local] if shard.names else ""

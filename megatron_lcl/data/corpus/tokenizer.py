@@ -8,12 +8,10 @@ text.
 from __future__ import annotations
 
 import gzip
-import html
 import importlib.util
 import io
 import json
-import re
-import unicodedata
+import operator
 from abc import ABC, abstractmethod
 from array import array
 from collections import deque
@@ -24,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import regex
 import xxhash
 
+from megatron_lcl.data.corpus.clip_text import clip_words
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.errors import UserError
 
@@ -85,17 +83,22 @@ class Tokenizer(ABC):
         """Token ids, without special tokens."""
         return self.encode_batch([text])[0]
 
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens. ValueError for one text in place of several."""
+        return self._encode_batch(several(texts))
+
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
     @abstractmethod
     def joined_encoder(self) -> JoinedEncoder:
         """What encodes as a corpus stores it, for many calls from one thread; drop it before the process forks."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text; special tokens come out under their names."""
-        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(map(int, ids))
+        """The text; special tokens come out under their names. ValueError for what is no id of this tokenizer."""
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(map(operator.index, ids))
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"ids from {min(ids)} to {max(ids)}; the tokenizer's are 0 to {self.vocab_size - 1}")
         if ids and max(ids) < self.base_size:
             return self._decode(ids)
         return "".join(
@@ -123,6 +126,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def save(self, path: str | Path) -> None:
         """Write a file that `load` reads."""
+
+
+def several(texts: Iterable[str]) -> list[str]:
+    """The texts as a list. ValueError for a str: its characters would each be a text."""
+    if isinstance(texts, str):
+        raise ValueError(f"{texts!r} is one text, where several are expected; give a list: [{texts!r}]")
+    return list(texts)
 
 
 def load(source: str | Path) -> Tokenizer:
@@ -189,7 +199,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __reduce__(self) -> tuple[type, tuple[bytes, str]]:
         return type(self), (self._model, self._name)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._encode(texts, int, num_threads=1)
 
     def joined_encoder(self) -> JoinedEncoder:
@@ -208,9 +218,9 @@ class SentencePieceTokenizer(Tokenizer):
 
         return encode
 
-    def _encode(self, texts: Sequence[str], out_type: Any, **threads: Any) -> list[Any]:
+    def _encode(self, texts: list[str], out_type: Any, **threads: Any) -> list[Any]:
         try:
-            return self._processor.Encode(list(texts), out_type=out_type, **threads)
+            return self._processor.Encode(texts, out_type=out_type, **threads)
         except TypeError:  # what it says of a str that UTF-8 cannot hold
             for text in texts:
                 text.encode()
@@ -322,8 +332,6 @@ def _byte_alphabet() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
-_WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-_ASCII_WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+")  # the same for lower-case ASCII, faster
 _MAX_WORDS, _MAX_WORD_LENGTH = 200_000, 64
 
 
@@ -370,7 +378,7 @@ class ClipTokenizer(Tokenizer):
         encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return _WordIds(lambda word: encoder.encode(word).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [memoryview(ids).cast("i").tolist() for ids in self._encode_bytes(texts)]
 
     def joined_encoder(self) -> JoinedEncoder:
@@ -381,9 +389,9 @@ class ClipTokenizer(Tokenizer):
 
         return encode
 
-    def _encode_bytes(self, texts: Sequence[str]) -> list[bytes]:
+    def _encode_bytes(self, texts: list[str]) -> list[bytes]:
         ids = self._words.__getitem__
-        return [b"".join(map(ids, _split(clip_clean(text)))) for text in texts]
+        return [b"".join(map(ids, clip_words(text))) for text in texts]
 
     def _decode(self, ids: list[int]) -> str:
         bytes_of = {letter: b for b, letter in _byte_alphabet().items()}
@@ -396,33 +404,6 @@ class ClipTokenizer(Tokenizer):
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps({"type": "clip", "merges": [" ".join(m) for m in self._merges]}), "utf-8")
-
-
-_QUOTES = str.maketrans(dict.fromkeys("ʼ‘’‚‛", "'") | dict.fromkeys("“”„‟", '"'))
-# Characters that ftfy or HTML-unescaping may change by themselves: entities, controls, odd line ends, ligatures, full
-# and half widths, surrogates, byte-order and interlinear marks.
-_UNCLEAN = re.compile(
-    "[&\x00-\x08\x0b-\x1f\x7f-\xa0\xad\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u2028-\u202e\u2066-\u206f\u3000"
-    "\ud800-\udfff\ufb00-\ufb06\ufe00-\ufe0f\ufeff\uff00-\uffff]"
-)
-
-
-def _split(text: str) -> list[str]:
-    return (_ASCII_WORDS if text.isascii() else _WORDS).findall(text)
-
-
-def clip_clean(text: str) -> str:
-    """What the reference does before splitting: `ftfy.fix_text`, HTML-unescaping twice, white space, lower case."""
-    if not text.isascii() or _UNCLEAN.search(text):
-        import ftfy
-
-        # ftfy looks at lines, and splits longer ones
-        bad = len(text) > 1_000_000 or any(map(ftfy.is_bad, text.splitlines(keepends=True)))
-        if bad or _UNCLEAN.search(text) or not unicodedata.is_normalized("NFC", text):
-            text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        else:
-            text = text.translate(_QUOTES)
-    return " ".join(text.split()).lower()
 
 
 # --- tokenizer.json -----------------------------------------------------------------------------------------------
@@ -476,7 +457,7 @@ class JsonTokenizer(Tokenizer):
         tokenizer.no_padding()
         return tokenizer
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         "".join(texts).encode()  # raises for a lone surrogate, of which the library says something else
         # one by one: in batches the library starts a thread for each core, whatever the number of workers
         return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
@@ -484,7 +465,7 @@ class JsonTokenizer(Tokenizer):
     def joined_encoder(self) -> JoinedEncoder:
         def encode(texts: list[str]) -> tuple[bytes, list[int]]:
             joined, lengths = array("i"), []
-            for ids in self.encode_batch(texts):
+            for ids in self._encode_batch(texts):
                 joined.fromlist(ids)
                 lengths.append(len(ids))
             return joined.tobytes(), lengths

@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from megatron_lcl.data.engines.task import Task, do_logged
 from megatron_lcl.interrupts import ENDING, end_with_command, holding_interrupts
 from megatron_lcl.machine import num_cores
+from megatron_lcl.processes import NEVER_BEGAN
 
 _POLL = 1.0
 """seconds that `ended` waits"""
@@ -50,7 +52,7 @@ class _Local:
         for words in wait(list(self._running), _POLL):
             assert isinstance(words, Connection)
             index, process = self._running[words]
-            errors[index] = _outcome(process, words)
+            errors[index] = _outcome(process, words, self._task.log(index))
             del self._running[words]
             words.close()
         return errors
@@ -79,7 +81,7 @@ def _job(task: Task, index: int, words: Connection) -> None:
     words.send(do_logged(task, index, "here"))
 
 
-def _outcome(process: BaseProcess, words: Connection) -> str:
+def _outcome(process: BaseProcess, words: Connection, log: Path) -> str:
     """Of a process that has said something, or has ended. Read first: it waits until a long text is taken from it."""
     said = None
     with contextlib.suppress(EOFError, OSError):
@@ -91,4 +93,6 @@ def _outcome(process: BaseProcess, words: Connection) -> str:
     assert exit_code is not None
     if exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name}, perhaps out of memory"
+    if not log.exists():
+        return NEVER_BEGAN
     return f"ended with exit code {exit_code}"

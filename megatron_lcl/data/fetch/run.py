@@ -30,6 +30,7 @@ from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.interrupts import end_with_command, holding_interrupts
+from megatron_lcl.processes import NEVER_BEGAN
 
 _POLL_SECONDS = 0.5
 _PROBES = 4
@@ -260,6 +261,8 @@ def _do(output: Path, plan: Plan, todo: list[int], settings: Settings, workers: 
                 process.join()
                 if said:
                     raise UserError(said)
+                if process.exitcode and not taken.value:
+                    raise UserError(NEVER_BEGAN)
                 if process.exitcode:
                     raise _Died(_DIED.format(process.exitcode))
     finally:

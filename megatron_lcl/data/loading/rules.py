@@ -26,7 +26,8 @@ class Sequences:
     image slot, else it is all of the pair"""
 
     def __post_init__(self) -> None:
-        assert not (self.captions and self.interleaved), "captions are of image-text pairs"
+        if self.captions and self.interleaved:
+            raise ValueError("captions=True with interleaved=True: captions are of image-text pairs; interleaved=False")
 
     @property
     def doubled(self) -> bool:

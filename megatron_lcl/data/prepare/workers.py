@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.interrupts import end_with_command, holding_interrupts
+from megatron_lcl.processes import NEVER_BEGAN
 
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
@@ -32,7 +33,7 @@ def in_order(
 
     The function can be imported by its name; every process gets its own copy of `shared` once. ahead: results that may
     wait for their turn, or None for any number. Where a process dies, what had no result yet is done again, in new
-    processes; UserError where that happens a third time.
+    processes; UserError where that happens a third time, or before any has begun.
     """
     if workers <= 1 or len(items) <= 1:
         for item in items:
@@ -65,7 +66,8 @@ def _from_processes(
     """BrokenProcessPool where one dies."""
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(min(workers, len(items)), context, _start, (function, shared)) as pool:
+    begun = context.Value("b", lock=False)
+    with ProcessPoolExecutor(min(workers, len(items)), context, _start, (begun, function, shared)) as pool:
         try:
             for item in items:
                 with holding_interrupts():
@@ -74,6 +76,10 @@ def _from_processes(
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool:
+            if not begun.value:
+                raise UserError(NEVER_BEGAN) from None
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -81,7 +87,8 @@ def _from_processes(
 _work_of_this_process: list[tuple[Callable[..., Any], Any]] = []
 
 
-def _start(function: Callable[..., Any], shared: Any) -> None:
+def _start(begun: Any, function: Callable[..., Any], shared: Any) -> None:
+    begun.value = 1
     end_with_command()
     _work_of_this_process[:] = [(function, shared)]
 

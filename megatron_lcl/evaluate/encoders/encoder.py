@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pickle import UnpicklingError
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from megatron_lcl.convert.libraries import only_weights, quietly
+from megatron_lcl.data.corpus.tokenizer import several
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, causes, out_of_reach
 
@@ -63,8 +64,21 @@ class Encoder(ABC):
         """[N, 3, H, W] → Features."""
         return self._encode(images.to(self.device))
 
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts → [N, D] unit norm, on the CPU, in the space of the pooled image features."""
+    @torch.no_grad()
+    def encode_texts(self, texts: Iterable[str]) -> torch.Tensor:
+        """Texts → [N, D] unit norm, on the CPU, in the space of the pooled image features.
+
+        UserError where there is no text encoder, ValueError for one text in place of several.
+        """
+        found = several(texts)
+        return self._encode_texts(found or [""])[: len(found)]  # not all encoders take none
+
+    def token_ids(self, texts: Iterable[str]) -> torch.Tensor:
+        """Texts → int64 [N, S], as `LCL.encode_text` takes them; of LCL models, see `OurEncoder`."""
+        raise UserError(f"{self.name} is no LCL model, whose texts become token ids; call encode_texts")
+
+    def _encode_texts(self, texts: list[str]) -> torch.Tensor:
+        """Of one text or more, as `encode_texts`."""
         raise UserError(
             f"{self.name} has no text encoder; zero-shot classification, retrieval and models.match of curate need one"
         )

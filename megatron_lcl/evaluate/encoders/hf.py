@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,16 +114,15 @@ class HfEncoder(Encoder):
         with loading(self.name, "Hugging Face", self._remote):
             return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
 
-    @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+    def _encode_texts(self, texts: list[str]) -> torch.Tensor:
         module: Any = self.module
         if not hasattr(module, "get_text_features"):
-            return super().encode_texts(texts)
+            return super()._encode_texts(texts)
         config = module.config
         length = min(config.get_text_config().max_position_embeddings, self._tokenizer.model_max_length)
         padded = config.model_type.startswith("siglip")  # which is trained on texts of one length, padding read too
         tokens = self._tokenizer(
-            list(texts),
+            texts,
             padding="max_length" if padded else True,
             truncation=True,
             max_length=length,

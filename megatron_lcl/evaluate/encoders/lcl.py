@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -52,20 +52,20 @@ class OurEncoder(Encoder):
         hidden = self.module.vision_tokens(normalize(images) if images.dtype == torch.uint8 else images)
         return Features(self.module.pool.pool(hidden)[0], self.module.pool.patch_features(hidden))
 
-    def token_ids(self, texts: Sequence[str]) -> torch.Tensor:
+    def token_ids(self, texts: Iterable[str]) -> torch.Tensor:
         """Texts → int64 [N, S], as `LCL.encode_text` takes them: `<sot>`, the text's ids, `<eot>`, padded with 0.
 
-        Texts longer than the model's context are cut. UserError where the tokenizer is not known.
+        Texts longer than the model's context are cut. UserError where the tokenizer is not known, ValueError for one
+        text in place of several.
         """
         tokenizer, room = self.need_tokenizer(), self.module.config.language.context_length - 2
         rows = [[tokenizer.sot, *ids[:room], tokenizer.eot] for ids in tokenizer.encode_batch(texts)]
-        padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        padded = torch.zeros(len(rows), max(map(len, rows), default=2), dtype=torch.int64)
         for row, ids in zip(padded, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         return padded
 
-    @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+    def _encode_texts(self, texts: list[str]) -> torch.Tensor:
         return self.module.encode_text(self.token_ids(texts).to(self.device)).cpu()
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,10 +87,9 @@ class OpenClipEncoder(Encoder):
             # the folder's config could ask for its code to be run
             return open_clip.get_tokenizer(self._architecture, trust_remote_code=False)
 
-    @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+    def _encode_texts(self, texts: list[str]) -> torch.Tensor:
         module: Any = self.module
-        return F.normalize(module.encode_text(self._tokenizer(list(texts)).to(self.device)).float(), dim=-1).cpu()
+        return F.normalize(module.encode_text(self._tokenizer(texts).to(self.device)).float(), dim=-1).cpu()
 
     @property
     def tokenizer_fingerprint(self) -> str:

@@ -108,3 +108,25 @@ def test_a_lock_file_of_another_user(lock: Callable[[Path], AbstractContextManag
                 use()
 
         assert succeeds(as_other(refused))
+
+
+UNGUARDED = """
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+from megatron_lcl.data.corpus.scratch import waiting_for_others
+with waiting_for_others(Path(sys.argv[1])):
+    process = get_context("spawn").Process(target=print)
+    process.start()
+    process.join()
+    print(process.exitcode)
+"""
+
+
+def test_who_holds_a_lock_is_not_waited_for_by_the_process_that_it_waits_for(tmp_path: Path) -> None:
+    """A script that starts processes outside of `if __name__ == "__main__":` runs in each of them again."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "lock")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "1\n", done.stderr
+    assert "each of them runs the script's lines again; put the call there" in done.stderr

@@ -40,8 +40,14 @@ def test_documents_come_back(corpus: Path) -> None:
     assert len(opened) == 4
     assert plain(opened[:]) == plain(DOCUMENTS)
     assert plain([opened[-1], pickle.loads(pickle.dumps(opened))[1]]) == plain([DOCUMENTS[3], DOCUMENTS[1]])
+    assert plain([opened[np.int64(1)]]) == plain([DOCUMENTS[1]])
     with pytest.raises(IndexError):
         opened[4]
+    for index in (2.7, "3", None):
+        with pytest.raises(TypeError):
+            opened[index]
+        with pytest.raises(TypeError):
+            opened.name(index)  # type: ignore[arg-type]
 
 
 def test_arrays(corpus: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
+from megatron_lcl.data.corpus.clip_text import clip_clean
 
 CLIP = tokenizers.load("clip")
 
@@ -33,7 +34,7 @@ def reference(open_clip: Any) -> Any:
 
 def names_a_special_token(text: str) -> bool:
     """There alone the reference differs, on purpose: it encodes such a string as the special token."""
-    return any(token in tokenizers.clip_clean(text) for token in tokenizers.SPECIAL_TOKENS)
+    return any(token in clip_clean(text) for token in tokenizers.SPECIAL_TOKENS)
 
 
 # what ftfy, HTML-unescaping, lower-casing and Unicode classes act on
@@ -73,7 +74,7 @@ def test_any_text_as_in_the_reference(reference: Any, text: str) -> None:
 def test_awkward_text_as_in_the_reference(open_clip: Any, reference: Any, parts: list[str]) -> None:
     text = "".join(parts)
     assume(not names_a_special_token(text))
-    assert tokenizers.clip_clean(text) == open_clip._clean_lower(text)
+    assert clip_clean(text) == open_clip._clean_lower(text)
     assert CLIP.encode(text) == reference.encode(text)
 
 
@@ -98,6 +99,7 @@ def test_special_strings_are_text(special: str) -> None:
 
 
 SENTENCEPIECE = tokenizers.train_sentencepiece(["The quick brown fox jumps over the lazy dog. " * 20], 400)
+JSON = tokenizers.JsonTokenizer(byte_level().to_str().encode())
 
 
 @settings(max_examples=300)
@@ -114,6 +116,19 @@ def test_ids_joined_as_apart(tokenizer: tokenizers.Tokenizer, texts: list[str]) 
     joined, lengths = tokenizer.joined_encoder()(texts)
     assert lengths == [len(ids) for ids in apart]
     assert np.frombuffer(joined, np.int32).tolist() == [i for ids in apart for i in ids]
+
+
+@pytest.mark.parametrize("tokenizer", [CLIP, SENTENCEPIECE, JSON])
+def test_texts_are_several_and_ids_are_the_tokenizers(tokenizer: tokenizers.Tokenizer) -> None:
+    assert tokenizer.encode_batch(text for text in ("a", "b")) == tokenizer.encode_batch(["a", "b"])
+    with pytest.raises(ValueError, match=r"'a windmill' is one text.*\['a windmill'\]"):
+        tokenizer.encode_batch("a windmill")
+    for bad in (-1, tokenizer.vocab_size):
+        for ids in ([*tokenizer.encode("a"), bad], [tokenizer.sot, bad], np.array([bad], np.int32)):
+            with pytest.raises(ValueError, match=f"{bad}.*; the tokenizer's are 0 to {tokenizer.vocab_size - 1}"):
+                tokenizer.decode(ids)
+    with pytest.raises(TypeError):
+        tokenizer.decode([0.5])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("tokenizer", [CLIP, SENTENCEPIECE])

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 from data.engines.engine_jobs import fails, waits
 from data.engines.running import marked, processes_marked
+from processes import Ends
 
 from megatron_lcl.data.engines import Engine, parse_job, run_jobs
 from megatron_lcl.data.engines.task import Task, do
 from megatron_lcl.errors import UserError
+from megatron_lcl.processes import NEVER_BEGAN
 
 
 def test_parse_job() -> None:
@@ -61,6 +63,12 @@ def test_a_job_that_fails_is_tried_again_and_then_said(tmp_path: Path, how: str,
             done.remove("done-1-of-3")
         assert sorted(path.name for path in folder.glob("done-*")) == done
         assert [len((folder / f"tries-{k}").read_text().split()) for k in range(3)] == [1, 2, 1]
+
+
+def test_jobs_that_never_begin(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        run_jobs(fails, {"folder": Ends()}, Engine("local", 1, retries=0), output=tmp_path / "out")
+    assert f"the first with: {NEVER_BEGAN}; logs in" in str(error.value)
 
 
 def test_a_machine_that_does_not_see_the_folders_says_so(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from data.fetch.faulty_server import LOGIN, WANTS_CREDENTIALS, requests_of, serving
 from data.fetch.test_fetch import FLAGS, QUICK, check_store, mixed
+from processes import Ends
 from tqdm import tqdm
 
 from megatron_lcl.cli import main
@@ -25,6 +27,7 @@ from megatron_lcl.data.fetch import run
 from megatron_lcl.data.fetch.run import fetch, fetch_in_jobs
 from megatron_lcl.data.fetch.settings import PROXY_LOGIN
 from megatron_lcl.errors import UserError
+from megatron_lcl.processes import NEVER_BEGAN
 
 
 @pytest.mark.slow
@@ -109,6 +112,14 @@ class BadPlan:
 def test_a_worker_says_all_that_went_wrong(tmp_path: Path) -> None:
     plan: Any = BadPlan()
     with pytest.raises(UserError, match=f"^{LONG}$"):
+        run._do(tmp_path, plan, [0, 1], QUICK, 2, tqdm(disable=True))
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_never_begin_are_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_process", Ends())
+    plan: Any = None
+    with pytest.raises(UserError, match=re.escape(NEVER_BEGAN)):
         run._do(tmp_path, plan, [0, 1], QUICK, 2, tqdm(disable=True))
 
 

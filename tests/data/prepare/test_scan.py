@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from megatron_lcl.data.prepare.importers.html import HtmlImporter
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.errors import UserError
+from megatron_lcl.processes import NEVER_BEGAN
 
 NUM_PAGES = 70
 
@@ -155,3 +158,18 @@ def test_what_a_process_that_dies_had_to_do_is_done_again(tmp_path: Path, caplog
     with pytest.raises(UserError, match=r"a worker process died, 3 times now.*--workers") as caught:
         list(in_order(die, deaths, range(6), 2))
     assert caught.value.said(lambda flag: flag != "--workers").endswith("run the same command again")
+
+
+UNGUARDED = """
+from megatron_lcl.data.prepare.workers import in_order
+print(list(in_order(divmod, 7, [1, 2], 2)))
+"""
+
+
+def test_a_script_that_its_workers_run_again_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr.splitlines()[-1] == f"megatron_lcl.errors.UserError: {NEVER_BEGAN}"
+    assert 'outside of `if __name__ == "__main__":`' in NEVER_BEGAN
+    assert done.stdout == ""
