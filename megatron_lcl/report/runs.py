@@ -76,9 +76,9 @@ class Run:
 
     def series(self, name: str) -> dict[int, float]:
         """A metric by step (of a long run its mean over some steps, by the first); empty where the run does not measure
-        it: it is absent, or always 0."""
+        it."""
         found = self.metrics.series.get(name)
-        if found is None or found.is_zero:
+        if found is None:
             return {}
         points = found.points()
         there = np.isfinite(points.mean)
@@ -97,7 +97,7 @@ class Run:
     def _final(self, name: str) -> float | None:
         """The last value; of a held-out number what `evaluate` has written into the folder counts as the last."""
         found = self.metrics.series.get(name)
-        last, last_step = (None, 0) if found is None or found.is_zero else (found.last, found.last_step)
+        last, last_step = (None, 0) if found is None else (found.last, found.last_step)
         if name.startswith("heldout/") and (result := read_json(self.folder / RESULT)) is not None:
             value, step = result.get(name.removeprefix("heldout/")), result.get("step")
             if isinstance(value, int | float) and (step is None or step >= last_step):
@@ -132,7 +132,7 @@ class Group:
 
         Of long runs: over stretches of steps, by the middle of each.
         """
-        found = [(run.steps, s) for run in self.runs if (s := run.metrics.series.get(name)) and not s.is_zero]
+        found = [(run.steps, s) for run in self.runs if (s := run.metrics.series.get(name)) and s.num_values]
         width = max((series.width for _, series in found), default=1)
         of_runs = []  # the last stretch that it has come to, and by stretch
         for steps, series in found:
@@ -149,12 +149,13 @@ class Group:
         return band
 
     def cell(self, name: str) -> str:
-        """The last values of a metric: `mean (least to largest)`."""
+        """The last values of a metric: `mean (least to largest)`, and of how many runs, where not of all."""
         values = [run.final[name] for run in self.runs if name in run.final]
         if not values:
             return ""
-        mean = f"{fmean(values):.4g}"
-        return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
+        more = [f"{min(values):.4g} to {max(values):.4g}"] if len(values) > 1 else []
+        more += [f"{len(values)} of {len(self.runs)} runs"] if len(values) < len(self.runs) else []
+        return f"{fmean(values):.4g}" + (f" ({'; '.join(more)})" if more else "")
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -269,9 +270,10 @@ def _short(key: str, among: Mapping[str, Any]) -> str:
 
 
 def _curves(groups: Sequence[Group]) -> Iterator[tuple[str, list[Markup]]]:
-    """By heading, a chart of each metric that any run has: a line for each group, and a band where it has seeds."""
+    """By heading, a chart of each metric that any run has, and that is not 0 in all of them: a line for each group, and
+    a band where it has seeds."""
     metrics = [run.metrics for group in groups for run in group.runs]
-    names = dict.fromkeys(name for one in metrics for name in one.series)
+    names = dict.fromkeys(name for one in metrics for name, series in one.series.items() if not series.is_zero)
     last_step = max((one.last_step for one in metrics), default=0)
     for title, specs in specs_for(list(names)):
         figures = []
