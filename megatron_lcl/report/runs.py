@@ -64,10 +64,10 @@ class Run:
     metrics: Metrics
 
     @classmethod
-    def of(cls, folder: Path) -> Run:
-        """UserError where it is no run folder, or its files are damaged."""
+    def of(cls, folder: Path, metrics: Metrics | None = None) -> Run:
+        """metrics: those read so far. UserError where it is no run folder, or its files are damaged."""
         settings = fields.flat(configs.to_dict(configs.resolved(configs.load(folder / CONFIG))))
-        return cls(folder, settings, Metrics.of(folder))
+        return cls(folder, settings, metrics or Metrics.of(folder))
 
     @property
     def steps(self) -> int:
@@ -188,20 +188,22 @@ class RunsPage:
     """The page about several runs, which may still be growing."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """UserError where there is no run, or a file of one is damaged."""
+        """UserError where there is no run, or a line of one's metrics is damaged."""
         self.paths = paths
-        self.runs = [Run.of(folder) for folder in find_runs(paths)]
+        self._metrics = {folder: Metrics.of(folder) for folder in find_runs(paths)}
 
     def changed(self) -> bool:
         """Whether any run has written anything since the last call, which is taken in, or has begun."""
-        known = {run.folder: run for run in self.runs}
-        self.runs = [known.get(folder) or Run.of(folder) for folder in find_runs(self.paths)]
-        read = [run.metrics.read() for run in self.runs]  # of all of them
-        return any(read) or known.keys() != {run.folder for run in self.runs}
+        known = self._metrics
+        self._metrics = {folder: known.get(folder) or Metrics.of(folder) for folder in find_runs(self.paths)}
+        read = [metrics.read() for metrics in self._metrics.values()]  # of all of them
+        return any(read) or known.keys() != self._metrics.keys()
 
     def render(self, folder: Path | None = None, live: float = 0.0) -> str:
         """The page; as `page.RunPage.render`."""
-        runs, groups = self.runs, group(self.runs)
+        # configs anew: a run that goes on may have written its own again
+        runs = [Run.of(folder, metrics) for folder, metrics in self._metrics.items()]
+        groups = group(runs)
         return template(TEMPLATE).render(
             live=live,
             digests={},
