@@ -33,6 +33,7 @@ from megatron_lcl.report.page import AREA, REPORT, template, text_of
 from megatron_lcl.report.page import link as link_to
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.units import plain
 
 TEMPLATE = "runs.html"
 SEEDS = ("train.seed", "data.seed")
@@ -153,9 +154,9 @@ class Group:
         values = [run.final[name] for run in self.runs if name in run.final]
         if not values:
             return ""
-        more = [f"{min(values):.4g} to {max(values):.4g}"] if len(values) > 1 else []
+        more = [f"{plain(min(values))} to {plain(max(values))}"] if len(values) > 1 else []
         more += [f"{len(values)} of {len(self.runs)} runs"] if len(values) < len(self.runs) else []
-        return f"{fmean(values):.4g}" + (f" ({'; '.join(more)})" if more else "")
+        return plain(fmean(values)) + (f" ({'; '.join(more)})" if more else "")
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -280,7 +281,7 @@ def _curves(groups: Sequence[Group]) -> Iterator[tuple[str, list[Markup]]]:
     for title, specs in specs_for(list(names)):
         figures = []
         for spec in specs:
-            for n, name in enumerate(spec.names):
+            for n, name in enumerate(() if spec.is_id else spec.names):
                 if name in names and not (name == "heldout/bits_per_token" and "generation" in spec.names):
                     heading = f"{spec.title}: {spec.labels[n]}" if len(spec.names) > 1 and spec.labels else spec.title
                     if name == "generation":

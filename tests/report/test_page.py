@@ -45,7 +45,8 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     assert kinds[0][1:] == ("step skipped", "the loss is nan")
     assert kinds[1][2] == "back to step 50, without the packs of the steps between"
     assert "80.0 %</b>k-NN accuracy" in section(page, "labelled")
-    assert "chance 10.00 %: 8.0 times" in section(page, "labelled")
+    assert "chance 2.5 %" in section(page, "status")
+    assert "chance 10 %: 8.0 times" in section(page, "labelled")
     settings = section(page, "settings")
     assert re.search(r"<code>train.steps</code></td><td>200</td>.*default 1000", settings)
     assert "<code>train.log_every</code>" not in settings.partition("<details>")[0], "it is the default"
@@ -106,6 +107,7 @@ def test_what_was_planned_stands_beside_what_was_measured(run: Path) -> None:
     config = configs.replace(config, train__dtype="bfloat16")
     step = predict(config, 16, 8, assumed_rates(DEVICES["h100"], "bfloat16"), 3).seconds
     assert f"<td>a step</td><td>{step:,.4g} s</td><td>0.1 s</td><td>{0.1 / step:.2f}</td>" in own
+    assert re.search(r"<td>tokens a second</td><td>[\d,]+</td><td>98,765</td>", own)
     assert re.search(r"<td>peak memory of a process</td><td>at least [\d.]+ GiB</td><td>3 GiB</td>", own)
     planned = {"layout": "tensor 2", "processes": 4, "device": "h100", "is_measured": False, "memory_is_bound": True}
     planned |= {"step_seconds": 0.2, "mfu": 0.5, "memory_peak_bytes": 2**31, "flops_per_second": 1e12}

@@ -384,13 +384,16 @@ def test_a_value_of_zero_counts_where_runs_are_averaged(tmp_path: Path) -> None:
             lines = [{**line, "loss": 1.0, "contrastive": 0.0, "image_accuracy": 0.0} for line in lines]
         else:
             lines = [{**line, "loss": 1.0} for line in lines]
-            lines += [{"step": step, "heldout/image_to_context_recall_at_1": recall} for step in (1, 2)]
+            heldout = {"heldout/image_to_context_recall_at_1": recall, "heldout/median_rank": 12_345.5 + seed}
+            lines += [{"step": step, **heldout} for step in (1, 2)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (one,) = group([Run.of(path) for path in find_runs([tmp_path / "s"])])
     for name in ("heldout/image_to_context_recall_at_1", "image_accuracy"):
         assert [row[1:] for row in one.band(name)] == [(0.15, 0.0, 0.3, 2)] * 2
     assert one.cell("heldout/image_to_context_recall_at_1") == "0.15 (0 to 0.3; 2 of 3 runs)"
     assert one.cell("contrastive") == "2 (2 to 2; 2 of 3 runs)"
+    assert one.cell("heldout/median_rank") == "12,346 (12,346 to 12,346; 2 of 3 runs)"
+    assert '<td class="number">12,346</td>' in write_runs_report([tmp_path / "s"]).read_text()
 
 
 def test_a_run_that_has_just_begun_takes_nothing_from_the_others(tmp_path: Path) -> None:
