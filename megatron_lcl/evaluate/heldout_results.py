@@ -153,7 +153,7 @@ def table(result: HeldOut) -> str:
         between = f"   ({metric.low:.1%} to {metric.high:.1%})" if result.intervals else ""
         times = metric.value / metric.chance
         chance = f"{plain(100 * metric.chance, 2)}%"
-        rows.append((title, f"{metric.value:6.1%}   chance {chance:>6}   {times:4.1f} times chance{between}"))
+        rows.append((title, f"{metric.value:6.1%}   chance {chance:>5}   {times:4.1f} times chance{between}"))
     if result.median_rank is not None:
         rows.append(("median rank", f"{result.median_rank:.0f} of {result.pairs}"))
     if result.bits_per_token is not None:

@@ -132,7 +132,9 @@ class Metrics:
     last_time: float | None = None
     last_step: int = 0
     seconds: float = 0.0
-    """between lines of the run's processes, without the time between two processes"""
+    """between lines of the run's processes, without the time between two processes, or in which the machine slept"""
+    _clock: float | None = None
+    """of the last line"""
     slowest: Slowest = field(default_factory=Slowest)
     _phase: object = None
     """number of the last phase that a line told of"""
@@ -183,8 +185,10 @@ class Metrics:
         if isinstance(time, int | float):
             # what lies before a line of a start may be days in which nothing ran; a phase of a process that goes on
             # writes the same lines, so the few steps since the last line before it are not counted either
-            if self.last_time is not None and not _AT_START & line.keys():
-                self.seconds += max(0.0, time - self.last_time)
+            clock = line.get("clock", time)  # earlier versions wrote the time alone
+            if self._clock is not None and not _AT_START & line.keys():
+                self.seconds += max(0.0, clock - self._clock)
+            self._clock = clock
             self.first_time, self.last_time = self.first_time or time, time
         if "loss" in line:
             self.last = dict(line)
@@ -195,9 +199,7 @@ class Metrics:
             self.hardware = found
         if "phase" in line:
             if line["phase"] != self._phase:  # each start tells of the phase in which it goes on
-                facts = ", ".join(
-                    f"{k.replace('_', ' ')} {v}" for k, v in line.items() if k not in ("step", "phase", "time")
-                )
+                facts = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items() if k not in _NO_METRICS)
                 self._event("phase", step, time, f"phase {line['phase']}: {facts}")
             self._phase = line["phase"]
             return
@@ -233,7 +235,7 @@ def _straggler(one: Mapping[str, Any]) -> str:
     return f"{who} last in {one.get('last')} of {one.get('of')} lines{behind}, in {one.get('phase')}"
 
 
-_NO_METRICS = frozenset({"step", "time", "phase", "num_bad_images_since"})
+_NO_METRICS = frozenset({"step", "time", "clock", "phase", "num_bad_images_since"})
 _AT_START = frozenset({"retain_bytes", "phase", "contrast_share", "loss_kernels"})
 """what lines have that a process writes before its first step or evaluation, or before a phase"""
 

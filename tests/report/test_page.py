@@ -62,6 +62,15 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     assert "fetch(" not in page, "only a page that is served follows the run"
 
 
+def test_chance_among_thousands_of_pairs_is_not_nothing(run: Path) -> None:
+    numbers = {"documents": 900, "corpus": "/nowhere", "step": 200, "pairs": 5120, "median_rank": 9.0}
+    numbers |= {"image_to_context_recall_at_10": 0.5, "chance_at_10": 10 / 5120}
+    numbers |= {"image_to_context_recall_at_1": 0.1, "chance_at_1": 1 / 5120}
+    (run / "heldout.json").write_text(json.dumps(numbers))
+    said = section(write_report(run).read_text(), "heldout")
+    assert re.findall(r"chance ([^<]*)<", said) == ["0.2 %: 256.0 times", "0.02 %: 512.0 times"]
+
+
 def test_nodes_are_told_by_how_often_others_waited_for_them(run: Path) -> None:
     """Over all parts of a run: of 190 lines, with the mean of how far behind."""
     page = write_report(run).read_text()

@@ -111,6 +111,20 @@ def test_time_between_starts_does_not_count(tmp_path: Path) -> None:
     assert Metrics.of(tmp_path).seconds == 5.0 + 3.0 + 3.0 + 40.0, "up to the phase, in it, from there, evaluating"
 
 
+def test_time_in_which_the_machine_sleeps_does_not_count(tmp_path: Path) -> None:
+    """The clock of the lines stands still meanwhile, and does not jump where the time is set; a start may have another
+    one, as on another machine."""
+    start = {"step": 0, "phase": 1, "image_size": 16, "time": 1e6, "clock": 500.0}
+    steps = [(1, 1e6 + 10, 510.0), (2, 1e6 + 30_000, 530.0), (3, 1e6 - 9, 545.0)]
+    again = [{"step": 3, "loss_kernels": "torch", "time": 2e6, "clock": 7.0}]
+    again += [{"step": 4, "loss": 1.0, "time": 2e6 + 8, "clock": 15.0}]
+    write(tmp_path, [start, *({"step": s, "loss": 1.0, "time": t, "clock": c} for s, t, c in steps), *again])
+    metrics = Metrics.of(tmp_path)
+    assert metrics.seconds == 45.0 + 8.0
+    assert "clock" not in metrics.series
+    assert next(event.text for event in newest(metrics.events)) == "phase 1: image size 16"
+
+
 def test_a_phase_begins_where_its_number_is_another(tmp_path: Path) -> None:
     """Each start tells of the phase in which it goes on."""
     lines = [{"step": step, "phase": number, "time": 9.0 * step} for step, number in ((0, 1), (7, 1), (9, 2), (12, 2))]

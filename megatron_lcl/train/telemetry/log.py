@@ -203,7 +203,7 @@ class Telemetry:
         """
         if self._file is None:
             return
-        line = json.dumps({**values, "time": time.time()}) + "\n"
+        line = json.dumps({**values, "time": time.time(), "clock": time.monotonic()}) + "\n"
         written = self._attempt(lambda: self._file.write(line)) and self._attempt(self._file.flush)
         if written and not self._attempt(lambda: self._draw(values)):
             self._board = None  # its thread has ended; the next line opens another

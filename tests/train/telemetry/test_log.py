@@ -52,7 +52,9 @@ def test_what_follows_lines_that_were_dropped_is_in_the_file(goes_back: bool, tm
         if goes_back:
             telemetry.rewind(2)
         telemetry.write({"step": 3, "loss": 1.0})
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 2, 3]
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 2, 3]
+    assert time.time() - lines[-1]["time"] == pytest.approx(time.monotonic() - lines[-1]["clock"], abs=5)
 
 
 def test_time_left_after_resuming_and_after_a_rewind(
