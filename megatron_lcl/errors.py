@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from megatron_lcl.units import in_units
+
 
 class UserError(ValueError):
     """Bad input, settings or surroundings. The message says in one line what is wrong and what to do about it.
@@ -108,8 +110,4 @@ def nearest_folder(path: Path) -> Path:
 
 def in_bytes(size: float) -> str:
     """A number of bytes with a unit, as disks count them (10³)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.4g} TB"
+    return in_units(size, (" B", " kB", " MB", " GB", " TB"))

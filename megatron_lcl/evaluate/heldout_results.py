@@ -12,6 +12,7 @@ import numpy as np
 from megatron_lcl.convert.card import HELDOUT as RESULT
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap, chance_of_hit
+from megatron_lcl.units import plain
 
 EXAMPLES, PICTURE = "heldout_examples.json", "heldout.png"
 CONTEXT_CHARACTERS = 400
@@ -151,7 +152,8 @@ def table(result: HeldOut) -> str:
         assert metric.chance is not None
         between = f"   ({metric.low:.1%} to {metric.high:.1%})" if result.intervals else ""
         times = metric.value / metric.chance
-        rows.append((title, f"{metric.value:6.1%}   chance {metric.chance:5.1%}   {times:4.1f} times chance{between}"))
+        chance = f"{plain(100 * metric.chance, 2)}%"
+        rows.append((title, f"{metric.value:6.1%}   chance {chance:>5}   {times:4.1f} times chance{between}"))
     if result.median_rank is not None:
         rows.append(("median rank", f"{result.median_rank:.0f} of {result.pairs}"))
     if result.bits_per_token is not None:

@@ -6,12 +6,15 @@ back from the paths, by the ranges that the SVG carries; without scripts the cha
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup, escape
+
+from megatron_lcl.units import in_units
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 22
@@ -57,8 +60,11 @@ def dashes_of(color: int) -> str:
     return _DASHES[color // NUM_COLORS % len(_DASHES)]
 
 
-def chart(lines: Sequence[Line], last_step: int, marks: Sequence[Mark] = (), label: str = "") -> Markup:
-    """The SVG of some lines over the same steps; empty where no line has a value."""
+def chart(
+    lines: Sequence[Line], last_step: int, marks: Sequence[Mark] = (), label: str = "", is_read: bool = True
+) -> Markup:
+    """The SVG of some lines over the same steps; empty where no line has a value. is_read: whether the page's script
+    says values, which it knows to three digits."""
     lines = [line for line in lines if np.isfinite(line.low).any()]
     if not any(not line.quiet for line in lines):
         return Markup("")
@@ -68,7 +74,7 @@ def chart(lines: Sequence[Line], last_step: int, marks: Sequence[Mark] = (), lab
     is_log = low > 0 and high > _LOG_RANGE * float(np.median(np.concatenate([lows, highs])))
     if is_log:
         low, high = math.log10(low), math.log10(high)
-    if high - low < 1e-12 * max(1.0, abs(high)):
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
         low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
     margin = 0.04 * (high - low)
     low, high = (low if low == 0 else low - margin), high + margin
@@ -78,13 +84,11 @@ def chart(lines: Sequence[Line], last_step: int, marks: Sequence[Mark] = (), lab
     parts = [*area.axes(), *(area.mark(mark) for mark in marks if start <= mark.step <= stop)]
     for line in lines:
         parts += area.line(line)
-    return Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-range="{}" data-log="{}">{}</svg>'
-    ).format(
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"{} data-log="{}">{}</svg>').format(
         WIDTH,
         HEIGHT,
         label,
-        " ".join(f"{v:.9g}" for v in (start, stop, low, high)),
+        Markup(' data-range="{}"').format(" ".join(f"{v:.9g}" for v in (start, stop, low, high))) if is_read else "",
         int(is_log),
         Markup("".join(parts)),
     )
@@ -194,24 +198,31 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / about))
     step *= next(f for f in (1, 2, 2.5, 5, 10) if (high - low) / (step * f) <= about + 1)
     first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{i * step:.15g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def shorts(values: Sequence[float]) -> list[str]:
-    """Numbers as `short`, with as many digits as it takes to tell them apart."""
-    for digits in range(3, 8):
+    """Numbers as `short`, with as many digits as it takes to say each to a hundredth of the distance between two."""
+    apart = min((abs(b - a) for a, b in itertools.pairwise(values)), default=math.inf)
+    for digits in range(3, 16):
         texts = [short(value, digits) for value in values]
-        if len(set(texts)) == len(texts):
+        if all(abs(_said(text) - value) <= 0.01 * apart for text, value in zip(texts, values, strict=True)):
             break
     return texts
 
 
+_UNITS = ("", "k", "M", "G", "T")
+
+
 def short(value: float, digits: int = 3) -> str:
     """A number in few characters: 1.5k, 2M, 0.02, 3e-5."""
-    size = abs(value)
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= factor:
-            return f"{value / factor:.{digits}g}{letter}"
-    if size and size < 1e-3:
-        return f"{value:.{digits - 2}e}".replace("e-0", "e-").replace(".0e", "e")
-    return f"{value:.{digits}g}"
+    if value and abs(value) < 1e-3:
+        number, _, power = f"{value:.{digits - 2}e}".partition("e")
+        return f"{float(number):.{digits}g}e{int(power)}"
+    return in_units(value, _UNITS, digits)
+
+
+def _said(text: str) -> float:
+    """The number that `short` has written."""
+    number = text.rstrip("kMGT")
+    return float(number.replace(",", "")) * 1000.0 ** _UNITS.index(text[len(number) :])

@@ -27,6 +27,8 @@ class Spec:
     scaled: Mapping[str, float] = field(default_factory=dict)
     """factors of metrics whose unit is another"""
     in_percent: bool = False
+    is_id: bool = False
+    """values are names of something: said whole, not read back from the curve, and of several runs there is no mean"""
 
     def factor(self, name: str) -> float:
         """What a metric's values are multiplied by."""
@@ -138,7 +140,7 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
             ),
             Spec("seconds a step, by process", *_of_ranks("step")),
             Spec("seconds of own work a step, by process", *_of_ranks("work")),
-            Spec("slowest process (rank)", ("slowest_rank",)),
+            Spec("slowest process (rank)", ("slowest_rank",), is_id=True),
             Spec("seconds a step that it is behind", ("slowest_lag_seconds",)),
             Spec("seconds that steps waited for checkpoints", ("checkpoint_wait_seconds",)),
             Spec("peak memory of a device (GiB)", ("memory_peak_bytes",), scaled={"memory_peak_bytes": 2.0**-30}),
@@ -283,13 +285,13 @@ def _figure(spec: Spec, series: Mapping[str, Series], last_step: int, marks: Seq
     for name, label in spec.levels.items():
         if name in series:
             lines.append(line_of(label, series[name].points(), spec.factor(name), quiet=True))
-    drawn = chart(lines, last_step, marks, spec.title)
+    drawn = chart(lines, last_step, marks, spec.title, is_read=not spec.is_id)
     if not drawn:
         return drawn
     entries = [(line.color, line.quiet, line.label) for line in lines] if len(lines) > 1 else []
     n, name = named[0]
-    value = series[name].last
-    now = short((value or 0.0) * spec.factor(name))
+    value = (series[name].last or 0.0) * spec.factor(name)
+    now = f"{value:.0f}" if spec.is_id else short(value)
     return figure(spec.title, drawn, entries, now)
 
 

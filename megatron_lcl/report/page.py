@@ -37,6 +37,7 @@ from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, PLAN
 from megatron_lcl.train.checkpoint.folder import last_ledger
+from megatron_lcl.units import plain
 
 REPORT = "report.html"
 """the page in a run folder, and its template here"""
@@ -184,9 +185,9 @@ AREA = {name.lower(): getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEF
 
 def template(name: str) -> jinja2.Template:
     """A template of this package."""
-    return jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl.report", "."), autoescape=True).get_template(
-        name
-    )
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl.report", "."), autoescape=True)
+    environment.filters["plain"] = plain
+    return environment.get_template(name)
 
 
 def _beside_plan(planned: Mapping[str, Any], metrics: Metrics) -> Iterator[tuple[str, str, str, str]]:
@@ -204,7 +205,7 @@ def _beside_plan(planned: Mapping[str, Any], metrics: Metrics) -> Iterator[tuple
         if plan is None or last is None:
             continue
         least = "at least " if name == "memory_peak_bytes" and planned.get("memory_is_bound") else ""
-        yield title, f"{least}{factor * plan:,.4g}{unit}", f"{factor * last:,.4g}{unit}", f"{last / plan:.2f}"
+        yield title, f"{least}{plain(factor * plan)}{unit}", f"{plain(factor * last)}{unit}", f"{last / plan:.2f}"
 
 
 def _tiles(metrics: Metrics) -> Iterator[tuple[str, str, str]]:
@@ -215,27 +216,21 @@ def _tiles(metrics: Metrics) -> Iterator[tuple[str, str, str]]:
         return all(isinstance(line.get(name), int | float) for name in names)
 
     if is_there("loss"):
-        more = f"generation {line['generation']:.4g}" if is_there("generation") else ""
-        yield f"{line['loss']:.4g}", "loss of the last step", more
+        more = f"generation {plain(line['generation'])}" if is_there("generation") else ""
+        yield plain(line["loss"]), "loss of the last step", more
     if is_there("image_accuracy", "chance_accuracy"):
         yield (
             f"{100 * line['image_accuracy']:.1f} %",
             "accuracy of the contrast",
-            (f"chance {100 * line['chance_accuracy']:.2f} %"),
+            f"chance {plain(100 * line['chance_accuracy'], 2)} %",
         )
     if is_there("images_per_second", "tokens_per_second"):
         more = f"{short(line['tokens_per_second'])} tokens a second"
-        yield (
-            f"{line['images_per_second']:.3g}"
-            if line["images_per_second"] < 1000
-            else short(line["images_per_second"]),
-            "images a second",
-            more,
-        )
+        yield short(line["images_per_second"]), "images a second", more
     for name, title, factor, unit in (("mfu", "MFU", 100, " %"), ("memory_peak_bytes", "peak memory", 2**-30, " GiB")):
         series = metrics.series.get(name)
         if series is not None and series.last is not None:
-            yield f"{factor * series.last:.3g}{unit}", title, ""
+            yield f"{plain(factor * series.last, 3)}{unit}", title, ""
     if metrics.seconds:
         yield _duration(metrics.seconds), "of training", f"since {_clock(metrics.first_time or 0)}"
 

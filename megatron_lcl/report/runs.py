@@ -33,6 +33,7 @@ from megatron_lcl.report.page import AREA, REPORT, template, text_of
 from megatron_lcl.report.page import link as link_to
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.units import plain
 
 TEMPLATE = "runs.html"
 SEEDS = ("train.seed", "data.seed")
@@ -64,10 +65,10 @@ class Run:
     metrics: Metrics
 
     @classmethod
-    def of(cls, folder: Path) -> Run:
-        """UserError where it is no run folder, or its files are damaged."""
+    def of(cls, folder: Path, metrics: Metrics | None = None) -> Run:
+        """metrics: those read so far. UserError where it is no run folder, or its files are damaged."""
         settings = fields.flat(configs.to_dict(configs.resolved(configs.load(folder / CONFIG))))
-        return cls(folder, settings, Metrics.of(folder))
+        return cls(folder, settings, metrics or Metrics.of(folder))
 
     @property
     def steps(self) -> int:
@@ -76,9 +77,9 @@ class Run:
 
     def series(self, name: str) -> dict[int, float]:
         """A metric by step (of a long run its mean over some steps, by the first); empty where the run does not measure
-        it: it is absent, or always 0."""
+        it."""
         found = self.metrics.series.get(name)
-        if found is None or found.is_zero:
+        if found is None:
             return {}
         points = found.points()
         there = np.isfinite(points.mean)
@@ -97,7 +98,7 @@ class Run:
     def _final(self, name: str) -> float | None:
         """The last value; of a held-out number what `evaluate` has written into the folder counts as the last."""
         found = self.metrics.series.get(name)
-        last, last_step = (None, 0) if found is None or found.is_zero else (found.last, found.last_step)
+        last, last_step = (None, 0) if found is None else (found.last, found.last_step)
         if name.startswith("heldout/") and (result := read_json(self.folder / RESULT)) is not None:
             value, step = result.get(name.removeprefix("heldout/")), result.get("step")
             if isinstance(value, int | float) and (step is None or step >= last_step):
@@ -132,7 +133,7 @@ class Group:
 
         Of long runs: over stretches of steps, by the middle of each.
         """
-        found = [(run.steps, s) for run in self.runs if (s := run.metrics.series.get(name)) and not s.is_zero]
+        found = [(run.steps, s) for run in self.runs if (s := run.metrics.series.get(name)) and s.num_values]
         width = max((series.width for _, series in found), default=1)
         of_runs = []  # the last stretch that it has come to, and by stretch
         for steps, series in found:
@@ -149,12 +150,13 @@ class Group:
         return band
 
     def cell(self, name: str) -> str:
-        """The last values of a metric: `mean (least to largest)`."""
+        """The last values of a metric: `mean (least to largest)`, and of how many runs, where not of all."""
         values = [run.final[name] for run in self.runs if name in run.final]
         if not values:
             return ""
-        mean = f"{fmean(values):.4g}"
-        return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
+        more = [f"{plain(min(values))} to {plain(max(values))}"] if len(values) > 1 else []
+        more += [f"{len(values)} of {len(self.runs)} runs"] if len(values) < len(self.runs) else []
+        return plain(fmean(values)) + (f" ({'; '.join(more)})" if more else "")
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -187,20 +189,22 @@ class RunsPage:
     """The page about several runs, which may still be growing."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """UserError where there is no run, or a file of one is damaged."""
+        """UserError where there is no run, or a line of one's metrics is damaged."""
         self.paths = paths
-        self.runs = [Run.of(folder) for folder in find_runs(paths)]
+        self._metrics = {folder: Metrics.of(folder) for folder in find_runs(paths)}
 
     def changed(self) -> bool:
         """Whether any run has written anything since the last call, which is taken in, or has begun."""
-        known = {run.folder: run for run in self.runs}
-        self.runs = [known.get(folder) or Run.of(folder) for folder in find_runs(self.paths)]
-        read = [run.metrics.read() for run in self.runs]  # of all of them
-        return any(read) or known.keys() != {run.folder for run in self.runs}
+        known = self._metrics
+        self._metrics = {folder: known.get(folder) or Metrics.of(folder) for folder in find_runs(self.paths)}
+        read = [metrics.read() for metrics in self._metrics.values()]  # of all of them
+        return any(read) or known.keys() != self._metrics.keys()
 
     def render(self, folder: Path | None = None, live: float = 0.0) -> str:
         """The page; as `page.RunPage.render`."""
-        runs, groups = self.runs, group(self.runs)
+        # configs anew: a run that goes on may have written its own again
+        runs = [Run.of(folder, metrics) for folder, metrics in self._metrics.items()]
+        groups = group(runs)
         return template(TEMPLATE).render(
             live=live,
             digests={},
@@ -269,14 +273,15 @@ def _short(key: str, among: Mapping[str, Any]) -> str:
 
 
 def _curves(groups: Sequence[Group]) -> Iterator[tuple[str, list[Markup]]]:
-    """By heading, a chart of each metric that any run has: a line for each group, and a band where it has seeds."""
+    """By heading, a chart of each metric that any run has, and that is not 0 in all of them: a line for each group, and
+    a band where it has seeds."""
     metrics = [run.metrics for group in groups for run in group.runs]
-    names = dict.fromkeys(name for one in metrics for name in one.series)
+    names = dict.fromkeys(name for one in metrics for name, series in one.series.items() if not series.is_zero)
     last_step = max((one.last_step for one in metrics), default=0)
     for title, specs in specs_for(list(names)):
         figures = []
         for spec in specs:
-            for n, name in enumerate(spec.names):
+            for n, name in enumerate(() if spec.is_id else spec.names):
                 if name in names and not (name == "heldout/bits_per_token" and "generation" in spec.names):
                     heading = f"{spec.title}: {spec.labels[n]}" if len(spec.names) > 1 and spec.labels else spec.title
                     if name == "generation":

@@ -31,8 +31,15 @@ MAX_METRICS = 400
 """names that are kept; a file with more is not of a run of ours"""
 _PENDING = 4096
 """numbers that wait to be put into stretches"""
-OF_PAIRS = ("contrastive", "image_accuracy", "text_accuracy", "positive_similarity", "hardest_negative_similarity")
-"""means over pairs, for which earlier versions wrote 0 where a step has none"""
+OF_PAIRS = (
+    "contrastive",
+    "image_accuracy",
+    "text_accuracy",
+    "positive_similarity",
+    "hardest_negative_similarity",
+    "mutual_information",
+)
+"""means over pairs, for which earlier versions wrote 0 where a step has none, or the objective has no contrast"""
 
 
 class Points(NamedTuple):
@@ -125,9 +132,12 @@ class Metrics:
     last_time: float | None = None
     last_step: int = 0
     seconds: float = 0.0
-    """between lines of the run's processes, without the time in between"""
-    _uncounted: float = 0.0
+    """between lines of the run's processes, without the time between two processes, or in which the machine slept"""
+    _clock: float | None = None
+    """of the last line"""
     slowest: Slowest = field(default_factory=Slowest)
+    _phase: object = None
+    """number of the last phase that a line told of"""
     _events: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
     _audited: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
     """those of audit.jsonl"""
@@ -173,15 +183,12 @@ class Metrics:
             return
         self.last_step = max(self.last_step, step)
         if isinstance(time, int | float):
-            # each start of the run writes some lines, and then one with its kernels; only that one tells a start from
-            # the next phase of a process, so what lies before the lines is counted when others have followed
-            if self.last_time is not None:
-                self._uncounted += max(0.0, time - self.last_time)
-            if "loss_kernels" in line:
-                self._uncounted = 0.0
-            elif not _AT_START & line.keys():
-                self.seconds += self._uncounted
-                self._uncounted = 0.0
+            # what lies before a line of a start may be days in which nothing ran; a phase of a process that goes on
+            # writes the same lines, so the few steps since the last line before it are not counted either
+            clock = line.get("clock", time)  # earlier versions wrote the time alone
+            if self._clock is not None and not _AT_START & line.keys():
+                self.seconds += max(0.0, clock - self._clock)
+            self._clock = clock
             self.first_time, self.last_time = self.first_time or time, time
         if "loss" in line:
             self.last = dict(line)
@@ -191,10 +198,10 @@ class Metrics:
         if isinstance(found := line.get("hardware"), dict):
             self.hardware = found
         if "phase" in line:
-            facts = ", ".join(
-                f"{k.replace('_', ' ')} {v}" for k, v in line.items() if k not in ("step", "phase", "time")
-            )
-            self._event("phase", step, time, f"phase {line['phase']}: {facts}")
+            if line["phase"] != self._phase:  # each start tells of the phase in which it goes on
+                facts = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items() if k not in _NO_METRICS)
+                self._event("phase", step, time, f"phase {line['phase']}: {facts}")
+            self._phase = line["phase"]
             return
         if "skipped" in line:
             self._event("skipped", step, time, str(line["skipped"]))
@@ -228,16 +235,17 @@ def _straggler(one: Mapping[str, Any]) -> str:
     return f"{who} last in {one.get('last')} of {one.get('of')} lines{behind}, in {one.get('phase')}"
 
 
-_NO_METRICS = frozenset({"step", "time", "phase", "num_bad_images_since"})
-_AT_START = frozenset({"retain_bytes", "phase", "contrast_share"})
-"""what lines have that a process writes before its first step, or before a phase"""
+_NO_METRICS = frozenset({"step", "time", "clock", "phase", "num_bad_images_since"})
+_AT_START = frozenset({"retain_bytes", "phase", "contrast_share", "loss_kernels"})
+"""what lines have that a process writes before its first step or evaluation, or before a phase"""
 
 
 def _as_now(line: Mapping[str, Any]) -> Mapping[str, Any]:
     """A step's line as this version writes it: no mean over no pairs, and chance beside the accuracy; and with what is
     drawn of the times of all processes."""
     pairs, changed = line.get("num_pairs"), dict(line)
-    if pairs == 0:
+    # where a contrast's loss is 0, its accuracy is not
+    if pairs == 0 or ("contrastive" in line and not any(line.get(name) for name in OF_PAIRS)):
         changed |= {name: None for name in OF_PAIRS if name in line}
         if "image_accuracy" in line:
             changed["chance_accuracy"] = None

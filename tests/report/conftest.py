@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,15 @@ def make_run(run: Path, **settings: str) -> Path:
     labeled |= {"values": {"knn_accuracy": 0.8, "chance": 0.1}}
     (run / "labeled.json").write_text(json.dumps(labeled))
     (run / "profile" / "trace rank 0.json").write_text("{}")
+    return run
+
+
+def write_lines(run: Path, lines: Iterable[dict[str, Any]], n: int = 0) -> Path:
+    """A run with these lines of metrics, which the learning rate n + 1 tells from others."""
+    run.mkdir(parents=True)
+    tree = {"train.output": str(run), "data.corpora": "/nowhere", "optimizer.lr": str(n + 1)}
+    (run / "config.yaml").write_text(configs.to_yaml(configs.load(None, tree)))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from report.browser import Browser
-from report.conftest import make_run
+from report.conftest import make_run, write_lines
 
 from megatron_lcl.report.page import write_report
 from megatron_lcl.report.runs import write_runs_report
@@ -89,6 +89,42 @@ def test_the_pointer_reads_the_curve(pages: dict[str, Path], browser: Browser) -
     assert float(value) == pytest.approx(9.0 - int(step) / 40, abs=0.03)
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=5, y=5)
     assert browser.evaluate("document.querySelector('.plot output').textContent") == "4"
+    assert browser.complaints() == []
+
+
+def point_at(browser: Browser, selector: str, part: float = 0.5) -> None:
+    """Move the mouse over a chart (part: of the way from its first step to its last), or a swatch's middle."""
+    place = f"""(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{ block: "center" }});
+      const r = e.getBoundingClientRect(), at = e.matches(".swatch") ? 0.5 : (44 + {part} * 306) / 360;
+      return [r.x + r.width * at, r.y + r.height / 2]; }})()"""
+    x, y = browser.evaluate(place)
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+
+def test_the_pointer_tells_whose_value_is_which_at_the_step(tmp_path: Path, browser: Browser) -> None:
+    """Ten curves of other lengths and steps: those that have nothing there are left out. A swatch is no chart."""
+    for n in range(10):
+        steps = range(1, 31) if n == 0 else range(4, 201, 4) if n == 9 else range(1, 201)
+        write_lines(tmp_path / f"s/{n}", [{"step": step, "loss": 10.0 * n + step / 100} for step in steps], n=n)
+    browser.open(write_runs_report([tmp_path / "s"]).as_uri())
+    said = "document.querySelector('.plot output').textContent"
+    values = "Array.from(document.querySelectorAll('.plot .values li'), (one) => one.textContent)"
+    for selector in (".legend svg.swatch", "td svg.swatch", ".plot svg.chart"):
+        point_at(browser, selector, 0.75)
+    (step,) = re.fullmatch(r"step (\d+)", browser.evaluate(said)).groups()  # type: ignore[union-attr]
+    assert abs(int(step) - 150) <= 1
+    read = {}
+    for text in browser.evaluate(values):
+        name, value = text.split(": ")
+        read[name] = float(value)
+    assert read == {f"lr {n + 1}": pytest.approx(10.0 * n + int(step) / 100, abs=0.3) for n in range(1, 10)}
+    lines = "Array.from(document.querySelectorAll('.plot .values path'), (e) => e.getAttribute('stroke-dasharray'))"
+    assert browser.evaluate(lines) == [None] * 7 + ["6 3"] * 2, "as the legend draws them"
+    point_at(browser, ".plot svg.chart", 0.1)
+    assert len(browser.evaluate(values)) == 10
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=5, y=5)
+    assert browser.evaluate(said) == ""
+    assert browser.evaluate(values) == []
     assert browser.complaints() == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_lcl.report.curves import groups
 from megatron_lcl.report.events import Event, Events
 from megatron_lcl.report.series import Metrics, Series
 
+POWERS = str.maketrans({"k": "e3", "M": "e6", "G": "e9", "T": "e12"})
 PATH = re.compile(r'<path class="line (\w+)" data-label="([^"]*)"[^>]* d="([^"]*)"')
 
 
@@ -144,12 +146,40 @@ def test_ticks_and_numbers_are_round() -> None:
     assert [short(x) for x in (0, 1234567, 999, 0.5, 3e-5, -2500, 1e9)] == [
         "0", "1.23M", "999", "0.5", "3e-5", "-2.5k", "1G"
     ]  # fmt: skip
+    assert [short(x) for x in (999.6, 999_600, -999.6, 1.5e15, 9.99e-4)] == ["1k", "1M", "-1k", "1,500T", "1e-3"]
+    for size in (1e-13, 3e-10, 1.0, 7e14):
+        found = ticks(0.0, size, 4)
+        assert len(found) > 2
+        assert np.diff(found) == pytest.approx(found[1] - found[0])
 
 
 def test_labels_of_an_axis_differ() -> None:
     assert shorts([3.0001, 3.0002]) == ["3.0001", "3.0002"]
     assert shorts([1000, 1001]) == ["1k", "1.001k"]
     assert shorts([0, 0.5, 1]) == ["0", "0.5", "1"]
+
+
+def test_labels_of_an_axis_say_where_the_ticks_are() -> None:
+    assert shorts([9.75, 10.0, 10.25]) == ["9.75", "10", "10.25"]
+    for around, power, factor in itertools.product((0.0, 10.0, 1e6), range(-6, 7), (1, 2, 2.5, 5)):
+        step = factor * 10.0**power
+        found = ticks(around - step / 3, around + 4.1 * step, 4)
+        read = [float(text.translate(POWERS).replace(",", "")) for text in shorts(found)]
+        assert read == pytest.approx(found, rel=1e-12, abs=1e-12 * step)
+
+
+def test_a_tiny_range_has_an_axis() -> None:
+    steps = np.arange(1.0, 30)
+    values = steps * 1e-14
+    labels = re.findall(r'text-anchor="end">([^<]*)</text>', chart([Line("x", steps, steps, values, values)], 29))
+    assert {"1e-13", "2e-13"} <= set(labels)
+
+
+def test_a_process_is_named_whole_and_not_read_from_the_chart() -> None:
+    found = drawn([{"step": step, "loss": 1.0 * step, "slowest_rank": 1020 + step} for step in range(1, 4)])
+    assert 'data-now="1023"' in found["slowest process (rank)"]
+    assert "data-range" not in found["slowest process (rank)"]
+    assert "data-range" in found["loss that is minimized"]
 
 
 def test_a_downsampled_curve_goes_through_both_ends() -> None:

@@ -45,7 +45,8 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     assert kinds[0][1:] == ("step skipped", "the loss is nan")
     assert kinds[1][2] == "back to step 50, without the packs of the steps between"
     assert "80.0 %</b>k-NN accuracy" in section(page, "labelled")
-    assert "chance 10.00 %: 8.0 times" in section(page, "labelled")
+    assert "chance 2.5 %" in section(page, "status")
+    assert "chance 10 %: 8.0 times" in section(page, "labelled")
     settings = section(page, "settings")
     assert re.search(r"<code>train.steps</code></td><td>200</td>.*default 1000", settings)
     assert "<code>train.log_every</code>" not in settings.partition("<details>")[0], "it is the default"
@@ -59,6 +60,15 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     assert 'class="mark phase"' in section(page, "curves")
     assert not re.search(r"""(?:src|href)=["'](?:https?:)?//|@import|url\(""", page), "self-contained"
     assert "fetch(" not in page, "only a page that is served follows the run"
+
+
+def test_chance_among_thousands_of_pairs_is_not_nothing(run: Path) -> None:
+    numbers = {"documents": 900, "corpus": "/nowhere", "step": 200, "pairs": 5120, "median_rank": 9.0}
+    numbers |= {"image_to_context_recall_at_10": 0.5, "chance_at_10": 10 / 5120}
+    numbers |= {"image_to_context_recall_at_1": 0.1, "chance_at_1": 1 / 5120}
+    (run / "heldout.json").write_text(json.dumps(numbers))
+    said = section(write_report(run).read_text(), "heldout")
+    assert re.findall(r"chance ([^<]*)<", said) == ["0.2 %: 256.0 times", "0.02 %: 512.0 times"]
 
 
 def test_nodes_are_told_by_how_often_others_waited_for_them(run: Path) -> None:
@@ -106,6 +116,7 @@ def test_what_was_planned_stands_beside_what_was_measured(run: Path) -> None:
     config = configs.replace(config, train__dtype="bfloat16")
     step = predict(config, 16, 8, assumed_rates(DEVICES["h100"], "bfloat16"), 3).seconds
     assert f"<td>a step</td><td>{step:,.4g} s</td><td>0.1 s</td><td>{0.1 / step:.2f}</td>" in own
+    assert re.search(r"<td>tokens a second</td><td>[\d,]+</td><td>98,765</td>", own)
     assert re.search(r"<td>peak memory of a process</td><td>at least [\d.]+ GiB</td><td>3 GiB</td>", own)
     planned = {"layout": "tensor 2", "processes": 4, "device": "h100", "is_measured": False, "memory_is_bound": True}
     planned |= {"step_seconds": 0.2, "mfu": 0.5, "memory_peak_bytes": 2**31, "flops_per_second": 1e12}

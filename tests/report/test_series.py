@@ -92,7 +92,8 @@ def test_reading_on_gives_what_reading_at_once_gives(tmp_path: Path) -> None:
 
 
 def test_time_between_starts_does_not_count(tmp_path: Path) -> None:
-    """Lines in the order in which a process writes them; the last start is that of a finished run."""
+    """Lines in the order in which a process writes them; the last starts are those of a finished run, for the
+    evaluation that it had missed, and for nothing."""
 
     def start(step: int, time: float) -> list[dict[str, Any]]:
         return [
@@ -104,9 +105,31 @@ def test_time_between_starts_does_not_count(tmp_path: Path) -> None:
     kernels = {"attention": "dense", "loss_kernels": "torch"}
     first = [*start(0, 0.0), {"step": 0, **kernels, "time": 5.0}, {"step": 1, "loss": 2.0, "time": 10.0}]
     phase = [{"step": 1, "phase": 2, "image_size": 32, "time": 12.0}, {"step": 2, "loss": 2.0, "time": 15.0}]
+    evaluation = [*start(3, 50_000.0), {"step": 3, "heldout/bits_per_token": 8.0, "time": 50_042.0}]
     second = [*start(2, 9000.0), {"step": 2, **kernels, "time": 9005.0}, {"step": 3, "loss": 2.0, "time": 9008.0}]
-    write(tmp_path, [*first, *phase, *second, *start(3, 99_000.0)])
-    assert Metrics.of(tmp_path).seconds == 10.0 + 3.0
+    write(tmp_path, [*first, *phase, *second, *evaluation, *start(3, 99_000.0)])
+    assert Metrics.of(tmp_path).seconds == 5.0 + 3.0 + 3.0 + 40.0, "up to the phase, in it, from there, evaluating"
+
+
+def test_time_in_which_the_machine_sleeps_does_not_count(tmp_path: Path) -> None:
+    """The clock of the lines stands still meanwhile, and does not jump where the time is set; a start may have another
+    one, as on another machine."""
+    start = {"step": 0, "phase": 1, "image_size": 16, "time": 1e6, "clock": 500.0}
+    steps = [(1, 1e6 + 10, 510.0), (2, 1e6 + 30_000, 530.0), (3, 1e6 - 9, 545.0)]
+    again = [{"step": 3, "loss_kernels": "torch", "time": 2e6, "clock": 7.0}]
+    again += [{"step": 4, "loss": 1.0, "time": 2e6 + 8, "clock": 15.0}]
+    write(tmp_path, [start, *({"step": s, "loss": 1.0, "time": t, "clock": c} for s, t, c in steps), *again])
+    metrics = Metrics.of(tmp_path)
+    assert metrics.seconds == 45.0 + 8.0
+    assert "clock" not in metrics.series
+    assert next(event.text for event in newest(metrics.events)) == "phase 1: image size 16"
+
+
+def test_a_phase_begins_where_its_number_is_another(tmp_path: Path) -> None:
+    """Each start tells of the phase in which it goes on."""
+    lines = [{"step": step, "phase": number, "time": 9.0 * step} for step, number in ((0, 1), (7, 1), (9, 2), (12, 2))]
+    write(tmp_path, lines)
+    assert [event.step for event in newest(Metrics.of(tmp_path).events)] == [0, 9]
 
 
 def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from report.browser import Browser
-from report.conftest import STEPS, line
+from report.conftest import STEPS, line, write_lines
 
 from megatron_lcl.cli import main
 from megatron_lcl.report.serve import Watch, _Server, page_of
@@ -79,6 +79,18 @@ def test_what_has_changed_is_told_and_nothing_else(served: Client, run: Path) ->
     with (run / "metrics.jsonl").open("a") as file:
         file.write("{damaged}\n")
     assert served.get("/parts")[0] == 200, "what was shown stays"
+
+
+def test_a_run_that_goes_on_has_its_new_settings_beside_the_others(tmp_path: Path) -> None:
+    a, b = (write_lines(tmp_path / f"s/{n}", [line(1), line(2)], n) for n in range(2))
+    watch = Watch(page_of([a, b]))
+    assert "lr 1 " in watch.page()
+    config = (a / "config.yaml").read_text()
+    (a / "config.yaml").write_text(config.replace("lr: 1.0\n", "lr: 7.0\n", 1))
+    grow(a, 3)
+    page = watch.page()
+    assert "lr 7 " in page
+    assert "lr 1 " not in page
 
 
 def test_nothing_but_the_page_is_served_and_to_this_machine_alone(served: Client, run: Path) -> None:

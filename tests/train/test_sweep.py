@@ -354,7 +354,7 @@ def test_seeds_are_a_band_and_other_settings_another_line(tmp_path: Path) -> Non
     assert one.band("loss") == [(1, 6.0, 4.0, 8.0, 2), (2, 2.5, 2.0, 3.0, 2), (3, 1.0, 1.0, 1.0, 1)]
     assert one.band("contrastive") == [], "always 0: not measured"
     assert (one.cell("loss"), other.cell("loss")) == ("1.5 (1 to 2)", "5")
-    assert one.cell("heldout/image_to_context_recall_at_10") == "0.25"
+    assert one.cell("heldout/image_to_context_recall_at_10") == "0.25 (1 of 2 runs)"
     assert (one.cell("labeled/knn_accuracy"), other.cell("labeled/knn_accuracy")) == ("0.6 (0.5 to 0.7)", "")
     page = write_runs_report([tmp_path / "s"])
     assert page == tmp_path / "s/report.html"
@@ -371,6 +371,29 @@ def test_seeds_are_a_band_and_other_settings_another_line(tmp_path: Path) -> Non
         assert said in text, said
     assert text.count("<figure") == 3
     assert not any(loads in text for loads in ("src=", "<link", "@import", "url(http")), "self-contained"
+
+
+def test_a_value_of_zero_counts_where_runs_are_averaged(tmp_path: Path) -> None:
+    """But not the zeros that earlier versions wrote for a contrast that the objective does not have."""
+    for seed, recall in enumerate((0.0, 0.3, None)):
+        run = write_run(tmp_path / f"s/{seed}", [], train__seed=seed)
+        lines: list[dict[str, Any]] = [
+            {"step": step, "num_pairs": 8, "contrastive": 2.0, "image_accuracy": recall} for step in (1, 2)
+        ]
+        if recall is None:
+            lines = [{**line, "loss": 1.0, "contrastive": 0.0, "image_accuracy": 0.0} for line in lines]
+        else:
+            lines = [{**line, "loss": 1.0} for line in lines]
+            heldout = {"heldout/image_to_context_recall_at_1": recall, "heldout/median_rank": 12_345.5 + seed}
+            lines += [{"step": step, **heldout} for step in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (one,) = group([Run.of(path) for path in find_runs([tmp_path / "s"])])
+    for name in ("heldout/image_to_context_recall_at_1", "image_accuracy"):
+        assert [row[1:] for row in one.band(name)] == [(0.15, 0.0, 0.3, 2)] * 2
+    assert one.cell("heldout/image_to_context_recall_at_1") == "0.15 (0 to 0.3; 2 of 3 runs)"
+    assert one.cell("contrastive") == "2 (2 to 2; 2 of 3 runs)"
+    assert one.cell("heldout/median_rank") == "12,346 (12,346 to 12,346; 2 of 3 runs)"
+    assert '<td class="number">12,346</td>' in write_runs_report([tmp_path / "s"]).read_text()
 
 
 def test_a_run_that_has_just_begun_takes_nothing_from_the_others(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Some latents and contexts of a step's global batch, for a look at their health.
 
-Of each of R replicas the first pairs in order of its micro-batches, at most 256 / R of them, rounded up: at most 256
-where all have so many. Packs are dealt out over replicas and drawn anew in each step, so these are a random sample.
+Of each of R replicas the first pairs in order of its micro-batches: of the first 256 mod R replicas at most 256 / R
+rounded up, of the others rounded down, so at most 256 in all. Packs are dealt out over replicas and drawn anew in each
+step, so these are a random sample.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class FeatureSample:
 
     def __init__(self, pairs: Sequence[int], data: Axis) -> None:
         """pairs: of each replica."""
-        self.sizes = [min(count, -(-NUM_PAIRS // data.size)) for count in pairs]
+        share, left = divmod(NUM_PAIRS, data.size)
+        self.sizes = [min(count, share + (rank < left)) for rank, count in enumerate(pairs)]
         """pairs that each replica gives"""
         self._data = data
         self._left = self.sizes[data.rank]

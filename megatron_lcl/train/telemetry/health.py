@@ -8,8 +8,8 @@ their rows at unit length.
     std               sqrt(mean_j var_j), var_j the variance of number j over the pairs
     spread            std / sqrt(mean z^2): 0 where all rows are the same, 1 where their mean is 0
     dead features     share of the numbers j with sqrt(var_j) <= 0.01 sqrt(mean z^2)
-    alignment         mean_i |x_i - y_i|^2                              (Wang & Isola 2020, arXiv 2005.10242, eq. 1)
-    uniformity        ln mean_(i != j) exp(-2 |x_i - x_j|^2), of latents      (the same, eq. 2, t = 2); 0 where all meet
+    alignment         mean_i |x_i - y_i|^2                           (Wang & Isola 2020, arXiv 2005.10242, section 4.1)
+    uniformity        ln mean_(i != j) exp(-2 |x_i - x_j|^2), of latents      (the same, t = 2); 0 where all meet
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from megatron_lcl.train.result import StepResult
 from megatron_lcl.train.telemetry.lines import keep_lines_before
 from megatron_lcl.train.telemetry.sinks import TRACKERS, Sink, TensorBoard
 from megatron_lcl.train.telemetry.stragglers import over_ranks
+from megatron_lcl.units import in_units, plain
 
 WAITING = 1 << 20
 """bytes of lines that wait where the disk is full"""
@@ -182,7 +183,7 @@ class Telemetry:
         parts = [f"step {step}/{self.total}", f"loss {measured['loss']:#.4g}" + (f" ({losses})" if losses else "")]
         accuracies = [f"{100 * measured[n]:.1f}" for n in ("image_accuracy", "text_accuracy") if n in measured]
         if accuracies:
-            parts.append(f"acc {'/'.join(accuracies)}% (chance {measured['chance_accuracy']:.1%})")
+            parts.append(f"acc {'/'.join(accuracies)}% (chance {_percent(measured['chance_accuracy'])})")
         speed = [*_speed(rates), *([f"MFU {rates['mfu']:.1%}"] if "mfu" in rates else []), *_data_wait(rates)]
         peak = rates.get("memory_peak_bytes", 0.0)
         if peak > RISEN * self._peak:
@@ -202,7 +203,7 @@ class Telemetry:
         """
         if self._file is None:
             return
-        line = json.dumps({**values, "time": time.time()}) + "\n"
+        line = json.dumps({**values, "time": time.time(), "clock": time.monotonic()}) + "\n"
         written = self._attempt(lambda: self._file.write(line)) and self._attempt(self._file.flush)
         if written and not self._attempt(lambda: self._draw(values)):
             self._board = None  # its thread has ended; the next line opens another
@@ -276,7 +277,7 @@ def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, float]) -> I
     yield f"loss {numbers['loss']:.3f}"
     accuracy, chance = numbers.get("image_accuracy"), numbers.get("chance_accuracy")
     if accuracy is not None and chance is not None:
-        yield f"accuracy {accuracy:.1%} (chance {chance:.1%})"
+        yield f"accuracy {accuracy:.1%} (chance {_percent(chance)})"
     yield from _speed(rates)
     yield from _data_wait(rates)
     if "memory_peak_bytes" in rates:
@@ -286,8 +287,12 @@ def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, float]) -> I
 def _speed(rates: Mapping[str, float]) -> Iterator[str]:
     for name, unit in (("images", "img/s"), ("tokens", "tok/s")):
         rate = rates[f"{name}_per_second"]
-        factor, letter = (1e6, "M") if rate >= 999_500 else (1e3, "k") if rate >= 9_999.5 else (1, "")
-        yield f"{rate:.0f} {unit}" if factor == 1 else f"{rate / factor:.3g}{letter} {unit}"
+        yield f"{rate:.0f} {unit}" if rate < 9_999.5 else f"{in_units(rate, ('', 'k', 'M', 'G'))} {unit}"
+
+
+def _percent(chance: float) -> str:
+    """To two digits: of many pairs it is far below 1 %."""
+    return f"{plain(100 * chance, 2)}%"
 
 
 def _data_wait(rates: Mapping[str, float]) -> Iterator[str]:

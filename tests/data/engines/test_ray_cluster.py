@@ -298,7 +298,7 @@ def test_no_ray_where_it_is_said_to_be(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_job_too_large_for_all_nodes_is_said(ray_cluster: Ray, command: Any, tmp_path: Path) -> None:
     parameters = f'{{"address": "{ray_cluster.address}", "memory_gb": 1e6}}'
     process = command("-c", WAITS.replace('{"address": "local"}', parameters), tmp_path)
-    assert "what a job needs, num_cpus 1 and 1000 TB; waiting until one comes" in process.stderr.readline()
+    assert "what a job needs, num_cpus 1 and 1,000 TB; waiting until one comes" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
     assert finish(process) == (128 + signal.SIGTERM, "", [])
     assert not list(tmp_path.glob("tries-*"))

@@ -88,8 +88,19 @@ def test_features_that_are_exactly_alike_are_dead() -> None:
     assert (found["latent_spread"], found["context_spread"]) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(("replicas", "each"), [(1, 256), (3, 86), (300, 1)])
-def test_a_sample_takes_as_many_of_each_replica(replicas: int, each: int) -> None:
-    sample = FeatureSample([500, *[2] * (replicas - 1)], Axis(None, 0, replicas))
-    assert sample.sizes == [each, *[min(2, each)] * (replicas - 1)]
+@pytest.mark.parametrize(
+    ("replicas", "sizes"),
+    [
+        (1, [256]),
+        (3, [86, 85, 85]),
+        (192, [2] * 64 + [1] * 128),
+        (256, [1] * 256),
+        (512, [1] * 256 + [0] * 256),
+    ],
+)
+def test_a_sample_has_at_most_256_pairs_of_all_replicas(replicas: int, sizes: list[int]) -> None:
     assert NUM_PAIRS == 256
+    sample = FeatureSample([500] * replicas, Axis(None, 0, replicas))
+    assert sample.sizes == sizes
+    few = FeatureSample([1] * replicas, Axis(None, 0, replicas))
+    assert few.sizes == [min(1, size) for size in sizes]

@@ -52,7 +52,9 @@ def test_what_follows_lines_that_were_dropped_is_in_the_file(goes_back: bool, tm
         if goes_back:
             telemetry.rewind(2)
         telemetry.write({"step": 3, "loss": 1.0})
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 2, 3]
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 2, 3]
+    assert time.time() - lines[-1]["time"] == pytest.approx(time.monotonic() - lines[-1]["clock"], abs=5)
 
 
 def test_time_left_after_resuming_and_after_a_rewind(
@@ -104,11 +106,11 @@ def test_a_terminal_has_a_bar_and_a_log_has_lines(
         for step in range(1, 10):
             done(telemetry, step)
     said = capsys.readouterr()
-    assert ("loss 1.000, accuracy 50.0% (chance 25.0%), 1000 img/s" in said.err) == bar
+    assert ("loss 1.000, accuracy 50.0% (chance 25%), 1000 img/s" in said.err) == bar
     matches = [LINE.fullmatch(line) for line in said.out.splitlines()]
     assert [match and match[1] for match in matches] == (["4", "8", "9"] if lines else [])
     assert {match.groups()[1:3] for match in matches if match} <= {
-        ("generation 1.000, contrastive 1.000", "50.0/30.0% (chance 25.0%)")
+        ("generation 1.000, contrastive 1.000", "50.0/30.0% (chance 25%)")
     }
 
 
@@ -124,7 +126,7 @@ def test_a_line_shows_what_the_step_has_and_the_time_left(
     lines = [match for line in capsys.readouterr().out.splitlines() if (match := LINE.fullmatch(line))]
     both = "generation 1.000, contrastive 1.000"
     assert [match[2] for match in lines] == [both, "generation 1.000", both]
-    assert [match[3] for match in lines] == ["50.0/30.0% (chance 25.0%)", None, "50.0/30.0% (chance 100.0%)"]
+    assert [match[3] for match in lines] == ["50.0/30.0% (chance 25%)", None, "50.0/30.0% (chance 100%)"]
     assert [60 * int(match[4]) + int(match[5]) for match in lines] == [6 * 0.1 // 1, 5 * 70, 4 * 70]
 
 
@@ -138,7 +140,9 @@ def test_a_line_names_the_wait_for_data_and_the_peak_where_they_say_something(
         for step, (wait, peak) in enumerate(((0.009, 6e10), (0.123, 6.05e10), (0.0, 6.12e10)), 1):
             telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1)
             telemetry.step(step, result, 1e-3, {"mfu": 0.412, "data_wait": wait, "memory_peak_bytes": peak})
-    lines = re.findall(r"lr 1\.00e-3 (.*) [\d:]+ left$", capsys.readouterr().out, re.MULTILINE)
+    said = capsys.readouterr().out
+    assert "(chance 0.011%)" in said, "of 9,000 pairs"
+    lines = re.findall(r"lr 1\.00e-3 (.*) [\d:]+ left$", said, re.MULTILINE)
     speed = "98.8k img/s, 23.5M tok/s, MFU 41.2%"
     assert lines == [f"{speed}, peak 60 GB", f"{speed}, data wait 12%", f"{speed}, peak 61.2 GB"]
 
@@ -242,4 +246,4 @@ def test_chance_stands_beside_accuracy(
         for step, pairs in ((1, 4), (2, 0)):
             done(telemetry, step, dataclasses.replace(RESULT, num_pairs=pairs))
             said = capsys.readouterr().err.rstrip().rpartition("\r")[2]
-            assert ("accuracy 50.0% (chance 25.0%)" in said) == bool(pairs), said
+            assert ("accuracy 50.0% (chance 25%)" in said) == bool(pairs), said
