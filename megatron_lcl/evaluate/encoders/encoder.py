@@ -188,7 +188,10 @@ def sequences_of(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
 
 @contextlib.contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
-    """Torch's initial values of an untrained model; the generator is then as it was before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Torch's initial values of an untrained model, drawn on the CPU; its generator is then as it was before.
+
+    `torch.manual_seed` would seed the generators of all other devices too, and leave them so.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
         yield
