@@ -41,14 +41,15 @@ class Features:
 
 
 class Encoder(ABC):
-    """A frozen image encoder, with a text encoder if it has one."""
+    """An image encoder, with a text encoder if it has one. Nothing that it computes has a gradient."""
 
     source: Callable[[int], Encoder] | None = None
     """makes the same encoder in process i of several (`load.EncoderSource`)"""
 
     def __init__(self, name: str, module: nn.Module, device: str | torch.device = "cpu") -> None:
+        """Moves the module to the device."""
         self.name = name
-        self.module = module.eval().requires_grad_(False).to(device)
+        self.module = module.to(device)
         self.device = torch.device(device)
 
     @abstractmethod
