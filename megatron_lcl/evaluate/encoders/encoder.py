@@ -17,7 +17,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import nn
 
-from megatron_lcl.convert.libraries import only_weights, quietly
+from megatron_lcl.convert.libraries import SETTINGS, only_weights, quietly, usual_defaults
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, causes, out_of_reach
 
@@ -143,7 +143,7 @@ def loading(spec: str, library: str, remote: Remote | None = None) -> Iterator[N
     fault = remote and out_of_reach(remote)
     try:
         cache = by_cache_alone(spec, remote, fault) if remote and fault else contextlib.nullcontext()
-        with quietly(), only_weights(), cache:
+        with usual_defaults(), quietly(), only_weights(), cache:
             yield
     except UserError:
         raise
@@ -193,6 +193,6 @@ def drawn_from(seed: int) -> Iterator[None]:
 
     `torch.manual_seed` would seed the generators of all other devices too, and leave them so.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with SETTINGS, torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         yield
