@@ -105,6 +105,18 @@ def shared(request: pytest.FixtureRequest) -> Path:
     return path
 
 
+@pytest.fixture
+def other_torch_defaults() -> Iterator[None]:
+    """Where nothing else is said, torch makes tensors without data, in bfloat16."""
+    import torch
+
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def launched_by_none() -> Iterator[None]:
     """A process in which a test has trained keeps a launcher's variables. They are hidden from a test whose fixtures

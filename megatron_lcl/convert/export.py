@@ -17,9 +17,9 @@ from megatron_lcl.convert.card import Card, card_of
 from megatron_lcl.convert.certificate import check_images, compare, our_features
 from megatron_lcl.convert.find import find_checkpoint, known_config
 from megatron_lcl.convert.folder import HAS_RUN, IMPORT, new_folder, write_record
-from megatron_lcl.convert.libraries import require
+from megatron_lcl.convert.libraries import require, usual_defaults
 from megatron_lcl.convert.load import load_model
-from megatron_lcl.convert.resolution import at_image_size
+from megatron_lcl.convert.resolution import at_image_size, on_cpu_in_float32
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
@@ -60,8 +60,8 @@ def export_model(
     image_size: int | None = None,
     card: Card | None = None,
 ) -> dict[str, Any]:
-    """`export` of a model in memory."""
-    return _export(lambda: (model, card or Card()), format, Path(output), dtype, image_size)
+    """`export` of a model in memory, on any device and in any floating-point dtype; it stays as it is."""
+    return _export(lambda: (on_cpu_in_float32(model), card or Card()), format, Path(output), dtype, image_size)
 
 
 def _export(
@@ -73,7 +73,7 @@ def _export(
         raise UserError(f"unknown dtype {dtype_name!r}; there are {', '.join(_DTYPES)}")
     writer, dtype = _FORMATS[format], _DTYPES[dtype_name]
     versions = {"torch": torch.__version__, **require(writer.LIBRARY, f"format {format}")}
-    with new_folder(output, format) as folder:
+    with usual_defaults(), new_folder(output, format) as folder:
         model, card = load()
         if image_size is not None:
             model = at_image_size(model, image_size)

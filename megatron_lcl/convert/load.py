@@ -28,6 +28,9 @@ from megatron_lcl.run_folder import AVERAGES, CONFIG, PROGRESS, WEIGHTS
 def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> LCL:
     """The model of a checkpoint, in float32 on the CPU, its weights mapped from the file where the format allows.
 
+    While it lives, that file must not be written to: a file that is cut short under its mapping ends the process
+    (SIGBUS). To save over it, write another file and rename that (`os.replace`). Changes of the model stay in memory.
+
     `path`: a run folder, whose newest complete checkpoint is taken; a checkpoint; what `import` or `export` wrote; or a
     file (.pt, .pth, .bin, .safetensors) in the reference's open_clip format (`find.find_checkpoint`). Exports to hf and
     timm hold the vision encoder and the pool: their model encodes images, and raises UserError where it is to read

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.convert import attention_pool
+from megatron_lcl.convert.libraries import usual_defaults
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 
@@ -33,7 +34,7 @@ def save_pool(model: LCL, folder: Path, dtype: torch.dtype) -> None:
 
 
 def load_encoder(folder: Path, weights: Path, vision: Vision, tensors_of: Callable[[LCL], Mapping[str, Any]]) -> LCL:
-    """The vision encoder and the pool that an export's files hold, in float32.
+    """The vision encoder and the pool that an export's files hold, in float32 on the CPU.
 
     tensors_of: the model's parameters under the other library's names, as the export writes them: views, or lists of
     parts that are concatenated there.
@@ -42,7 +43,8 @@ def load_encoder(folder: Path, weights: Path, vision: Vision, tensors_of: Callab
     width = len(pool["out.weight"])
     # of the language model only its width says something; the rest is as small as a config may be
     language = Language(context_length=1, vocab_size=5, width=width, layers=1, heads=1, mlp_width=1)
-    model = LCL(Model(vision, language, heads), seed=None, whole=False)
+    with usual_defaults():
+        model = LCL(Model(vision, language, heads), seed=None, whole=False)
     given = load_file(weights)
     wanted = {name: parts if isinstance(parts, list) else [parts] for name, parts in tensors_of(model).items()}
     wanted |= {name: [p] for name, p in model.pool.named_parameters() if name.startswith(_PARTS)}

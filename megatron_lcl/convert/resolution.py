@@ -1,12 +1,13 @@
-"""The same model for images of another size."""
+"""The same model for images of another size, or in another precision."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
-from torch import nn
 
+from megatron_lcl.config import Model
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.positions import interpolate_positions
@@ -31,9 +32,20 @@ def at_image_size(model: LCL, image_size: int) -> LCL:
         )
     vision = dataclasses.replace(model.config.vision, image_size=image_size)
     config = dataclasses.replace(model.config, vision=vision)
+    positions = interpolate_positions(model.patches.positions.detach(), vision.num_patches)
+    return _sharing(model, config, {"0.positions": positions.to(model.patches.positions.dtype)})
+
+
+def on_cpu_in_float32(model: LCL) -> LCL:
+    """The same model as `load_model` gives it; parameters that are on the CPU in float32 already are shared."""
+    parameters = {name: p.detach().to("cpu", torch.float32) for name, p in model.layers.named_parameters()}
+    return _sharing(model, model.config, parameters)
+
+
+def _sharing(model: LCL, config: Model, others: Mapping[str, torch.Tensor]) -> LCL:
+    """A model of this config that has the other one's parameters, but for the given ones."""
     with torch.device("meta"):
-        other = LCL(config, seed=None, whole=model.whole)
+        made = LCL(config, seed=None, whole=model.whole)
     parameters = {name: p.detach() for name, p in model.layers.named_parameters()}
-    other.layers.load_state_dict(parameters | {"0.positions": other.patches.positions}, assign=True)
-    other.patches.positions = nn.Parameter(interpolate_positions(model.patches.positions.detach(), vision.num_patches))
-    return other
+    made.layers.load_state_dict({**parameters, **others}, assign=True)
+    return made

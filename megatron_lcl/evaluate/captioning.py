@@ -18,7 +18,7 @@ from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.settings import CaptioningSettings
 from megatron_lcl.evaluate.sources import Blob, ImageSet
 from megatron_lcl.evaluate.workers import map_batches
-from megatron_lcl.model.layers import Activations, normalize
+from megatron_lcl.model.layers import Activations
 from megatron_lcl.model.lcl import LCL, pack_padded
 
 ENTIRE = "entire"
@@ -39,7 +39,7 @@ def generate(
     room = min(settings.max_tokens, model.config.language.context_length - len(start))
     device = model.pool.query.device
     generator = torch.Generator().manual_seed(seed)
-    rows = _start_rows(model, start, normalize(images) if images.dtype == torch.uint8 else images)
+    rows = _start_rows(model, start, images)
     caches = [_Cache() for _ in model.language_blocks]
     written = torch.empty(len(images), 0, dtype=torch.int64, device=device)
     finished = torch.zeros(len(images), dtype=torch.bool, device=device)

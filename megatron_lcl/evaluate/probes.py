@@ -19,6 +19,7 @@ from threadpoolctl import ThreadpoolController
 from torch import nn
 from tqdm import tqdm, trange
 
+from megatron_lcl.evaluate.encoders.encoder import drawn_from
 from megatron_lcl.evaluate.knn import same_classes
 from megatron_lcl.evaluate.patches import Patches
 from megatron_lcl.evaluate.results import Result, bootstrap
@@ -186,8 +187,7 @@ def fit_attentive(
     progress: bool = False,
 ) -> AttentiveProbe:
     """A trained probe."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn_from(seed):
         probe = AttentiveProbe(patches.width, num_classes, settings.heads).to(device).train()
     optimizer = torch.optim.AdamW(probe.parameters(), settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * -(-len(labels) // settings.batch_size)

@@ -27,7 +27,8 @@ def initialize(layers: Mapping[int, nn.Module], model: Model, seed: int, axis: A
     for index, layer in layers.items():
         for name, parameter in layer.named_parameters():
             generator = _generator(seed, f"{index}.{name}")
-            full = _initial(layer, name, full_shape(parameter), model, generator)
+            with torch.device("cpu"):  # where the generator is, whatever torch's default is
+                full = _initial(layer, name, full_shape(parameter), model, generator)
             parameter.data.copy_(shard(full, parameter, axis))
 
 
@@ -38,14 +39,14 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 def _initial(layer: nn.Module, name: str, shape: torch.Size, model: Model, generator: torch.Generator) -> torch.Tensor:
     if isinstance(layer, Head) and name in layer.initial_values:
-        return torch.full(shape, layer.initial_values[name])
+        return torch.full(shape, layer.initial_values[name], dtype=torch.float32)
     if isinstance(layer, VisionBlock | LanguageBlock) and name in ("scale1", "scale2"):
         encoder = model.vision if isinstance(layer, VisionBlock) else model.language
         assert encoder.layer_scale is not None
-        return torch.full(shape, encoder.layer_scale)
+        return torch.full(shape, encoder.layer_scale, dtype=torch.float32)
     std = _std(layer, name, model)
     if std is not None:
-        return torch.randn(shape, generator=generator) * std
+        return torch.randn(shape, generator=generator, dtype=torch.float32) * std
     assert len(shape) == 1, f"{name} of {type(layer).__name__} has no initial scale"
     return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)  # norms, biases
 

@@ -3,12 +3,11 @@
 Every layer maps `Activations` to `Activations`; the head maps them to `Outputs`. One process runs the list as an
 `nn.Sequential`, a pipeline as a `PipelineModule`; parameters are called `{index}.name` in both.
 
-Between layers, rows are split over the tensor ranks (see parallel.mappings): in the vision encoder the 1+K rows of all
+Between layers, rows are split over the tensor ranks (see parallel.mappings): in the vision encoder the L rows of all
 image slots; after it the token rows, and likewise the image latents.
 
 Shape legend: N image slots, P patches of an image, K of them that stay (`PackedBatch.kept_patches`; else K = P),
-L = 1+K, V vision width, D language width, R = B*T token slots; S
-rows of this tensor rank's shard of any of these.
+L = 1+registers+K, V vision width, D language width, R = B*T token slots; S rows of this tensor rank's shard of any.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ class Patches(nn.Module):
         kept_NK: the patches of each image that are read, each with the position that it has in the whole image (FLIP,
         Li et al. 2023, arXiv 2212.00794); None: all.
         """
-        if images.dtype == torch.uint8:
+        if not images.is_floating_point():
             images = normalize(images)
         n, _, height, width = images.shape
         p = self.patch_size
@@ -378,9 +377,16 @@ class Head(nn.Module):
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 RGB [N, 3, H, W] → float32, CLIP's mean and standard deviation."""
-    mean, std = (from_host(c, images.device).view(3, 1, 1) for c in (IMAGE_MEAN, IMAGE_STD))
-    return (images.float() / 255 - mean) / std
+    """RGB [N, 3, H, W], uint8 or floats from 0 to 1 (else: ValueError) → float32, by CLIP's mean and deviation."""
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    elif not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; give uint8, or floats (to `normalize`: from 0 to 1)")
+    elif not ((images >= 0) & (images <= 1)).all():
+        said = f"images are floats from {images.amin():g} to {images.amax():g}; those to be normalized are from 0 to 1"
+        raise ValueError(f"{said}: divide by 255, or clamp (what is normalized already is not to be, again)")
+    mean, std = (from_host(c, images.device, torch.float32).view(3, 1, 1) for c in (IMAGE_MEAN, IMAGE_STD))
+    return (images.float() - mean) / std
 
 
 def unit_norm(features: torch.Tensor) -> torch.Tensor:
@@ -471,8 +477,7 @@ def layer_kinds(model: Model) -> tuple[tuple[str, int], ...]:
 
 
 def part_of_layer(index: int, model: Model) -> str:
-    """The part of the model as which a layer counts; the pool's layer has the tokens' embedding and the vision
-    encoder's last norm as well."""
+    """The part of the model that a layer counts as; the pool's has the token embedding and the last vision norm too."""
     kind, _ = layer_kinds(model)[index]
     return "vision" if kind == "patches" else kind
 

@@ -112,7 +112,8 @@ class LCL(nn.Module):
         return self.layers[-1]  # type: ignore[return-value]
 
     def vision_tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, H, W], normalized float or uint8 → vision blocks' output [N, 1+P, V], before the final norm."""
+        """Images [N, 3, H, W], normalized float or uint8 → vision blocks' output [N, 1+registers+P, V], before the
+        final norm: the class token, registers where the model has them, patches."""
         self._check_size(images)
         hidden = self.patches.encode(images)
         for block in self.vision_blocks:
@@ -125,7 +126,10 @@ class LCL(nn.Module):
             raise ValueError(f"images have the shape {tuple(images.shape)}; the model takes [N, 3, {size}, {size}]")
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, H, W], normalized float or uint8 → image latents z [N, D], unit norm, float32."""
+        """Images [N, 3, H, W], normalized float or uint8 → image latents z [N, D], unit norm, float32.
+
+        ValueError for another dtype, or another size than the model's.
+        """
         return unit_norm(self.pool.pool(self.vision_tokens(images))[0])
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -148,7 +152,11 @@ class LCL(nn.Module):
         return self.head.text_features(x.hidden[torch.cumsum(ends + 1, 0) - 1])
 
     def state_dict_open_clip(self) -> dict[str, torch.Tensor]:
-        """The parameters under the reference's names and in its shapes; `from_open_clip` takes them back."""
+        """The parameters under the reference's names and in its shapes; `from_open_clip` takes them back.
+
+        Most of the tensors are views of the model's own, which follow it when it is trained on: clone what is to stay.
+        Copies are those that the format concatenates (q, k and v of every block) or transposes (the text projection).
+        """
         self.need_language()
         return state_dict_open_clip(self.layers, self.config)
 
@@ -158,7 +166,7 @@ class LCL(nn.Module):
         images [N, 3, H, W], normalized float or uint8, in the order of the `<soi>` in token_ids [B, S] (int64,
         right-padded with 0). Reference rules for the contrast: every image takes part unless its `<soi>` is its
         sequence's first token. ValueError where images and placeholders do not fit each other, or images are of another
-        size than the model's.
+        size than the model's, or dtype.
         """
         self.need_language()
         self._check_size(images)

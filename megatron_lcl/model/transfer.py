@@ -13,5 +13,5 @@ def from_host(numbers: Sequence[float], device: torch.device, dtype: torch.dtype
     For `torch.tensor(numbers, device=device)` the host waits until the device has done all that it was given before;
     a copy from page-locked memory takes its turn.
     """
-    tensor = torch.tensor(numbers, dtype=dtype)
+    tensor = torch.tensor(numbers, dtype=dtype, device="cpu")  # whatever torch's default device is
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

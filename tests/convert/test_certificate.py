@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lcl import LCL
+from megatron_lcl import LCL, load_model
 from megatron_lcl.convert import export, hf, open_clip, timm
 from megatron_lcl.convert.certificate import compare
 from megatron_lcl.convert.export import export_model
@@ -45,6 +46,25 @@ def test_a_wrong_export_fails_and_leaves_nothing(
     with pytest.raises(ValueError, match="patches differ from ours" if part == "a weight" else "latents differ from"):
         export_model(model, format, tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_exported_with_its_own_weights(
+    model: LCL, tmp_path: Path, format: str, dtype: torch.dtype
+) -> None:
+    pytest.importorskip(FORMATS[format][1])
+    half = copy.deepcopy(model).to(dtype)
+    export_model(half, format, tmp_path / "float32")
+    loaded = load_model(tmp_path / "float32")
+    for name, parameter in loaded.vision_blocks[1].named_parameters():
+        assert torch.equal(parameter, half.vision_blocks[1].get_parameter(name).float())
+    facts = export_model(half, format, tmp_path / "bfloat16", dtype="bfloat16")
+    changed = facts["latents"]["relative_change_by_rounding"]
+    assert (changed == 0) == (dtype == torch.bfloat16)
+    assert changed < 0.05
+    export_model(half, format, tmp_path / "larger", image_size=96)
+    assert {p.dtype for p in half.vision_blocks[0].parameters()} == {dtype}
 
 
 def test_not_a_number_is_over_the_bound(model: LCL) -> None:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl.config import Config, Language, Model, Vision
-from megatron_lcl.convert.export import import_checkpoint, save_checkpoint
+from megatron_lcl.convert.export import export_model, import_checkpoint, save_checkpoint
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.model.reference_format import model_config, open_clip_config, published_config
 
 
@@ -54,6 +55,22 @@ def test_run_folder_gives_the_newest_complete_checkpoint(make_model: Callable[..
             (folder / "manifest.json").write_text("{}")
     assert same(make_model(seed=10), load_model(tmp_path))
     assert same(make_model(seed=11), load_model(tmp_path / "checkpoints" / "step-00000011"))
+
+
+@pytest.mark.usefixtures("other_torch_defaults")
+@pytest.mark.parametrize("format", ["hf", "timm", "open_clip"])
+def test_torchs_defaults_change_nothing_of_an_export(model: LCL, tmp_path: Path, format: str) -> None:
+    pytest.importorskip({"hf": "transformers"}.get(format, format))
+    facts = export_model(model, format, tmp_path)
+    assert facts["latents"]["relative_difference"] < 1e-5
+    original, loaded = dict(model.named_parameters()), load_model(tmp_path)
+    assert loaded.whole == (format == "open_clip")
+    for name, parameter in loaded.named_parameters():
+        assert (parameter.device.type, parameter.dtype) == ("cpu", torch.float32), name
+        if "embedding.weight" not in name and not name.endswith(f"{1 + model.config.vision.layers}.positions"):
+            assert torch.equal(parameter, original[name]), name
+    encoder = load_encoder(f"{format}:{'' if format == 'hf' else 'local-dir:'}{tmp_path}")
+    assert {(p.device.type, p.dtype) for p in encoder.module.parameters()} == {("cpu", torch.float32)}
 
 
 @pytest.mark.parametrize("wrap", ["plain", "state_dict", "module", "half", "safetensors", "legacy"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -114,6 +115,21 @@ def test_zero_shot_from_checkpoint_to_result(checkpoint: Path, colors: Path, tmp
     assert result.metrics["accuracy, top 5"].value == 1  # of three
     with pytest.raises(ValueError, match="--tokenizer"):
         load_encoder(checkpoint).encode_texts(["red"])
+
+
+def test_the_encoder_of_a_callers_model_leaves_it_as_it_is(model: LCL, checkpoint: Path) -> None:
+    own = deepcopy(model).train()
+    encoder, images = OurEncoder("now", own), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    found = encoder.encode(images)
+    assert torch.allclose(found.pooled, load_encoder(checkpoint).encode(images).pooled, atol=1e-5)
+    assert not found.pooled_on_device.requires_grad
+    assert all(module.training for module in own.modules())
+    assert all(parameter.requires_grad for parameter in own.parameters())
+    elsewhere = LCL(model.config).to("meta")  # from where nothing can be moved
+    assert OurEncoder("there", elsewhere).device == elsewhere.pool.query.device == torch.device("meta")
+    loaded = load_encoder(checkpoint).module
+    assert not any(module.training for module in loaded.modules())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_the_tokenizer_must_fit(model: LCL) -> None:

@@ -194,6 +194,17 @@ def test_attentive_probe_against_plain_formulas() -> None:
         assert torch.allclose(ours(torch.from_numpy(patches)), logits(torch.from_numpy(patches)), atol=1e-4)
 
 
+def test_a_probe_leaves_all_generators_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` seeds those of other devices too, which nobody sets back."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    patches = np.ones((4, 2, 8), np.float32)
+    fit_attentive(CachedPatches(patches), np.arange(4) % 2, 2, AttentiveSettings(epochs=1, heads=1), seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
+
+
 def test_attentive_probe_finds_what_a_mean_hides() -> None:
     generator = np.random.default_rng(0)
     n, p, v = 800, 9, 16

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -90,6 +91,15 @@ def test_why_a_host_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 fault = out_of_reach(Remote(url, "give a path", plain))
                 assert time.monotonic() - started < 30
                 assert fault is None if said is None else said in str(fault), (url, fault)
+
+
+def test_a_load_by_the_cache_alone_keeps_no_other_thread_from_the_hub(tmp_path: Path) -> None:
+    with hub(tmp_path) as address, ThreadPoolExecutor(1) as pool:
+        remote = Remote(f"{address}/a/b/resolve/main/none", "give a path")
+        with by_cache_alone("hf:x", remote, "out"):
+            other = pool.submit(out_of_reach, remote)
+            time.sleep(0.3)
+        assert other.result(30) is None
 
 
 def test_a_file_of_another_server_is_taken_from_where_it_was_kept(tmp_path: Path) -> None:

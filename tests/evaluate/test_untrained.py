@@ -204,12 +204,18 @@ def test_a_name_of_configs() -> None:
     assert _find_config("lcl_vitl14_blend").model.vision.layers == 24
 
 
-def test_untrained_models_of_other_libraries(folder: Path, tmp_path: Path) -> None:
-    """As the library itself draws them from the seed."""
+def test_untrained_models_of_other_libraries(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the library itself draws them from the seed. Generators are left as they were, those of other devices too."""
     timm, open_clip = pytest.importorskip("timm"), pytest.importorskip("open_clip")
     data = next((folder / "test").rglob("*.png")).read_bytes()
     spec = "timm:vit_tiny_patch16_224?pretrained=no&seed=5"
-    encoder = load_encoder(spec)
+    seeded: list[int] = []
+    before = torch.get_rng_state()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "manual_seed_all", seeded.append)
+        encoder = load_encoder(spec)
+    assert seeded == []
+    assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
     theirs = timm.create_model("vit_tiny_patch16_224").eval()
     image = encoder.prepare(data)[None]

@@ -17,7 +17,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import nn
 
-from megatron_lcl.convert.libraries import only_weights, quietly
+from megatron_lcl.convert.libraries import SETTINGS, only_weights, quietly, usual_defaults
 from megatron_lcl.data.corpus.tokenizer import several
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, causes, out_of_reach
@@ -42,14 +42,15 @@ class Features:
 
 
 class Encoder(ABC):
-    """A frozen image encoder, with a text encoder if it has one."""
+    """An image encoder, with a text encoder if it has one. Nothing that it computes has a gradient."""
 
     source: Callable[[int], Encoder] | None = None
     """makes the same encoder in process i of several (`load.EncoderSource`)"""
 
     def __init__(self, name: str, module: nn.Module, device: str | torch.device = "cpu") -> None:
+        """Moves the module to the device."""
         self.name = name
-        self.module = module.eval().requires_grad_(False).to(device)
+        self.module = module.to(device)
         self.device = torch.device(device)
 
     @abstractmethod
@@ -156,7 +157,7 @@ def loading(spec: str, library: str, remote: Remote | None = None) -> Iterator[N
     fault = remote and out_of_reach(remote)
     try:
         cache = by_cache_alone(spec, remote, fault) if remote and fault else contextlib.nullcontext()
-        with quietly(), only_weights(), cache:
+        with usual_defaults(), quietly(), only_weights(), cache:
             yield
     except UserError:
         raise
@@ -202,7 +203,10 @@ def sequences_of(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
 
 @contextlib.contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
-    """Torch's initial values of an untrained model; the generator is then as it was before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Torch's initial values of an untrained model, drawn on the CPU; its generator is then as it was before.
+
+    `torch.manual_seed` would seed the generators of all other devices too, and leave them so.
+    """
+    with SETTINGS, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
         yield

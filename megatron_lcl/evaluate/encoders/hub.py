@@ -17,6 +17,7 @@ from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_lcl.convert.libraries import SETTINGS
 from megatron_lcl.errors import UserError
 
 LIMIT = 1.0
@@ -64,7 +65,9 @@ def out_of_reach(remote: Remote) -> str | None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    if remote.cached is None and constants.HF_HUB_OFFLINE:
+    with SETTINGS:  # which a load by the cache alone, in another thread, changes meanwhile
+        offline = constants.HF_HUB_OFFLINE
+    if remote.cached is None and offline:
         return "HF_HUB_OFFLINE forbids to ask the hub"
     limit = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or LIMIT)
     session = get_session()  # with the hub's proxies and certificates, which take their time to be read
@@ -113,12 +116,13 @@ def by_cache_alone(spec: str, remote: Remote, fault: str) -> Iterator[None]:
             raise missing
         yield
         return
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    except Exception as error:
-        if any(isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled) for cause in causes(error)):
-            raise missing from None
-        raise
-    finally:
-        constants.HF_HUB_OFFLINE = before
+    with SETTINGS:
+        before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+        try:
+            yield
+        except Exception as error:
+            if any(isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled) for cause in causes(error)):
+                raise missing from None
+            raise
+        finally:
+            constants.HF_HUB_OFFLINE = before

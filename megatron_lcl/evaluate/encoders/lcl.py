@@ -12,14 +12,17 @@ from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.loading.images import decode_eval
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder, Features
-from megatron_lcl.model.layers import normalize
 from megatron_lcl.model.lcl import LCL
 
 _FLAG = "--tokenizer (curate: --models.tokenizer)"
 
 
 class OurEncoder(Encoder):
-    """An LCL model: pooled is the image latent z, texts are read at `<soi>`."""
+    """An LCL model: pooled is the image latent z, texts are read at `<soi>`.
+
+    The model stays the caller's: in training mode or not, what it computes here is the same, and it may be trained on.
+    `device`: where it is moved; None: nowhere.
+    """
 
     module: LCL
 
@@ -28,9 +31,9 @@ class OurEncoder(Encoder):
         name: str,
         model: LCL,
         tokenizer: tokenizers.Tokenizer | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
     ) -> None:
-        super().__init__(name, model, device)
+        super().__init__(name, model, model.pool.query.device if device is None else device)
         self.tokenizer = tokenizer
         size = model.config.language.vocab_size
         if tokenizer is not None and model.whole and tokenizer.vocab_size != size:
@@ -49,7 +52,7 @@ class OurEncoder(Encoder):
         return torch.from_numpy(np.ascontiguousarray(decode_eval(data, self.module.config.vision.image_size)))
 
     def _encode(self, images: torch.Tensor) -> Features:
-        hidden = self.module.vision_tokens(normalize(images) if images.dtype == torch.uint8 else images)
+        hidden = self.module.vision_tokens(images)
         return Features(self.module.pool.pool(hidden)[0], self.module.pool.patch_features(hidden))
 
     def token_ids(self, texts: Iterable[str]) -> torch.Tensor:

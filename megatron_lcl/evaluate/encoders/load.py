@@ -29,10 +29,11 @@ from megatron_lcl.model.lcl import LCL
 def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: str | torch.device = "cpu") -> Encoder:
     """The encoder that `spec` names.
 
-    `timm:NAME` (also `timm:local-dir:DIR`), `hf:DIR`, `open_clip:NAME[@PRETRAINED]` (also `open_clip:local-dir:DIR`),
-    or the path of an LCL checkpoint, whose tokenizer is that of its run's corpus, or CLIP's if its vocabulary has
-    CLIP's size, unless `tokenizer` names another. Untrained: `timm:NAME?pretrained=no`, `open_clip:NAME@none`,
-    `random:CONFIG` (see `untrained_model`), each with `?seed=N`. Raises UserError where it does not load.
+    `timm:NAME` (also `timm:local-dir:DIR`), `hf:DIR` or `hf:ORG/NAME` (a repository of the Hub),
+    `open_clip:NAME[@PRETRAINED]` (also `open_clip:local-dir:DIR`), or the path of an LCL checkpoint, whose tokenizer is
+    that of its run's corpus, or CLIP's if its vocabulary has CLIP's size, unless `tokenizer` names another. Untrained:
+    `timm:NAME?pretrained=no`, `open_clip:NAME@none`, `random:CONFIG` (see `untrained_model`), each with `?seed=N`.
+    Raises UserError where it does not load.
 
     Of a run, the newest checkpoint is looked for once: `source` of the encoder names that one.
     """
@@ -46,6 +47,7 @@ def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: 
         found = find_checkpoint(Path(spec))
         model, same = load_model(found), str(found)
         encoder = OurEncoder(parsed.text, model, _tokenizer(known_config(found), model, tokenizer), device)
+    encoder.module.eval().requires_grad_(False)
     encoder.source = EncoderSource(same, None if tokenizer is None else str(tokenizer), (str(device),))
     return encoder
 

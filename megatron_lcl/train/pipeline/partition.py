@@ -132,8 +132,9 @@ def partition_uniform(config: Config) -> tuple[int, ...]:
 def hidden_shape(layer: int, batch: PackedBatch, model: Model, axis: Axis) -> tuple[int, int]:
     """Shape of what the layer of this index (not the first) receives for a micro-batch, from stage to stage.
 
-    Up to the pool [S, V], a shard of N*(1+K) rows, K being the patches of an image that are read (`batch.num_patches`);
-    behind it [S, D], a shard of R rows, then one of N. axis: the tensor ranks, over which the rows are split.
+    Up to the pool [S, V], a shard of N*(1+registers+K) rows, K being the patches of an image that are read
+    (`batch.num_patches`); behind it [S, D], a shard of R rows, then one of N. axis: the tensor ranks, over which the
+    rows are split.
     """
     images, rows = len(batch.image_start), len(batch.tokens)
     if layer <= 1 + model.vision.layers:

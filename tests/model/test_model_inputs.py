@@ -1,0 +1,58 @@
+"""What images a model takes, and that torch's defaults of device and dtype change nothing of what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.transforms.functional import normalize as torchvisions
+
+from megatron_lcl import LCL
+from megatron_lcl.config import Language, Model, Vision
+from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD, normalize
+
+CONFIG = Model(Vision(16, 8, 32, 1, 2, 64, registers=2), Language(16, 99, 24, 1, 2, 48), 2)
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_uint8_and_floats_from_0_to_1_are_normalized_alike(pixels: torch.Tensor) -> None:
+    expected = torchvisions(pixels.float() / 255, list(IMAGE_MEAN), list(IMAGE_STD))
+    assert torch.equal(normalize(pixels), normalize(pixels / 255))
+    assert torch.allclose(normalize(pixels), expected, atol=1e-6)
+    assert normalize((pixels / 255).half()).dtype == torch.float32
+    assert normalize(pixels[:0] / 255).shape == (0, 3, 16, 16)
+
+
+def test_images_of_which_nobody_knows_what_they_mean_are_refused(pixels: torch.Tensor) -> None:
+    model = LCL(CONFIG)
+    for images in (pixels.float(), normalize(pixels), pixels / 255 * float("nan")):
+        with pytest.raises(ValueError, match=r"floats from \S+ to \S+; those to be normalized are from 0 to 1: divide"):
+            normalize(images)
+    for dtype in (torch.int16, torch.int32, torch.int64, torch.bool):
+        with pytest.raises(ValueError, match=f"images are {dtype}; give uint8, or floats"):
+            normalize(pixels.to(dtype))
+        with pytest.raises(ValueError, match=f"images are {dtype}; give uint8, or floats"):
+            model.encode_image(pixels.to(dtype))
+    assert torch.equal(model.encode_image(pixels), model.encode_image(normalize(pixels)))
+    assert model.vision_tokens(pixels).shape == (2, 1 + 2 + 4, 32)  # as its docstring says
+
+
+@pytest.mark.usefixtures("other_torch_defaults")
+def test_a_model_computes_the_same_whatever_torchs_defaults_are() -> None:
+    with torch.device("cpu"):
+        pixels = torch.arange(2 * 3 * 16 * 16).to(torch.uint8).view(2, 3, 16, 16)
+        texts = torch.tensor([[95, 5, 6, 7, 96], [95, 8, 96, 0, 0]])
+        in_half = LCL(CONFIG)
+    torch.set_default_dtype(torch.float32)
+    with torch.device("cpu"):
+        model = LCL(CONFIG)
+        expected = model.encode_image(pixels), model.encode_text(texts)
+    for name, value in model.state_dict().items():  # the same numbers, rounded
+        assert torch.equal(in_half.state_dict()[name], value.to(in_half.state_dict()[name].dtype)), name
+    torch.set_default_dtype(torch.bfloat16)
+    assert torch.equal(model.encode_image(pixels), expected[0])
+    assert torch.equal(model.encode_text(texts), expected[1])
+    assert {p.device.type for p in LCL(CONFIG).parameters()} == {"meta"}
