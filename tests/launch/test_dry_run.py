@@ -170,10 +170,13 @@ def test_what_is_wrong_is_one_line(
         assert "a-package-nobody-has>=2 is not installed for " in fault("--processes", "2")
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 0)
-        patch.setenv("SLURM_GPUS_ON_NODE", "8")
-        assert "Slurm gives this node 8 GPUs, but torch " in fault("--processes", "8")
+        for given, said in (("1", "1 GPU"), ("8", "8 GPUs")):
+            patch.setenv("SLURM_GPUS_ON_NODE", given)
+            assert f"Slurm gives this node {said}, but torch " in fault("--processes", given)
         patch.setattr(torch.cuda, "device_count", lambda: 4)
         assert "8 processes on a node where torch sees 4 GPUs" in fault("--processes", "8")
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert "2 processes on a node where torch sees 1 GPU; start one a GPU" in fault("--processes", "2")
 
 
 def test_the_memory_is_that_of_a_node_of_the_run(

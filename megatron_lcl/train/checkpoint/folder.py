@@ -183,8 +183,7 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
         unread = any(isinstance(fault, Unread) for faults in rejected.values() for fault in faults)
         remedy = "look at the storage: some cannot be read" if unread else "restore one, or remove them to begin anew"
         raise UserError(
-            f"none of the {len(rejected)} checkpoints in {run / CHECKPOINTS} is whole ({latest.name}: "
-            f"{'; '.join(faults[:3])}); {remedy}"
+            f"no checkpoint in {run / CHECKPOINTS} is whole ({latest.name}: {'; '.join(faults[:3])}); {remedy}"
         )
     if folder is not None or resume == "auto":
         return folder, rejected
