@@ -276,7 +276,7 @@ def test_an_import_opens_and_is_replaced(imported: Path, make_damage: Callable[[
     for read in (load_model, begun):
         with pytest.raises(UserError, match="is not what `import` wrote"):
             read(imported)
-    with pytest.raises(UserError, match="something else than an unchanged import"):
+    with pytest.raises(UserError, match="something else than an unchanged import; give another"):
         import_checkpoint("open_clip", imported.parent / "tiny.pt", imported)
 
 
