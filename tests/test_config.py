@@ -243,3 +243,6 @@ def test_shipped_configs_load() -> None:
     assert files
     for file in files:
         configs.load(file)
+        title, *lines = file.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            assert not [model for model in re.findall(r"as in (\S+)", line) if model in title], line

@@ -88,6 +88,12 @@ def test_corpora_are_made_with_the_tokenizer_of_the_configs() -> None:
         assert configs.load(file).model.language.vocab_size == 49411
 
 
+def test_the_first_run_says_how_its_commands_are_found() -> None:
+    """Before the first of them: the script leaves them in an environment of its own."""
+    page = (DOCS / "first-run.md").read_text("utf-8")
+    assert page.index("\n    . .venv/bin/activate\n") < page.index("`megatron-lcl ")
+
+
 def test_open_clip_is_as_new_as_an_export_wants() -> None:
     (wanted,) = re.findall(r"open-clip-torch ≥ ([\d.]+)", (DOCS / "conversion.md").read_text("utf-8"))
     extras = tomllib.loads((DOCS.parent / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
