@@ -137,8 +137,8 @@ def test_where_no_number_of_processes_goes_it_is_said_why(
     monkeypatch.setattr(launch, "processes_at_hand", lambda: 1)
     code, _, err = dry_run(capsys, *tiny, "--parallel.tensor", "2")
     assert code == 2
-    assert "1 processes do not divide into replicas of parallel.tensor = 2 " in err
-    assert "; the nearest number that does is 2" in err
+    assert "1 process cannot be divided into replicas of parallel.tensor = 2 " in err
+    assert "; the nearest number that can is 2" in err
     for at_hand in (1, 2):  # of four processes on two machines none would divide a batch of 3
         monkeypatch.setattr(launch, "processes_at_hand", lambda number=at_hand: number)
         code, out, _ = dry_run(capsys, "--nodes", "2", *tiny, "--parallel.tensor", "2", "--train.global_batch", "3")
