@@ -293,9 +293,13 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 
 def nearest(cls: type, key: str) -> str:
     """`the nearest is …`: the field or section of `cls` whose name is most like a dotted one."""
+    parent, _, last = key.rpartition(".")
+    inside = re.sub(r"\.\d+(?=\.|$)", "[]", parent) + "."  # of a list's item, as `describe` calls it
+    own = [name.removeprefix(inside) for name, *_ in describe(cls, items=True) if name.startswith(inside)]
+    if "[]" in inside and own:  # another's field would not do
+        return f"the nearest is `{parent}.{difflib.get_close_matches(last, own, n=1, cutoff=0.0)[0]}`"
     names = [name for name, *_ in describe(cls)]
     sections = sorted({name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)})
-    last = key.rsplit(".", 1)[-1]
     same_leaf = [n for n in names if n.rsplit(".", 1)[-1] == last]
     close: Sequence[str] = same_leaf or difflib.get_close_matches(key, names + sections, n=1, cutoff=0.0)
     return f"the nearest is `{close[0]}`"

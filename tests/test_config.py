@@ -94,6 +94,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("train.stepz", "3", "there is no config key `train.stepz`; the nearest is `train.steps`"),
         ("steps", "3", "there is no config key `steps`; the nearest is `train.steps`"),
         ("optimzer.lr", "3", "there is no config key `optimzer`; the nearest is `optimizer`"),
+        ("data.corpora", "[{path: a}, {path: b, name: c}]", "`data.corpora.1.name`; the nearest is `data.corpora.1"),
+        ("schedule.phases", "[{steps: 2, globalbatch: 4}]", "the nearest is `schedule.phases.0.global_batch`"),
         ("train.steps", "many", "config key `train.steps` = 'many'"),
         ("train.steps", "0", "config key `train.steps` = 0"),
         ("zero.stage", "4", "config key `zero.stage` = 4: input should be less than or equal to 3"),
@@ -241,3 +243,6 @@ def test_shipped_configs_load() -> None:
     assert files
     for file in files:
         configs.load(file)
+        title, *lines = file.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            assert not [model for model in re.findall(r"as in (\S+)", line) if model in title], line

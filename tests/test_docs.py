@@ -116,6 +116,12 @@ def test_an_export_is_saved_again_for_the_reference(tmp_path: Path, monkeypatch:
     assert torch.equal(torch.load("DIR/lcl.pt")["a"], tensor)
 
 
+def test_the_first_run_says_how_its_commands_are_found() -> None:
+    """Before the first of them: the script leaves them in an environment of its own."""
+    page = (DOCS / "first-run.md").read_text("utf-8")
+    assert page.index("\n    . .venv/bin/activate\n") < page.index("`megatron-lcl ")
+
+
 def test_open_clip_is_as_new_as_an_export_wants() -> None:
     (wanted,) = re.findall(r"open-clip-torch ≥ ([\d.]+)", (DOCS / "conversion.md").read_text("utf-8"))
     extras = tomllib.loads((DOCS.parent / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]

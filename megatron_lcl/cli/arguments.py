@@ -48,7 +48,9 @@ def single_input(options: argparse.Namespace) -> str:
     """What was given, and only one."""
     first, *others = inputs(options)
     if others:
-        raise UserError(f"`{options.command}` takes one {options.input_name}, not also {others[0]!r}")
+        from megatron_lcl.data.storage.store import to_show
+
+        raise UserError(f"`{options.command}` takes one {options.input_name}, not also {to_show(others[0])!r}")
     return first
 
 
@@ -164,7 +166,9 @@ def overrides_of(rest: Sequence[str], switches: Collection[str] | None = None) -
     while items:
         item = items.popleft()
         if not item.startswith("--"):
-            raise UserError(f"unexpected argument {item!r}; overrides are --section.key value")
+            from megatron_lcl.data.storage.store import to_show
+
+            raise UserError(f"unexpected argument {to_show(item)!r}; overrides are --section.key value")
         key, equals, value = item[2:].partition("=")
         key = key.replace("-", "_")
         if not equals:

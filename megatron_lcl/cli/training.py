@@ -188,8 +188,12 @@ def _with_short_flags(options: argparse.Namespace, rest: list[str]) -> list[str]
     ):
         if not value:
             continue
-        if given.get(field, value) != value:
-            raise UserError(f"{flag} is the same as --{field}, which is {given[field]} beside it; give one of the two")
+        if (other := given.get(field, value)) != value:
+            from megatron_lcl.data.storage.store import to_show
+
+            raise UserError(
+                f"{flag} is the same as --{field}, which is {to_show(other)} beside it; give one of the two"
+            )
         rest = [*rest, f"--{field}", value]
     return rest
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import megatron_lcl
+from megatron_lcl.errors import counted
 
 
 def version_text() -> str:
@@ -33,7 +34,7 @@ def _cuda() -> str:
     devices = _num_devices()
     if not devices:
         return f"no GPU is visible (torch is built for CUDA {built})"
-    return f"yes, {built}, {devices} GPU{'s' * (devices > 1)} visible"
+    return f"yes, {built}, {counted(devices, 'GPU')} visible"
 
 
 def _torch_cuda() -> str | None:

@@ -95,9 +95,8 @@ def refuse_foreign(output: Path, kind: str) -> None:
             hash_file(output / file) == digest for file, digest in content["files"].items()
         )
     if not unchanged:
-        raise UserError(
-            f"{output} holds something else than an unchanged {kind} export; give another --output or remove it"
-        )
+        what = kind if kind == IMPORT else f"{kind} export"
+        raise UserError(f"{output} holds something else than an unchanged {what}; give another --output or remove it")
 
 
 def _files(folder: Path) -> list[str]:

@@ -134,7 +134,9 @@ def run_client(command: list[str], folder: Path) -> str:
         result = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise UserError(f"`{shown}` has not ended within {_TIMEOUT:g} s") from None
+    except OSError as error:
         raise UserError(f"`{shown}` failed ({error})") from None
     if result.returncode:
         full = os.strerror(errno.ENOSPC)

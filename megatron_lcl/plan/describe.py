@@ -11,7 +11,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading.batch import batch_bytes
 from megatron_lcl.data.loading.shared_memory import PREFETCH
-from megatron_lcl.errors import in_bytes
+from megatron_lcl.errors import counted, in_bytes
 from megatron_lcl.model.layers import num_of_parts, num_parameters
 from megatron_lcl.plan.devices import DEVICES
 from megatron_lcl.plan.layouts import Layout, slots
@@ -84,12 +84,13 @@ def _asked(plan: Plan) -> Iterator[str]:
     if plan.device == "cpu":
         measured = ", ".join(f"{part} {rate / 1e9:,.1f}" for part, rate in rates.matmul.items())
         attention = ", ".join(f"{part} {rate / 1e9:,.1f}" for part, rate in rates.attention.items())
-        yield f"device      {target.processes} processes of this machine, {in_bytes(target.room)} each; measured now:"
+        here = f"{counted(target.processes, 'process')} of this machine, {in_bytes(target.room)} each"
+        yield f"device      {here}; measured now:"
         yield f"            GFLOP/s in products: {measured}; in attention: {attention}"
         passes = f"norms, GELU and sums: {rates.elements / 1e9:,.1f}; of memory: {rates.memory / 1e9:,.1f}"
         yield f"            GB/s in {passes}"
     else:
-        nodes = f"{plan.nodes} node{'s' * (plan.nodes > 1)} of {target.node_size}"
+        nodes = f"{counted(plan.nodes, 'node')} of {target.node_size}"
         yield f"device      {target.processes:,} x {DEVICES[plan.device].label}, {nodes}; {train.dtype}"
         yield f"            peak {rates.peak / 1e12:,.0f} TFLOP/s; {USABLE:.0%} of its memory are planned with"
         yield "            nothing was measured on this device: its data sheet, and assumed shares of it,"
@@ -97,7 +98,7 @@ def _asked(plan: Plan) -> Iterator[str]:
     how = " (assumed; --images-per-pack N says otherwise)" if plan.assumed_images else ""
     packs = f"{train.global_batch:,} packs of {data.tokens_per_pack:,} tokens"
     images = slots(config, target.text_per_image)
-    yield f"batch       {packs} and {images} image{'s' * (images > 1)}{how}"
+    yield f"batch       {packs} and {counted(images, 'image')}{how}"
     of_phases = [slots(phase.config, target.text_per_image) for phase in phases_of(config)]
     if len(set(of_phases)) > 1:
         yield f"            by phase: {', '.join(map(str, of_phases))} images a pack"
@@ -157,7 +158,7 @@ def _step(plan: Plan, config: Config, of: Prediction) -> Iterator[str]:
     axes = {name: sent for name, sent in of.sending.by_axis().items() if sent}
     sent = ", ".join(f"{name} {in_bytes(number)}" for name, number in axes.items()) or "nothing"
     yield f"network     a process sends in a step: {sent}"
-    yield f"replicas    {data:,}, each of {of.micro_batches} micro-batch{'es' * (of.micro_batches > 1)} a step"
+    yield f"replicas    {data:,}, each of {counted(of.micro_batches, 'micro-batch')} a step"
     if config.parallel.pipeline > 1:
         stages = ", ".join(f"{1000 * seconds:,.0f}" for seconds in of.stages)
         firsts = ", ".join(map(str, of.partition))

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import Phase, phases_of
-from megatron_lcl.errors import UserError, in_bytes
+from megatron_lcl.errors import UserError, counted, in_bytes
 from megatron_lcl.plan.calibrate import calibrate
 from megatron_lcl.plan.devices import DEVICES, assumed_rates, check_name
 from megatron_lcl.plan.layouts import MAX_SIMULATED, Layout, Target, bound, confirm, slots, survey
@@ -179,7 +179,7 @@ def _nothing_fits(
     room = in_bytes(target.room)
     if not unknown and not too_large:
         own = max(refused, key=lambda layout: _likeness(layout.config, config))  # the first of equals
-        return f"no layout is legal on {target.processes} processes: {own.refused}"
+        return f"no layout is legal on {counted(target.processes, 'process')}: {own.refused}"
     if unknown:
         least = min(unknown, key=lambda layout: layout.needs)
         return (

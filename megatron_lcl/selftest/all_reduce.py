@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_lcl.errors import counted, listed
 from megatron_lcl.parallel.mesh import Axis, connect_on_demand, local_device
 from megatron_lcl.train.launch import hosts, open_store
 from megatron_lcl.train.resilience.faults import exit_if_lost, name_nodes, node
@@ -68,7 +69,7 @@ def check_all_reduce(timeout: float) -> str:
     dist.destroy_process_group()
     bandwidth = bus_bandwidth(SIZES[backend], seconds, size) / 1e9
     return "" if rank else (
-        f"all-reduce  {size} processes on {len(set(nodes))} node{'s' * (len(set(nodes)) > 1)}, {backend}: "
+        f"all-reduce  {size} processes on {counted(len(set(nodes)), 'node')}, {backend}: "
         f"{SIZES[backend] // MIB} MiB in {1e3 * seconds:.3g} ms, bus bandwidth {bandwidth:.3g} GB/s "
         f"(the first one took {first:.2g} s)"
     )  # fmt: skip
@@ -114,8 +115,7 @@ def _end(rank: int, missing: Sequence[int], what: str) -> Any:
         names = sorted({all_hosts[r * len(all_hosts) // int(os.environ["WORLD_SIZE"])] for r in missing})
     name_nodes(names, rank)
     where = f" of {' '.join(names)}" if names else ""
-    listed = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if missing[8:] else "")
-    leave(LOST, f"all-reduce: process{'es' * (len(missing) > 1)} {listed}{where} {what}")
+    leave(LOST, f"all-reduce: {listed(missing, 'process')}{where} {what}")
 
 
 def _time_all_reduce(num_bytes: int, rank: int, size: int) -> tuple[float, float]:
@@ -128,7 +128,7 @@ def _time_all_reduce(num_bytes: int, rank: int, size: int) -> tuple[float, float
     wrong[rank] = (values != expected).sum()
     dist.all_reduce(wrong)
     if wrong.any():
-        who = ", ".join(f"{count} numbers on process {r}" for r, count in enumerate(wrong.tolist()) if count)
+        who = ", ".join(f"{counted(count, 'number')} on process {r}" for r, count in enumerate(wrong.tolist()) if count)
         leave(LOST, f"all-reduce: the sum over all processes is wrong ({who}): a GPU or the network corrupts data")
     values.zero_()
     times = torch.tensor([first, sum(_timed(values) for _ in range(REPEATS)) / REPEATS], device=device)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.attention import CAPABILITY
+from megatron_lcl.errors import counted, listed
 from megatron_lcl.interrupts import end_with_command, holding_interrupts
 from megatron_lcl.selftest import kernels
 from megatron_lcl.selftest.cases import CASES, Case
@@ -116,7 +117,7 @@ def verdict_of(verdicts: Sequence[Verdict | KernelVerdict], seconds: float, wher
     told = f"in {seconds:.0f} s on {where}" + (f" ({skipped} skipped)" if skipped else "")
     if failed:
         return f"FAILED: {len(failed)} of {len(verdicts)} checks {told}: {'; '.join(failed)}"
-    return f"all {len(verdicts)} checks passed {told}"
+    return f"all {counted(len(verdicts), 'check')} passed {told}"
 
 
 def compare(case: Case, ours: Trajectory, truth: Trajectory) -> Verdict:
@@ -234,10 +235,10 @@ def selftest(
         cases = [KernelCase(world) if isinstance(case, KernelCase) else case for case in cases]
     fitting = those_that_fit([case for case in cases if not _lacks(case)], world)
     skipped, began = sum(case.processes > world or bool(_lacks(case)) for case in cases), time.monotonic()
-    where = "NCCL" if torch.cuda.is_available() else "gloo"
+    here, where = counted(world, "process"), "NCCL" if torch.cuda.is_available() else "gloo"
     if 0 in ranks:
         left = sum(case.processes > world for case in cases)
-        say(f"{world} processes, {where}" + (f"; {left} layouts need more and are skipped" if left else ""))
+        say(f"{here}, {where}" + (f"; skipped, for they need more: {counted(left, 'layout')}" if left else ""))
         for fault in {fault for case in cases if (fault := _lacks(case))}:
             say(f"{fault}: its layouts are skipped")
     truths: dict[tuple[Any, ...], Trajectory] = {}
@@ -269,7 +270,7 @@ def selftest(
     if 0 in ranks:
         device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
         skipped += len(fitting) - len(verdicts)
-        say(verdict_of(verdicts, time.monotonic() - began, f"{device} ({world} processes, {where})", skipped))
+        say(verdict_of(verdicts, time.monotonic() - began, f"{device} ({here}, {where})", skipped))
     store.set(f"ended {ranks[0]}", "")
     if 0 in ranks:  # it may serve the store, in which the others still read the last case's faults
         with contextlib.suppress(dist.DistStoreError):
@@ -314,7 +315,7 @@ def _of_everyone(
     known = [key for starter, key in zip(starters, keys, strict=True) if starter not in silent]
     faults = [fault for told in store.multi_get(known) for fault in json.loads(told)]
     if silent:
-        faults.append(f"the program that starts processes {silent} does not answer")
+        faults.append(f"the program that starts {listed(silent, 'process')} does not answer")
     return faults, bool(silent)
 
 
@@ -351,7 +352,7 @@ def _start(
                 dead = [r for r in waiting if children[r].exitcode not in (None, 0)]
                 faults += [f"process {r} ended with code {children[r].exitcode}" for r in dead]
                 if not dead and time.monotonic() > deadline:
-                    faults.append(f"processes {sorted(waiting)} did not finish within {timeout:g} s")
+                    faults.append(f"{listed(sorted(waiting), 'process')} did not finish within {timeout:g} s")
                 continue
             waiting.discard(rank)
             result = pickle.loads(value) if rank == 0 else result

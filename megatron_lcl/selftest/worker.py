@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_lcl import objectives
 from megatron_lcl.config.phases import phase_at
+from megatron_lcl.errors import listed
 from megatron_lcl.evaluate.batches import image_batch, text_batch
 from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_device
 from megatron_lcl.selftest.cases import STEPS, Case, joined, lone_images_and_texts, make_batches
@@ -24,7 +25,7 @@ AXES = ("world", "data", "pipeline", "tensor", "model_parallel", "data_tensor")
 
 
 class GroupError(RuntimeError):
-    """A process group in which somebody does not answer or answers wrongly."""
+    """A process group in which somebody does not answer, or a collective fails or gives something else."""
 
 
 def run_case(
@@ -61,13 +62,16 @@ def run_case(
 
 def meet(store: dist.Store, rank: int, processes: int, timeout: float) -> None:
     """Wait until every process has said that it is there. GroupError names those that have not."""
-    _wait_for(store, "is there", rank, tuple(range(processes)), timeout)
+    said = _exchange(store, "is there", rank, range(processes), "", timeout)
+    if silent := [other for other in range(processes) if other not in said]:
+        raise GroupError(f"{listed(silent, 'process')} did not answer within {timeout:g} s")
 
 
 def check_group(axis: Axis, name: str, store: dist.Store, timeout: float) -> None:
     """One collective in a group, and one in that of its hosts, where they have one of their own.
 
-    Every process gives its rank and gets everybody's. GroupError names who did not.
+    Every process gives its rank and gets everybody's, and then says in the store what went wrong. GroupError, on all,
+    names those that say nothing, else those in which it went wrong.
     """
     me, all_ranks = axis.ranks[axis.rank], list(axis.ranks)
     groups = {name: (axis.group, local_device()), f"{name} host": (axis.host_group, torch.device("cpu"))}
@@ -76,28 +80,38 @@ def check_group(axis: Axis, name: str, store: dist.Store, timeout: float) -> Non
             continue
         own = torch.tensor([me], device=device)
         gathered = [torch.empty_like(own) for _ in all_ranks]
-        key = f"group {called} {axis.ranks}"
+        wrong = ""
         try:
             work = dist.all_gather(gathered, own, group=group, async_op=True)
             assert work is not None
             work.wait(timedelta(seconds=timeout))
             got = [int(r) for r in gathered]
+            wrong = f"received {got}" if got != all_ranks else ""
         except RuntimeError as error:
-            silent = [r for r in all_ranks if r != me and not store.check([f"{key} {r}"])]
-            raise GroupError(f"{called} group {all_ranks}: processes {silent} did not answer ({error})") from None
-        if got != all_ranks:
-            raise GroupError(f"{called} group {all_ranks}: process {me} received {got}")
-        _wait_for(store, key, me, axis.ranks, timeout)
+            wrong = str(error) or type(error).__name__
+        # where it fails here, it does so at the same time in all that have not died or stopped
+        said = _exchange(store, f"group {called}", me, all_ranks, wrong, timeout / 4 if wrong else timeout)
+        if silent := [r for r in all_ranks if r not in said]:
+            why = f" ({wrong})" if wrong else f" within {timeout:g} s"
+            raise GroupError(f"{called} group {all_ranks}: {listed(silent, 'process')} did not answer{why}")
+        if failed := [r for r in all_ranks if said[r]]:
+            where = listed(failed, "process")
+            raise GroupError(
+                f"{called} group {all_ranks}: all answer, but a collective failed in {where}: {said[failed[0]]}"
+            )
 
 
-def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], timeout: float) -> None:
-    store.set(f"{key} {rank}", "yes")
+def _exchange(
+    store: dist.Store, key: str, rank: int, ranks: Sequence[int], said: str, timeout: float
+) -> dict[int, str]:
+    """What each of some processes says, once all have, or as far as they have within so many seconds."""
+    keys = {r: f"{key} {tuple(ranks)} {r}" for r in ranks}
+    store.set(keys[rank], said)
     deadline = time.monotonic() + timeout
     missing = list(ranks)
-    while missing := [r for r in missing if not store.check([f"{key} {r}"])]:
-        if time.monotonic() > deadline:
-            raise GroupError(f"{key}: processes {missing} did not answer within {timeout:g} s")
+    while (missing := [r for r in missing if not store.check([keys[r]])]) and time.monotonic() <= deadline:
         time.sleep(0.01)
+    return {r: store.get(keys[r]).decode() for r in ranks if r not in missing}
 
 
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:

@@ -14,6 +14,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.source import rules_of_kinds
+from megatron_lcl.data.storage.store import to_show
 from megatron_lcl.errors import UserError, free_space, in_bytes, nearest_folder
 from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
@@ -120,8 +121,9 @@ def check_beginning(config: Config) -> None:
         return
     if config.checkpoint.resume != "auto":
         raise UserError(
-            f"checkpoint.resume = {config.checkpoint.resume} and train.init_from = {config.train.init_from}: a run "
-            "goes on from the one or begins with the weights of the other; give one of the two"
+            f"checkpoint.resume = {to_show(config.checkpoint.resume)} and train.init_from = "
+            f"{to_show(config.train.init_from)}: a run goes on from the one or begins with the weights of the other; "
+            "give one of the two"
         )
     weights = find_initial_weights(config, verify=False)
     check_frozen_have_weights(config, weights.missing if weights else None)

@@ -31,7 +31,7 @@ from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.data.storage.store import url_of
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, counted
 from megatron_lcl.model.layers import num_of_parts
 from megatron_lcl.run_folder import CONFIG, PROGRESS
 from megatron_lcl.train.changes import changes_since
@@ -105,14 +105,15 @@ def check_devices(processes: int) -> None:
     """UserError where this machine has GPUs, or Slurm says so, and not one for every process. Takes none of them."""
     visible, given = torch.cuda.device_count(), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if given and not visible:
+        has = counted(given, "GPU")
         raise UserError(
-            f"Slurm gives this node {given} GPUs, but torch {torch.__version__} sees none; a torch built for CUDA "
+            f"Slurm gives this node {has}, but torch {torch.__version__} sees none; a torch built for CUDA "
             f"{torch.version.cuda} is installed, compare the driver's version"
             if torch.version.cuda
-            else f"Slurm gives this node {given} GPUs, but torch {torch.__version__} is built without CUDA"
+            else f"Slurm gives this node {has}, but torch {torch.__version__} is built without CUDA"
         )
     if 0 < visible < processes:
-        raise UserError(f"{processes} processes on a node where torch sees {visible} GPUs; start one a GPU")
+        raise UserError(f"{processes} processes on a node where torch sees {counted(visible, 'GPU')}; start one a GPU")
 
 
 def is_elsewhere(nodes: int) -> bool:
@@ -147,7 +148,7 @@ def _launch(arguments: Sequence[str], nodes: int, processes: int) -> Iterator[st
     program, line = sys.executable, shlex.join(["-m", "megatron_lcl", "train", *arguments])
     meet = [os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ]
     where = f", meeting at {':'.join(meet)}" if meet else ""
-    yield f"processes   {nodes * processes}: {processes} on each of {nodes} node{'s' * (nodes > 1)}{where}"
+    yield f"processes   {nodes * processes}: {processes} on each of {counted(nodes, 'node')}{where}"
     if LAUNCH in os.environ:
         yield f"command     {os.environ[LAUNCH].strip()}"
         return
@@ -171,7 +172,7 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
     )
     yield (
         f"batch       {train.global_batch:,} packs of {tokens:,} tokens: {a_step}; "
-        f"a replica runs {micro_batches} micro-batch{'es' * (micro_batches > 1)} of {train.micro_batch}"
+        f"a replica runs {counted(micro_batches, 'micro-batch')} of {train.micro_batch}"
     )
 
 
@@ -263,7 +264,7 @@ def _software() -> str:
     names = ("torch", "triton", "flash-attn", "deepspeed", "megatron-lcl")
     versions = [f"{name} {version}" for name in names if (version := _version(name))]
     devices = torch.cuda.device_count()
-    found = f"{devices} GPU{'s' * (devices > 1)} visible" if devices else "no GPU visible"
+    found = f"{counted(devices, 'GPU') if devices else 'no GPU'} visible"
     return f"software    Python {platform.python_version()}, {', '.join(versions)}; {found}"
 
 

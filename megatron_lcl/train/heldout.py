@@ -13,6 +13,7 @@ from typing import Any
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.storage.store import to_show
 from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.evaluate.heldout import TASKS as CORPUS_TASKS
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks
@@ -46,8 +47,8 @@ def check_heldout(config: Config) -> None:
             raise UserError(f"evaluate.tasks has {tasks[0]}, which needs evaluate.{name}: --evaluate.{name} DIR")
         if own.tasks and not tasks and data is not None:
             raise UserError(
-                f"evaluate.{name} = {data}, but evaluate.tasks = {list(own.tasks)} has no task on it; add one of "
-                f"{', '.join(CORPUS_TASKS if name == 'corpus' else LABELED_TASKS)}, or remove evaluate.{name}"
+                f"evaluate.{name} = {to_show(data)}, but evaluate.tasks = {list(own.tasks)} has no task on it; add one "
+                f"of {', '.join(CORPUS_TASKS if name == 'corpus' else LABELED_TASKS)}, or remove evaluate.{name}"
             )
     if own.labeled is not None:
         open_labeled(config)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_lcl.attention import Attention, load_fault
 from megatron_lcl.config import Config
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, listed
 from megatron_lcl.losses.kernels import triton_fault
 from megatron_lcl.model.float8 import MULTIPLE, float8_fault
 from megatron_lcl.parallel.mesh import Mesh
@@ -117,11 +117,7 @@ def describe(kernels: Kernels, mesh: Mesh) -> Iterator[str]:
     everyone = mesh.world.gather_objects(kernels)
     for one in dict.fromkeys(everyone):
         ranks = [rank for rank, other in enumerate(everyone) if other == one]
-        where = "" if len(ranks) == len(everyone) else f" on process{'es' * (len(ranks) > 1)} {_spans(ranks)}"
+        where = "" if len(ranks) == len(everyone) else f" on {listed(ranks, 'process')}"
         first, *more = one.lines()
         yield f"kernels{where}: {first}"
         yield from more
-
-
-def _spans(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if ranks[8:] else "")

@@ -165,7 +165,7 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     came: list[int] = []
     before = {s: signal.signal(s, lambda signum, _frame: came.append(signum)) for s in SIGNALS}
     try:
-        return _wait(children, _Heard(watched), came)
+        return _wait(" ".join(["megatron-lcl", *arguments[:1]]), children, _Heard(watched), came)
     finally:
         for child in children:
             if child.poll() is None:
@@ -204,14 +204,17 @@ class _Heard:
         return [float(word) for word in b"".join(self._parts).split()]
 
 
-def _wait(children: list[subprocess.Popen[bytes]], heard: _Heard, came: list[int]) -> int:
-    """came: signals in the order in which they came. Their handler only adds to it: it may run at any point of this."""
+def _wait(command: str, children: list[subprocess.Popen[bytes]], heard: _Heard, came: list[int]) -> int:
+    """command: for messages. came: signals in the order in which they came. Their handler only adds to it: it may run
+    at any point of this."""
     failed: int | None = None
     stopped, since = 0, 0.0
-    while running := [child for child in children if child.poll() is None]:
+    running = children
+    while running:
         time.sleep(0.1)
+        running = [child for child in children if child.poll() is None]
         timeouts = heard.timeouts()
-        while came:
+        while came and running:
             signum = came.pop(0)
             stopped = stopped or (0 if timeouts else signum)
             for child in running:
@@ -222,12 +225,12 @@ def _wait(children: list[subprocess.Popen[bytes]], heard: _Heard, came: list[int
             since, (rank, failed) = time.monotonic(), failures[0]
             if failed < 0 and not stopped:
                 name = signal.Signals(-failed).name
-                complain(f"megatron-lcl train: process {rank} was killed by {name}")
+                complain(f"{command}: process {rank} was killed by {name}")
         if failed is not None and time.monotonic() - since > grace:
             for child in running:
                 child.kill()
     if stopped:
-        complain(f"megatron-lcl train: {signal.Signals(stopped).name}: stopped; the same command goes on")
+        complain(f"{command}: {signal.Signals(stopped).name}: stopped; the same command goes on")
         return code_of_signal(stopped)
     codes = [child.returncode for child in children if child.returncode]
     code = failed if failed is not None else codes[0] if codes else 0

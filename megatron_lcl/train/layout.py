@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import RunError, UserError, counted
 from megatron_lcl.model.layers import num_layers
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.parts import check_stages
@@ -57,8 +57,8 @@ def check_layout(config: Config, processes: int) -> int:
         multiples = range(replica, 2 * processes + replica + 1, replica)
         nearest = _nearest(processes, multiples, lambda n: check_layout(config, n))
         raise UserError(
-            f"{processes} processes do not divide into replicas of parallel.tensor = {tensor} times parallel.pipeline "
-            f"= {pipeline}; the nearest number that does is {nearest}"
+            f"{counted(processes, 'process')} cannot be divided into replicas of parallel.tensor = {tensor} times "
+            f"parallel.pipeline = {pipeline}; the nearest number that can is {nearest}"
         )
     data = processes // (tensor * pipeline)
     num_micro_batches(config, data)

@@ -18,6 +18,7 @@ from megatron_lcl import config as configs
 from megatron_lcl import fields
 from megatron_lcl.config import Config
 from megatron_lcl.data.storage.names import shortened
+from megatron_lcl.data.storage.store import to_show
 from megatron_lcl.errors import UserError, complain
 from megatron_lcl.train.finished import is_finished
 
@@ -60,7 +61,7 @@ def members(file: str | Path | None, overrides: Mapping[str, str], sweeps: Seque
     output = Path(configs.load(file, overrides).train.output)
     found: dict[str, Member] = {}
     for chosen in itertools.product(*(texts for _, texts in values)):
-        of_member = dict(zip(keys, chosen, strict=True))
+        of_member = dict(zip(keys, map(to_show, chosen), strict=True))  # the values go into names and messages
         config = configs.load(file, {**overrides, **of_member})
         name = _name({key: fields.flat(configs.to_dict(config)).get(key, text) for key, text in of_member.items()})
         if name in found:

@@ -163,6 +163,21 @@ def test_a_short_flag_beside_its_field(
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--resume", "runs/a", "--checkpoint.resume", "s3://user:planted@bucket/run"],
+        ["train", "s3://user:planted@bucket/run"],
+        ["export", "runs/a", "s3://user:planted@bucket/run", "--format", "hf", "--output", "out"],
+    ],
+)
+def test_a_password_that_is_given_in_vain_is_not_said(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    code, error = run(capsys, *arguments)
+    assert code == 2
+    assert "a URL with a user, a password or a query is not taken" in error
+    assert "planted" not in error
+
+
+@pytest.mark.parametrize(
     ("what", "flags", "goes"),
     [
         ("prune", ["--quick"], "list and verify"),

@@ -16,7 +16,7 @@ import pytest
 from megatron_lcl.cli import main
 from megatron_lcl.demo import manual, packages
 from megatron_lcl.demo.packages import Package, fetch, read_npm
-from megatron_lcl.errors import is_full
+from megatron_lcl.errors import UserError, is_full
 
 
 def npm_package(file: Path, version: str, **files: bytes) -> str:
@@ -100,6 +100,13 @@ def test_what_is_missing_is_one_line_with_the_remedy(
     assert "there is no folder" in said("things", "--from", str(tmp_path / "absent"))
     assert "--html takes pages in place of the GIMP manual" in said("emoji", "--html", str(tmp_path / "empty"))
     assert not [file for file in Path(out).rglob("*") if file.is_file()]  # nothing half-written
+
+
+def test_a_client_that_does_not_end_is_said_in_few_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "_TIMEOUT", 0.1)
+    with pytest.raises(UserError) as raised:
+        packages.run_client(["sleep", "60"], tmp_path)
+    assert str(raised.value) == "`sleep 60` has not ended within 0.1 s"
 
 
 def test_a_full_disk_is_not_taken_for_a_missing_network(tmp_path: Path, path: Path) -> None:

@@ -31,7 +31,7 @@ from megatron_lcl.model.layers import Outputs
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.report.page import write_report
-from megatron_lcl.train.heldout import HeldOutMeter
+from megatron_lcl.train.heldout import HeldOutMeter, check_heldout
 
 CONFIG = """
 model:
@@ -211,3 +211,11 @@ def test_tasks_and_data_must_fit_each_other(folder: Path, capsys: pytest.Capture
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-lcl")]
         assert said in line
         assert not (folder / "refused").exists()
+
+
+def test_a_password_in_what_has_no_task_is_not_said() -> None:
+    tree = {"train": {"evaluate_every": 2}}
+    evaluate = {"corpus": "s3://user:planted@bucket/corpus", "labeled": "images", "tasks": ["knn"]}
+    with pytest.raises(UserError, match="a URL with a user, a password or a query is not taken") as raised:
+        check_heldout(configs.from_dict({**tree, "evaluate": evaluate}))
+    assert "planted" not in str(raised.value)

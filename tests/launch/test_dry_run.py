@@ -137,8 +137,8 @@ def test_where_no_number_of_processes_goes_it_is_said_why(
     monkeypatch.setattr(launch, "processes_at_hand", lambda: 1)
     code, _, err = dry_run(capsys, *tiny, "--parallel.tensor", "2")
     assert code == 2
-    assert "1 processes do not divide into replicas of parallel.tensor = 2 " in err
-    assert "; the nearest number that does is 2" in err
+    assert "1 process cannot be divided into replicas of parallel.tensor = 2 " in err
+    assert "; the nearest number that can is 2" in err
     for at_hand in (1, 2):  # of four processes on two machines none would divide a batch of 3
         monkeypatch.setattr(launch, "processes_at_hand", lambda number=at_hand: number)
         code, out, _ = dry_run(capsys, "--nodes", "2", *tiny, "--parallel.tensor", "2", "--train.global_batch", "3")
@@ -170,10 +170,13 @@ def test_what_is_wrong_is_one_line(
         assert "a-package-nobody-has>=2 is not installed for " in fault("--processes", "2")
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 0)
-        patch.setenv("SLURM_GPUS_ON_NODE", "8")
-        assert "Slurm gives this node 8 GPUs, but torch " in fault("--processes", "8")
+        for given, said in (("1", "1 GPU"), ("8", "8 GPUs")):
+            patch.setenv("SLURM_GPUS_ON_NODE", given)
+            assert f"Slurm gives this node {said}, but torch " in fault("--processes", given)
         patch.setattr(torch.cuda, "device_count", lambda: 4)
         assert "8 processes on a node where torch sees 4 GPUs" in fault("--processes", "8")
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert "2 processes on a node where torch sees 1 GPU; start one a GPU" in fault("--processes", "2")
 
 
 def test_the_memory_is_that_of_a_node_of_the_run(

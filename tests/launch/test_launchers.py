@@ -200,6 +200,17 @@ def test_its_own_processes_know_how_many_share_the_machine(
     assert sorted(capfd.readouterr().out.splitlines()) == [f"{rank} of 3, {rank} of 3 at 4321" for rank in range(3)]
 
 
+def test_what_is_said_of_its_processes_names_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert launch.start_local(["selftest", "--all-reduce"], 1) == 137
+    assert capfd.readouterr().err == "megatron-lcl selftest: process 0 was killed by SIGKILL\n"
+
+
 def test_a_signal_that_comes_while_the_launcher_reads_what_its_processes_say(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,7 +86,7 @@ def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
         ("hangs by hosts", 1, 10, "process 1 hangs while summing over all hosts by gloo at "),
         ("stops", 1, 10, "process 1 died or its machine did: silent for "),
         ("dies", 0, 20, "process 0 or the launcher, which serve the store, are gone or out of reach"),
-        ("wrong sum", 1, 30, "the sum over all processes is wrong (1 numbers on process 1)"),
+        ("wrong sum", 1, 30, "the sum over all processes is wrong (1 number on process 1)"),
     ],
 )
 def test_who_does_not_answer_is_named(fault: str, faulty: int, seconds: int, said: str, tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def fall_silent_in_the_tensor_group(rank: int) -> None:
 @pytest.mark.parametrize("fault", [fall_silent, fall_silent_in_the_tensor_group])
 def test_a_process_that_does_not_answer_is_named(fault: Callable[[int], None]) -> None:
     (verdict,) = selftest([Case(tensor=2)], prepare=fault, timeout=40, say=lambda _: None)
-    assert "processes [1] did not answer" in verdict.faults[0], verdict
+    assert "process 1 did not answer" in verdict.faults[0], verdict
 
 
 def check_with_a_silent_host(rank: int) -> str:
@@ -352,7 +352,32 @@ def check_with_a_silent_host(rank: int) -> str:
 def test_a_host_that_does_not_answer_is_named() -> None:
     """Where hosts have groups of their own, beside those of devices."""
     said = run_processes(check_with_a_silent_host, 2)[0]
-    assert said.startswith("tensor host group [0, 1]: processes [1] did not answer"), said
+    assert said.startswith("tensor host group [0, 1]: process 1 did not answer"), said
+
+
+def check_with_failing(rank: int, failing: tuple[int, ...]) -> str:
+    """What is said where all take part in a collective, and some get an error from it."""
+    dist.init_process_group("gloo")
+    store: Any = dist.distributed_c10d._get_default_store()
+    all_gather = dist.all_gather
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        all_gather(*arguments, **named).wait(timedelta(seconds=60))
+        raise RuntimeError("the link is down")
+
+    gather = patch.object(dist, "all_gather", broken if rank in failing else all_gather)
+    with gather, pytest.raises(GroupError) as error:
+        check_group(Axis.of_all(), "world", store, 8)
+    dist.barrier()  # the first process serves the store
+    dist.destroy_process_group()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("failing", "named"), [((0, 1), "processes 0, 1"), ((1,), "process 1")])
+def test_a_process_in_which_a_collective_fails_has_answered(failing: tuple[int, ...], named: str) -> None:
+    """Also where the others were done with it before."""
+    said = f"world group [0, 1]: all answer, but a collective failed in {named}: the link is down"
+    assert run_processes(check_with_failing, 2, failing) == [said, said]
 
 
 def pass_at_a_distance(rank: int) -> int:
@@ -380,7 +405,10 @@ def test_one_process_needs_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(run, "_start", lambda *_: (None, []))
-    assert len(selftest([Case()], timeout=60)) == 1
+    lines: list[str] = []
+    assert len(selftest([Case(), TENSOR], timeout=60, say=lines.append)) == 1
+    assert lines[0] == "1 process, gloo; skipped, for they need more: 1 layout"
+    assert lines[-1].endswith("(1 process, gloo) (1 skipped)")
 
 
 def test_a_program_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +416,7 @@ def test_a_program_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(run, "GRACE", 0.0)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert run._of_everyone(dist.PrefixStore("case 0", store), ["gradients"], 0, [0, 1], 0.1) == (
-        ["gradients", "the program that starts processes [1] does not answer"],
+        ["gradients", "the program that starts process 1 does not answer"],
         True,
     )
 

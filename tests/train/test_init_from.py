@@ -245,6 +245,11 @@ def test_what_cannot_be_begun_from(source: Path, tmp_path: Path) -> None:
     both = {"train__init_from": str(source), "checkpoint__resume": str(source)}
     with pytest.raises(UserError, match="give one of the two"):
         check_beginning(configs.replace(TINY, **both))
+    for name in both:
+        secret = {**both, name: "s3://user:planted@bucket/run"}
+        with pytest.raises(UserError, match="a URL with a user, a password or a query is not taken") as raised:
+            check_beginning(configs.replace(TINY, **secret))
+        assert "planted" not in str(raised.value)
 
 
 # --- imports ----------------------------------------------------------------------------------------------------
@@ -271,7 +276,7 @@ def test_an_import_opens_and_is_replaced(imported: Path, make_damage: Callable[[
     for read in (load_model, begun):
         with pytest.raises(UserError, match="is not what `import` wrote"):
             read(imported)
-    with pytest.raises(UserError, match="something else than an unchanged import"):
+    with pytest.raises(UserError, match="something else than an unchanged import; give another"):
         import_checkpoint("open_clip", imported.parent / "tiny.pt", imported)
 
 

@@ -41,10 +41,10 @@ def test_what_is_left_is_data_parallel() -> None:
         (
             6,
             {"parallel": {"tensor": 2, "pipeline": 2}},
-            "6 processes do not divide .* the nearest number that does is 4",
+            "6 processes cannot be divided .* the nearest number that can is 4",
         ),
-        (1, {"parallel": {"tensor": 2}}, "nearest number that does is 2"),
-        (10, {"parallel": {"tensor": 3}}, "nearest number that does is 12"),
+        (1, {"parallel": {"tensor": 2}}, "nearest number that can is 2"),
+        (10, {"parallel": {"tensor": 3}}, "nearest number that can is 12"),
         (3, {}, "global_batch = 16 packs do not divide into 3 data-parallel replicas .* is 15"),
         (2, {"train": {"global_batch": 1, "micro_batch": 4}}, "nearest that does is 8"),
         (

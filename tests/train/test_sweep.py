@@ -81,6 +81,7 @@ def test_members_are_the_product_and_say_their_values() -> None:
         (["train.output=a,b"], r"a sweep names its run folders itself"),
         (["train.seed=1", "train.seed=2"], r"train\.seed is given twice"),
         (["train.steps=3,4"], r"train\.steps is given twice"),
+        (["train.init_from=null,s3://user:word@bucket/run"], r"^s3://bucket/run: a URL with a user, a password"),
     ],
 )
 def test_what_is_wrong_is_said_as_of_a_single_run(sweeps: Sequence[str], said: str) -> None:

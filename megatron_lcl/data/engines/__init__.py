@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, get_args
 from tqdm import tqdm
 
 from megatron_lcl.data.engines.task import Task
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, counted, listed
 from megatron_lcl.interrupts import ending_on_sigterm
 
 Executor = Literal["local", "slurm", "ray"]
@@ -93,8 +93,8 @@ def run_jobs(
     if failed:
         first = min(failed)
         raise UserError(
-            f"jobs {sorted(failed)} of {engine.jobs} failed, each {engine.retries + 1} times, the first with: "
-            f"{failed[first]}; logs in {logs}"
+            f"{listed(sorted(failed), 'job')} of {engine.jobs} failed (tried {counted(engine.retries + 1, 'time')}), "
+            f"the first with: {failed[first]}; logs in {logs}"
         )
 
 
@@ -158,7 +158,9 @@ def _run(runner: Runner, engine: Engine, bar: tqdm) -> dict[int, str]:
                 failed[index] = error
         if again:
             first = min(again)
-            logger.warning("jobs %s failed and are run again, the first after: %s", sorted(again), again[first])
+            logger.warning(
+                "%s failed, to be run again, the first after: %s", listed(sorted(again), "job"), again[first]
+            )
             runner.submit(sorted(again))
             running += len(again)
     return failed

@@ -97,7 +97,8 @@ def open_plan(output: Path, signature: str, settings: Settings) -> Plan | None:
     about.setdefault("store", "tar")  # of plans from before there was another
     for key, value in _fixed(signature, settings).items():
         if about[key] != value:
-            what = "the images of another input" if key == "input" else f"images fetched with {key} {about[key]}"
+            given = f"without --{key}" if about[key] is None else f"with --{key} {about[key]}"
+            what = "the images of another input" if key == "input" else f"images fetched {given}"
             raise UserError(f"{output} has {what}: take another --output, or the same input and options")
     return Plan(folder, parts, dropped)
 

@@ -34,6 +34,8 @@ _SETTINGS = (
     "pair_layout",
     "seed",
 )
+_OF_OBJECTIVE = ("contrast_only", "captions", "captions_alone")
+"""what the ledger holds of the sequences that the objective reads; the keys that runs have stored"""
 PLANNED = ("tokens_per_pack", "images_per_pack", "num_patches", "context_length")
 """those settings that may change from phase to phase"""
 STATES = 1000
@@ -362,11 +364,11 @@ def _blend_of(data: Data) -> list[dict[str, Any]]:
         raise UserError("data.corpora is empty; name at least one corpus, e.g. data.corpora=[{path: corpus}]")
     opened = [(c, open_corpus(c.path, data.cache)) for c in data.corpora]
     blend = [{"path": c.path, "fingerprint": corpus.fingerprint, "weight": c.weight} for c, corpus in opened]
-    tokenizers = {c.path: corpus.manifest["tokenizer"]["fingerprint"] for c, corpus in opened}
-    if len(set(tokenizers.values())) > 1:
+    tokenizers = [corpus.manifest["tokenizer"]["fingerprint"] for _, corpus in opened]
+    if others := [c.path for c, tokenizer in zip(data.corpora, tokenizers, strict=True) if tokenizer != tokenizers[0]]:
         raise UserError(
-            "the corpora of a blend must have the same tokenizer (`megatron-lcl retokenize` changes it); these "
-            f"differ: {tokenizers}"
+            "the corpora of a blend must have the same tokenizer (`megatron-lcl retokenize` changes it); that of "
+            f"{data.corpora[0].path} is another than that of {', '.join(others)}"
         )
     if len({c["fingerprint"] for c in blend}) < len(blend):
         raise UserError("data.corpora names a corpus twice; give it one entry with the sum of the weights")
@@ -387,11 +389,17 @@ def _settings_of(data: Data, num_placeholders: int, context_length: int, sequenc
 def _check_unchanged(settings: Mapping[str, Any], before: Mapping[str, Any], but: tuple[str, ...]) -> None:
     for name in {**settings, **before}:
         value, old = settings.get(name), before.get(name)
-        if value != old and name not in but and not (name == "images_per_pack" and value is None):
+        if value == old or name in but or (name == "images_per_pack" and value is None):
+            continue
+        if name in _OF_OBJECTIVE:
             raise UserError(
-                f"{name} is {value}, but this run began with {old}, and its packs depend on it; go back to {old} or "
-                f"start a new run"
+                "objective.name reads other sequences of the documents than the objective that this run began with, "
+                "and its packs depend on it; go back to that one or start a new run"
             )
+        raise UserError(
+            f"{name} is {value}, but this run began with {old}, and its packs depend on it; go back to {old} or "
+            f"start a new run"
+        )
 
 
 def _with_blend(previous: Ledger, blend: list[dict[str, Any]], consumed: int) -> Ledger:

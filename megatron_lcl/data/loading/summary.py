@@ -12,6 +12,7 @@ from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.data.loading.source import VERSION
+from megatron_lcl.errors import counted
 
 PACKS = 64
 """packs that are looked at; those of a corpus are alike, being drawn at random"""
@@ -35,12 +36,11 @@ class Summary:
 
     def __str__(self) -> str:
         how = "chosen" if self.chosen else "given"
-        slots = f"{self.images_per_pack} image"
-        text = f"{slots} slot{'s' * (self.images_per_pack > 1)} a pack ({how}); in {self.packs} packs "
+        text = f"{counted(self.images_per_pack, 'image slot')} a pack ({how}); in {counted(self.packs, 'pack')} "
         text += f"{self.pairs:,} of {self.images:,} images ({_share(self.pairs, self.images):.1%}) are in the contrast"
         text += f", {self.cut:,} of {self.documents:,} documents ({_share(self.cut, self.documents):.1%}) are cut"
         if self.cut_for_images:
-            text += f", {self.cut_for_images:,} as they have over {slots}{'s' * (self.images_per_pack > 1)}"
+            text += f", {self.cut_for_images:,} as they have over {counted(self.images_per_pack, 'image')}"
         return text
 
     def numbers(self) -> dict[str, Any]:

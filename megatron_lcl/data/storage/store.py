@@ -56,6 +56,11 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
     return url
 
 
+def to_show(path: str | os.PathLike[str]) -> str:
+    """A folder, or one of objects, as a message may name it. UserError as `url_of`."""
+    return url_of(path) or str(path)
+
+
 class Store:
     """The objects below a URL. Cheap to make; every process and thread may use one. Raises StorageError."""
 

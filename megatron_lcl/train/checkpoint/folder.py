@@ -186,8 +186,7 @@ def choose(run: Path, resume: str, mirror: str | None = None) -> tuple[Path | No
         then = "begin anew" if mirror is None else f"go on from the newest whole copy in {mirror}, if there is one"
         remedy = "look at the storage: some cannot be read" if unread else f"restore one, or remove them to {then}"
         raise UserError(
-            f"none of the {len(rejected)} checkpoints in {run / CHECKPOINTS} is whole ({latest.name}: "
-            f"{'; '.join(faults[:3])}); {remedy}"
+            f"no checkpoint in {run / CHECKPOINTS} is whole ({latest.name}: {'; '.join(faults[:3])}); {remedy}"
         )
     if folder is not None or resume == "auto":
         return folder, rejected

@@ -70,7 +70,7 @@ def prune(
     found = {folder: verify(folder) for folder in checkpoints_of(run)}
     whole = [folder for folder, wrong in found.items() if not wrong]
     if not whole:
-        raise UserError(f"none of the {len(found)} checkpoints of {run} verifies; nothing was deleted")
+        raise UserError(f"no checkpoint of {run} verifies; nothing was deleted")
     old = set(superseded(whole, keep))
     for folder, wrong in found.items():
         if unread := next((fault for fault in wrong if isinstance(fault, Unread)), None):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_lcl.config import Guard
-from megatron_lcl.errors import RunError
+from megatron_lcl.errors import RunError, counted
 from megatron_lcl.model.transfer import from_host
 
 
@@ -94,9 +94,9 @@ class BadSteps:
         rewinds = self.rewinds + 1
         if rewinds > self.config.max_rewinds:
             raise RunError(
-                f"{self.consecutive} steps in a row were bad up to step {step}, after {self.rewinds} rewinds to the "
-                "same checkpoint; audit.jsonl says which and why. Lower optimizer.lr, or look at the packs with "
-                "`replay`"
+                f"{counted(self.consecutive, 'bad step')} in a row up to step {step}, and guard.max_rewinds = "
+                f"{self.config.max_rewinds} allows no further rewind to the checkpoint before; audit.jsonl says which "
+                "and why. Lower optimizer.lr, or look at the packs with `replay`"
             )
         self.__init__(self.config, state)  # type: ignore[misc]
         self.consecutive, self.rewinds = 0, rewinds

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megatron_lcl.config import Guard
-from megatron_lcl.errors import RunError
+from megatron_lcl.errors import RunError, counted
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.launch import say_watched
 from megatron_lcl.train.resilience.faults import code_of, is_distributed, is_local, name_nodes, node
@@ -313,8 +313,8 @@ class Watchdog:
             return dead
         rank, state = next(iter(late.items()))
         return Fault(
-            f"{len(late)} processes have hung for {seconds:.0f} s and none is behind the others: is the network or the "
-            f"storage down? Process {rank} is {state.at()}",
+            f"no progress for {seconds:.0f} s in {counted(len(late), 'process')}, and none is behind the others: is "
+            f"the network or the storage down? Process {rank} is {state.at()}",
             [],
         )
 

@@ -57,7 +57,7 @@ def test_a_job_that_fails_is_tried_again_and_then_said(tmp_path: Path, how: str,
             with pytest.raises(UserError) as error:
                 run_jobs(fails, arguments, Engine("local", 3, retries=1), output=folder)
             logs = tmp_path / f"{times}.local"
-            assert str(error.value) == f"jobs [1] of 3 failed, each 2 times, the first with: {said}; logs in {logs}"
+            assert str(error.value) == f"job 1 of 3 failed (tried 2 times), the first with: {said}; logs in {logs}"
             assert (logs / "job-1.log").read_text().count("job 1 of 3") == 2
             assert ("Traceback" in (logs / "job-1.log").read_text()) == (how in ("raises", LONG))
             done.remove("done-1-of-3")

@@ -341,8 +341,10 @@ def test_a_store_is_of_one_input(server: Server, tmp_path: Path, capsys: pytest.
     run(urls, tmp_path)
     again = ["fetch", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "store"), *FLAGS]
     assert main([*again, "--per-host", "1"]) == 0
-    assert "max-image-side None" in refused([*again, "--max-image-side", "4"], capsys)
-    assert "store tar" in refused([*again, "--store", "parquet"], capsys)
+    assert "images fetched without --max-image-side: take another --output" in refused(
+        [*again, "--max-image-side", "4"], capsys
+    )
+    assert "with --store tar" in refused([*again, "--store", "parquet"], capsys)
     (tmp_path / "urls.txt").write_text(urls[0] + "2\n")
     assert "the images of another input" in refused(again, capsys)
 

@@ -24,7 +24,7 @@ from megatron_lcl.data.loading.ledger import Ledger, open_ledger, open_run_ledge
 from megatron_lcl.data.loading.loader import loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex, range_of
 from megatron_lcl.data.loading.reader import draw_patches
-from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
+from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, INTERLEAVED, PAIRS
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.errors import UserError
 
@@ -423,8 +423,13 @@ def test_replay_refuses_a_config_that_says_other_packs(make_corpus: MakeCorpus) 
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=7))
     with pytest.raises(UserError, match="seed is 7, but this run began with 0"):
         replay_html(other, INTERLEAVED, 0, ledger=ledger)
-    with pytest.raises(UserError, match="contrast_only is True, but this run began with False"):
+    said = r"^objective\.name reads other sequences .* go back to that one or start a new run"
+    with pytest.raises(UserError, match=said):
         replay_html(config, PAIRS, 0, ledger=ledger)
+    of_pairs = dataclasses.replace(ledger, settings={**ledger.settings, "contrast_only": True})
+    of_pairs.check(config, PAIRS)
+    with pytest.raises(UserError, match=said):
+        of_pairs.check(config, CAPTIONED_PAIRS)
 
 
 def test_replay_knows_the_phase_of_a_step(make_corpus: MakeCorpus) -> None:

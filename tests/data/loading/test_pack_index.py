@@ -422,13 +422,14 @@ def test_each_corpus_of_a_blend_is_opened_once(make_corpus: MakeCorpus, monkeypa
 
 
 def test_blends_need_one_tokenizer_and_distinct_corpora(make_corpus: MakeCorpus) -> None:
-    a, b = make_corpus("a", random_documents(20, 13)), make_corpus("b", random_documents(20, 14))
+    a, b, c = (make_corpus(name, random_documents(20, seed)) for name, seed in (("a", 13), ("b", 14), ("c", 15)))
     with pytest.raises(ValueError, match="twice"):
         index_of(data_of((a.path, 1), (a.path, 2)))
     manifest = json.loads((b.path / "corpus.json").read_text())
     manifest["tokenizer"]["fingerprint"] = "another"
     (b.path / "corpus.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="same tokenizer"):
-        index_of(data_of((a.path, 1), (b.path, 1)))
+    with pytest.raises(ValueError, match="same tokenizer") as raised:
+        index_of(data_of((a.path, 1), (c.path, 1), (b.path, 1)))
+    assert str(raised.value).endswith(f"; that of {a.path} is another than that of {b.path}")
     with pytest.raises(ValueError, match="empty"):
         index_of(data_of())

@@ -23,7 +23,7 @@ from s3_server import Proxy
 from megatron_lcl.data.storage import server
 from megatron_lcl.data.storage import store as module
 from megatron_lcl.data.storage.faults import StorageError
-from megatron_lcl.data.storage.store import Store, url_of
+from megatron_lcl.data.storage.store import Store, to_show, url_of
 from megatron_lcl.errors import UserError
 
 CONTENT = bytes(range(256)) * 4000
@@ -368,6 +368,9 @@ def test_urls(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="begins with s3:// is none: Invalid IPv6 URL") as raised:
         url_of("s3://user:planted@[bucket/a")
     assert "planted" not in str(raised.value)
+    assert [to_show(place) for place in ("s3:/bucket/a/", Path("s3://bucket/a"), "a/b")] == [
+        "s3://bucket/a", "s3://bucket/a", "a/b",
+    ]  # fmt: skip
 
 
 def test_a_user_without_a_home_folder_has_no_keys_there(monkeypatch: pytest.MonkeyPatch) -> None:

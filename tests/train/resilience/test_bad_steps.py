@@ -219,7 +219,8 @@ def test_consecutive_bad_steps_are_counted() -> None:
     assert guard.began == (2, 8)
     guard.rewind({"consecutive": 1, "began": [2, 8]}, 5)
     assert guard.consecutive == 0, "of a checkpoint that was saved between bad steps the run begins to count anew"
-    with pytest.raises(RunError, match="after 1 rewinds to the same checkpoint"):
+    guard.record((5, 20), math.inf, False, None)
+    with pytest.raises(RunError, match=r"1 bad step in a row up to step 5, and guard\.max_rewinds = 1 allows no"):
         guard.rewind({}, 5)
 
 
@@ -366,7 +367,8 @@ def test_a_run_that_cannot_go_back_says_so(config_file: str, tmp_path: Path) -> 
     assert "steps 2 to 3 were bad, and there is no checkpoint before them" in said
     everything = list(range(20, 400))
     said = train(tmp_path / "ever", *words, code=2, plant=poison, planted=(everything, "nan"))
-    assert "after 3 rewinds to the same checkpoint" in said
+    assert "2 bad steps in a row" in said
+    assert "and guard.max_rewinds = 3 allows no further rewind to the checkpoint before" in said
     assert said.count("megatron-lcl train:") == 1
     assert sum(line["event"] == "rewind" for line in read_audit(tmp_path / "ever")) == 3
 

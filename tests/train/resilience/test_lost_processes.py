@@ -445,7 +445,7 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
     children[1].wait()
     clock = Clock(children[3])
     monkeypatch.setattr(launch, "time", clock)
-    assert launch._wait(children, launch._Heard(reader), []) == 128 + signal.SIGKILL
+    assert launch._wait("megatron-lcl train", children, launch._Heard(reader), []) == 128 + signal.SIGKILL
     codes = [child.returncode for child in children]
     assert codes == [-signal.SIGKILL] * 3 + [LOST if watched else -signal.SIGKILL]
     assert clock.now > (3.5 if watched else 0.5)
