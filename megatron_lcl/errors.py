@@ -7,10 +7,10 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from megatron_lcl.units import in_units
+from megatron_lcl.units import in_bytes
 
 
 class UserError(ValueError):
@@ -106,23 +106,3 @@ def free_space(path: Path) -> str:
 def nearest_folder(path: Path) -> Path:
     """The folder that a path is or lies in, as far as it exists."""
     return next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
-
-
-def counted(number: int, word: str) -> str:
-    """So many of a thing: "1 process", "2 processes"."""
-    return f"{number:,} {word if number == 1 else _plural(word)}"
-
-
-def listed(numbers: Sequence[int], word: str) -> str:
-    """Things by their numbers: "process 3", "processes 0, 3"; of many the first eight, and how many more there are."""
-    more = f" and {len(numbers) - 8:,} more" if numbers[8:] else ""
-    return f"{word if len(numbers) == 1 else _plural(word)} {', '.join(map(str, numbers[:8]))}{more}"
-
-
-def _plural(word: str) -> str:
-    return word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
-
-
-def in_bytes(size: float) -> str:
-    """A number of bytes with a unit, as disks count them (10³)."""
-    return in_units(size, (" B", " kB", " MB", " GB", " TB"))

@@ -19,3 +19,23 @@ def in_units(value: float, units: Sequence[str], digits: int = 3) -> str:
             return f"{value:.{digits}g}{unit}"
         value /= 1000
     return plain(value, digits) + units[-1]
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes with a unit, as disks count them (10³)."""
+    return in_units(size, (" B", " kB", " MB", " GB", " TB"))
+
+
+def counted(number: int, word: str) -> str:
+    """So many of a thing: "1 process", "2 processes"."""
+    return f"{number:,} {word if number == 1 else _plural(word)}"
+
+
+def listed(numbers: Sequence[int], word: str) -> str:
+    """Things by their numbers: "process 3", "processes 0, 3"; of many the first eight, and how many more there are."""
+    more = f" and {len(numbers) - 8:,} more" if numbers[8:] else ""
+    return f"{word if len(numbers) == 1 else _plural(word)} {', '.join(map(str, numbers[:8]))}{more}"
+
+
+def _plural(word: str) -> str:
+    return word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")

@@ -1,4 +1,4 @@
-"""Numbers as text: no exponent for a size that a person reads, also where rounding reaches the next unit."""
+"""Numbers as text, and of things: no exponent for a size that a person reads, also where rounding reaches the next unit."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from megatron_lcl.errors import in_bytes
-from megatron_lcl.units import plain
+from megatron_lcl.units import counted, in_bytes, listed, plain
 
 
 @pytest.mark.parametrize(
@@ -46,3 +45,23 @@ def test_bytes_have_the_unit_in_which_they_are_below_a_thousand_when_rounded(siz
 )
 def test_a_plain_number(value: float, digits: int, said: str) -> None:
     assert plain(value, digits) == said
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "said"),
+    [
+        (0, "layout", "0 layouts"),
+        (1, "process", "1 process"),
+        (2, "process", "2 processes"),
+        (1024, "micro-batch", "1,024 micro-batches"),
+    ],
+)
+def test_numbers_of_things(number: int, word: str, said: str) -> None:
+    assert counted(number, word) == said
+
+
+def test_things_by_their_numbers() -> None:
+    assert listed([3], "process") == "process 3"
+    assert listed([0, 3], "process") == "processes 0, 3"
+    assert listed(range(8), "job") == "jobs 0, 1, 2, 3, 4, 5, 6, 7"
+    assert listed(range(2000), "job") == "jobs 0, 1, 2, 3, 4, 5, 6, 7 and 1,992 more"

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import megatron_lcl
-from megatron_lcl.errors import counted
+from megatron_lcl.units import counted
 
 
 def version_text() -> str:

@@ -11,7 +11,6 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading.batch import batch_bytes
 from megatron_lcl.data.loading.shared_memory import PREFETCH
-from megatron_lcl.errors import counted, in_bytes
 from megatron_lcl.model.layers import num_of_parts, num_parameters
 from megatron_lcl.plan.devices import DEVICES
 from megatron_lcl.plan.layouts import Layout, slots
@@ -20,6 +19,7 @@ from megatron_lcl.plan.run import USABLE, Plan
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.settings import offloaded
 from megatron_lcl.train.simulate import Usage
+from megatron_lcl.units import counted, in_bytes
 
 SHOWN = 10
 """layouts that are listed"""

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import Phase, phases_of
-from megatron_lcl.errors import UserError, counted, in_bytes
+from megatron_lcl.errors import UserError
 from megatron_lcl.plan.calibrate import calibrate
 from megatron_lcl.plan.devices import DEVICES, assumed_rates, check_name
 from megatron_lcl.plan.layouts import MAX_SIMULATED, Layout, Target, bound, confirm, slots, survey
@@ -19,6 +19,7 @@ from megatron_lcl.train.memory import available
 from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import check_freeze
 from megatron_lcl.train.precision import check_dtype
+from megatron_lcl.units import counted, in_bytes
 
 USABLE = 0.92
 """share of a GPU's memory that a run may plan with: the driver's context, the network library's buffers and fragments

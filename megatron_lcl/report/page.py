@@ -25,7 +25,7 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.pages.replay import render_first_packs
-from megatron_lcl.errors import UserError, in_bytes
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT
 from megatron_lcl.evaluate.labeled import RESULT as LABELED
 from megatron_lcl.report import charts
@@ -37,7 +37,7 @@ from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, PLAN
 from megatron_lcl.train.checkpoint.folder import last_ledger
-from megatron_lcl.units import plain
+from megatron_lcl.units import in_bytes, plain
 
 REPORT = "report.html"
 """the page in a run folder, and its template here"""

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lcl.errors import counted, listed
 from megatron_lcl.parallel.mesh import Axis, connect_on_demand, local_device
 from megatron_lcl.train.launch import hosts, open_store
 from megatron_lcl.train.resilience.faults import exit_if_lost, name_nodes, node
 from megatron_lcl.train.resilience.signals import leave
 from megatron_lcl.train.resilience.start import LOST
 from megatron_lcl.train.resilience.watchdog import Watchdog
+from megatron_lcl.units import counted, listed
 
 MIB = 2**20
 SIZES = {"nccl": 256 * MIB, "gloo": 16 * MIB}

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.attention import CAPABILITY
-from megatron_lcl.errors import counted, listed
 from megatron_lcl.interrupts import end_with_command, holding_interrupts
 from megatron_lcl.selftest import kernels
 from megatron_lcl.selftest.cases import CASES, Case
@@ -33,6 +32,7 @@ from megatron_lcl.selftest.reference import Trajectory, reference
 from megatron_lcl.selftest.worker import run_case
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.launch import is_launched, open_store
+from megatron_lcl.units import counted, listed
 
 
 @dataclass(frozen=True)

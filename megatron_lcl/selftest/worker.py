@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 from megatron_lcl import objectives
 from megatron_lcl.config.phases import phase_at
-from megatron_lcl.errors import listed
 from megatron_lcl.evaluate.batches import image_batch, text_batch
 from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_device
 from megatron_lcl.selftest.cases import STEPS, Case, joined, lone_images_and_texts, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
+from megatron_lcl.units import listed
 
 AXES = ("world", "data", "pipeline", "tensor", "model_parallel", "data_tensor")
 

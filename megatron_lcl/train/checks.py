@@ -15,7 +15,7 @@ from megatron_lcl.data.loading.contrast import corpora_without_pairs
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.source import rules_of_kinds
 from megatron_lcl.data.storage.store import to_show
-from megatron_lcl.errors import UserError, free_space, in_bytes, nearest_folder
+from megatron_lcl.errors import UserError, free_space, nearest_folder
 from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train.apex import check_apex
@@ -36,6 +36,7 @@ from megatron_lcl.train.precision import check_dtype
 from megatron_lcl.train.settings import deepspeed_config
 from megatron_lcl.train.telemetry.profile import check_profile
 from megatron_lcl.train.telemetry.sinks import check_trackers
+from megatron_lcl.units import in_bytes
 
 TRAINED_ONLY = tuple(f"model.vision.{x}" for x in ("patch_dropout", "patch_dropout_places", "unmasked_steps"))
 """settings of the model that say how it is trained, and may change in a run"""

@@ -31,7 +31,7 @@ from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.data.storage.store import url_of
-from megatron_lcl.errors import UserError, counted
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import num_of_parts
 from megatron_lcl.run_folder import CONFIG, PROGRESS
 from megatron_lcl.train.changes import changes_since
@@ -44,6 +44,7 @@ from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import Memory, available, largest_estimate, run_slots
 from megatron_lcl.train.optimizer import unfinished_warmup
 from megatron_lcl.train.strategy import choose_strategy
+from megatron_lcl.units import counted
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
 """variable in which a launch script says what it would run"""

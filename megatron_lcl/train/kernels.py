@@ -12,12 +12,13 @@ import torch
 
 from megatron_lcl.attention import Attention, load_fault
 from megatron_lcl.config import Config
-from megatron_lcl.errors import UserError, listed
+from megatron_lcl.errors import UserError
 from megatron_lcl.losses.kernels import triton_fault
 from megatron_lcl.model.float8 import MULTIPLE, float8_fault
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.engine import choose_run_attention
 from megatron_lcl.train.precision import resolve_dtype
+from megatron_lcl.units import listed
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch.distributed as dist
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
-from megatron_lcl.errors import RunError, UserError, counted
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.model.layers import num_layers
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.parts import check_stages
+from megatron_lcl.units import counted
 
 
 def check_layout(config: Config, processes: int) -> int:

@@ -22,7 +22,7 @@ from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ledger import open_run_ledger
 from megatron_lcl.data.loading.source import open_source
-from megatron_lcl.errors import UserError, in_bytes
+from megatron_lcl.errors import UserError
 from megatron_lcl.objectives import create
 from megatron_lcl.plan import describe, layouts, run
 from megatron_lcl.plan.calibrate import Calibration, calibrate
@@ -33,6 +33,7 @@ from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import estimate, slots_of
 from megatron_lcl.train.simulate import Usage
+from megatron_lcl.units import in_bytes
 
 ROOT = Path(__file__).parents[2]
 OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}

@@ -22,8 +22,9 @@ from typing import Any, Literal, Protocol, get_args
 from tqdm import tqdm
 
 from megatron_lcl.data.engines.task import Task
-from megatron_lcl.errors import UserError, counted, listed
+from megatron_lcl.errors import UserError
 from megatron_lcl.interrupts import ending_on_sigterm
+from megatron_lcl.units import counted, listed
 
 Executor = Literal["local", "slurm", "ray"]
 EXECUTORS: tuple[Executor, ...] = get_args(Executor)

@@ -25,9 +25,10 @@ from pydantic.dataclasses import dataclass
 
 from megatron_lcl.config.types import STRICT
 from megatron_lcl.data.engines.task import Task, do_logged, one_line
-from megatron_lcl.errors import UserError, in_bytes
+from megatron_lcl.errors import UserError
 from megatron_lcl.fields import build, put
 from megatron_lcl.machine import num_cores
+from megatron_lcl.units import in_bytes
 
 _POLL = 1.0
 """seconds that `ended` waits"""

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.errors import UserError, free_space, in_bytes
+from megatron_lcl.errors import UserError, free_space
+from megatron_lcl.units import in_bytes
 
 FOLDER = Path("/dev/shm")
 PREFETCH = 2

@@ -12,7 +12,7 @@ from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.data.loading.source import VERSION
-from megatron_lcl.errors import counted
+from megatron_lcl.units import counted
 
 PACKS = 64
 """packs that are looked at; those of a corpus are alike, being drawn at random"""

@@ -33,7 +33,8 @@ from urllib.parse import urlsplit
 
 from megatron_lcl.data.storage.faults import KEYS, Fault, StorageError, explained, status_of
 from megatron_lcl.data.storage.names import is_within
-from megatron_lcl.errors import free_space, in_bytes
+from megatron_lcl.errors import free_space
+from megatron_lcl.units import in_bytes
 
 FIRST_SECONDS = 6.0
 PATIENCE_SECONDS = 300.0

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from megatron_lcl.config import Guard
-from megatron_lcl.errors import RunError, counted
+from megatron_lcl.errors import RunError
 from megatron_lcl.model.transfer import from_host
+from megatron_lcl.units import counted
 
 
 class BadSteps:

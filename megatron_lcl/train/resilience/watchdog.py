@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megatron_lcl.config import Guard
-from megatron_lcl.errors import RunError, counted
+from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.launch import say_watched
 from megatron_lcl.train.resilience.faults import code_of, is_distributed, is_local, name_nodes, node
 from megatron_lcl.train.resilience.signals import Stopped, leave
 from megatron_lcl.train.resilience.start import LOST
+from megatron_lcl.units import counted
 
 PERIOD_SECONDS = 1.0
 SUSPICION_SECONDS = 8.0

@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
-from megatron_lcl.errors import describe_os_error, in_bytes
+from megatron_lcl.errors import describe_os_error
 from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.run_folder import METRICS
 from megatron_lcl.train.result import StepResult
 from megatron_lcl.train.telemetry.lines import keep_lines_before
 from megatron_lcl.train.telemetry.sinks import TRACKERS, Sink, TensorBoard
 from megatron_lcl.train.telemetry.stragglers import over_ranks
-from megatron_lcl.units import in_units, plain
+from megatron_lcl.units import in_bytes, in_units, plain
 
 WAITING = 1 << 20
 """bytes of lines that wait where the disk is full"""
