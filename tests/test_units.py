@@ -1,4 +1,4 @@
-"""Numbers as text, and of things: no exponent for a size that a person reads, also where rounding reaches the next unit."""
+"""Numbers as text: no exponent for a size that a person reads, also where rounding reaches the next unit; counts."""
 
 from __future__ import annotations
 
