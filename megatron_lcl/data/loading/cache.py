@@ -19,11 +19,10 @@ import json
 import math
 import os
 import shutil
-import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,9 +31,9 @@ import xxhash
 from filelock import lock_descriptor
 
 from megatron_lcl.config import Data
-from megatron_lcl.data.corpus.files import replace_bytes, sync
+from megatron_lcl.data.corpus.files import replace_bytes, sync_all
 from megatron_lcl.data.corpus.remote import user_cache
-from megatron_lcl.data.corpus.scratch import lock_file, try_lock
+from megatron_lcl.data.corpus.scratch import kept_fresh, lock_file, try_lock
 from megatron_lcl.errors import UserError, free_space, is_full
 
 RECORD = "chunk.json"
@@ -148,10 +147,9 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
     except OSError as error:
         raise _unwritable(folder.parent, error) from None
     try:
-        with _kept_fresh(temporary):
+        with kept_fresh(temporary, BEAT_SECONDS):
             build(temporary)
-            for path in (*temporary.iterdir(), temporary):  # else a renamed folder may have empty files after a crash
-                sync(path)
+            sync_all(temporary)  # else a renamed folder may have empty files after a crash
         try:
             temporary.rename(folder)
         except OSError as error:
@@ -170,23 +168,6 @@ def _unwritable(cache: Path, error: OSError) -> UserError:
     if is_full(error):
         said, remedy = f"{said}, {free_space(cache)}", f"make room there, or {remedy}"
     return UserError(f"the pack index cannot be written to {cache} ({said}); {remedy}")
-
-
-@contextlib.contextmanager
-def _kept_fresh(folder: Path) -> Iterator[None]:
-    ended = threading.Event()
-
-    def heartbeat() -> None:
-        while not ended.wait(BEAT_SECONDS):
-            _touch(folder)
-
-    thread = threading.Thread(target=heartbeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _touch(path: Path) -> None:
