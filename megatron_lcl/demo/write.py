@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
-from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.corpus.files import replace_text, sync_all
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.demo import documents
@@ -110,12 +110,14 @@ def write(
         )
         print(summary, flush=True)
     counts = _counts(data, parts, records)
-    replace_text(
-        output / SOURCES,
-        json.dumps(
-            {"demo": data.name, "rules": RULES, "packages": [f.source for f in packages], "counts": counts}, indent=1
-        ),
-    )
+    sources = {"demo": data.name, "rules": RULES, "packages": [f.source for f in packages], "counts": counts}
+    write_sources(output, sources)
+
+
+def write_sources(output: Path, sources: Mapping[str, Any]) -> None:
+    """`sources.json`, by which a data set is taken for whole, once all else of it is on the disk."""
+    sync_all(output)
+    replace_text(output / SOURCES, json.dumps(sources, indent=1))
 
 
 def summary(output: Path) -> str:

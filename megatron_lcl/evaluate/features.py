@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.data.corpus.remote import user_cache
-from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, clear_dead, scratch_folder
+from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
 from megatron_lcl.data.loading.images import DECODING
 from megatron_lcl.errors import UserError, nearest_folder
 from megatron_lcl.evaluate.encoders.encoder import Encoder
@@ -95,7 +95,7 @@ class FeatureStore:
             if kind == "patches":
                 need_patches(encoder.name, shape)
             self.folder.mkdir(parents=True, exist_ok=True)
-            clear_dead(self.folder, UNUSED_SECONDS)
+            clear_dead(self.folder)
             with ending_on_sigterm(), scratch_folder(self.folder) as scratch:
                 temporary = scratch / file.name  # who may read it, the umask says
                 new_array(temporary, _TYPES[kind], (len(data), *shape)).flush()
@@ -119,7 +119,7 @@ class FeatureStore:
 
     def check_room(self, encoders: Sequence[Shapes], wanted: Sequence[tuple[ImageSet, Kind]]) -> None:
         """UserError where the features that are yet to be computed would not fit the disk; large ones are told."""
-        clear_dead(self.folder, UNUSED_SECONDS)
+        clear_dead(self.folder)
         sizes: dict[Path, tuple[int, str]] = {}
         for shapes in encoders:
             of_whom = f" of {shapes.name}" if len(encoders) > 1 else ""

@@ -3,5 +3,5 @@
 devices.py has what vendors publish of their GPUs, calibrate.py measures the CPU at hand; work.py counts what a layer
 computes, network.py what a process sends, predict.py makes seconds of both. layouts.py ranks the layouts that fit.
 
-Imports config, data.loading, losses, model, objectives, parallel and train. Begin with run.py.
+Imports config, data, losses, model, objectives, parallel and train. Begin with run.py.
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import Phase, phases_of
+from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.plan.calibrate import calibrate
 from megatron_lcl.plan.devices import DEVICES, assumed_rates, check_name
@@ -118,11 +119,9 @@ def _is_own(layout: Layout, config: Config) -> bool:
 
 def write(config: Config, file: Path) -> None:
     """The whole config as YAML. UserError where there is such a file."""
-    try:
-        with file.open("x", encoding="utf-8") as out:
-            out.write(configs.to_yaml(config))
-    except FileExistsError:
-        raise UserError(f"{file} exists; name another file for --write") from None
+    if file.exists():
+        raise UserError(f"{file} exists; name another file for --write")
+    replace_text(file, configs.to_yaml(config))
 
 
 def text_per_image(config: Config, given: int | None) -> tuple[float, bool]:

@@ -340,6 +340,17 @@ def test_what_other_rules_measured_of_held_out_documents_is_measured_again(
     assert bits() == 1
 
 
+def test_features_that_a_killed_claim_left_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_by_killed: Path
+) -> None:
+    """They are large, and of no use to the next."""
+    monkeypatch.setattr(measure, "evaluate", lambda *_, cache, **__: [cache.parent, 1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        list(measure._labeled(tmp_path, "run", [], tmp_path, "digits"))
+    assert not left_by_killed.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def measures(**values: float) -> list[Measure]:
     return [Measure("d", "linear probe", name, value, 0.5, 10) for name, value in values.items()]
 

@@ -116,6 +116,19 @@ def test_a_full_disk_is_not_taken_for_a_missing_network(tmp_path: Path, path: Pa
     assert is_full(error.value)
 
 
+def test_a_package_is_unpacked_whole_or_not_at_all(tmp_path: Path, path: Path, left_by_killed: Path) -> None:
+    client(path, "dpkg-deb", '/bin/mkdir "$3"; echo half >"$3/file"; test -e done')
+    package, folder = tmp_path / "one_1_all.deb", tmp_path / "unpacked"
+    package.touch()
+    with pytest.raises(ValueError, match="dpkg-deb -x"):
+        packages.unpack_debian(package, folder)
+    assert sorted(os.listdir(tmp_path)) == ["bin", package.name]
+    client(path, "dpkg-deb", '/bin/mkdir "$3"; echo whole >"$3/file"')
+    packages.unpack_debian(package, folder)
+    assert (folder / "file").read_text() == "whole\n"
+    assert sorted(os.listdir(tmp_path)) == ["bin", package.name, "unpacked"]
+
+
 def test_other_content_is_refused_and_another_version_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digest = npm_package(tmp_path / "one-1.0.tgz", "1.0", text=b"changed")
     fetch([Package("npm", "one", "1.0", digest)], tmp_path / "source", tmp_path)

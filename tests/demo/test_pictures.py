@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pytest
+from data.helpers import TOKENIZER
 from PIL import Image as Pillow
 from PIL import ImageDraw
 
 from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
 from megatron_lcl.demo import documents
+from megatron_lcl.demo import write as write_module
 from megatron_lcl.demo.pictures import MAX_BITS, Picture, near_duplicates
 from megatron_lcl.demo.split import split
 
@@ -44,6 +49,21 @@ def test_redrawn_and_copied_pictures_are_near_duplicates() -> None:
     assert (bits != perceptual_hash(Pillow.open(io.BytesIO(training[0].data)).convert("RGB"))).sum() <= MAX_BITS
     assert near_duplicates(held_out, training) == [*range(8), *range(16, 24)]
     assert near_duplicates(held_out, []) == []
+
+
+def test_files_are_on_the_disk_before_the_sources_say_that_they_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they may be empty after a power failure, and the data set is taken for whole all the same."""
+    done: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.readlink(f"/proc/self/fd/{file}")))
+    monkeypatch.setattr(write_module, "replace_text", lambda file, text: done.append(f"{file} written"))
+    monkeypatch.setattr(write_module, "preprocess", lambda *_, **__: "")
+    pictures = [picture(artist, f"name {k}", drawing(k)) for artist in "ab" for k in range(3)]
+    data = write_module.DataSet("set", pictures, [], lambda p: p.name, "a", 0.0, 1, 8, "{c}")
+    write_module.write(data, [], tmp_path / "out", learn=lambda texts: TOKENIZER)
+    assert sorted(done[:-1]) == sorted(map(str, (tmp_path / "out", *(tmp_path / "out").rglob("*"))))
+    assert done[-1] == f"{tmp_path}/out/sources.json written"
 
 
 def test_an_artist_and_a_share_of_the_names_are_held_out() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,20 @@ def test_the_command_says_what_was_found_and_writes_the_best(
     assert "--images -1: give a number above 0" in capsys.readouterr().err
     assert main([*arguments, "--train.stepz", "1"]) == 2
     assert "train.steps" in capsys.readouterr().err
+
+
+def test_where_the_disk_is_full_nothing_is_written(tmp_path: Path) -> None:
+    """And the same command can be run again."""
+    limits, config = resource.getrlimit(resource.RLIMIT_FSIZE), config_of()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9, limits[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            run.write(config, tmp_path / "best.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+    run.write(config, tmp_path / "best.yaml")
+    assert configs.load(tmp_path / "best.yaml") == config
 
 
 def test_gradients_and_what_is_offloaded_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

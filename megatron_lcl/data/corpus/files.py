@@ -39,6 +39,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_all(folder: Path) -> None:
+    """`sync` of a folder, and of all files and folders in it."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)
+
+
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write a `.npy` file and fsync it."""
     import numpy as np

@@ -204,7 +204,7 @@ class Remote:
         if not missing:
             return
         with locked(self.folder.with_name(self.folder.name + ".lock")):
-            clear_dead(self.folder, UNUSED_SECONDS)
+            clear_dead(self.folder)
             missing = [name for name in missing if not (self.folder / name).exists()]
             with scratch_folder(self.folder) as scratch:
                 for first in range(0, len(missing), BATCH):

@@ -11,22 +11,26 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import lock_descriptor
 
-from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.files import sync, sync_all
+from megatron_lcl.data.storage.names import SCRATCH
 from megatron_lcl.errors import UserError
 from megatron_lcl.interrupts import ending_on_sigterm
 from megatron_lcl.processes import UNGUARDED, runs_script_again
 
 UNUSED_SECONDS = 86400.0
 """after which what nobody has used or written is taken for left over"""
-_PREFIX = "scratch-"
+_BEAT_SECONDS = UNUSED_SECONDS / 24
+_REPLACED = "replaced"
+"""in the scratch folder of `whole_folder`: what the new folder takes the place of"""
 _OWNER = re.compile(r"(.+)-(\d+)-[0-9a-f]{32}")
 """how a scratch folder's name ends: machine, process, and what is this folder's alone"""
 _POLL_SECONDS = 0.2
@@ -35,71 +39,113 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def scratch_folder(work: Path, prefix: str = _PREFIX) -> Iterator[Path]:
+def scratch_folder(work: Path, prefix: str = SCRATCH) -> Iterator[Path]:
     """A new folder below `work` for this process alone; gone at the end, with what is in it.
 
-    prefix: how its name begins.
+    prefix: how its name begins. What a process leaves that is killed, `clear_dead` removes.
     """
     folder = work / f"{prefix}{_machine()}-{os.getpid()}-{uuid.uuid4().hex}"
     folder.mkdir()
     try:
-        yield folder
+        with kept_fresh(folder, _BEAT_SECONDS):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def kept_fresh(folder: Path, seconds: float) -> Iterator[None]:
+    """Set a folder's time every so many seconds, so that other machines see that it is in use."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(seconds):
+            with suppress(OSError):  # deleted meanwhile
+                os.utime(folder)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def put_in_place(folder: Path, target: Path) -> None:
-    """Rename a complete folder; where another process was first, its folder stays and ours is discarded."""
+    """Rename a complete folder, once all of it is on the disk: else a power failure may leave the name and not the
+    content. Where another process was first, its folder stays and ours is discarded."""
+    sync_all(folder)
     try:
         os.rename(folder, target)
     except OSError:
         if not target.is_dir():
             raise
+    sync(target.parent)
+
+
+def need_empty(output: Path) -> None:
+    """UserError where a folder is there and not empty."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is not empty; give a new folder")
 
 
 @contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that is renamed to it at the end, and gone where that is not reached: by SIGTERM too,
-    and after SIGKILL when the next one is made for the same output.
+def whole_folder(output: Path, check: Callable[[Path], None] = need_empty) -> Iterator[Path]:
+    """A folder that takes the place of `output` at the end, once all of it is on the disk, and is gone where that is
+    not reached: by SIGTERM too, and after SIGKILL when the next one is made for the same output.
 
-    UserError where `output` is there and not empty.
+    check: called with `output` before the work and after it; raises UserError where what is there has to stay.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is not empty; give a new folder")
+    check(output)
     beside, prefix = output.absolute().parent, f".{output.name}."
     beside.mkdir(parents=True, exist_ok=True)
-    clear_dead(beside, UNUSED_SECONDS, prefix)
-    with ending_on_sigterm(), scratch_folder(beside, prefix) as folder:
+    for left in _ended(beside, prefix):
+        if (left / _REPLACED).exists() and not output.exists():  # its process was killed between the two renames below
+            (left / _REPLACED).rename(output)
+        shutil.rmtree(left, ignore_errors=True)
+    with ending_on_sigterm(), scratch_folder(beside, prefix) as scratch:
+        folder, replaced = scratch / "new", scratch / _REPLACED
+        folder.mkdir()
         yield folder
-        sync(folder)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
-        sync(output.parent)
+        sync_all(folder)
+        check(output)
+        try:
+            if output.exists():
+                output.rename(replaced)
+            folder.rename(output)
+        except BaseException:
+            if replaced.exists() and not output.exists():
+                replaced.rename(output)
+            raise
+        sync(beside)
 
 
-def clear_dead(work: Path, idle: float = float("inf"), prefix: str = _PREFIX) -> None:
-    """Remove the scratch folders, of a prefix, of this machine's processes that have ended.
+def clear_dead(work: Path) -> None:
+    """Remove the scratch folders of processes that have ended."""
+    for folder in _ended(work, SCRATCH):
+        shutil.rmtree(folder, ignore_errors=True)
 
-    idle: seconds without a write, after which a process of another machine is taken for ended too.
-    """
-    for folder in work.glob(glob.escape(prefix) + "*"):
+
+def _ended(work: Path, prefix: str) -> Iterator[Path]:
+    """The scratch folders, of a prefix, of processes that have ended; one of another machine has where nothing in its
+    folder was written for UNUSED_SECONDS, as `scratch_folder` writes its time."""
+    for folder in [*work.glob(glob.escape(prefix) + "*")]:
         if (owner := _OWNER.fullmatch(folder.name.removeprefix(prefix))) is None:
             continue  # a user's
         machine, pid = owner[1], int(owner[2])
-        ended = not _alive(pid) if machine == _machine() else time.time() - _written(folder) > idle
-        if ended:
-            shutil.rmtree(folder, ignore_errors=True)
+        if not _alive(pid) if machine == _machine() else time.time() - _written(folder) > UNUSED_SECONDS:
+            yield folder
 
 
 def is_scratch(path: Path) -> bool:
     """Whether a folder is a process's scratch folder; one of another machine stays when that process is killed."""
-    return path.name.startswith(_PREFIX)
+    return path.name.startswith(SCRATCH)
 
 
 def is_used(work: Path) -> bool:
     """Whether any process has a scratch folder here; one of another machine may be dead."""
-    return next(work.glob(_PREFIX + "*"), None) is not None
+    return next(work.glob(SCRATCH + "*"), None) is not None
 
 
 @contextmanager

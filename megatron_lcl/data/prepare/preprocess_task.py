@@ -24,7 +24,6 @@ import xxhash
 from megatron_lcl.data.corpus.corpus_manifest import total
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.probe import BadImage, Probe, downscale, probe
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
@@ -209,9 +208,7 @@ def _write_part(
     write_file(folder / DIGESTS, np.array(digests, np.uint64).tobytes())
     part = Part(task, number, last, num_read, records, drops.to_dict(), dict(others))
     write_file(folder / RECORD, json.dumps(vars(part)).encode())
-    sync(folder)
     put_in_place(folder, settings.folder / name)
-    sync(settings.folder)
     return part
 
 

@@ -8,18 +8,20 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, read_manifest
 from megatron_lcl.data.corpus.drops import LOG
+from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
-from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
+from megatron_lcl.data.corpus.scratch import clear_dead, is_scratch, is_used, scratch_folder, waiting_for_others
 from megatron_lcl.errors import UserError, free_space, is_full
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
+_LOCK = "lock"
 _LAYOUT = {"unfinished": 3}
 """part of the record: version of the layout of unfinished work"""
 logger = logging.getLogger(__name__)
@@ -90,7 +92,13 @@ def in_work_folder(work: Path) -> Iterator[Path]:
 
 
 def claim(work: Path, recipe: Mapping[str, Any], scratch: Path) -> None:
-    """Record which corpus the work folder is for, unless that is recorded: of several processes at once one does."""
+    """Record which corpus the work folder is for, unless that is recorded: of several processes at once one does.
+
+    Without a record, what is in the folder is what `remove_work` left when it was interrupted, of whatever input and
+    options, and goes.
+    """
+    if _unrecorded(work):
+        _clear_unrecorded(work)
     own = scratch / _RECORD
     write_file(own, json.dumps({**recipe, **_LAYOUT}).encode())
     try:
@@ -100,6 +108,19 @@ def claim(work: Path, recipe: Mapping[str, Any], scratch: Path) -> None:
     except OSError:  # a file system without links
         if not (work / _RECORD).exists():
             os.replace(own, work / _RECORD)
+
+
+def _unrecorded(work: Path) -> list[Path]:
+    """What is in a work folder that has no record."""
+    found = [path for path in work.iterdir() if not is_scratch(path) and path.name != _LOCK]
+    return [] if (work / _RECORD).exists() else found  # looked for last: what is found was there before any record
+
+
+def _clear_unrecorded(work: Path) -> None:
+    with waiting_for_others(work / _LOCK), scratch_folder(work) as gone:
+        for path in _unrecorded(work):
+            with suppress(FileNotFoundError):  # where there are no locks, another process was faster
+                path.rename(gone / path.name)
 
 
 def clear_up(folder: Path) -> None:
@@ -123,8 +144,17 @@ def clear_errors(folder: Path) -> Iterator[None]:
 
 
 def remove_work(folder: Path, created: list[Path]) -> None:
-    """Remove what a failed run wrote, and the folders that were made for it, the innermost first."""
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    """Remove what a failed run wrote, and the folders that were made for it, the innermost first.
+
+    The record first: where this is interrupted, `claim` removes the rest.
+    """
+    work = folder / WORK
+    with suppress(OSError):
+        (work / _RECORD).unlink()
+        sync(work)
+        _clear_unrecorded(work)
+    if not is_used(work):
+        shutil.rmtree(work, ignore_errors=True)
     for path in created:
         try:
             path.rmdir()

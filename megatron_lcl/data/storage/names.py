@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 
+SCRATCH = "scratch-"
+"""how the names of folders begin that belong to one process, and to no output (`corpus/scratch.py`)"""
+
 
 def is_within(name: str) -> bool:
     """Whether a name leads to a file in a folder, or below it: relative, without `.` and `..`.

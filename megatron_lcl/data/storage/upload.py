@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import xxhash
 
-from megatron_lcl.data.storage.names import shortened
+from megatron_lcl.data.storage.names import SCRATCH, shortened
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
 
@@ -68,6 +68,8 @@ def uploaded(
         raise UserError(f"{url} holds other objects ({min(found)}, {len(found)} in all); give another place")
     if not resumes:
         if complete:
+            if begun is not None:  # the process that put it was killed before it could delete this
+                store.delete([UPLOADING])
             raise UserError(f"{url} holds such an output already (it has {last}); give another place")
         shutil.rmtree(folder, ignore_errors=True)
     brought = complete and not folder.exists()
@@ -112,7 +114,8 @@ def _remove_if_empty(folder: Path) -> None:
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of the files that belong to an output."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {name: size for name, size in sizes.items() if not name.startswith(SCRATCH)}
 
 
 def _bring(store: Store, folder: Path, records: dict[str, int], last: str) -> None:

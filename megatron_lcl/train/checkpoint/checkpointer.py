@@ -36,7 +36,7 @@ from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_te
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.parallel.layers import shard
 from megatron_lcl.parallel.mesh import Axis, Mesh
-from megatron_lcl.run_folder import AVERAGES, CONFIG, PROGRESS, WEIGHTS
+from megatron_lcl.run_folder import AVERAGES, CONFIG, METRICS, PROGRESS, WEIGHTS
 from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
@@ -235,6 +235,8 @@ class Checkpointer:
         averages = [f"{folder}/{name}" for folder in folders for name in (WEIGHTS, CONFIG, ".")]
         for name in (*averages, *[AVERAGES] * bool(averages), WEIGHTS, CONFIG, PROGRESS, MANIFEST, STATE, RNG, "."):
             sync(temporary / name)
+        with contextlib.suppress(OSError):  # nothing there, or metrics that cannot be written: no reason to fail
+            sync(self.run / METRICS)  # else a run that goes on from here may lack lines of steps before
         checkpoint.give_name(temporary, final)  # the same step is saved again after a rewind, or a resume
         sync(final.parent)
         return checkpoint.tidy(self.run, self._kept(progress), progress.step)

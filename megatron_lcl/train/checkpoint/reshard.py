@@ -13,12 +13,12 @@ a file for every piece of every parameter. This one writes what all of them load
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 from pathlib import Path
 
 from megatron_lcl.config import Model
 from megatron_lcl.data.corpus.manifest import MANIFEST, manifest_text, verify
+from megatron_lcl.data.corpus.scratch import clear_dead, put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.train.checkpoint.folder import STATE
 from megatron_lcl.train.checkpoint.state import State, save_hashed
 
@@ -26,22 +26,24 @@ UNIVERSAL = "universal"
 
 
 def convert(folder: Path, model: Model) -> bool:
-    """Make sure that a checkpoint has its universal form; whether it had to be written. One process calls it.
+    """Make sure that a checkpoint has its universal form; whether it had to be written. One process of a run calls it.
 
-    Written under a temporary name, manifest last, renamed. One that does not verify is written again, so it need not
-    outlive a power failure. OSError where the checkpoint's folder cannot be written.
+    Several runs may begin with one checkpoint: each writes a folder of its own, which it renames, and only one that
+    does not verify is moved out of the way. OSError where the checkpoint's folder cannot be written.
     """
-    final, temporary = folder / UNIVERSAL, folder / f".{UNIVERSAL}.tmp"
+    final = folder / UNIVERSAL
     if not verify(final):
         return False
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(final, ignore_errors=True)
-    try:
-        _write(State(folder / STATE, model), temporary)
-        os.rename(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with waiting_for_others(folder / f".{UNIVERSAL}.lock"):
+        clear_dead(folder)
+        with scratch_folder(folder) as scratch:
+            if not verify(final):  # another run has written it meanwhile
+                return False
+            _write(State(folder / STATE, model), scratch / UNIVERSAL)
+            if verify(final):  # as before, where there are no locks
+                with contextlib.suppress(FileNotFoundError):
+                    final.rename(scratch / "damaged")
+                put_in_place(scratch / UNIVERSAL, final)
     return True
 
 

@@ -8,13 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
 from users import as_other, needs_root, shared_folder, succeeds
 
+from megatron_lcl.convert.folder import new_folder
 from megatron_lcl.data.corpus import scratch
 from megatron_lcl.data.corpus.remote import locked
 
@@ -37,20 +39,31 @@ def test_left_or_in_use(tmp_path: Path, here: bool, alive: bool, written: int | 
     folder = tmp_path / f"scratch-{machine}-{pid}-{'0' * 32}"
     (folder / "below").mkdir(parents=True)
     (folder / "below" / "file").touch()
-    for path, time in ((folder / "below" / "file", written), (folder / "below", 1), (folder, 1)):
-        if time is not None:
-            os.utime(path, times=(time, time))
+    for path, when in ((folder / "below" / "file", written), (folder / "below", 1), (folder, 1)):
+        if when is not None:
+            os.utime(path, times=(when, when))
     scratch.clear_dead(tmp_path)
-    assert folder.exists() == (stays or not here)
-    scratch.clear_dead(tmp_path, 86400.0)
     assert folder.exists() == stays
+
+
+def test_one_in_use_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another machine, where nothing is written into it for a day."""
+    monkeypatch.setattr(scratch, "_BEAT_SECONDS", 0.01)
+    with scratch.scratch_folder(tmp_path) as folder:
+        os.utime(folder, times=(1, 1))
+        ends = time.monotonic() + 30
+        while folder.stat().st_mtime == 1 and time.monotonic() < ends:
+            time.sleep(0.01)
+        monkeypatch.setattr(scratch, "_machine", lambda: "another")
+        scratch.clear_dead(tmp_path)
+        assert folder.exists()
 
 
 def test_a_folder_of_the_user_stays(tmp_path: Path) -> None:
     for name in ("scratch-of-bob-1", "scratch-2024", f"scratch-{scratch._machine()}-x-{'0' * 32}"):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, times=(1, 1))
-    scratch.clear_dead(tmp_path, 0.0)
+    scratch.clear_dead(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -60,8 +73,20 @@ from pathlib import Path
 from megatron_lcl.data.corpus.scratch import whole_folder
 with whole_folder(Path(sys.argv[1])) as folder:
     (folder / "file").touch()
-    print(folder, flush=True)
+    print(folder.parent, flush=True)
     time.sleep(600)
+"""
+REPLACES = """
+import os, signal, sys
+from pathlib import Path
+from megatron_lcl.data.corpus.scratch import whole_folder
+rename = Path.rename
+def renamed(path, target):
+    rename(path, target)
+    os.kill(os.getpid(), int(sys.argv[2]))
+Path.rename = renamed
+with whole_folder(Path(sys.argv[1]), lambda output: None) as folder:
+    (folder / "file").write_text("new")
 """
 
 
@@ -73,13 +98,77 @@ def test_a_killed_command_leaves_no_folder(tmp_path: Path, signum: int) -> None:
     with subprocess.Popen([sys.executable, "-c", WRITES, output], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
-        assert (folder.parent, (folder / "file").exists()) == (tmp_path, True)
+        assert (folder.parent, (folder / "new" / "file").exists()) == (tmp_path, True)
         process.send_signal(signum)
         assert process.wait() in (128 + signum, -signum)
     assert folder.exists() == (signum == signal.SIGKILL)
     with scratch.whole_folder(output):
         assert not folder.exists()
     assert {path.name for path in tmp_path.iterdir()} == {output.name, f".{output.name}.mine"}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.timeout(60)
+def test_killed_while_one_folder_takes_the_place_of_another(tmp_path: Path, signum: int) -> None:
+    """After the old one is gone, and before the new one is there."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "file").write_text("old")
+    ended = subprocess.run([sys.executable, "-c", REPLACES, output, str(signum)], stderr=subprocess.DEVNULL)
+    assert ended.returncode in (128 + signum, -signum)
+    assert output.exists() == (signum != signal.SIGKILL)
+    with suppress(ZeroDivisionError), scratch.whole_folder(output, lambda _: None):
+        raise ZeroDivisionError
+    assert (output / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with scratch.whole_folder(output, lambda _: None) as folder:
+        (folder / "file").write_text("new")
+    assert (output / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def put(output: Path, fill: Callable[[Path], None]) -> None:
+    with scratch.scratch_folder(output.parent) as folder:
+        (folder / "new").mkdir()
+        fill(folder / "new")
+        scratch.put_in_place(folder / "new", output)
+
+
+def replace(output: Path, fill: Callable[[Path], None]) -> None:
+    output.mkdir()
+    with scratch.whole_folder(output) as folder:
+        fill(folder)
+
+
+def export(output: Path, fill: Callable[[Path], None]) -> None:
+    with new_folder(output, "hf") as folder:
+        fill(folder)
+
+
+@pytest.mark.parametrize("write", [put, replace, export])
+def test_a_folder_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, Callable[[Path], None]], None]
+) -> None:
+    """With all that is in it, however it was written, and then its name: a power failure leaves none, or all."""
+    done: list[str] = []
+
+    def fill(folder: Path) -> None:
+        (folder / "below").mkdir()
+        for name in ("a", "below/b"):
+            (folder / name).write_text(name)
+        (folder / "nowhere").symlink_to("not there")
+
+    def noted(old: Path, new: Path) -> None:
+        rename(old, new)
+        done.append(f"{old.name} -> {new.name}")
+
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", noted)
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(Path(os.readlink(f"/proc/self/fd/{file}")).name))
+    write(tmp_path / "out", fill)
+    renamed = done.index("new -> out")
+    before = [each for each in done[:renamed] if "->" not in each]
+    assert (sorted(before), before[-1], done[renamed + 1 :]) == (["a", "b", "below", "new"], "new", [tmp_path.name])
 
 
 @needs_root

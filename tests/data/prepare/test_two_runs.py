@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 from data import writers
-from data.helpers import contents, parts_in
+from data.helpers import TOKENIZER, contents, parts_in
 from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
 from megatron_lcl.data.prepare.preprocess import WORK, preprocess
+from megatron_lcl.data.prepare.unfinished import remove_work
 from megatron_lcl.data.prepare.verify import verify
 
 SMALL = {"tokenizer": "clip", "task_bytes": 1, "shard_documents": 64}
@@ -265,3 +267,33 @@ def test_of_two_commands_at_once_one_has_the_folder(
     with pytest.raises(ValueError, match="unfinished corpus of other input, options or version"):
         preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
     assert any((output / WORK).glob("part-*"))
+
+
+@pytest.mark.parametrize("earlier", [True, False], ids=["by an earlier release", "by this one"])
+def test_of_work_that_was_not_wholly_removed_nothing_is_taken(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    """Too much was bad, and what was written was being removed when the process was killed; then other options."""
+    output, renames = tmp_path / "out", [True, True]
+
+    def renamed(path: Path, target: Path) -> None:
+        if not renames:
+            raise KeyboardInterrupt
+        renames.pop()
+        os.rename(path, target)
+
+    def interrupted(folder: Path, created: list[Path]) -> None:
+        if earlier:
+            (folder / WORK / "recipe.json").unlink()
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", renamed)
+            remove_work(folder, created)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess_module, "remove_work", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess("jsonl", source, output, max_bad_fraction=0.001, **{**SMALL, "tokenizer": TOKENIZER})  # type: ignore[arg-type]
+    assert any(output.glob(f"{WORK}/part-*/part.json"))
+    preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+    assert contents(output) == expected

@@ -233,8 +233,10 @@ def test_what_is_there_is_not_written_over(place: str, tmp_path: Path, monkeypat
         run("one")
     store.delete(["b"])
     run("one", "a", resumes=True)
+    store.put(UPLOADING, json.dumps({"fingerprint": "of a"}).encode())  # whoever put it was killed at the very end
     with pytest.raises(UserError, match="holds such an output already"):
         run("two", "a")
+    assert [name for name, _ in store.list()] == ["a"]
     with pytest.raises(UserError, match="its a differs"):
         run("two", "a", resumes=True)
     assert objects(place) == {"a": b"one"}
@@ -268,6 +270,14 @@ def test_what_is_there_is_not_written_over(place: str, tmp_path: Path, monkeypat
         uploaded("https://host/folder", tmp_path / "work", None, resumes=False),
     ):
         pass
+
+
+def test_what_a_killed_process_left_is_not_put(place: str, tmp_path: Path) -> None:
+    with uploaded(place, tmp_path / "work", "a", resumes=True) as folder:
+        (folder / "scratch-x").mkdir(parents=True)
+        for name in ("a", "scratch-x/b"):
+            (folder / name).write_text(name)
+    assert objects(place) == {"a": b"a"}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -186,6 +187,28 @@ def test_a_conversion_is_made_once_unless_it_is_damaged(run: Path, runs: Path) -
     assert reshard.convert(folder, model)
     assert verify(folder / "universal") == []
     assert verify(folder) == [], "the checkpoint itself is as it was"
+
+
+@pytest.mark.slow
+def test_two_runs_may_convert_one_checkpoint(run: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without locks: what one has written, and may be reading, stays as it is when the other comes second."""
+    folder, model, write = checkpoint.step_folder(run, 4), build_config(runs, JOBS[0]).model, reshard._write
+    others: list[int] = []
+
+    def write_amid_another(state: State, target: Path) -> None:
+        monkeypatch.setattr(reshard, "_write", write)
+        (target / "zero").mkdir(parents=True)
+        assert reshard.convert(folder, model)
+        others.append((folder / "universal").stat().st_ino)
+        write(state, target)
+
+    monkeypatch.setattr(reshard, "waiting_for_others", contextlib.nullcontext, raising=False)
+    monkeypatch.setattr(reshard, "_write", write_amid_another)
+    before = {path.name for path in folder.iterdir()}
+    assert reshard.convert(folder, model)
+    assert verify(folder / "universal") == []
+    assert others == [(folder / "universal").stat().st_ino]
+    assert {path.name for path in folder.iterdir()} - before == {"universal"}
 
 
 # --- the command -------------------------------------------------------------------------------------------------

@@ -127,11 +127,19 @@ def life(rank: int, folder: str) -> dict[str, Any]:
     engine = build_engine(build_module(config, mesh), config, mesh)
     own = range(rank, GLOBAL_BATCH, 2)
     build_stepper(engine, config, mesh).run([pack(0, number, config) for number in own], LR[0])
-    run, log, write = Path(config.train.output), Log(), checkpointer.write_files
+    run, log, write, sync = Path(config.train.output), Log(), checkpointer.write_files, checkpointer.sync
+    synced: list[str] = []
+
+    def noted(path: Path) -> None:
+        sync(path)
+        synced.append(path.name)
+
+    checkpointer.sync = noted
     leftovers = (".step-00000002.tmp", ".step-00000099.old")  # links to folders are nothing that rmtree would remove
     (Path(folder) / "elsewhere" / "state").mkdir(parents=True, exist_ok=True)
     if mesh.is_first:
         (run / "checkpoints").mkdir(parents=True)
+        (run / "metrics.jsonl").touch()
         for name in leftovers:
             (run / "checkpoints" / name).symlink_to(Path(folder) / "elsewhere")
     with checkpointer.Checkpointer(engine, config, mesh, run) as checkpoints:
@@ -158,6 +166,7 @@ def life(rank: int, folder: str) -> dict[str, Any]:
     dist.destroy_process_group()
     stalls = {line["step"]: line["checkpoint_stall_seconds"] for line in log.lines}
     values = {"drawn": drawn, "again": again, "waited": waited, "stalls": stalls, "audited": audited}
+    values["synced"] = synced
     return {**values, "fault": saver.fault, "step": saver.step, "failures": saver.failures}
 
 
@@ -173,6 +182,15 @@ def test_generators_go_on_where_they_were(lives: tuple[Path, list[dict[str, Any]
     first, second = lives[1]
     assert (first["again"], second["again"]) == (first["drawn"], second["drawn"])
     assert not set(first["drawn"]) & set(second["drawn"])
+
+
+@pytest.mark.slow
+def test_the_metrics_up_to_a_checkpoint_are_on_the_disk_before_it_has_its_name(
+    lives: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    """Else a run that goes on from it after a power failure lacks their lines for ever."""
+    ends = [name for name in lives[1][0]["synced"] if name in ("metrics.jsonl", "checkpoints")]
+    assert ends == ["metrics.jsonl", "checkpoints"] * 3
 
 
 @pytest.mark.slow
