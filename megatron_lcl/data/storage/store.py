@@ -186,11 +186,17 @@ def _forget() -> None:
 def _current() -> _Server:
     """The process that has this one's settings; it is started where there is none."""
     global _server
-    settings = {key: value for key, value in os.environ.items() if key.startswith(_SETTINGS)}
+    settings = {key: value for key, value in _environment().items() if key.startswith(_SETTINGS)}
     with _starting:
         if _server is None or _server.settings != settings:
             _server = _Server(settings)
         return _server
+
+
+def _environment() -> dict[str, str]:
+    """This process's variables, also while another thread sets and deletes some: a copy of `os.environ` would fail at
+    one that has gone since it was listed."""
+    return {name: value for name in os.environ if (value := os.environ.get(name)) is not None}
 
 
 def _start() -> tuple[subprocess.Popen[bytes], str]:
@@ -212,7 +218,7 @@ def _start() -> tuple[subprocess.Popen[bytes], str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the processes that it serves
-            env={**os.environ, **same_code()},
+            env={**_environment(), **same_code()},
         )
         assert process.stdout is not None
         with process.stdout:
