@@ -195,7 +195,8 @@ PARTS = [
     Part("torch", "ops.c10d._allgather_base_", "of which gloo copies what it gives"),
     Part("torch", "ops.c10d._reduce_scatter_base_", "of which gloo copies what it takes"),
     Part("multiprocessing.forkserver", "_forkserver", "the server of its processes, ended"),
-    Part("multiprocessing.util", "get_temp_dir", "the folder of its sockets", ()),
+    Part("multiprocessing.util", "Finalize", "removes the folder of its sockets", ("self", "obj", "callback", "args")),
+    Part("multiprocessing.util", "get_temp_dir", "takes our folder", in_source="current_process()._config.get("),
     *(
         Part(module, "", "its comparison with other processes is left out", in_source="assert_ints_same_as_other_ranks")
         for module in (

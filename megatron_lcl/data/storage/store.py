@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection
@@ -21,8 +20,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_lcl.data.storage.faults import StorageError, without_secrets
-from megatron_lcl.errors import UserError, describe_os_error
-from megatron_lcl.processes import LONGEST, same_code, socket_folder
+from megatron_lcl.errors import UserError
+from megatron_lcl.processes import make_socket_folder, same_code
 
 About = tuple[int, "str | None"]
 """bytes and ETag of an object"""
@@ -201,15 +200,10 @@ def _environment() -> dict[str, str]:
 
 def _start() -> tuple[subprocess.Popen[bytes], str]:
     """A new process and its address, in a folder that only this user may enter. StorageError where it cannot start."""
-    above: str | None = None
     try:
-        above = socket_folder()
-        folder = tempfile.mkdtemp(prefix="megatron-lcl-storage-", dir=above)
-    except OSError as error:
-        raise StorageError(
-            f"{describe_os_error(error, above)}; object storage needs a small folder for temporary files: set TMPDIR "
-            f"to one that can be written, with a path of up to {LONGEST} bytes"
-        ) from None
+        folder = make_socket_folder("megatron-lcl-storage-", "object storage needs")
+    except UserError as error:
+        raise StorageError(str(error)) from None
     address = os.path.join(folder, "s")
     try:
         process = subprocess.Popen(
