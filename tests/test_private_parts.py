@@ -176,6 +176,7 @@ PARTS = [
         "the loader's processes: has one of them been killed?",
         in_source="self._workers = []",
     ),
+    Part("torch.utils.data.dataloader", "_MultiProcessingDataLoaderIter._shutdown_workers", "ends them", ("self",)),
     Part("torch.nn", "Module._parameters", "stand-ins of shared parameters", in_source='"_parameters"'),
     Part("torch.nn", "Module._apply", "extended: the log scale stays float32", ("self", "fn", "recurse")),
     Part("torch._ops", "OpOverload._opname", "name of a collective, to count its traffic"),
