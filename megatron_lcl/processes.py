@@ -45,8 +45,7 @@ def prepare_sockets() -> None:
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     if config.get("tempdir") is None:  # as multiprocessing.util.get_temp_dir does, which chooses no place
         folder = make_socket_folder("pymp-", "processes need")
-        remove = {"args": (folder,), "kwargs": {"ignore_errors": True}}
-        multiprocessing.util.Finalize(None, shutil.rmtree, **remove, exitpriority=-100)
+        multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-100)
         config["tempdir"] = folder
 
 
