@@ -26,7 +26,7 @@ from open_clip.loss import ClipLoss
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.losses.group import exchange
 from megatron_lcl.parallel.mesh import Axis
-from megatron_lcl.train.launch import free_port
+from megatron_lcl.train.launch import hold_port
 
 WIDTH = 768
 PER_RANK = 4096
@@ -96,9 +96,11 @@ def main() -> None:
     arguments = parser.parse_args()
     cuda = torch.cuda.device_count() >= 2
     size = torch.cuda.device_count() if cuda else 2
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    held = hold_port()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
     result = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(compare, (size, arguments.pairs, cuda, result), nprocs=size)
+    held.close()
     ratio, error = result.get()
     exit_unless({"time at most open_clip's": ratio <= 1, "the same gradients": error <= 1e-5})
 

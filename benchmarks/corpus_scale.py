@@ -25,8 +25,9 @@ from megatron_lcl.data.corpus.corpus_manifest import FORMAT_VERSION, write_manif
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.names import Names, NamesWriter
 from megatron_lcl.data.corpus.store import ShardWriter, open_corpus
-from megatron_lcl.data.corpus.tokenizer import load, train_sentencepiece
+from megatron_lcl.data.corpus.tokenizer import load
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 
 
 def main() -> None:

@@ -29,8 +29,9 @@ import numpy as np
 
 from megatron_lcl.data.corpus.document import Text
 from megatron_lcl.data.corpus.indexed import IndexedWriter
-from megatron_lcl.data.corpus.tokenizer import Tokenizer, load, train_sentencepiece
+from megatron_lcl.data.corpus.tokenizer import Tokenizer, load
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 
 CLAIM = 0.85
 

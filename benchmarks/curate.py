@@ -112,7 +112,7 @@ def write(folder: Path, num: int, images: bool) -> float:
     from megatron_lcl.data.corpus.corpus_manifest import total, write_manifest
     from megatron_lcl.data.corpus.drops import Drops
     from megatron_lcl.data.corpus.store import ShardWriter
-    from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
+    from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlcumwfgypbvk", k=rng.randint(2, 9))) for _ in range(5000)]

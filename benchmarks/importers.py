@@ -37,8 +37,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image as Pillow
 
-from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 
 Document = tuple[str, bytes, str]
 Documents = Iterator[tuple[int, Document]]

@@ -36,7 +36,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
-from megatron_lcl.train.launch import free_port
+from megatron_lcl.train.launch import hold_port
 
 MICRO_BATCHES, WARM_UPS = 3, 2
 CLAIM = 0.10
@@ -156,7 +156,8 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
 
 def run(name: str, num_stages: int, even: bool, strategy: str, rounds: int) -> tuple[float, float]:
     """Prints a row for each stage; the worst error, and what the slowest stage took."""
-    port = free_port()
+    held = hold_port()
+    port = held.getsockname()[1]
     context, config = mp.get_context("spawn"), config_of(name, num_stages, strategy=strategy, dtype="float32")
     results: Any = context.Queue()
     workers = [
@@ -168,6 +169,7 @@ def run(name: str, num_stages: int, even: bool, strategy: str, rounds: int) -> t
     rows = sorted(results.get(timeout=900) for _ in workers)
     for worker in workers:
         worker.join()
+    held.close()
     (in_turn, at_start), worst = rows[0][2], 0.0
     drift = sum(at_start) / sum(row[3] for row in rows)
     for (rank, (first, after), _, seconds), expected, before in zip(rows, in_turn, at_start, strict=True):

@@ -18,12 +18,13 @@ def measured_by_all(program: str, name: str, processes: int) -> list[Any]:
 
     SystemExit as soon as one fails; the others, which would wait for it, are ended.
     """
-    from megatron_lcl.train.launch import free_port  # here: torch reads OMP_NUM_THREADS when it is imported
+    from megatron_lcl.train.launch import hold_port  # here: torch reads OMP_NUM_THREADS when it is imported
 
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     started: list[subprocess.Popen[str]] = []
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        port = stack.enter_context(hold_port()).getsockname()[1]
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
         stack.callback(_end, started)
         for rank, output in enumerate(outputs):
             environment = {**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.util
 import os
+import shutil
 import sys
 import tempfile
 
@@ -17,16 +18,27 @@ UNGUARDED = (
 )
 NEVER_BEGAN = f"worker processes end before they begin to work, perhaps out of memory; or {UNGUARDED}"
 """said where none of them has reached its first line of ours"""
-LONGEST = 71
+_LONGEST = 71
 """bytes of the path of a folder in which the path of a socket is not too long (107 bytes; macOS: 103), with the 32 that
 `multiprocessing` adds"""
 
 
-def socket_folder() -> str:
-    """The folder for temporary files, or /tmp where paths in it would be too long for sockets. OSError where there is
-    none that can be written."""
-    folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= LONGEST else "/tmp"
+def make_socket_folder(prefix: str, who: str) -> str:
+    """A new folder for sockets, where temporary files are, or in /tmp where paths would be too long for sockets there.
+
+    who: "processes need", for the UserError where it cannot be made.
+    """
+    above: str | None = None
+    try:
+        above = tempfile.gettempdir()
+        if len(os.fsencode(above)) > _LONGEST:
+            above = "/tmp"
+        return tempfile.mkdtemp(prefix=prefix, dir=above)
+    except OSError as error:
+        raise UserError(
+            f"{describe_os_error(error, above)}; {who} a small folder for sockets: set TMPDIR to one that can be "
+            f"written, with a path of up to {_LONGEST} bytes"
+        ) from None
 
 
 def prepare_sockets() -> None:
@@ -35,19 +47,13 @@ def prepare_sockets() -> None:
     removed when this process ends. UserError where it cannot be made.
 
     Left to `multiprocessing`, this would fail in a thread of a loader process that drops the batch, for which the main
-    process would wait for ever.
+    process would wait for ever. Where two threads each make one, both are removed.
     """
-    before, above = tempfile.tempdir, None
-    try:
-        tempfile.tempdir = above = socket_folder()
-        multiprocessing.util.get_temp_dir()
-    except OSError as error:
-        raise UserError(
-            f"{describe_os_error(error, above)}; processes need a small folder for their sockets: set TMPDIR to one "
-            f"that can be written, with a path of up to {LONGEST} bytes"
-        ) from None
-    finally:
-        tempfile.tempdir = before
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if config.get("tempdir") is None:  # as multiprocessing.util.get_temp_dir does, which chooses no place
+        folder = make_socket_folder("pymp-", "processes need")
+        multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-100)
+        config["tempdir"] = folder
 
 
 def runs_script_again() -> bool:

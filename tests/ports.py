@@ -16,16 +16,8 @@ def closed_port() -> Iterator[int]:
 
 
 def hold_port() -> socket.socket:
-    """A socket with a port as `free_port` gives them. Until it is closed nobody else finds the port free; who is told
-    of it can listen there, by a socket with SO_REUSEADDR as servers have it."""
-    from megatron_lcl.train.launch import free_port  # torch, for which most tests have no use
+    """As `launch.hold_port`, which is imported where it is needed: with it comes torch, for which most tests have no
+    use."""
+    from megatron_lcl.train import launch
 
-    while True:
-        held = socket.socket()
-        try:
-            held.bind(("127.0.0.1", free_port()))
-        except OSError:  # another process has held it since
-            held.close()
-            continue
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return held
+    return launch.hold_port()

@@ -176,6 +176,7 @@ PARTS = [
         "the loader's processes: has one of them been killed?",
         in_source="self._workers = []",
     ),
+    Part("torch.utils.data.dataloader", "_MultiProcessingDataLoaderIter._shutdown_workers", "ends them", ("self",)),
     Part("torch.nn", "Module._parameters", "stand-ins of shared parameters", in_source='"_parameters"'),
     Part("torch.nn", "Module._apply", "extended: the log scale stays float32", ("self", "fn", "recurse")),
     Part("torch._ops", "OpOverload._opname", "name of a collective, to count its traffic"),
@@ -201,7 +202,8 @@ PARTS = [
         "whether a process imports who started it",
         in_source="process.current_process()._inheriting = True",
     ),
-    Part("multiprocessing.util", "get_temp_dir", "the folder of its sockets", ()),
+    Part("multiprocessing.util", "Finalize", "removes the folder of its sockets", ("self", "obj", "callback", "args")),
+    Part("multiprocessing.util", "get_temp_dir", "takes our folder", in_source="current_process()._config.get("),
     *(
         Part(module, "", "its comparison with other processes is left out", in_source="assert_ints_same_as_other_ranks")
         for module in (

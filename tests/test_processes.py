@@ -45,10 +45,21 @@ def no_folder(*_: Any, **__: Any) -> str:
     raise OSError(errno.EROFS, "Read-only file system", "/tmp/pymp-1")
 
 
+def test_the_folder_of_temporary_files_stays_what_it_is_for_other_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, make, folder = [], tempfile.mkdtemp, tmp_path / ("n" * 80)
+    config = vars(multiprocessing.current_process())["_config"]
+    monkeypatch.setitem(config, "tempdir", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **given: (seen.append(tempfile.gettempdir()), make(**given))[1])
+    prepare_sockets()
+    assert Path(config["tempdir"]).parent == Path("/tmp")
+    assert seen == [str(folder)]
+
+
 def test_where_there_is_no_place_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(multiprocessing.current_process())["_config"], "tempdir", None)
     monkeypatch.setattr(tempfile, "mkdtemp", no_folder)
-    before = tempfile.tempdir
     with pytest.raises(UserError, match=r"^/tmp/pymp-1: Read-only file system; processes need .* TMPDIR .* 71 bytes$"):
         prepare_sockets()
-    assert tempfile.tempdir == before

@@ -24,9 +24,9 @@ import numpy as np
 import xxhash
 from PIL import Image as Pillow
 
-from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.demo.write import DOCUMENTS, EVALUATE, SOURCES, Labeled, write_labeled, write_sources
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.sources import ImageSet, open_images
@@ -67,7 +67,7 @@ def prepare(sets: Path, output: Path) -> None:
         _write_names(sets / name, output / EVALUATE / f"{name}-names")
     source = sets / TRAINED
     files = {kind: source / DOCUMENTS / f"{kind}.jsonl" for kind in ("labels", "contexts", "pairs")}
-    tokenizer = tokenizers.train_sentencepiece(_texts(files.values()), _VOCAB_SIZE)
+    tokenizer = train_sentencepiece(_texts(files.values()), _VOCAB_SIZE)
     files["heldout"] = _write_held_out(source, output / DOCUMENTS / f"{HELD_OUT}.jsonl")
     for kind, file in files.items():
         summary = preprocess(

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.files import replace_text, sync_all
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.demo import documents
 from megatron_lcl.demo.documents import Record, Title
 from megatron_lcl.demo.licenses import LICENSES, License, license_text
@@ -96,7 +96,7 @@ def write(
     _write(output / LICENSES, license_text(data.name, data.licenses).encode())
     _write_evaluation(data, parts, output / EVALUATE)
     texts = training_texts(output)
-    tokenizer = learn(texts) if learn else tokenizers.train_sentencepiece(texts, data.vocab_size)
+    tokenizer = learn(texts) if learn else train_sentencepiece(texts, data.vocab_size)
     license = " AND ".join(sorted({entry.spdx for entry in data.licenses}))
     for name in records:
         summary = preprocess(

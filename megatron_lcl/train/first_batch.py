@@ -62,7 +62,9 @@ def sample_batch(config: Config, mesh: Mesh, point: ResumePoint) -> PackedBatch:
             version = ledger.settings["version"]
             ledger = open_run_ledger(phase.config, objectives.create(config).sequences, version=version)
         packs = tuple(ledger.locate(progress.packs + i) for i in range(phase.config.train.micro_batch))
-        sample = build_loader(config, mesh, phase, progress, ledger).reader[packs]
+        reader = build_loader(config, mesh, phase, progress, ledger).reader
+        sample = reader[packs]
+        reader.index.close()  # loader processes are forked after this
     batch = mesh.world.broadcast_object(sample)
     assert batch is not None, "the first process has read it"
     return batch

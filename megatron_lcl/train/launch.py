@@ -148,7 +148,8 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     threads = max(1, num_cores() // processes)
     watched, say = os.pipe()
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **same_code(), WATCHED: str(say)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    held = hold_port()  # they listen there once they have imported everything
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
     environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
     children = [
         subprocess.Popen(
@@ -173,6 +174,7 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         os.close(watched)
+        held.close()
 
 
 def _end_with(parent: int) -> None:
@@ -237,20 +239,26 @@ def _wait(command: str, children: list[subprocess.Popen[bytes]], heard: _Heard, 
     return 128 - code if code < 0 else code
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that is free, and that no connection is given before it is used, in seconds or minutes: none
-    of `OF_CONNECTIONS`, where these leave any."""
+def hold_port() -> socket.socket:
+    """A socket with a port of 127.0.0.1 that is free, and that no connection is given before it is used, in seconds or
+    minutes: none of `OF_CONNECTIONS`, where these leave any.
+
+    Until it is closed nobody else finds the port free; who is told of it can listen there, by a socket with
+    SO_REUSEADDR as servers have it.
+    """
     try:
         first, last = map(int, OF_CONNECTIONS.read_text().split())
     except OSError:  # not Linux
         first, last = 32_768, 65_535
     ports = [port for port in range(10_000, 65_536) if not first <= port <= last] or [0]  # 0: any
     while True:
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", random.SystemRandom().choice(ports)))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:  # no port of this address can be had
-                    raise
-                continue
-            return int(s.getsockname()[1])
+        held = socket.socket()
+        try:
+            held.bind(("127.0.0.1", random.SystemRandom().choice(ports)))
+        except OSError as error:
+            held.close()
+            if error.errno != errno.EADDRINUSE:  # no port of this address can be had
+                raise
+            continue
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return held

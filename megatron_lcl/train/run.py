@@ -98,6 +98,7 @@ def _train(config: Config, signals: Signals) -> Path:
             run = Path(config.train.output)
             telemetry = until_end.enter_context(Telemetry(run, config, mesh.is_first, point.progress.step))
             checkpoints = until_end.enter_context(Checkpointer(engine, config, mesh, run))
+            watchdog.leave_out(checkpoints.background_group)
             if kernels:
                 telemetry.say(f"kernels measured: {kernels}")
             training = Training(config, mesh, engine, point, telemetry, checkpoints, signals, watchdog)

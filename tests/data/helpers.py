@@ -20,8 +20,9 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.importers import Importer
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 
-TOKENIZER = tokenizers.train_sentencepiece(["The quick brown fox jumps over the lazy dog. " * 20], 400)
+TOKENIZER = train_sentencepiece(["The quick brown fox jumps over the lazy dog. " * 20], 400)
 
 
 def plain(documents: Sequence[Document]) -> list[list[object]]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
-from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.evaluate.captioning import (
     caption,
     caption_metrics,

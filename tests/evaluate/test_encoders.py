@@ -19,8 +19,9 @@ from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision, from_dict
 from megatron_lcl.convert.export import export_model, import_checkpoint, save_checkpoint
 from megatron_lcl.data.corpus import tokenizer as tokenizers
-from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import workers
 from megatron_lcl.evaluate.captioning import caption

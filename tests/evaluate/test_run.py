@@ -22,7 +22,7 @@ from PIL import Image
 from megatron_lcl import LCL, load_model
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
-from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import checking, run
 from megatron_lcl.evaluate.checking import find_bad, without_bad

@@ -13,7 +13,7 @@ from megatron_lcl import LCL
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import save_checkpoint
-from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.run import TASKS
 from megatron_lcl.evaluate.settings import Settings, describe, read_settings

@@ -14,7 +14,7 @@ from megatron_lcl import LCL, load_model
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, EarlyPhase, Language, Model, Objective, Schedule, Train, Vision, load
 from megatron_lcl.convert.export import save_checkpoint
-from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.encoders.spec import parse_spec

@@ -187,17 +187,26 @@ def test_scripts_run_the_code_of_their_checkout() -> None:
     assert (result.stdout.split()[:1], result.stderr) == (["megatron-lcl"], "")
 
 
-def test_its_own_processes_know_how_many_share_the_machine(
+def test_its_own_processes_know_how_many_share_the_machine_and_where_they_meet(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\necho "$LOCAL_RANK of $LOCAL_WORLD_SIZE, $RANK of $WORLD_SIZE at $MASTER_PORT"\n')
+    program.write_text(
+        f"#!{sys.executable}\nimport os, socket\n"
+        "local, size, rank, world, port = (int(os.environ[name]) for name in\n"
+        "    ('LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'RANK', 'WORLD_SIZE', 'MASTER_PORT'))\n"
+        "try:\n    socket.socket().bind(('127.0.0.1', port))\n"
+        "except OSError:\n    print(f'{local} of {size}, {rank} of {world}, alone at {port}')\n"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setattr(launch, "free_port", lambda: 4321)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as in the only task of a step
     assert launch.start_local([], 3) == 0
-    assert sorted(capfd.readouterr().out.splitlines()) == [f"{rank} of 3, {rank} of 3 at 4321" for rank in range(3)]
+    said = sorted(capfd.readouterr().out.splitlines())
+    port = said[0].split()[-1]
+    assert said == [f"{rank} of 3, {rank} of 3, alone at {port}" for rank in range(3)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", int(port)))
 
 
 def test_what_is_said_of_its_processes_names_the_command(
@@ -253,7 +262,9 @@ def test_where_processes_meet_no_connection_comes_before_them(
     if of_connections is not None:
         file.write_text(of_connections)
     monkeypatch.setattr(launch, "OF_CONNECTIONS", file)
-    assert all(launch.free_port() in allowed for _ in range(20))
+    for _ in range(20):
+        with launch.hold_port() as held:
+            assert held.getsockname()[1] in allowed
 
 
 def test_where_there_is_no_port_the_search_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +273,7 @@ def test_where_there_is_no_port_the_search_ends(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(socket.socket, "bind", bind)  # as where the loopback interface is down
     with pytest.raises(OSError, match="no such address"):
-        launch.free_port()
+        launch.hold_port()
 
 
 def test_processes_and_threads_are_those_of_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from local_slurm import Slurm
+from ports import hold_port
 
-from megatron_lcl.train.launch import free_port, hosts
+from megatron_lcl.train.launch import hosts
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = ("--train.output", "runs/an output")
@@ -229,17 +231,21 @@ LOST = {
 
 
 @pytest.fixture(scope="module")
-def lost(slurm: Slurm, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
+def lost(
+    slurm: Slurm, checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[str, Path]]]:
     """Each job's number and folder; all wait for Slurm at the same time."""
-    jobs = {}
-    for name, job in LOST.items():
+    jobs, held = {}, [hold_port() for _ in LOST]
+    for (name, job), port in zip(LOST.items(), held, strict=True):
         folder = tmp_path_factory.mktemp("lost") / "sub mit"
         folder.mkdir()
         options = ("--gpus-per-node=0", "--ntasks-per-node=1", *job.options)
         # their all-reduces meet at a port of their own: by the job's number it would be that of other tests' jobs
-        environment = {"DOES": job.does, "MASTER_PORT": str(free_port()), **job.environment}
+        environment = {"DOES": job.does, "MASTER_PORT": str(port.getsockname()[1]), **job.environment}
         jobs[name] = submit(slurm, checkout, folder, *options, **environment), folder
-    return jobs
+    yield jobs
+    for port in held:
+        port.close()
 
 
 def ended(slurm: Slurm, job: str) -> tuple[str, ...]:

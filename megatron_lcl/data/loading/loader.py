@@ -174,16 +174,21 @@ class PackedLoader(Iterable[PackedBatch]):
         batches: Any = iter(loader)
         if main:  # without torch's handler, which raises anywhere in the main program; a dead worker is noticed below
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise self._explained(error, batches._workers) from error
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
+        try:
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    raise self._explained(error, batches._workers) from error
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        finally:
+            # of an error's traceback the garbage collector frees the queues first: it would wait 5 s for each worker,
+            # which waits for word by one of them
+            batches._shutdown_workers()
 
     def _explained(self, error: RuntimeError, workers: Sequence[BaseProcess]) -> RuntimeError:
         assert self.reader.progress is not None

@@ -37,6 +37,7 @@ from megatron_lcl.data.prepare.importers import Each, Importer, Unit
 from megatron_lcl.data.prepare.importers.first import FirstDocuments
 from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.data.prepare.unfinished import (
     WORK,
     claim,
@@ -298,7 +299,7 @@ def _train_tokenizer(
 ) -> Tokenizer:
     documents = (d for d in _documents(importer, tasks, bars) if group_name(d) not in groups)
     texts = (text.text.encode(errors="replace").decode() for document in documents for text in document.texts)
-    return tokenizers.train_sentencepiece(itertools.chain(texts, more_texts), vocab_size)
+    return train_sentencepiece(itertools.chain(texts, more_texts), vocab_size)
 
 
 def _texts_in_recipe(texts: Sequence[str]) -> dict[str, str]:

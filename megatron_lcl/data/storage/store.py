@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection
@@ -21,8 +20,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_lcl.data.storage.faults import StorageError, without_secrets
-from megatron_lcl.errors import UserError, describe_os_error
-from megatron_lcl.processes import LONGEST, same_code, socket_folder
+from megatron_lcl.errors import UserError
+from megatron_lcl.processes import make_socket_folder, same_code
 
 About = tuple[int, "str | None"]
 """bytes and ETag of an object"""
@@ -191,24 +190,25 @@ def _forget() -> None:
 def _current() -> _Server:
     """The process that has this one's settings; it is started where there is none."""
     global _server
-    settings = {key: value for key, value in os.environ.items() if key.startswith(_SETTINGS)}
+    settings = {key: value for key, value in _environment().items() if key.startswith(_SETTINGS)}
     with _starting:
         if _server is None or _server.settings != settings:
             _server = _Server(settings)
         return _server
 
 
+def _environment() -> dict[str, str]:
+    """This process's variables, also while another thread sets and deletes some: a copy of `os.environ` would fail at
+    one that has gone since it was listed."""
+    return {name: value for name in os.environ if (value := os.environ.get(name)) is not None}
+
+
 def _start() -> tuple[subprocess.Popen[bytes], str]:
     """A new process and its address, in a folder that only this user may enter. StorageError where it cannot start."""
-    above: str | None = None
     try:
-        above = socket_folder()
-        folder = tempfile.mkdtemp(prefix="megatron-lcl-storage-", dir=above)
-    except OSError as error:
-        raise StorageError(
-            f"{describe_os_error(error, above)}; object storage needs a small folder for temporary files: set TMPDIR "
-            f"to one that can be written, with a path of up to {LONGEST} bytes"
-        ) from None
+        folder = make_socket_folder("megatron-lcl-storage-", "object storage needs")
+    except UserError as error:
+        raise StorageError(str(error)) from None
     address = os.path.join(folder, "s")
     try:
         process = subprocess.Popen(
@@ -217,7 +217,7 @@ def _start() -> tuple[subprocess.Popen[bytes], str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the processes that it serves
-            env={**os.environ, **same_code()},
+            env={**_environment(), **same_code()},
         )
         assert process.stdout is not None
         with process.stdout:

@@ -97,6 +97,7 @@ class Checkpointer:
             group = dist.new_group(backend="gloo", timeout=TIMEOUT)
             self._peers = Axis(group, mesh.world.rank, mesh.world.size, mesh.world.ranks)
         self._thread: threading.Thread | None = None
+        self._awaited = False
         self._fault: BaseException | None = None
         self._finished: deque[Saved] = deque()
         self._reached = 0
@@ -140,6 +141,11 @@ class Checkpointer:
         """Whether this process is writing in the background."""
         return self._thread is not None and self._thread.is_alive()
 
+    def background_group(self) -> dist.ProcessGroup | None:
+        """The group of the saves' collectives, while one in the background makes them and the main thread does not wait
+        for it."""
+        return self._peers.group if self.writing and not self._awaited else None
+
     def wait(self) -> None:
         """Until the save in the background, if there is one, is complete. SaveError if it failed."""
         self.close()
@@ -159,7 +165,11 @@ class Checkpointer:
     def close(self) -> None:
         """Wait until a save in the background has ended, well or not."""
         if self._thread is not None:
-            self._thread.join()
+            self._awaited = True
+            try:
+                self._thread.join()
+            finally:
+                self._awaited = False
             self._thread = None
 
     def __enter__(self) -> Checkpointer:

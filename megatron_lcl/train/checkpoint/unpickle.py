@@ -31,20 +31,28 @@ def deepspeed_types() -> list[Callable[..., Any] | tuple[Callable[..., Any], str
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
+def _deepspeed_allowed() -> contextlib.AbstractContextManager[None]:
+    return torch.serialization.safe_globals(deepspeed_types())
+
+
 @contextlib.contextmanager
 def restricted() -> Iterator[None]:
     """Inside, every `torch.load` of this process builds only what is allowed, whatever its caller asks for.
 
-    DeepSpeed asks for `weights_only=False` in many places. Otherwise: pickle.UnpicklingError.
+    For DeepSpeed's own reading, which asks for `weights_only=False` in many places; on the main thread, with no save in
+    the background, for it sets variables of the environment. Otherwise: pickle.UnpicklingError.
     """
-    with only_weights(), torch.serialization.safe_globals(deepspeed_types()):
+    with only_weights(), _deepspeed_allowed():
         yield
 
 
 def load_mapped(file: Path) -> Any:
-    """The content of a file that `torch.save` wrote; tensors are mapped, not read. UnpicklingError as `restricted`."""
-    with restricted():
-        return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
+    """The content of a file that `torch.save` wrote; tensors are mapped, not read. UnpicklingError as `restricted`.
+
+    It leaves the environment alone: saves in the background call it while other threads work.
+    """
+    with _deepspeed_allowed():
+        return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
 
 
 def refused(files: Iterable[Path]) -> str | None:
@@ -62,6 +70,6 @@ def refused(files: Iterable[Path]) -> str | None:
 def foreign_objects(file: Path, error: UnpicklingError) -> list[str]:
     """What a pickle names that is not allowed, found without running any of it; as far as it can be told."""
     found: list[str] = []
-    with restricted(), contextlib.suppress(OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
+    with _deepspeed_allowed(), contextlib.suppress(OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
         found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     return sorted(found) or sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class State:
     limit: float = math.inf
     """how many of them are no hang, in what it does"""
     sequences: dict[str, int] = field(default_factory=dict)
-    """collectives begun in each process group"""
+    """collectives begun in each process group in which its main thread may wait"""
     location: str = ""
     """file, line and function that the main thread is in, once it waits"""
     with_others: bool = False
@@ -144,6 +144,7 @@ class Watchdog:
         self._error: BaseException | None = None
         """with which this process ends"""
         self._closing = threading.Event()
+        self._left_out: Callable[[], dist.ProcessGroup | None] = lambda: None
 
     # --- the main thread's side ---
 
@@ -162,6 +163,11 @@ class Watchdog:
         self._state.step = step
         self._set_phase(doing, self.long_limit)
         yield
+
+    def leave_out(self, group: Callable[[], dist.ProcessGroup | None]) -> None:
+        """Do not count the collectives of the group that this gives at a time, if any: another thread begins them, and
+        the main thread does not wait for them. Who is behind in them holds up nobody."""
+        self._left_out = group
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
@@ -256,7 +262,7 @@ class Watchdog:
         since, limit = self._since
         state.waiting = self._now() - since  # set before the limit: the other thread reads both
         state.limit = limit
-        state.sequences = _sequences()
+        state.sequences = _sequences(self._left_out())
         state.location, state.with_others = _location() if state.waiting > state.limit / 2 else ("", False)
         self._store.set(_key(self.rank), json.dumps(state.__dict__))
 
@@ -348,10 +354,11 @@ def _key(rank: int) -> str:
     return f"megatron_lcl/watch/{rank}"
 
 
-def _sequences() -> dict[str, int]:
-    """Collectives begun by this process, by group: torch counts them for its own flight recorder."""
+def _sequences(left_out: dist.ProcessGroup | None) -> dict[str, int]:
+    """Collectives begun by this process, by group, but for one: torch counts them for its own flight recorder."""
     groups: Any = dist.distributed_c10d._world.pg_names
-    return {name: group._get_sequence_number_for_group() for group, name in list(groups.items())}
+    counted = [(group, name) for group, name in list(groups.items()) if group is not left_out]
+    return {name: group._get_sequence_number_for_group() for group, name in counted}
 
 
 def _location() -> tuple[str, bool]:

@@ -7,7 +7,7 @@ import pytest
 from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Train, Vision
 from megatron_lcl.convert.export import save_checkpoint
-from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from megatron_lcl.curate.settings import READ_BY, Settings, as_recipe, read_sett
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tokenizer import load as open_tokenizer
-from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.data.engines import Engine
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder

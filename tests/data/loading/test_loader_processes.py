@@ -137,10 +137,11 @@ def test_errors_of_a_loader_process_are_what_they_were_there(
     def fail(*_: Any) -> None:
         raise error
 
-    loader = loader_of(corpus.path, data={"workers": 2})
+    loader, others = loader_of(corpus.path, data={"workers": 2}), multiprocessing.active_children()
     monkeypatch.setattr(reader.PackReader, "__getitem__", fail)
     with pytest.raises(type(error)) as caught:
         next(iter(loader))
+    assert multiprocessing.active_children() == others, "they end with the error, which is still at hand"
     assert str(caught.value) == str(error)
     assert {name: value for name, value in vars(caught.value).items() if name != "__notes__"} == vars(error)
     assert any(note.startswith("In loader process") and "in fail" in note for note in caught.value.__notes__)

@@ -11,6 +11,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections import UserDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -218,6 +220,21 @@ def test_the_current_folder_is_not_searched_for_code(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "_server", None)
     assert not Store(place).exists("object")
+
+
+class Changing(UserDict[str, str]):
+    """An environment of which another thread deletes a variable that was just listed."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.data, "AWS_OF_ANOTHER_THREAD"])
+
+
+@pytest.mark.timeout(120)
+def test_another_thread_may_change_the_environment(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_server", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", Changing(os.environ))
+        assert not Store(place).exists("object")
 
 
 def no_folder(*_: Any, **__: Any) -> str:

@@ -124,6 +124,15 @@ def test_the_loss_scale_of_float16_can_be_read(tmp_path: Path) -> None:
     assert vars(unpickle.load_mapped(tmp_path / "file.pt")["loss_scaler"]) == vars(scaler)
 
 
+def test_a_save_in_the_background_leaves_the_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads read it at that time, those that ask object storage, and `os.environ.items()` raised a KeyError."""
+    seen, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **options: (seen.append({**os.environ}), load(*a, **options))[1])
+    torch.save({"step": 3}, tmp_path / "file.pt")
+    assert unpickle.load_mapped(tmp_path / "file.pt") == {"step": 3}
+    assert seen == [{**os.environ}]
+
+
 @pytest.mark.parametrize("never", [None, "1"], ids=["", "torch told never to restrict"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle 2", "pickle 4", "inside an allowed class"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,9 @@ def test_a_process_that_cannot_write(background: bool, tmp_path: Path) -> None:
 
 def life(rank: int, folder: str) -> dict[str, Any]:
     """Saves of one run in the background: what was drawn after the first, before and after going back to it; how long
-    training stood still for the third, which has to wait for the second; how the fourth is judged, which goes wrong."""
+    training stood still for the third, which has to wait for the second; who would be named for a hang while the first
+    process finishes the second, beside training and while all wait for it; how the fourth is judged, which goes wrong.
+    """
     import random
 
     import numpy as np
@@ -94,7 +97,9 @@ def life(rank: int, folder: str) -> dict[str, Any]:
     from megatron_lcl.train.checkpoint.folder import Progress
     from megatron_lcl.train.checkpoint.saver import Saver
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+    from megatron_lcl.train.resilience import watchdog as watchdogs
     from megatron_lcl.train.resilience.audit import Audit
+    from megatron_lcl.train.resilience.watchdog import Watchdog, suspects
 
     class Log:
         def __init__(self) -> None:
@@ -115,9 +120,17 @@ def life(rank: int, folder: str) -> dict[str, Any]:
         np.random.seed(number)
         torch.manual_seed(number)
 
-    def write_slowly(*arguments: Any) -> Any:
-        time.sleep(1.5)
-        return write(*arguments)
+    def finish_late(*arguments: Any) -> Any:
+        finishing.set()
+        assert go_on.wait(60)
+        return finish(*arguments)
+
+    def sequences() -> dict[str, int]:
+        watchdog._publish()
+        return watchdog._state.sequences
+
+    def behind(own: dict[str, int]) -> list[int]:
+        return suspects(dict(enumerate(mesh.world.gather_objects(own))))
 
     def go_wrong(*_: Any) -> Any:
         raise Gone("no more")
@@ -127,7 +140,7 @@ def life(rank: int, folder: str) -> dict[str, Any]:
     engine = build_engine(build_module(config, mesh), config, mesh)
     own = range(rank, GLOBAL_BATCH, 2)
     build_stepper(engine, config, mesh).run([pack(0, number, config) for number in own], LR[0])
-    run, log, write, sync = Path(config.train.output), Log(), checkpointer.write_files, checkpointer.sync
+    run, log, sync, finish = Path(config.train.output), Log(), checkpointer.sync, checkpointer.Checkpointer._finish
     synced: list[str] = []
 
     def noted(path: Path) -> None:
@@ -135,6 +148,8 @@ def life(rank: int, folder: str) -> dict[str, Any]:
         synced.append(path.name)
 
     checkpointer.sync = noted
+    finishing, go_on = threading.Event(), threading.Event()  # the first process's
+    watchdog = Watchdog(mesh.world, 60.0, 60.0, dist.HashStore())
     leftovers = (".step-00000002.tmp", ".step-00000099.old")  # links to folders are nothing that rmtree would remove
     (Path(folder) / "elsewhere" / "state").mkdir(parents=True, exist_ok=True)
     if mesh.is_first:
@@ -143,6 +158,7 @@ def life(rank: int, folder: str) -> dict[str, Any]:
         for name in leftovers:
             (run / "checkpoints" / name).symlink_to(Path(folder) / "elsewhere")
     with checkpointer.Checkpointer(engine, config, mesh, run) as checkpoints:
+        watchdog.leave_out(checkpoints.background_group)
         saver = Saver(checkpoints, config.checkpoint, log, Audit(run, mesh.is_first))  # type: ignore[arg-type]
         seed(rank)
         draw()
@@ -153,11 +169,18 @@ def life(rank: int, folder: str) -> dict[str, Any]:
         draw()
         checkpoints.load(checkpoint.step_folder(run, 1))
         again = draw()
-        checkpointer.write_files = write_slowly
+        checkpointer.Checkpointer._finish = finish_late  # type: ignore[method-assign]
         saver.save(Progress(2, 12, {}))
+        deadline = time.monotonic() + 60
+        while not any(mesh.world.gather_objects(finishing.is_set())) or behind(watchdogs._sequences(None)) != [0]:
+            assert time.monotonic() < deadline
+        beside, awaited = behind(sequences()), []
+        threading.Timer(0.5, lambda: awaited.append(sequences())).start()
+        threading.Timer(1.5, go_on.set).start()
         started = time.perf_counter()
         saver.save(Progress(3, 18, {}))
         waited = time.perf_counter() - started
+        held = {"beside training": beside, "all wait": behind(awaited[0])}
         saver.finish_pending()
         checkpoints._write = go_wrong  # type: ignore[method-assign]
         saver.save(Progress(4, 24, {}))
@@ -165,7 +188,7 @@ def life(rank: int, folder: str) -> dict[str, Any]:
     audited = read_audit(run) if mesh.is_first else []
     dist.destroy_process_group()
     stalls = {line["step"]: line["checkpoint_stall_seconds"] for line in log.lines}
-    values = {"drawn": drawn, "again": again, "waited": waited, "stalls": stalls, "audited": audited}
+    values = {"held": held, "drawn": drawn, "again": again, "waited": waited, "stalls": stalls, "audited": audited}
     values["synced"] = synced
     return {**values, "fault": saver.fault, "step": saver.step, "failures": saver.failures}
 
@@ -200,6 +223,15 @@ def test_the_stall_that_is_logged_is_all_the_time_that_training_waited(
     for own in lives[1]:
         assert own["stalls"].keys() == {1, 2, 3}
         assert 1.0 < own["stalls"][3] <= own["waited"]
+
+
+@pytest.mark.slow
+def test_a_save_in_the_background_holds_up_nobody_until_all_wait_for_it(
+    lives: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    """Beside a hang in training the process that finishes a save was named, and its node excluded."""
+    for own in lives[1]:
+        assert own["held"] == {"beside training": [], "all wait": [0]}
 
 
 @pytest.mark.slow
