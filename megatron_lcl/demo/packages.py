@@ -103,7 +103,7 @@ def unpack_debian(file: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear_dead(folder.parent)
     with scratch_folder(folder.parent) as scratch:
-        run_client(["dpkg-deb", "-x", str(file.resolve()), folder.name], scratch)
+        run_client(["dpkg-deb", "-x", str(file.resolve()), f"{scratch.name}/{folder.name}"], folder.parent)
         put_in_place(scratch / folder.name, folder)
 
 
