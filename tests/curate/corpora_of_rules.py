@@ -40,9 +40,9 @@ def manifests_read(patch: pytest.MonkeyPatch) -> list[Path]:
     """The folders of the corpora whose manifests are read from now on, a folder each time."""
     read = []
 
-    def noted(folder: Path) -> dict[str, Any]:
+    def noted(folder: Path, *arguments: Any) -> dict[str, Any]:
         read.append(folder)
-        return read_manifest(folder)
+        return read_manifest(folder, *arguments)
 
     patch.setattr(store, "read_manifest", noted)
     return read

@@ -39,7 +39,7 @@ def test_the_gallery_of_real_digits(encoder: PixelEncoder, folder: Path, tmp_pat
     assert 100 < gallery["num_right"] < 200
     assert len(gallery["right"]) == NUM_EXAMPLES
     assert len(gallery["wrong"]) == min(NUM_EXAMPLES, 200 - gallery["num_right"])
-    pixels = encoder.module[0].numpy()  # type: ignore[index]
+    pixels = encoder.module[0].detach().numpy()  # type: ignore[index]
     for one in gallery["right"] + gallery["wrong"]:
         kind, _, data = one["picture"].partition(";base64,")
         assert kind == "data:image/webp"
