@@ -235,7 +235,7 @@ def test_a_lost_job_alone_is_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert FakeExecutor.submitted == [[0, 1, 2], [1]]
     assert summary.counts["documents"] == 5
     monkeypatch.setattr(FakeExecutor, "num_lost", 9)
-    with pytest.raises(ValueError, match=r"jobs \[1\] of 3 failed, each 3 times, the first with: node n2 went away"):
+    with pytest.raises(ValueError, match=r"job 1 of 3 failed \(tried 3 times\), the first with: node n2 went away"):
         preprocess_in_jobs("jsonl", tmp_path / "in", tmp_path / "two", engine, tokenizer=TOKENIZER)
 
 
