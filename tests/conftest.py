@@ -134,7 +134,7 @@ def launched_by_none() -> Iterator[None]:
 @pytest.fixture
 def left_by_killed(tmp_path: Path) -> Path:
     """In `tmp_path`, the scratch folder of a process that another machine ran long ago."""
-    folder = tmp_path / f"scratch-another-1-{'0' * 32}"
+    folder = tmp_path / f"scratch-{'f' * 32}-1-{'0' * 32}"
     folder.mkdir()
     (folder / "file").touch()
     for path in (folder / "file", folder):

@@ -11,7 +11,6 @@ from typing import Any
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.data.corpus.scratch import whole_folder
-from megatron_lcl.errors import UserError
 
 CERTIFICATE = "certificate.json"
 IMPORT = "import"
@@ -32,10 +31,8 @@ def new_folder(output: Path, kind: str) -> Iterator[Path]:
     An existing `output` must be empty, or an earlier export of the same kind that nothing was changed in since (as
     its record lists it); such an export is replaced. Raises UserError before any work otherwise.
     """
-    if output.resolve() == Path.cwd():  # the shell would stay in the folder that is replaced, and see it empty
-        raise UserError(f"{output} is the current folder, which a new one would replace; name a folder in it")
     try:
-        with whole_folder(output, lambda place: refuse_foreign(place, kind)) as folder:
+        with whole_folder(output, lambda place: why_foreign(place, kind)) as folder:
             yield folder
     except OSError as error:  # a full disk
         raise OSError(error.errno, error.strerror, str(output)) from None
@@ -64,24 +61,18 @@ def _records(kind: str) -> tuple[str, ...]:
     return _RECORDS.get(kind, (CERTIFICATE,))
 
 
-def refuse_foreign(output: Path, kind: str) -> None:
-    """UserError if writing an export of this kind to `output` would destroy something."""
-    if not output.exists() and not output.is_symlink():
-        return
+def why_foreign(output: Path, kind: str) -> str:
+    """Why writing an export of this kind to `output`, which is not empty, would destroy something; "" where not."""
     if not output.is_dir():
-        raise UserError(f"{output} exists and is not a folder; give another --output")
-    names = _files(output)
-    if not names and not any(output.iterdir()):
-        return
-    unchanged = False
+        return "exists and is not a folder; give another --output"
+    unchanged, names = False, _files(output)
     if record := read_record(output, kind):
         name, content = record
         unchanged = set(names) == {*content["files"], name} and all(
             hash_file(output / file) == digest for file, digest in content["files"].items()
         )
-    if not unchanged:
-        what = kind if kind == IMPORT else f"{kind} export"
-        raise UserError(f"{output} holds something else than an unchanged {what}; give another --output or remove it")
+    what = kind if kind == IMPORT else f"{kind} export"
+    return "" if unchanged else f"holds something else than an unchanged {what}; give another --output or remove it"
 
 
 def _files(folder: Path) -> list[str]:

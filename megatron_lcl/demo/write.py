@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.data.corpus.files import replace_text, sync_all
+from megatron_lcl.data.corpus.files import replace_text, sync, sync_all
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
@@ -93,7 +93,7 @@ def write(
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         _write(folder / f"{name}.jsonl", text.encode())
         os.utime(folder / f"{name}.jsonl", (0, 0))  # the corpora's manifests tell their input by it
-    _write(output / LICENSES, license_text(data.name, data.licenses).encode())
+    replace_text(output / LICENSES, license_text(data.name, data.licenses))
     _write_evaluation(data, parts, output / EVALUATE)
     texts = training_texts(output)
     tokenizer = learn(texts) if learn else train_sentencepiece(texts, data.vocab_size)
@@ -116,7 +116,10 @@ def write(
 
 def write_sources(output: Path, sources: Mapping[str, Any]) -> None:
     """`sources.json`, by which a data set is taken for whole, once all else of it is on the disk."""
-    sync_all(output)
+    for name in (DOCUMENTS, CORPORA, EVALUATE):  # in `output` may lie what is not ours
+        if (output / name).exists():
+            sync_all(output / name)
+    sync(output)
     replace_text(output / SOURCES, json.dumps(sources, indent=1))
 
 

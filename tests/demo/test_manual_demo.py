@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from quickstart.test_quickstart import write_pages
 
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.demo.write import write_sources
 
 
 def test_pages_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,3 +37,17 @@ def test_pages_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     capsys.readouterr()
     assert main([*command, "--from", str(tmp_path)]) == 2
     assert "--html" in capsys.readouterr().err
+
+
+def test_what_else_lies_in_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops nothing, and is not waited for."""
+    output, synced = tmp_path / "out", set()
+    for name in (".venv", "documents"):
+        (output / name).mkdir(parents=True)
+        os.mknod(output / name / "socket", stat.S_IFSOCK)  # which cannot be opened
+        (output / name / "file").touch()
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(Path(os.readlink(f"/proc/self/fd/{file}"))))
+    write_sources(output, {})
+    assert (output / "sources.json").exists()
+    assert (output / "documents" / "file") in synced
+    assert (output / ".venv" / "file") not in synced

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,9 +41,10 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """`sync` of a folder, and of all files and folders in it."""
+    """`sync` of a folder, and of all files and folders in it; of nothing else: to open a pipe waits, a socket fails."""
     for path in (*folder.rglob("*"), folder):
-        if not path.is_symlink():
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
             sync(path)
 
 

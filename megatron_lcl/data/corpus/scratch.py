@@ -31,8 +31,9 @@ UNUSED_SECONDS = 86400.0
 _BEAT_SECONDS = UNUSED_SECONDS / 24
 _REPLACED = "replaced"
 """in the scratch folder of `whole_folder`: what the new folder takes the place of"""
-_OWNER = re.compile(r"(.+)-(\d+)-[0-9a-f]{32}")
-"""how a scratch folder's name ends: machine, process, and what is this folder's alone"""
+_OWNER = re.compile(r"([0-9a-f]{32}(?:-\d+)?)-(\d+)-[0-9a-f]{32}")
+"""how a scratch folder's name ends: `_machine`, process, and what is this folder's alone; what stands before them is
+the whole prefix, where names of outputs have dots (run, run.v2)"""
 _POLL_SECONDS = 0.2
 """between attempts at a lock that another process holds"""
 logger = logging.getLogger(__name__)
@@ -73,50 +74,66 @@ def kept_fresh(folder: Path, seconds: float) -> Iterator[None]:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Rename a complete folder, once all of it is on the disk: else a power failure may leave the name and not the
-    content. Where another process was first, its folder stays and ours is discarded."""
+    """`take_name`, once all of it is on the disk: else a power failure may leave the name and not the content."""
     sync_all(folder)
+    take_name(folder, target)
+    sync(target.parent)
+
+
+def take_name(folder: Path, target: Path) -> None:
+    """Rename a complete folder. Where another process was first, its folder stays and ours is discarded."""
     try:
         os.rename(folder, target)
     except OSError:
         if not target.is_dir():
             raise
-    sync(target.parent)
 
 
-def need_empty(output: Path) -> None:
-    """UserError where a folder is there and not empty."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is not empty; give a new folder")
+def _stays(_output: Path) -> str:
+    return "is not empty; give a new folder"
 
 
 @contextmanager
-def whole_folder(output: Path, check: Callable[[Path], None] = need_empty) -> Iterator[Path]:
+def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Iterator[Path]:
     """A folder that takes the place of `output` at the end, once all of it is on the disk, and is gone where that is
     not reached: by SIGTERM too, and after SIGKILL when the next one is made for the same output.
 
-    check: called with `output` before the work and after it; raises UserError where what is there has to stay.
+    objection: why something that is no empty folder has to stay; "" where it may be replaced. UserError with it, before
+    the work and after it, and before the work where no other folder can take the output's place.
     """
-    check(output)
-    beside, prefix = output.absolute().parent, f".{output.name}."
+    target = output.resolve()  # of a link, which stays
+    if Path.cwd().is_relative_to(target) or os.path.ismount(target):  # a shell would stand in the old folder
+        what = "is the current folder, one above it or a mount point, which cannot be replaced"
+        raise UserError(f"{output} {what}; name a folder in it")
+    beside, prefix = target.parent, f".{target.name}."
+
+    def to_move(place: Path) -> bool:
+        """Whether something is there to be moved away. UserError where it has to stay."""
+        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+            return False
+        if why := objection(place):
+            raise UserError(f"{output} {why}")
+        return True
+
     beside.mkdir(parents=True, exist_ok=True)
     for left in _ended(beside, prefix):
-        if (left / _REPLACED).exists() and not output.exists():  # its process was killed between the two renames below
-            (left / _REPLACED).rename(output)
+        with suppress(OSError):  # else its process was killed between the two renames below
+            (left / _REPLACED).rename(target)
         shutil.rmtree(left, ignore_errors=True)
+    to_move(target)
     with ending_on_sigterm(), scratch_folder(beside, prefix) as scratch:
         folder, replaced = scratch / "new", scratch / _REPLACED
         folder.mkdir()
         yield folder
         sync_all(folder)
-        check(output)
         try:
-            if output.exists():
-                output.rename(replaced)
-            folder.rename(output)
+            if to_move(target):
+                target.rename(replaced)
+                to_move(replaced)  # with what another process has put there meanwhile
+            folder.rename(target)  # takes the place of an empty folder too, and fails at any other
         except BaseException:
-            if replaced.exists() and not output.exists():
-                replaced.rename(output)
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
             raise
         sync(beside)
 

@@ -16,7 +16,6 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
-from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.scratch import whole_folder
 from megatron_lcl.data.corpus.store import FORMATS, Corpus, Shard, open_corpus
 from megatron_lcl.errors import UserError
@@ -78,14 +77,12 @@ def _write_lines(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, i
         with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
             for j in range(shard.num_images):
                 _add(archive, _image_name(shard, j), bytes(shard.image(j)))
-        sync(folder / f"{number:05d}.tar")
     with open(folder / f"{number:05d}.jsonl", "w", encoding="utf-8") as file:
         for local in range(shard.num_documents):
             start, stop = shard.document_offsets[local : local + 2].tolist()
             items = [_item(corpus, shard, k) for k in range(start, stop)]
             line = {**_name(shard, local), "kind": corpus.kinds[number], "items": items}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    sync(folder / f"{number:05d}.jsonl")
     return shard.num_documents, shard.num_images, 0
 
 
@@ -123,7 +120,6 @@ def _write_samples(corpus: Corpus, number: int, folder: Path) -> tuple[int, int,
                 lists["images"].append(image)
             record = {**_name(shard, local), **lists}
             _add(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
-    sync(folder / f"{number:05d}.tar")
     return shard.num_documents, images, 0
 
 
@@ -150,7 +146,6 @@ def _write_pairs(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, i
                 _add(archive, f"{key}.txt", text.encode())
             _add(archive, f"{key}.json", json.dumps({"id": document.name}, ensure_ascii=False).encode())
             documents += 1
-    sync(folder / f"{number:05d}.tar")
     return documents, documents, shard.num_documents - documents
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_lcl.config import Model
 from megatron_lcl.data.corpus.manifest import MANIFEST, manifest_text, verify
-from megatron_lcl.data.corpus.scratch import clear_dead, put_in_place, scratch_folder, waiting_for_others
+from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder, take_name, waiting_for_others
 from megatron_lcl.train.checkpoint.folder import STATE
 from megatron_lcl.train.checkpoint.state import State, save_hashed
 
@@ -43,7 +43,7 @@ def convert(folder: Path, model: Model) -> bool:
             if verify(final):  # as before, where there are no locks
                 with contextlib.suppress(FileNotFoundError):
                     final.rename(scratch / "damaged")
-                put_in_place(scratch / UNIVERSAL, final)
+                take_name(scratch / UNIVERSAL, final)  # no sync, for which all wait: the next one verifies it
     return True
 
 

@@ -10,15 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from users import as_other, needs_root, shared_folder, succeeds
 
-from megatron_lcl.convert.folder import new_folder
+from megatron_lcl.convert.folder import new_folder, write_record
 from megatron_lcl.data.corpus import scratch
 from megatron_lcl.data.corpus.remote import locked
+from megatron_lcl.errors import UserError
+
+ANOTHER = f"{'f' * 32}-1"
+"""machine"""
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,7 @@ def test_left_or_in_use(tmp_path: Path, here: bool, alive: bool, written: int | 
     process = multiprocessing.get_context("fork").Process()
     process.start()
     process.join()
-    machine, pid = scratch._machine() if here else "another", os.getpid() if alive else process.pid
+    machine, pid = scratch._machine() if here else ANOTHER, os.getpid() if alive else process.pid
     folder = tmp_path / f"scratch-{machine}-{pid}-{'0' * 32}"
     (folder / "below").mkdir(parents=True)
     (folder / "below" / "file").touch()
@@ -85,7 +89,7 @@ def renamed(path, target):
     rename(path, target)
     os.kill(os.getpid(), int(sys.argv[2]))
 Path.rename = renamed
-with whole_folder(Path(sys.argv[1]), lambda output: None) as folder:
+with whole_folder(Path(sys.argv[1]), lambda output: "") as folder:
     (folder / "file").write_text("new")
 """
 
@@ -117,14 +121,82 @@ def test_killed_while_one_folder_takes_the_place_of_another(tmp_path: Path, sign
     ended = subprocess.run([sys.executable, "-c", REPLACES, output, str(signum)], stderr=subprocess.DEVNULL)
     assert ended.returncode in (128 + signum, -signum)
     assert output.exists() == (signum != signal.SIGKILL)
-    with suppress(ZeroDivisionError), scratch.whole_folder(output, lambda _: None):
-        raise ZeroDivisionError
+    with pytest.raises(UserError, match="is not empty"), scratch.whole_folder(output):
+        pytest.fail("the earlier one is seen before any work")
     assert (output / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with scratch.whole_folder(output, lambda _: None) as folder:
+    with scratch.whole_folder(output, lambda _: "") as folder:
         (folder / "file").write_text("new")
     assert (output / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["in an empty folder", "in an export that is replaced"])
+def test_what_is_put_there_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool) -> None:
+    """Between the last look and the rename."""
+    output, rename = tmp_path / "out", Path.rename
+    output.mkdir()
+    if earlier:
+        write_record(output, "hf", {})
+
+    def renamed(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        (output / "file").write_text("another's")
+        return path.rename(target)
+
+    with pytest.raises((OSError, UserError), match=r"not empty|something else"), new_folder(output, "hf"):
+        monkeypatch.setattr(Path, "rename", renamed)
+    assert (output / "file").read_text() == "another's"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_a_link_the_folder_is_written(tmp_path: Path) -> None:
+    """On its disk, which may be the larger one."""
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    with scratch.whole_folder(tmp_path / "out") as folder:
+        assert folder.is_relative_to(tmp_path / "disk")
+        (folder / "file").touch()
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "real" / "file").exists()
+
+
+def test_what_cannot_be_replaced_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "disk" / "here")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "big")
+    for output in (Path(), Path(".."), tmp_path / "disk" / "here", tmp_path / "big"):
+        with pytest.raises(UserError, match="cannot be replaced; name a folder in it"), scratch.whole_folder(output):
+            pytest.fail("refused too late")
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+
+
+def test_what_a_killed_command_left_is_of_its_output_alone(tmp_path: Path) -> None:
+    """Not of one whose name is the beginning of that output's."""
+    left = tmp_path / f".run.v2.{ANOTHER}-1-{'0' * 32}"
+    (left / "replaced").mkdir(parents=True)
+    for path in (left / "replaced", left):
+        os.utime(path, times=(1, 1))
+    with scratch.whole_folder(tmp_path / "run"):
+        pass
+    assert (left / "replaced").exists()
+    with scratch.whole_folder(tmp_path / "run.v2"):
+        assert not left.exists()
+
+
+@needs_root
+def test_what_another_users_killed_command_left_stops_nobody() -> None:
+    process = multiprocessing.get_context("fork").Process()
+    process.start()
+    process.join()
+
+    def use() -> None:
+        with scratch.whole_folder(folder / "out"):
+            pass
+
+    with shared_folder(0o3777) as folder:
+        (folder / f".out.{scratch._machine()}-{process.pid}-{'0' * 32}").mkdir(mode=0o700)
+        assert succeeds(as_other(use))
 
 
 def put(output: Path, fill: Callable[[Path], None]) -> None:

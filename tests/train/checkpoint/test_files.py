@@ -177,9 +177,12 @@ def test_parameters_and_moments_are_those_of_deepspeeds_own_converter(
 
 
 @pytest.mark.slow
-def test_a_conversion_is_made_once_unless_it_is_damaged(run: Path, runs: Path) -> None:
+def test_a_conversion_is_made_once_unless_it_is_damaged(run: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, model = checkpoint.step_folder(run, 3), build_config(runs, JOBS[0]).model
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
     assert reshard.convert(folder, model)
+    assert synced == [], "all processes wait, and what is not whole after a power failure is written again"
     assert not reshard.convert(folder, model)
     file = folder / "universal" / "zero" / "5.log_scale" / "exp_avg.pt"
     content = file.read_bytes()
