@@ -43,8 +43,8 @@ def reads() -> Iterator[Counter[str]]:
 
     def note() -> None:
         frames = [f for f in traceback.extract_stack() if "/megatron_lcl/" in f.filename or "/deepspeed/" in f.filename]
-        # the header of the losses lies in host memory, as `GlobalCounts` do, and what `from_host` copies without a wait
-        if not frames[-1].filename.endswith(("/losses/group.py", "/model/transfer.py")):
+        # the header of the losses lies in host memory, as `GlobalCounts` do
+        if not frames[-1].filename.endswith("/losses/group.py"):
             found["ours" if "/megatron_lcl/" in frames[-1].filename else "deepspeed"] += 1
             found[f"{frames[-1].filename}:{frames[-1].lineno}"] += 1
 
@@ -73,7 +73,7 @@ def reads() -> Iterator[Counter[str]]:
     make = torch.tensor
 
     def made(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs.get("device") is not None:
+        if kwargs.get("device") not in (None, "cpu"):  # as text: that of the model is a torch.device, the CPU's here
             note()
         return make(*args, **kwargs)
 
