@@ -16,7 +16,11 @@ UNGUARDED = (
     'a script starts worker processes outside of `if __name__ == "__main__":`, and each of them runs the script\'s '
     "lines again; put the call there"
 )
-NEVER_BEGAN = f"worker processes end before they begin to work, perhaps out of memory; or {UNGUARDED}"
+NEVER_BEGAN = (
+    "worker processes end before they begin to work; what they have written above this says why. Each of them imports "
+    "the script that starts them: it has to be a file (not standard input), with the call inside of "
+    '`if __name__ == "__main__":`. If they have written nothing, they may be out of memory'
+)
 """said where none of them has reached its first line of ours"""
 _LONGEST = 71
 """bytes of the path of a folder in which the path of a socket is not too long (107 bytes; macOS: 103), with the 32 that

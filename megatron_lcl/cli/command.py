@@ -91,7 +91,13 @@ def _one_line(error: BaseException, options: argparse.Namespace) -> str:
 def _has(options: argparse.Namespace, flag: str) -> bool:
     """Whether the command takes a flag."""
     name = flag.removeprefix("--")
-    return options.command in _WITH_FIELDS if "." in name else hasattr(options, name.replace("-", "_"))
+    if "." not in name:
+        return hasattr(options, name.replace("-", "_"))
+    if options.command == "claim":
+        from megatron_lcl.claim.plan import OWN
+
+        return name not in OWN
+    return options.command in _WITH_FIELDS
 
 
 class _OneLineEach(argparse.RawDescriptionHelpFormatter):

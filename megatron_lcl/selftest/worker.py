@@ -19,6 +19,7 @@ from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_devi
 from megatron_lcl.selftest.cases import STEPS, Case, joined, lone_images_and_texts, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
+from megatron_lcl.train.launch import keys_set
 from megatron_lcl.units import listed
 
 AXES = ("world", "data", "pipeline", "tensor", "model_parallel", "data_tensor")
@@ -71,7 +72,7 @@ def check_group(axis: Axis, name: str, store: dist.Store, timeout: float) -> Non
     """One collective in a group, and one in that of its hosts, where they have one of their own.
 
     Every process gives its rank and gets everybody's, and then says in the store what went wrong. GroupError, on all,
-    names those that say nothing, else those in which it went wrong.
+    names those that say nothing, else those in which it went wrong, and what went wrong first.
     """
     me, all_ranks = axis.ranks[axis.rank], list(axis.ranks)
     groups = {name: (axis.group, local_device()), f"{name} host": (axis.host_group, torch.device("cpu"))}
@@ -80,7 +81,7 @@ def check_group(axis: Axis, name: str, store: dist.Store, timeout: float) -> Non
             continue
         own = torch.tensor([me], device=device)
         gathered = [torch.empty_like(own) for _ in all_ranks]
-        wrong = ""
+        wrong, began = "", time.monotonic()
         try:
             work = dist.all_gather(gathered, own, group=group, async_op=True)
             assert work is not None
@@ -89,29 +90,37 @@ def check_group(axis: Axis, name: str, store: dist.Store, timeout: float) -> Non
             wrong = f"received {got}" if got != all_ranks else ""
         except RuntimeError as error:
             wrong = str(error) or type(error).__name__
-        # where it fails here, it does so at the same time in all that have not died or stopped
-        said = _exchange(store, f"group {called}", me, all_ranks, wrong, timeout / 4 if wrong else timeout)
-        if silent := [r for r in all_ranks if r not in said]:
-            why = f" ({wrong})" if wrong else f" within {timeout:g} s"
+        key = f"group {called} {tuple(all_ranks)}"
+        if wrong:
+            store.compare_set(f"{key} failed first", "", f"process {me}: {wrong}")
+        # others may wait in it until its timeout for a process in which it failed at once, and say nothing before
+        left = max(timeout / 4, 1.25 * timeout - (time.monotonic() - began))
+        said = _exchange(store, key, me, all_ranks, wrong, left)
+        silent, failed = [r for r in all_ranks if r not in said], [r for r in said if said[r]]
+        first = store.get(f"{key} failed first").decode() if failed else ""
+        if silent:
+            why = f"; a collective failed first in {first}" if failed else f" within {timeout:g} s"
             raise GroupError(f"{called} group {all_ranks}: {listed(silent, 'process')} did not answer{why}")
-        if failed := [r for r in all_ranks if said[r]]:
-            where = listed(failed, "process")
-            raise GroupError(
-                f"{called} group {all_ranks}: all answer, but a collective failed in {where}: {said[failed[0]]}"
-            )
+        if failed:
+            where = f"{listed(failed, 'process')}, first in {first}" if failed[1:] else first
+            raise GroupError(f"{called} group {all_ranks}: all answer, but a collective failed in {where}")
 
 
 def _exchange(
     store: dist.Store, key: str, rank: int, ranks: Sequence[int], said: str, timeout: float
 ) -> dict[int, str]:
-    """What each of some processes says, once all have, or as far as they have within so many seconds."""
-    keys = {r: f"{key} {tuple(ranks)} {r}" for r in ranks}
-    store.set(keys[rank], said)
-    deadline = time.monotonic() + timeout
-    missing = list(ranks)
-    while (missing := [r for r in missing if not store.check([keys[r]])]) and time.monotonic() <= deadline:
-        time.sleep(0.01)
-    return {r: store.get(keys[r]).decode() for r in ranks if r not in missing}
+    """What each of some processes says, once all have, or as far as they have within so many seconds.
+
+    In few requests, whose number does not grow with that of the processes: one server answers all of them.
+    """
+    keys = {f"{key} {r}": r for r in ranks}
+    store.set(f"{key} {rank}", said)
+    there = list(keys)
+    try:
+        store.wait(there, timedelta(seconds=timeout))
+    except dist.DistStoreError:
+        there = keys_set(store.check, there)
+    return {keys[name]: value.decode() for name, value in zip(there, store.multi_get(there), strict=True)}
 
 
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:

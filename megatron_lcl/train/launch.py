@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -115,6 +115,18 @@ def open_store(timeout: float) -> dist.TCPStore:
     serves = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout)
     return dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
+
+
+def keys_set(check: Callable[[list[str]], bool], keys: Sequence[str]) -> list[str]:
+    """Those of some keys that a store has: one question for all, and for halves while the answer is no.
+
+    A question for each, from each process, would be as many, to the one server, as the square of the processes. check:
+    the store's, whether all of some keys are set.
+    """
+    if not keys or check(list(keys)):
+        return list(keys)
+    half = len(keys) // 2
+    return [*keys_set(check, keys[:half]), *keys_set(check, keys[half:])] if half else []
 
 
 def processes_at_hand() -> int:

@@ -198,7 +198,8 @@ def test_a_flag_of_another_action_is_not_ignored(
     [
         ("preprocess --format html --input a --output b", "data.prepare.preprocess.preprocess", "ABC"),
         ("curate a --dry-run", "curate.run.curate", "A"),
-        ("train", "config.load", "D"),
+        ("train", "config.load", "DE"),
+        ("claim --output a", "claim.run.claim", "D"),
         ("verify a", "data.prepare.verify.verify", ""),
         ("evaluate a --corpus b", "evaluate.heldout.evaluate_checkpoint", ""),
         ("quickstart", "quickstart.run.quickstart", ""),
@@ -209,8 +210,8 @@ def test_a_remedy_is_said_by_the_commands_that_have_its_flag(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, does: str, takes: str
 ) -> None:
     def fails(*_: object, **__: object) -> None:
-        flags = ("--workers", "--max-bad-fraction", "--held-out", "--data.workers")
-        raise UserError("said", dict(zip(flags, "ABCD", strict=True)))
+        flags = ("--workers", "--max-bad-fraction", "--held-out", "--data.workers", "--data.cache")
+        raise UserError("said", dict(zip(flags, "ABCDE", strict=True)))
 
     monkeypatch.setattr(f"megatron_lcl.{does}", fails)
     assert run(capsys, *words.split()) == (2, f"megatron-lcl {words.split()[0]}: said{takes}\n")

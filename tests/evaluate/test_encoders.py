@@ -314,6 +314,19 @@ def test_what_decides_the_features_decides_the_fingerprint(model: LCL, tmp_path:
     assert len(fingerprints) == 3
 
 
+def test_a_model_that_is_trained_on_is_fingerprinted_again(model: LCL) -> None:
+    """In any mode it gives the same features, and is what it was when it is loaded and frozen."""
+    model = deepcopy(model).eval().requires_grad_(False)
+    frozen = OurEncoder("frozen", model).fingerprint
+    model.requires_grad_(True)
+    encoder = OurEncoder("trained on", model)
+    assert [encoder.fingerprint for _ in (model.train(), model.eval())] == [frozen, frozen]
+    assert OurEncoder("in training", model.train()).fingerprint == frozen
+    with torch.no_grad():
+        model.pool.query.add_(1.0)
+    assert encoder.fingerprint != frozen
+
+
 def test_what_does_not_load(tmp_path: Path) -> None:
     for spec in ("timm:no_such_model", f"hf:{tmp_path}", "open_clip:no-such-model", str(tmp_path / "none")):
         with pytest.raises(ValueError) as error:

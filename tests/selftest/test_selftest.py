@@ -24,7 +24,7 @@ from processes import run_processes
 
 from megatron_lcl import attention
 from megatron_lcl.parallel.mesh import Axis, Mesh, Pending
-from megatron_lcl.selftest import reference, run
+from megatron_lcl.selftest import reference, run, worker
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase, compare_kernels
 from megatron_lcl.selftest.run import Verdict, compare, selftest, those_that_fit
@@ -355,29 +355,68 @@ def test_a_host_that_does_not_answer_is_named() -> None:
     assert said.startswith("tensor host group [0, 1]: process 1 did not answer"), said
 
 
-def check_with_failing(rank: int, failing: tuple[int, ...]) -> str:
-    """What is said where all take part in a collective, and some get an error from it."""
-    dist.init_process_group("gloo")
+def check_with_failing(rank: int, failing: tuple[int, ...], takes_part: bool = True) -> str:
+    """What is said where some get an error from a collective, in which they take part or not; the others wait 5 s."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=5))
     store: Any = dist.distributed_c10d._get_default_store()
     all_gather = dist.all_gather
 
     def broken(*arguments: Any, **named: Any) -> Any:
-        all_gather(*arguments, **named).wait(timedelta(seconds=60))
+        if takes_part:
+            all_gather(*arguments, **named).wait(timedelta(seconds=60))
         raise RuntimeError("the link is down")
 
     gather = patch.object(dist, "all_gather", broken if rank in failing else all_gather)
     with gather, pytest.raises(GroupError) as error:
-        check_group(Axis.of_all(), "world", store, 8)
-    dist.barrier()  # the first process serves the store
+        check_group(Axis.of_all(), "world", store, 5)
+    ends = [f"ended {r}" for r in range(dist.get_world_size())]
+    store.set(ends[rank], "")
+    store.wait(ends, timedelta(seconds=60))
+    store.set(f"left {rank}", "")
+    if rank == 0:  # it serves the store
+        store.wait([f"left {r}" for r in range(dist.get_world_size())], timedelta(seconds=60))
     dist.destroy_process_group()
     return str(error.value)
 
 
-@pytest.mark.parametrize(("failing", "named"), [((0, 1), "processes 0, 1"), ((1,), "process 1")])
+@pytest.mark.parametrize(("failing", "named"), [((0, 1), "processes 0, 1, first in process [01]"), ((1,), "process 1")])
 def test_a_process_in_which_a_collective_fails_has_answered(failing: tuple[int, ...], named: str) -> None:
     """Also where the others were done with it before."""
-    said = f"world group [0, 1]: all answer, but a collective failed in {named}: the link is down"
-    assert run_processes(check_with_failing, 2, failing) == [said, said]
+    said, again = run_processes(check_with_failing, 2, failing)
+    assert said == again
+    expected = rf"world group \[0, 1\]: all answer, but a collective failed in {named}: the link is down"
+    assert re.fullmatch(expected, said), said
+
+
+@pytest.mark.slow
+def test_those_who_wait_for_a_process_in_which_a_collective_fails_at_once_have_answered() -> None:
+    """They say so only when it has lasted too long for them; what is told is what went wrong before."""
+    said = "world group [0, 1, 2]: all answer, but a collective failed in processes 0, 1, 2, first in process 1: "
+    assert run_processes(check_with_failing, 3, (1,), False) == [f"{said}the link is down"] * 3
+
+
+class Counted:
+    """A store that counts the requests."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.store, self.requests = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.requests += 1
+        return getattr(self.store, name)
+
+
+def test_many_processes_ask_the_store_little() -> None:
+    """All of them ask one server."""
+    store = Counted(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    for rank in range(1, 512):
+        store.store.set(f"group {rank}", f"says {rank}")
+    said = worker._exchange(store, "group", 0, range(512), "says 0", 60.0)  # type: ignore[arg-type]
+    assert said == {rank: f"says {rank}" for rank in range(512)}
+    assert store.requests <= 3
+    said = worker._exchange(store, "group", 0, range(513), "says 0", 0.1)  # type: ignore[arg-type]
+    assert said == {rank: f"says {rank}" for rank in range(512)}
+    assert store.requests <= 3 + 4 + 2 * 10, "each halving asks twice"
 
 
 def pass_at_a_distance(rank: int) -> int:

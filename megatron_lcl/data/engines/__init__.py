@@ -53,8 +53,8 @@ class Runner(Protocol):
     def submit(self, jobs: Sequence[int]) -> None:
         """Begin these jobs, as soon as there is room; they may have been tried before."""
 
-    def ended(self) -> Mapping[int, str]:
-        """Jobs that have ended since the last call, each with what went wrong in one line, or ""; waits a moment."""
+    def ended(self) -> Mapping[int, UserError | None]:
+        """Jobs that have ended since the last call, each with what went wrong, if anything; waits a moment."""
 
 
 def run_jobs(
@@ -94,8 +94,9 @@ def run_jobs(
     if failed:
         first = min(failed)
         raise UserError(
-            f"{listed(sorted(failed), 'job')} of {engine.jobs} failed (tried {counted(engine.retries + 1, 'time')}), "
-            f"the first with: {failed[first]}; logs in {logs}"
+            f"{listed(sorted(failed), 'job')} of {engine.jobs} failed (tried {counted(engine.retries + 1, 'time')}; "
+            f"logs in {logs}), the first with: {failed[first].said()}",
+            failed[first].remedies,
         )
 
 
@@ -139,10 +140,10 @@ def _opened(engine: Engine, task: Task, environment: Mapping[str, str]) -> Abstr
     raise UserError(f"--executor {engine.executor}: give one of {', '.join(EXECUTORS)}")
 
 
-def _run(runner: Runner, engine: Engine, bar: tqdm) -> dict[int, str]:
+def _run(runner: Runner, engine: Engine, bar: tqdm) -> dict[int, UserError]:
     """All jobs, each as often as need be; what went wrong in those that failed for good."""
     failures: Counter[int] = Counter()
-    failed: dict[int, str] = {}
+    failed: dict[int, UserError] = {}
     runner.submit(range(engine.jobs))
     running = engine.jobs
     while running:
@@ -160,7 +161,7 @@ def _run(runner: Runner, engine: Engine, bar: tqdm) -> dict[int, str]:
         if again:
             first = min(again)
             logger.warning(
-                "%s failed, to be run again, the first after: %s", listed(sorted(again), "job"), again[first]
+                "%s failed, to be run again, the first after: %s", listed(sorted(again), "job"), again[first].said()
             )
             runner.submit(sorted(again))
             running += len(again)

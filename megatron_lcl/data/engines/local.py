@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_lcl.data.engines.task import Task, do_logged
+from megatron_lcl.errors import UserError
 from megatron_lcl.interrupts import ENDING, end_with_command, holding_interrupts
 from megatron_lcl.machine import num_cores
 from megatron_lcl.processes import NEVER_BEGAN
@@ -45,10 +46,10 @@ class _Local:
     def submit(self, jobs: Sequence[int]) -> None:
         self._waiting.extend(jobs)
 
-    def ended(self) -> Mapping[int, str]:
+    def ended(self) -> Mapping[int, UserError | None]:
         while self._waiting and len(self._running) < self._at_once:
             self._start(self._waiting.popleft())
-        errors = {}
+        errors: dict[int, UserError | None] = {}
         for words in wait(list(self._running), _POLL):
             assert isinstance(words, Connection)
             index, process = self._running[words]
@@ -81,18 +82,18 @@ def _job(task: Task, index: int, words: Connection) -> None:
     words.send(do_logged(task, index, "here"))
 
 
-def _outcome(process: BaseProcess, words: Connection, log: Path) -> str:
+def _outcome(process: BaseProcess, words: Connection, log: Path) -> UserError | None:
     """Of a process that has said something, or has ended. Read first: it waits until a long text is taken from it."""
-    said = None
+    found: list[UserError | None] = []
     with contextlib.suppress(EOFError, OSError):
-        said = words.recv()
+        found.append(words.recv())
     process.join()
-    if said is not None:
-        return said
+    if found:
+        return found[0]
     exit_code = process.exitcode
     assert exit_code is not None
     if exit_code < 0:
-        return f"killed by {signal.Signals(-exit_code).name}, perhaps out of memory"
+        return UserError(f"killed by {signal.Signals(-exit_code).name}, perhaps out of memory")
     if not log.exists():
-        return NEVER_BEGAN
-    return f"ended with exit code {exit_code}"
+        return UserError(NEVER_BEGAN)
+    return UserError(f"ended with exit code {exit_code}")

@@ -24,7 +24,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_lcl.config.types import STRICT
-from megatron_lcl.data.engines.task import Task, do_logged, one_line
+from megatron_lcl.data.engines.task import Task, do_logged, failure
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import build, put
 from megatron_lcl.machine import num_cores
@@ -104,7 +104,7 @@ def _connect(ray: Any, settings: RaySettings, cpus: float, folder: str) -> None:
             _reach(address)
             ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as error:
-            raise UserError(f"no Ray at {address}: {one_line(error)}") from None
+            raise UserError(f"no Ray at {address}: {failure(error)}") from None
         return
     if given == "auto":
         raise UserError("no Ray runs on this machine: `ray start` joins it to a cluster, `--ray local` needs none")
@@ -179,7 +179,7 @@ class _Ray:
             job = self._function.options(**options).remote(self._task, index, self._environment)
             self._running[job] = index
 
-    def ended(self) -> Mapping[int, str]:
+    def ended(self) -> Mapping[int, UserError | None]:
         references, _ = self._ray.wait(list(self._running), timeout=_POLL)
         errors = {self._running.pop(reference): self._outcome(reference) for reference in references}
         self._failed.update(index for index, error in errors.items() if error)
@@ -212,20 +212,20 @@ class _Ray:
             if dying:
                 time.sleep(_POLL / 4)
 
-    def _outcome(self, reference: Any) -> str:
-        """What went wrong in a job that is over; "" for a good one."""
+    def _outcome(self, reference: Any) -> UserError | None:
+        """What went wrong in a job that is over, if anything."""
         errors = self._ray.exceptions
         try:
             return self._ray.get(reference)
         except errors.OutOfMemoryError:
-            return "its process was killed, as its node was out of memory"
+            return UserError("its process was killed, as its node was out of memory")
         except (errors.WorkerCrashedError, errors.NodeDiedError):
-            return "its process was killed, or its node was lost"
+            return UserError("its process was killed, or its node was lost")
         except errors.RayError as error:  # also: the function cannot be imported there
-            return one_line(error)
+            return failure(error)
 
 
-def _job(task: Task, index: int, environment: dict[str, str]) -> str:
+def _job(task: Task, index: int, environment: dict[str, str]) -> UserError | None:
     import ray
 
     os.environ.update(environment)  # not by Ray's runtime_env, which its logs repeat

@@ -87,7 +87,7 @@ class _Slurm:
             self._running |= dict(zip(jobs, submitted, strict=True))
         logger.info("submitted %d jobs as %s", len(submitted), submitted[0].job_id)
 
-    def ended(self) -> Mapping[int, str]:
+    def ended(self) -> Mapping[int, UserError | None]:
         errors = {index: _outcome(job) for index, job in self._running.items() if job.done()}
         errors |= self._lost(set(self._running) - set(errors))
         for index in errors:
@@ -103,7 +103,7 @@ class _Slurm:
             with holding_interrupts(ENDING):
                 subprocess.run(["scancel", *(job.job_id for job in self._running.values())], check=False)
 
-    def _lost(self, unfinished: set[int]) -> dict[int, str]:
+    def _lost(self, unfinished: set[int]) -> dict[int, UserError]:
         """Jobs that will have no result.
 
         submitit learns of them only from Slurm's accounting, which many clusters do not keep: so the queue is queried,
@@ -117,7 +117,9 @@ class _Slurm:
         missing = {index for index in unfinished if self._running[index].job_id not in queued}
         lost, self._missing = missing & self._missing, missing
         return {
-            index: f"job {self._running[index].job_id} ended without a result; it was killed, or its node failed"
+            index: UserError(
+                f"job {self._running[index].job_id} ended without a result; it was killed, or its node failed"
+            )
             for index in lost
         }
 
@@ -139,10 +141,13 @@ def _outside_of_jobs() -> Iterator[None]:
         yield
 
 
-def _outcome(job: Any) -> str:
-    """What went wrong in a job that is over; "" for a good one."""
+def _outcome(job: Any) -> UserError | None:
+    """What went wrong in a job that is over, if anything."""
     error = job.exception()
-    return job.result() if error is None else (str(error).strip().splitlines() or [repr(error)])[-1]
+    if error is None:
+        result: UserError | None = job.result()
+        return result
+    return UserError((str(error).strip().splitlines() or [repr(error)])[-1])
 
 
 def _queued() -> set[str] | None:

@@ -35,8 +35,8 @@ class Task:
         return self.logs / f"job-{index}.log"
 
 
-def do(task: Task, index: int) -> str:
-    """Do a job; what went wrong, in one line, or "". The traceback goes to stderr."""
+def do(task: Task, index: int) -> UserError | None:
+    """Do a job; what went wrong, as `failure`, if anything. The traceback goes to stderr."""
     try:
         with contextlib.suppress(OSError):  # this machine may lack it, and all paths be absolute
             os.chdir(task.directory)
@@ -49,26 +49,30 @@ def do(task: Task, index: int) -> str:
         task.function(**task.arguments, job=(index, task.jobs))
     except Exception as error:  # noqa: BLE001  # of whatever kind, it is this job's
         traceback.print_exc()
-        return one_line(error)
-    return ""
+        return failure(error)
+    return None
 
 
-def do_logged(task: Task, index: int, place: str) -> str:
+def do_logged(task: Task, index: int, place: str) -> UserError | None:
     """The same, with all that this process and its children write in the job's log, after a line with the place."""
     with _written_to(task.log(index) if task.logs.exists() else Path(os.devnull)):
         print(f"{place}: job {index} of {task.jobs}, process {os.getpid()} on {socket.gethostname()}", flush=True)
         return do(task, index)
 
 
-def one_line(error: BaseException) -> str:
-    """An error as the command line would say it, with its kind where that says more than its text."""
+def failure(error: BaseException) -> UserError:
+    """An error as the command line would say it, with its kind where that says more than its text.
+
+    It goes from process to process, which not all errors can, and keeps its remedies, which are the command's to say.
+    """
+    remedies: Mapping[str, str] = {}
     if isinstance(error, UserError):
-        said = str(error)
+        said, remedies = error.said(), error.remedies
     elif isinstance(error, OSError) and error.strerror:
         said = describe_os_error(error)
     else:
         said = f"{type(error).__name__}: {error}"
-    return " ".join(said.split())
+    return UserError(" ".join(said.split()), remedies)
 
 
 @contextlib.contextmanager

@@ -196,8 +196,8 @@ class PackedLoader(Iterable[PackedBatch]):
             if not worker.is_alive():
                 where = "before its next pack" if pack < 0 else f"at pack {pack}: {self._describe(pack)}"
                 return LoaderKilled(
-                    f"loader process {worker.pid} was killed {where}. If the machine is short of memory, lower "
-                    "data.workers"
+                    f"loader process {worker.pid} was killed {where}. If the machine is short of memory, fewer "
+                    "loader processes need less of it (data.workers of the run)"
                 )
         return error
 

@@ -168,15 +168,18 @@ class Grouping:
 
 
 def _nothing_to_hold_out(num: int, groups: list[list[str]], fraction: float, largest: int) -> UserError:
-    """The error for `num` documents in groups that are all larger than `largest`, or in one."""
+    """The error for `num` documents, those of one `group_name` counted once, which are joined into one group, or into
+    groups that are all larger than `largest`."""
+    counted = "documents (those of one page, book or image count as one)"
     if num < 2:
-        said = "there are not two documents, of which one could be"
+        said = "there is one document alone, or all are of one page, book or image"
     elif len(groups) == 1:
-        said = f"equal or near-duplicate images join all {num:,} documents into one group"
+        said = f"equal or near-duplicate images join all {num:,} {counted} into one group"
     else:
         said = (
-            f"equal or near-duplicate images join {num:,} documents into {len(groups):,} groups, the smallest of "
-            f"{len(groups[-1]):,}; with a fraction of {fraction:g} only groups of up to {largest:,} (a tenth of it) are"
+            f"equal or near-duplicate images join {num:,} {counted} into {len(groups):,} groups, the smallest "
+            f"of {len(groups[-1]):,}; with a fraction of {fraction:g} only groups of up to {largest:,} (a tenth "
+            "of it) are"
         )
     enough = math.ceil(1000 * len(groups[-1]) / num) / 100 if groups else 1.0
     larger = f", or a larger --held-out-fraction ({enough:g})" if enough < 1 else ""

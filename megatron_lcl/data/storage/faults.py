@@ -24,8 +24,8 @@ _METADATA = ("/latest/api/token", "/latest/meta-data", "169.254.169.254", "metad
 class StorageError(UserError):
     """A request that failed for good."""
 
-    def __init__(self, message: str, missing: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, missing: bool = False, remedies: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, remedies)
         self.missing = missing
         """there is no such object"""
 

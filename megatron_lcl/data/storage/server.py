@@ -2,7 +2,8 @@
 
 It answers the process that started it and those that this one forks, over a socket in a folder that only their user may
 enter, each connection in a thread; it ends when the last of them has (its standard input ends then). A request is
-(operation, url, arguments); an answer ("ok", value) or ("fault", message, missing).
+(operation, url, arguments); an answer ("ok", value) or ("fault", message, missing) with
+remedies behind that, where there are any.
 
 A request that may succeed later is made again, after a pause that doubles: for FIRST_SECONDS where no request to a URL
 was answered yet (a wrong address shows soon), otherwise for PATIENCE_SECONDS after it first failed (of what puts, whose
@@ -86,7 +87,8 @@ class Remote:
         if (total := sum(size for size, _ in found.values())) > shutil.disk_usage(folder).free:
             raise StorageError(
                 f"{self.url}: {in_bytes(total)} are to be copied, and {free_space(Path(folder))}; make room, or set "
-                "data.cache, XDG_CACHE_HOME or TMPDIR to a folder with more"
+                "XDG_CACHE_HOME or TMPDIR to a folder with more",
+                remedies={"--data.cache": ", or data.cache"},
             )
         for name, (size, etag) in found.items():
             with open(Path(folder) / name, "wb") as file:
@@ -284,7 +286,7 @@ def main(address: str) -> None:
                             remotes[url] = Remote(url)
                     reply = "ok", getattr(remotes[url], operation)(*arguments)
                 except StorageError as error:
-                    reply = "fault", str(error), error.missing
+                    reply = "fault", error.said(), error.missing, error.remedies
                 except OSError as error:  # of a file of ours
                     reply = "fault", f"{arguments[-1]}: {error.strerror or type(error).__name__}", False
                 except ImportError:

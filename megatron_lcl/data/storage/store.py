@@ -131,7 +131,7 @@ class Store:
                 _forget()
                 raise
         if reply[0] == "fault":
-            raise StorageError(reply[1], reply[2])
+            raise StorageError(*reply[1:])
         return reply[1]
 
 

@@ -84,10 +84,19 @@ class Encoder(ABC):
             f"{self.name} has no text encoder; zero-shot classification, retrieval and models.match of curate need one"
         )
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """XXH3 of all that decides the features of a decoded image: settings, the modules with their constants, the
-        weights' bytes."""
+        weights' bytes. Kept, but of a model that may be trained on."""
+        if any(parameter.requires_grad for parameter in self.module.parameters()):
+            return self._fingerprint()
+        return self._kept_fingerprint
+
+    @cached_property
+    def _kept_fingerprint(self) -> str:
+        return self._fingerprint()
+
+    def _fingerprint(self) -> str:
         digest = xxhash.xxh3_128(json.dumps([type(self).__name__, self.settings], default=str).encode())
         for name, module in self.module.named_modules():
             digest.update(f"{name} {type(module).__qualname__} {_constants(module)}\n".encode())
@@ -136,6 +145,8 @@ def _constants(module: nn.Module) -> list[tuple[str, str]]:
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or name == "name_or_path":  # PyTorch's own; where the files lie
             continue
+        if name == "training":  # no features depend on it (`OurEncoder`, `load`); False is what it was when it counted
+            value = False
         if plain(value):
             found.append((name, repr(value)))
         elif callable(value) and not isinstance(value, nn.Module):

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_lcl.config import Guard
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Axis
-from megatron_lcl.train.launch import say_watched
+from megatron_lcl.train.launch import keys_set, say_watched
 from megatron_lcl.train.resilience.faults import code_of, is_distributed, is_local, name_nodes, node
 from megatron_lcl.train.resilience.signals import Stopped, leave
 from megatron_lcl.train.resilience.start import LOST
@@ -223,8 +223,8 @@ class Watchdog:
         while not self._closing.wait(self.publish_period):
             try:
                 self._publish()
-                unseen = [r for r in range(self.size) if r != self.rank and r not in self._others]
-                others = [*self._others, *self._published(unseen)]
+                unseen = {_key(r): r for r in range(self.size) if r != self.rank and r not in self._others}
+                others = [*self._others, *(unseen[key] for key in keys_set(self._check, list(unseen)))]
                 lines = self._store.multi_get([_key(r) for r in others]) if others else []
             except dist.DistStoreError:  # no answer in the store's own time, which passes while a job is suspended
                 continue
@@ -242,19 +242,10 @@ class Watchdog:
                 if before is None or before[0].num_published != state.num_published:
                     self._others[rank] = state, now
 
-    def _published(self, ranks: list[int]) -> list[int]:
-        """Those of them that have published something: one question for all, and for halves while the answer is no.
-
-        A question for each would be as many, to the one server, as the square of the processes.
-        """
-        if not ranks:
-            return []
-        all_have = self._store.check([_key(r) for r in ranks])
+    def _check(self, keys: list[str]) -> bool:
+        all_set: bool = self._store.check(keys)
         self._last_contact = self._now()
-        if all_have or len(ranks) == 1:
-            return ranks if all_have else []
-        half = len(ranks) // 2
-        return self._published(ranks[:half]) + self._published(ranks[half:])
+        return all_set
 
     def _publish(self) -> None:
         state = self._state

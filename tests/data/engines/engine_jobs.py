@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+from megatron_lcl.errors import UserError
+
 
 def tried(folder: Path, index: int) -> int:
     """Count another try of a job; how many there have been."""
@@ -24,6 +26,8 @@ def fails(folder: Path, times: int, how: str, job: tuple[int, int]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "exits":
             os._exit(3)
+        if how == "advises":
+            raise UserError("no room", {"--data.cache": ", or set data.cache"})
         raise ValueError("two\nlines" if how == "raises" else how)
     (folder / f"done-{index}-of-{total}").touch()
 

@@ -57,7 +57,7 @@ def test_a_job_that_fails_is_tried_again_and_then_said(tmp_path: Path, how: str,
             with pytest.raises(UserError) as error:
                 run_jobs(fails, arguments, Engine("local", 3, retries=1), output=folder)
             logs = tmp_path / f"{times}.local"
-            assert str(error.value) == f"job 1 of 3 failed (tried 2 times), the first with: {said}; logs in {logs}"
+            assert str(error.value) == f"job 1 of 3 failed (tried 2 times; logs in {logs}), the first with: {said}"
             assert (logs / "job-1.log").read_text().count("job 1 of 3") == 2
             assert ("Traceback" in (logs / "job-1.log").read_text()) == (how in ("raises", LONG))
             done.remove("done-1-of-3")
@@ -65,16 +65,25 @@ def test_a_job_that_fails_is_tried_again_and_then_said(tmp_path: Path, how: str,
         assert [len((folder / f"tries-{k}").read_text().split()) for k in range(3)] == [1, 2, 1]
 
 
+def test_a_job_s_remedies_are_the_command_s_to_say(tmp_path: Path) -> None:
+    arguments = {"folder": tmp_path, "times": 9, "how": "advises"}
+    with pytest.raises(UserError) as error:
+        run_jobs(fails, arguments, Engine("local", 1, retries=0), output=tmp_path / "out")
+    assert error.value.said().endswith(", the first with: no room")
+    assert error.value.remedies == {"--data.cache": ", or set data.cache"}
+
+
 def test_jobs_that_never_begin(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         run_jobs(fails, {"folder": Ends()}, Engine("local", 1, retries=0), output=tmp_path / "out")
-    assert f"the first with: {NEVER_BEGAN}; logs in" in str(error.value)
+    assert f"the first with: {NEVER_BEGAN}" in str(error.value)
 
 
 def test_a_machine_that_does_not_see_the_folders_says_so(tmp_path: Path) -> None:
     arguments = {"folder": tmp_path, "times": 0, "how": ""}
     task = Task(fails, arguments, 1, 1, tmp_path, (tmp_path / "in",))
-    assert f"does not see {tmp_path / 'in'}: input and output must be on a file system that all machines" in do(task, 0)
+    said = f"does not see {tmp_path / 'in'}: input and output must be on a file system that all machines"
+    assert said in str(do(task, 0))
     assert not list(tmp_path.glob("done-*"))
     with pytest.raises(UserError, match="there is no"):
         run_jobs(fails, arguments, Engine("local", 1), output=tmp_path / "out", reads=[tmp_path / "in"])
@@ -88,11 +97,11 @@ def test_a_job_s_relative_paths_are_those_of_the_command(tmp_path: Path, monkeyp
     relative = Task(fails, {"folder": Path("../jobs"), "times": 0, "how": ""}, 1, 1, tmp_path, (Path("../jobs"),))
     (tmp_path / "jobs").mkdir()
     monkeypatch.chdir("/")
-    assert do(relative, 0) == ""
+    assert do(relative, 0) is None
     monkeypatch.chdir("/")
     (tmp_path / "here").rmdir()
     absolute = replace(relative, arguments={**relative.arguments, "folder": tmp_path / "jobs"}, reads=())
-    assert do(absolute, 0) == ""
+    assert do(absolute, 0) is None
     assert len((tmp_path / "jobs" / "tries-0").read_text().split()) == 2
 
 

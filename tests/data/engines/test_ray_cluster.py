@@ -250,7 +250,7 @@ def test_a_job_that_always_fails_is_one_line_and_the_others_work_stays(
                  "--tokenizer", str(tmp_path / "t.model"), "--executor", "ray", "--jobs", "2"]) == 2  # fmt: skip
     *_, said = capfd.readouterr().err.splitlines()
     # the one that is done last sees that too much is bad, or both do where they are done at the same time
-    failed = r"megatron-lcl preprocess: jobs? (\d)(?:, \d)? of 2 failed \(tried 3 times\), the first with: .*"
+    failed = r"megatron-lcl preprocess: jobs? (\d)(?:, \d)? of 2 failed \(tried 3 times; .*\), the first with: .*"
     match = re.fullmatch(failed, said)
     assert match, said
     assert f"logs in {tmp_path / 'out.ray'}" in said

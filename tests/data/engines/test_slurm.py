@@ -170,8 +170,8 @@ class FakeJob:
     def exception(self) -> Exception | None:
         return self._error
 
-    def result(self) -> str:
-        return ""
+    def result(self) -> None:
+        return None
 
 
 class FakeExecutor:
@@ -195,7 +195,7 @@ class FakeExecutor:
                 jobs.append(FakeJob(RuntimeError("node n2 went away")))
             else:
                 task.logs.mkdir(exist_ok=True)
-                assert run(task, index) == ""
+                assert run(task, index) is None
                 jobs.append(FakeJob(None))
         return jobs
 
@@ -235,7 +235,8 @@ def test_a_lost_job_alone_is_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert FakeExecutor.submitted == [[0, 1, 2], [1]]
     assert summary.counts["documents"] == 5
     monkeypatch.setattr(FakeExecutor, "num_lost", 9)
-    with pytest.raises(ValueError, match=r"job 1 of 3 failed \(tried 3 times\), the first with: node n2 went away"):
+    said = r"job 1 of 3 failed \(tried 3 times; logs in .*\), the first with: node n2 went away"
+    with pytest.raises(ValueError, match=said):
         preprocess_in_jobs("jsonl", tmp_path / "in", tmp_path / "two", engine, tokenizer=TOKENIZER)
 
 

@@ -28,11 +28,17 @@ def test_of_a_few_pages_one_is_held_out(num: int) -> None:
 def test_something_stays_in_training() -> None:
     assert len(grouping([0, 1, 2]).held_out(0.99)) == 2
     for images in ([0], [0, 0], [0, 0, 0]):
-        why = f"join all {len(images)} documents into one group" if images[1:] else "there are not two documents"
+        why = f"join all {len(images)} documents .* into one group" if images[1:] else "there is one document alone"
         with pytest.raises(
             ValueError, match=f"nothing to hold out: .*{why}.*; give more or other documents, or leave out"
         ):
             grouping(images).held_out(0.13)
+    book = Grouping()
+    for k in range(300):
+        book.add(Described("book", [], [(bytes([k % 256, k // 256]), None)]))
+    said = "nothing to hold out: there is one document alone, or all are of one page, book or image;"
+    with pytest.raises(UserError, match=said):
+        book.held_out(0.13)
 
 
 @pytest.mark.parametrize(("num", "enough"), [(400, 0.05), (150, 0.14), (40, 0.5), (21, 0.96), (20, None)])
@@ -41,7 +47,7 @@ def test_groups_that_are_too_large_for_the_fraction(num: int, enough: float | No
     found = Grouping()
     for k in range(num):
         found.add(Described(str(k), [bytes([min(k // 2, 1)])], []))  # two documents, and all others
-    said = "documents into 2 groups, the smallest of 2; with a fraction of .* only groups of up to 1 .* other documents"
+    said = "documents .* into 2 groups, the smallest of 2; with a fraction of .* only groups of up to 1 .* documents"
     with pytest.raises(UserError, match=said) as caught:
         found.held_out(min(0.9 * (enough or 1), 15 / num))
     larger = f", or a larger --held-out-fraction ({enough:g})" if enough else ""

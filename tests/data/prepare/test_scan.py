@@ -166,10 +166,29 @@ print(list(in_order(divmod, 7, [1, 2], 2)))
 """
 
 
-def test_a_script_that_its_workers_run_again_is_told_so(tmp_path: Path) -> None:
+GUARDED = """
+from megatron_lcl.data.prepare.workers import in_order
+if __name__ == "__main__":
+    print(list(in_order(divmod, 7, [1, 2], 2)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "is_file", "why"),
+    [
+        (UNGUARDED, True, "before the\n        current process has finished its bootstrapping phase"),
+        (GUARDED, False, "FileNotFoundError: [Errno 2] No such file or directory: '{folder}/<stdin>'"),
+    ],
+    ids=["unguarded", "standard input"],
+)
+def test_a_script_that_workers_cannot_import_is_told_so(tmp_path: Path, program: str, is_file: bool, why: str) -> None:
+    """Python says in each of them what it is; the last line says where to look, and what a script has to be."""
     script = tmp_path / "script.py"
-    script.write_text(UNGUARDED)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=60)
-    assert done.stderr.splitlines()[-1] == f"megatron_lcl.errors.UserError: {NEVER_BEGAN}"
-    assert 'outside of `if __name__ == "__main__":`' in NEVER_BEGAN
+    script.write_text(program)
+    command, given = [sys.executable, str(script) if is_file else "-"], None if is_file else program
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
+    *above, last = done.stderr.splitlines()
+    assert last == f"megatron_lcl.errors.UserError: {NEVER_BEGAN}"
+    assert why.format(folder=tmp_path) in "\n".join(above)
+    assert 'a file (not standard input), with the call inside of `if __name__ == "__main__":`' in NEVER_BEGAN
     assert done.stdout == ""

@@ -70,8 +70,11 @@ def test_nothing_is_fetched_out_of_a_folder_or_onto_a_full_disk(s3: Proxy, place
     head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nETag: "a"\r\nLast-Modified: Thu, 26 Nov 2026 00:00:00 GMT\r\n\r\n'
     s3.reset()
     s3.answer = head.format(shutil.disk_usage(folder).free + 10**9).encode()
-    with pytest.raises(StorageError, match=rf"{place}: .*B are to be copied, and .* are free in {folder}; make room"):
+    said = rf"{place}: .*B are to be copied, and .* are free in {folder}; make room"
+    with pytest.raises(StorageError, match=said) as caught:
         store.fetch(["object"], folder)
+    assert str(caught.value) == f"{caught.value.said()}, or data.cache"
+    assert "data.cache" not in caught.value.said()
     assert {request.method for request in s3.requests} == {"HEAD"}
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 

@@ -41,11 +41,13 @@ def reads() -> Iterator[Counter[str]]:
     found: Counter[str] = Counter()
     inside = [False]
 
-    def note() -> None:
+    def note(device: object = None) -> None:
         frames = [f for f in traceback.extract_stack() if "/megatron_lcl/" in f.filename or "/deepspeed/" in f.filename]
-        # the header of the losses lies in host memory, as `GlobalCounts` do, and what `from_host` copies without a wait
-        if not frames[-1].filename.endswith(("/losses/group.py", "/model/transfer.py")):
-            found["ours" if "/megatron_lcl/" in frames[-1].filename else "deepspeed"] += 1
+        ours = "/megatron_lcl/" in frames[-1].filename
+        # what we name in text is host memory, the model's device is no text; DeepSpeed names its accelerator in text
+        # the header of the losses lies in host memory, as `GlobalCounts` do
+        if not (ours and device == "cpu") and not frames[-1].filename.endswith("/losses/group.py"):
+            found["ours" if ours else "deepspeed"] += 1
             found[f"{frames[-1].filename}:{frames[-1].lineno}"] += 1
 
     class Scalars(TorchDispatchMode):
@@ -74,7 +76,7 @@ def reads() -> Iterator[Counter[str]]:
 
     def made(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") is not None:
-            note()
+            note(kwargs["device"])
         return make(*args, **kwargs)
 
     with contextlib.ExitStack() as stack:
