@@ -76,7 +76,9 @@ class InFiles:
             file = self.folder / f"{index}.pkl"
             file.write_bytes(pickle.dumps((function, task, index)))
             run, *given = pickle.loads(file.read_bytes())
-            job: dict[str, Any] = {"done": lambda: True, "exception": lambda: None, "result": partial(str, run(*given))}
+            result = pickle.dumps(run(*given))
+            job: dict[str, Any] = {"done": lambda: True, "exception": lambda: None}
+            job["result"] = partial(pickle.loads, result)
             jobs.append(SimpleNamespace(job_id=f"1_{index}", **job))
         return jobs
 
