@@ -317,13 +317,14 @@ def test_what_decides_the_features_decides_the_fingerprint(model: LCL, tmp_path:
 def test_a_model_that_is_trained_on_is_fingerprinted_again(model: LCL) -> None:
     """In any mode it gives the same features, and is what it was when it is loaded and frozen."""
     model = deepcopy(model).eval().requires_grad_(False)
-    frozen = OurEncoder("frozen", model).fingerprint
-    model.requires_grad_(True)
     encoder = OurEncoder("trained on", model)
+    frozen = encoder.fingerprint
+    model.requires_grad_(True)
     assert [encoder.fingerprint for _ in (model.train(), model.eval())] == [frozen, frozen]
     assert OurEncoder("in training", model.train()).fingerprint == frozen
     with torch.no_grad():
         model.pool.query.add_(1.0)
+    model.requires_grad_(False)
     assert encoder.fingerprint != frozen
 
 

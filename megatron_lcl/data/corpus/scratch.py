@@ -127,15 +127,23 @@ def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Ite
         yield folder
         sync_all(folder)
         try:
-            if to_move(target):
+            seen = _files_of(target)
+            if to_move(target):  # which may take long
                 target.rename(replaced)
-                to_move(replaced)  # with what another process has put there meanwhile
+                if _files_of(replaced) != seen:
+                    raise UserError(f"{output} was written to by something else meanwhile; give another place")
             folder.rename(target)  # takes the place of an empty folder too, and fails at any other
         except BaseException:
             if replaced.exists() and not target.exists():
                 replaced.rename(target)
             raise
         sync(beside)
+
+
+def _files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of each file in a folder."""
+    found = {path.relative_to(folder).as_posix(): path.lstat() for path in folder.rglob("*") if not path.is_dir()}
+    return {name: (file.st_size, file.st_mtime_ns) for name, file in found.items()}
 
 
 def clear_dead(work: Path) -> None:

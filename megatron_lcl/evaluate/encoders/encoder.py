@@ -87,10 +87,8 @@ class Encoder(ABC):
     @property
     def fingerprint(self) -> str:
         """XXH3 of all that decides the features of a decoded image: settings, the modules with their constants, the
-        weights' bytes. Kept, but of a model that may be trained on."""
-        if any(parameter.requires_grad for parameter in self.module.parameters()):
-            return self._fingerprint()
-        return self._kept_fingerprint
+        weights' bytes. Kept where `load_encoder` has loaded it: weights of a caller's model may change."""
+        return self._fingerprint() if self.source is None else self._kept_fingerprint
 
     @cached_property
     def _kept_fingerprint(self) -> str:
