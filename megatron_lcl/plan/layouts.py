@@ -135,19 +135,19 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
     passed, too_large, refused = [], [], []
     for tried in layouts(config, target.node_size):
         try:
-            for phase in phases_of(tried):
+            phases = phases_of(tried)
+            for phase in phases:
                 with phase.naming_fields():
                     check_zero(phase.config, check_layout(phase.config, target.processes))
             check_compile(tried, elsewhere=True)
         except UserError as error:
             refused.append(Layout(tried, refused=str(error)))
             continue
-        phases = [phase.config for phase in phases_of(tried)]
-        least = max((bound(phase, target) for phase in phases), key=lambda of: of.needs)
+        least = max((bound(phase.config, target) for phase in phases), key=lambda of: of.needs)
         if least.needs > target.room:
             too_large.append(Layout(tried, **vars(least)))
             continue
-        slowest = max(map(target.predict, phases), key=lambda of: of.seconds)
+        slowest = max((target.predict(phase.config) for phase in phases), key=lambda of: of.seconds)
         passed.append(Layout(tried, **vars(least), prediction=slowest))
     passed.sort(key=lambda layout: (round(layout.seconds, 9), key_of(layout.config)))
     too_large.sort(key=lambda layout: layout.needs)

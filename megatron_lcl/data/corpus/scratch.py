@@ -57,14 +57,21 @@ def scratch_folder(work: Path, prefix: str = SCRATCH) -> Iterator[Path]:
 @contextmanager
 def kept_fresh(folder: Path, seconds: float) -> Iterator[None]:
     """Set a folder's time every so many seconds, so that other machines see that it is in use."""
+    with repeating(seconds, lambda: os.utime(folder)):
+        yield
+
+
+@contextmanager
+def repeating(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Call something every so many seconds, in a thread. Its OSErrors are passed over: a file may be gone meanwhile."""
     ended = threading.Event()
 
-    def beat() -> None:
+    def repeat() -> None:
         while not ended.wait(seconds):
-            with suppress(OSError):  # deleted meanwhile
-                os.utime(folder)
+            with suppress(OSError):
+                action()
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield

@@ -11,13 +11,13 @@ import contextlib
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import lock_descriptor
 
+from megatron_lcl.data.corpus.scratch import repeating
 from megatron_lcl.errors import UserError, complain, naming
 from megatron_lcl.run_folder import LOCK
 from megatron_lcl.train.resilience.start import LOST, leave
@@ -56,7 +56,7 @@ def lock_run_folder(run: Path) -> Iterator[None]:
             os.write(file.fileno(), name.encode())
             os.fsync(file.fileno())  # who waits on another machine is to see it
         try:
-            with _kept(run, name):
+            with repeating(HEARTBEAT_SECONDS, lambda: _keep(run, name)):
                 yield
         finally:
             with contextlib.suppress(FileNotFoundError):  # somebody has deleted the folder
@@ -96,25 +96,11 @@ def _holder(run: Path) -> str:
     return (run / LOCK).read_text(encoding="utf-8")  # opened anew, too
 
 
-@contextlib.contextmanager
-def _kept(run: Path, name: str) -> Iterator[None]:
-    """Touch the lock file at every heartbeat; end the process where it names another one."""
-    ended = threading.Event()
-
-    def heartbeat() -> None:
-        while not ended.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                if (holder := _holder(run)) != name:
-                    leave(LOST, f"train.output = {run} was taken over by {holder or 'another run'}")
-                os.utime(run / LOCK)
-
-    thread = threading.Thread(target=heartbeat, name="lock", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+def _keep(run: Path, name: str) -> None:
+    """Touch the lock file; end the process where it names another one."""
+    if (holder := _holder(run)) != name:
+        leave(LOST, f"train.output = {run} was taken over by {holder or 'another run'}")
+    os.utime(run / LOCK)
 
 
 def _acquire(run: Path, descriptor: int) -> bool:
