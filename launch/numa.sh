@@ -9,10 +9,10 @@ unbound() { # why, and the command
   exec "${@:2}"
 }
 task=${LOCAL_RANK:-${SLURM_LOCALID:-0}}
-command -v nvidia-smi >/dev/null || unbound "no nvidia-smi (in a container: in it)" "$@"
+command -v nvidia-smi >/dev/null || unbound "no nvidia-smi" "$@"
 bus=$(nvidia-smi --id="${visible[task]:-$task}" --query-gpu=pci.bus_id --format=csv,noheader) || unbound "nvidia-smi finds no GPU ${visible[task]:-$task}" "$@"
 printf -v bus '%04x:%s' "0x${bus%%:*}" "${bus#*:}" # 00000000:1B:00.0 is 0000:1b:00.0 to Linux
 node=$(cat "/sys/bus/pci/devices/${bus,,}/numa_node" 2>/dev/null || echo -1)
 [ "$node" -ge 0 ] || unbound "the NUMA node of GPU $bus is unknown" "$@"
-command -v numactl >/dev/null || { echo "numa.sh: numactl is not installed on $(uname -n) (in a container: in it); install it, or unset TASK_PREFIX" >&2 && exit 2; }
+command -v numactl >/dev/null || { echo "numa.sh: numactl is not installed on $(uname -n) (or in its container); install it, or unset TASK_PREFIX" >&2 && exit 2; }
 exec numactl --all --cpunodebind="$node" --preferred="$node" -- "$@"
