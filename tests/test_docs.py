@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from sphinx.util.docutils import docutils_namespace
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
+from megatron_lcl.convert import hf, timm
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -119,6 +121,16 @@ def test_an_export_is_saved_again_for_the_reference(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     exec(textwrap.dedent(lines), {})
     assert torch.equal(torch.load("DIR/lcl.pt")["a"], tensor)
+
+
+def test_exports_are_loaded_as_their_cards_say() -> None:
+    """Whose examples run in the tests of the exports; ViT-L/16 is what the page takes for timm's."""
+    page = (DOCS / "conversion.md").read_text("utf-8")
+    large = configs.load(DOCS.parent / "configs/lcl_vitl14_interleaved.yaml").model.vision
+    name, arguments = timm.architecture(dataclasses.replace(large, patch_size=16))
+    assert (name, arguments) == ("vit_large_patch14_clip_224", {"patch_size": 16})
+    for example in (hf.USAGE.example, timm.USAGE.example.replace("ARGUMENTS", f'"{name}", patch_size=16')):
+        assert textwrap.indent(example, "    ", lambda line: bool(line.strip())) in page
 
 
 def test_the_first_run_says_how_its_commands_are_found() -> None:
