@@ -94,6 +94,9 @@ def test_corpora_are_made_with_the_tokenizer_of_the_configs() -> None:
         assert known, (page, line)
         if re.match(r"--format (mmc4|obelics|omnicorpus|table) ", line):
             assert "--images " in line, (page, line)
+        if re.search(r" --images images/(mmc4|obelics|omnicorpus|datacomp) ", line):  # whole lists of URLs, many dead
+            assert "--max-bad-fraction 0.5" in line, line
+            assert "--held-out" not in words, f"it is for up to 200,000 images: {line}"
     for file in DOCS.parent.glob("configs/*.yaml"):
         assert configs.load(file).model.language.vocab_size == 49411
 

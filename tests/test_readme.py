@@ -128,9 +128,10 @@ def test_commands_for_one_node(
 
 def test_files_and_extras_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for text in (README, REPORT):
+    for text in (README, REPORT, *(page.read_text("utf-8") for page in (ROOT / "docs").rglob("*.md"))):
         named = re.findall(r"pip install -e \"\.\[(.*?)\]", text)
-        assert named
+        commands = re.findall(r"^ {4}megatron-lcl .* --tokenizer clip ", text, re.M)
+        assert named or not commands, f"CLIP's tokenizer is in an extra, which this page does not name: {text[:40]}"
         assert {extra for wanted in named for extra in wanted.split(",")} <= extras.keys()
     assert "](docs/index.md)" in README, "the site's first page names all others"
     assert dead_links(README) == []
