@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from sphinx.util.docutils import docutils_namespace
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
+from megatron_lcl.convert import hf, timm
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -75,18 +77,26 @@ def test_commands_of_a_data_set_are_ours(
 
 
 def test_corpora_are_made_with_the_tokenizer_of_the_configs() -> None:
-    """Else one is trained, whose corpus no shipped config takes. Lines with … are about something else."""
+    """Else one is trained, whose corpus no shipped config takes: CLIP's, or on a page that trains with a run's own
+    config the tokenizer of that run's corpus. Lines with … are about something else."""
     commands = [
-        (page.name, line)
+        (page, line)
         for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]
         for line in re.findall(r"megatron-lcl preprocess (--format .* --output .*)", page.read_text("utf-8"))
         if "…" not in line
     ]
     assert len(commands) > 15
     for page, line in commands:
-        assert "--tokenizer clip " in line, (page, line)
+        words = shlex.split(line)
+        tokenizer = Path(words[words.index("--tokenizer") + 1])
+        trained_with = f"megatron-lcl train --config {tokenizer.parent}/config.yaml --data.corpora "
+        known = tokenizer == Path("clip") or trained_with in page.read_text("utf-8")
+        assert known, (page, line)
         if re.match(r"--format (mmc4|obelics|omnicorpus|table) ", line):
             assert "--images " in line, (page, line)
+        if re.search(r" --images images/(mmc4|obelics|omnicorpus|datacomp) ", line):  # whole lists of URLs, many dead
+            assert "--max-bad-fraction 0.5" in line, line
+            assert "--held-out" not in words, f"it is for up to 200,000 images: {line}"
     for file in DOCS.parent.glob("configs/*.yaml"):
         assert configs.load(file).model.language.vocab_size == 49411
 
@@ -114,6 +124,16 @@ def test_an_export_is_saved_again_for_the_reference(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     exec(textwrap.dedent(lines), {})
     assert torch.equal(torch.load("DIR/lcl.pt")["a"], tensor)
+
+
+def test_exports_are_loaded_as_their_cards_say() -> None:
+    """Whose examples run in the tests of the exports; ViT-L/16 is what the page takes for timm's."""
+    page = (DOCS / "conversion.md").read_text("utf-8")
+    large = configs.load(DOCS.parent / "configs/lcl_vitl14_interleaved.yaml").model.vision
+    name, arguments = timm.architecture(dataclasses.replace(large, patch_size=16))
+    assert (name, arguments) == ("vit_large_patch14_clip_224", {"patch_size": 16})
+    for example in (hf.USAGE.example, timm.USAGE.example.replace("ARGUMENTS", f'"{name}", patch_size=16')):
+        assert textwrap.indent(example, "    ", lambda line: bool(line.strip())) in page
 
 
 def test_the_first_run_says_how_its_commands_are_found() -> None:

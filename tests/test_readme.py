@@ -21,6 +21,7 @@ from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.model.layers import unit_norm
 from megatron_lcl.train import checks, dryrun
+from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import Memory, estimate
 
 ROOT = Path(__file__).parents[1]
@@ -73,10 +74,12 @@ def test_commands_for_one_gpu(
     without_simulation(monkeypatch)
     commands = [shlex.split(line.strip()) for line in re.findall(r"^ {4}(megatron-lcl .*)$", ONE_GPU, re.M)]
     assert [command[1] for command in commands] == [
-        *("preprocess", "verify", "train", "train", "evaluate", "report"), *["evaluate"] * 4, "export"
+        *("preprocess", "verify", "plan", "train", "train", "evaluate", "report"), *["evaluate"] * 4, "export"
     ]  # fmt: skip
     dry, real = (command for command in commands if command[1] == "train")
     assert dry == [*real, "--dry-run"]
+    (planned,) = (command for command in commands if command[1] == "plan")
+    assert planned[:10] == ["megatron-lcl", "plan", *dry[2:10]], "what is planned is what is trained"
     missing = {"report": "runs/one is neither a run folder", "export": "there is no checkpoint runs/one"}
     for command in commands:
         words = command[1:]
@@ -85,7 +88,7 @@ def test_commands_for_one_gpu(
         elif command == dry:
             assert main([*words, "--data.cache", str(tmp_path / "cache")]) == 0
             assert "memory      a process holds at least" in capsys.readouterr().out
-        elif command != real:
+        elif command not in (real, planned):
             capsys.readouterr()
             assert main(words) == 2, words
             (line,) = capsys.readouterr().err.splitlines()
@@ -95,11 +98,40 @@ def test_commands_for_one_gpu(
             assert wanted in line, line
 
 
+def test_commands_for_one_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model and the layout of its plan are valid, and its options are; what is told of the model is so."""
+    page = (ROOT / "docs/one-node.md").read_text(encoding="utf-8")
+    plan, dry, real, *others = (shlex.split(line)[1:] for line in re.findall(r"^ {4}(megatron-lcl .*)$", page, re.M))
+    assert dry == [*real, "--dry-run"]
+    assert plan[:3] == ["plan", "--config", "configs/lcl_vitl14_interleaved.yaml"]
+    assert plan[5:] == ["--gpus", "8", "--gpu", "h100", "--write", "l16.yaml"]
+    given = {"model__vision__patch_size": 16, "zero__stage": 2, "train__micro_batch": 8, "contrast__strategy": "retain"}
+    config = replace(load(ROOT / plan[2]), **given)
+    with torch.device("meta"):
+        model = LCL(config.model)
+    assert f"model       {sum(p.numel() for p in model.parameters()):,} parameters" in page
+    check_layout(config, 8)
+    assert "a replica runs 8 micro-batches of 8" in page
+    (huge,) = re.findall(r"`(--model\.vision\.width.*?)`", page, re.S)
+    for options in (plan[3:5], shlex.split(huge)):
+        assert main(["train", *plan[1:3], *options, "--data.corpora", "corpora/mine", "--print-config"]) == 0
+    (tmp_path / "pets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for words in others:
+        assert main(words) == 2, words
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "runs/l16" in line or "pets" in line, line
+
+
 def test_files_and_extras_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for text in (README, REPORT):
+    for text in (README, REPORT, *(page.read_text("utf-8") for page in (ROOT / "docs").rglob("*.md"))):
         named = re.findall(r"pip install -e \"\.\[(.*?)\]", text)
-        assert named
+        commands = re.findall(r"^ {4}megatron-lcl .* --tokenizer clip ", text, re.M)
+        assert named or not commands, f"CLIP's tokenizer is in an extra, which this page does not name: {text[:40]}"
         assert {extra for wanted in named for extra in wanted.split(",")} <= extras.keys()
     assert "](docs/index.md)" in README, "the site's first page names all others"
     assert dead_links(README) == []

@@ -62,7 +62,7 @@ def add_jobs(sub: argparse.ArgumentParser, workers: str) -> None:
     )
     sub.add_argument(
         "--executor", choices=["local", "slurm", "ray"], default="local",
-        help="slurm, ray: all --jobs there, those that fail or are lost again (docs/engines.md)",
+        help="slurm, ray: runs all --jobs there; jobs that fail or are lost are run again (docs/engines.md)",
     )  # fmt: skip
     sub.add_argument("--jobs", type=int, metavar="N", help="of --executor slurm and ray (8)")
     sub.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit's parameters")

@@ -49,7 +49,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument("--profile", metavar="A:B", help="the same as --train.profile: trace steps A to B")
     sub.add_argument(
-        "--profile-ranks", metavar="K,K,…", help="the same as --train.profile_ranks: the processes that do (0)"
+        "--profile-ranks",
+        metavar="K,K,…",
+        help="the same as --train.profile_ranks: ranks of the processes that trace these steps (0)",
     )
     sub.add_argument("--resume", metavar="auto|RUN|CHECKPOINT", help="the same as --checkpoint.resume")
     sub.add_argument(
@@ -75,8 +77,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--sets", metavar="DIR", help="emoji and things as `demo` makes them; made where missing (OUTPUT/sets)"
     )
     sub.add_argument("--config", metavar="FILE", help="what all runs have in common (configs/claim/cpu.yaml)")
-    sub.add_argument("--images", type=int, metavar="N", help="that each run sees (90000)")
-    sub.add_argument("--seeds", metavar="N,N,…", help="(0,1,2)")
+    sub.add_argument("--images", type=int, metavar="N", help="number of images that each run sees (90000)")
+    sub.add_argument("--seeds", metavar="N,N,…", help="seeds; each row is trained once with each (0,1,2)")
     sub.add_argument("--rates", metavar="LR,LR,…", help="learning rates that are tried; one: taken (5e-4,1e-3)")
     sub.add_argument("--dry-run", action="store_true", help="make the data, say what would be run, and stop")
 

@@ -99,7 +99,7 @@ AttentionName = Literal["flash_attn_3", "flash_attn", "torch_varlen", "flex", "d
 EvaluationTask = Literal["retrieval", "generation"]
 """what is measured on a held-out corpus, by the part of the model that it needs"""
 LabeledTask = Literal["knn", "zero-shot"]
-"""what is measured on labelled images"""
+"""what is measured on labeled images"""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -112,7 +112,7 @@ class Evaluate:
     tasks: tuple[Literal["retrieval", "generation", "knn", "zero-shot"], ...] = Field(
         default=(),
         description="on evaluate.corpus: retrieval: recall@1 and @10, image to context and back; generation: bits per "
-        "token; on evaluate.labeled: knn: k nearest neighbours; zero-shot: the nearest class text; empty: what the "
+        "token; on evaluate.labeled: knn: k nearest neighbors; zero-shot: the nearest class text; empty: what the "
         "objective trains and the data allow",
     )
     average: str | None = Field(
@@ -122,11 +122,11 @@ class Evaluate:
     )
     labeled: str | None = Field(
         default=None,
-        description="labelled images, DIR/test/CLASS/*.jpg (for knn also DIR/train/…), or a WebDataset in "
+        description="labeled images, DIR/test/CLASS/*.jpg (for knn also DIR/train/…), or a WebDataset in "
         "CLIP_benchmark's layout; every image is encoded in each evaluation",
     )
     neighbors: Positive = Field(
-        default=20, description="of knn: neighbours that vote, by exp(cosine / 0.07) (DINO, arXiv 2104.14294: 20)"
+        default=20, description="of knn: neighbors that vote, by exp(cosine / 0.07) (DINO, arXiv 2104.14294: 20)"
     )
     prompts: tuple[str, ...] = Field(
         default=(),

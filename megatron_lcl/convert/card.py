@@ -62,7 +62,7 @@ class Card:
 
     name: str = "An LCL vision encoder"
     license: str = "other"
-    """the weights' licence, as an SPDX identifier in lower case (apache-2.0, cc-by-4.0 …); `other`: not stated"""
+    """the weights' license, as an SPDX identifier in lower case (apache-2.0, cc-by-4.0 …); `other`: not stated"""
     datasets: tuple[str, ...] = ()
     """what it was trained on, one line each: an identifier on the Hub (org/name), and after a colon words about it; or
     words alone"""
@@ -76,7 +76,7 @@ class Card:
                 raise UserError(f"a model card's {what} is one line of text, not {text!r}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise UserError(
-                f"licence {self.license!r} is no SPDX identifier in lower case, such as apache-2.0, mit, cc-by-4.0, or "
+                f"license {self.license!r} is no SPDX identifier in lower case, such as apache-2.0, mit, cc-by-4.0, or "
                 "other; see https://spdx.org/licenses"
             )
 
@@ -202,7 +202,7 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
         "`certificate.json` has the measured difference between these features and megatron_lcl's own.",
         f"## Data\n\n{data}",
         "## Metrics\n\n" + (table if metrics else "None were given."),
-        f"## Licence\n\n{'Not stated.' if card.license == 'other' else card.license}",
+        f"## License\n\n{'Not stated.' if card.license == 'other' else card.license}",
     ]
     if card.run is not None:
         sections.append(f"## Config\n\n```yaml\n{_config(card.run)}```")
@@ -210,7 +210,7 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
 
 
 def _beginning(run: Config | None) -> str:
-    """Whose weights the training began with: their licence is one of the result's, too."""
+    """Whose weights the training began with: their license is one of the result's, too."""
     sources = [f"the weights of `{_public(source)}`" for source in _sources(run)]
     return f"trained from {', trained from '.join(sources)}," if sources else "pre-trained from scratch"
 
@@ -354,4 +354,4 @@ _HUB_LICENSES = {  # https://huggingface.co/docs/hub/repositories-licenses
     "pddl", "lgpl-lr", "deepfloyd-if-license", "fair-noncommercial-research-license", "llama2", "llama3",
     "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "unknown", "other",
 }  # fmt: skip
-"""what the Hub calls licences; any other is `other` with a `license_name`"""
+"""what the Hub calls licenses; any other is `other` with a `license_name`"""

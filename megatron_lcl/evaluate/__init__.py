@@ -1,4 +1,4 @@
-"""How good an encoder is: on labelled or captioned images, and on held-out documents.
+"""How good an encoder is: on labeled or captioned images, and on held-out documents.
 
 Any encoder on any images: `run` opens the images (`sources`), checks that they decode (`checking`), loads the encoders
 (`encoders`), refuses what the model has not learned (`trained`), computes features once (`features`, `patches`,

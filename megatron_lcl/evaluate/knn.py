@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification on frozen features."""
+"""k-nearest-neighbor classification on frozen features."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def knn_predict(
     temperature: float = 0.07,
     device: str | torch.device = "cpu",
 ) -> np.ndarray:
-    """Predicted classes [M]. Cosine similarity s; neighbours vote with exp(s / temperature).
+    """Predicted classes [M]. Cosine similarity s; neighbors vote with exp(s / temperature).
 
     Wu et al. 2018 (arXiv 1805.01978, section 3.4), with DINO's k and temperature (arXiv 2104.14294).
     """
@@ -87,9 +87,9 @@ def with_training(
 
 
 def check_neighbors(k: int, train: ImageSet) -> None:
-    """UserError where there are fewer training images than neighbours."""
+    """UserError where there are fewer training images than neighbors."""
     if k > len(train):
-        raise UserError(f"k = {k} neighbours, but {train.name} has {len(train)} images")
+        raise UserError(f"k = {k} neighbors, but {train.name} has {len(train)} images")
 
 
 def _same_numbers(train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:

@@ -1,4 +1,4 @@
-"""k-NN and zero-shot classification of labelled images while a run trains, by all of its processes together.
+"""k-NN and zero-shot classification of labeled images while a run trains, by all of its processes together.
 
 The numbers are those of `evaluate --data` on a checkpoint of the step, but for the bootstrap intervals. There the model
 lies in one process; here its layers lie as the run's layout says, so images and texts take the way of a step's
@@ -97,7 +97,7 @@ def open_labeled(config: Config) -> LabeledSets:
 
 
 def named_tasks(config: Config) -> tuple[LabeledTask, ...]:
-    """Those of `evaluate.tasks` that labelled images are for."""
+    """Those of `evaluate.tasks` that labeled images are for."""
     return tuple(task for task in TASKS if task in config.evaluate.tasks)
 
 

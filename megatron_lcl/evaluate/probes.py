@@ -1,6 +1,6 @@
 """Linear and attentive probes on a frozen encoder.
 
-Linear: L2-regularised logistic regression on pooled features, by SciPy's L-BFGS, its strength chosen on held-out
+Linear: L2-regularized logistic regression on pooled features, by SciPy's L-BFGS, its strength chosen on held-out
 training images (CLIP, Radford et al. 2021, appendix A.3). Attentive: an attention pool with one learned query over the
 patch tokens, then a linear classifier (the paper's transfer protocol), trained by AdamW.
 """
@@ -29,7 +29,7 @@ from megatron_lcl.evaluate.sources import ImageSet
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear classifier on standardised features."""
+    """A linear classifier on standardized features."""
 
     weight: np.ndarray
     """[C, D]"""
@@ -51,9 +51,9 @@ def fit_linear(
     max_iterations: int = 1000,
     device: str | torch.device = "cpu",
 ) -> Linear:
-    """Multinomial logistic regression: minimises strength · Σ cross-entropy + ½ |weight|² (as scikit-learn's C).
+    """Multinomial logistic regression: minimizes strength · Σ cross-entropy + ½ |weight|² (as scikit-learn's C).
 
-    Features are standardised first; the bias is not regularised. float64.
+    Features are standardized first; the bias is not regularized. float64.
     """
     x = np.asarray(features, np.float64)
     mean, scale = x.mean(0), x.std(0)

@@ -159,7 +159,7 @@ def _end(name: str) -> str:
 
 
 def write_picture(results: Sequence[Result], path: str | Path) -> None:
-    """A bar a metric with its interval, one panel a task, encoders side by side in colours of their own."""
+    """A bar a metric with its interval, one panel a task, encoders side by side in colors of their own."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(result.task for result in results))

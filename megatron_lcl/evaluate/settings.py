@@ -36,11 +36,11 @@ class ZeroShotSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class KnnSettings:
-    """k-nearest-neighbour classification."""
+    """k-nearest-neighbor classification."""
 
-    k: Positive = Field(default=20, description="neighbours that vote (DINO: 20)")
+    k: Positive = Field(default=20, description="neighbors that vote (DINO: 20)")
     temperature: Above0 = Field(
-        default=0.07, description="a neighbour of cosine similarity s votes with exp(s / temperature) (DINO: 0.07)"
+        default=0.07, description="a neighbor of cosine similarity s votes with exp(s / temperature) (DINO: 0.07)"
     )
 
 

@@ -1,4 +1,4 @@
-"""The evaluations that a run makes every so many steps, on held-out documents and on labelled images: all processes
+"""The evaluations that a run makes every so many steps, on held-out documents and on labeled images: all processes
 together, each a share."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_heldout(config: Config) -> None:
     if own.corpus is None and own.labeled is None:
         raise UserError(
             f"train.evaluate_every = {config.train.evaluate_every} needs held-out documents: --evaluate.corpus DIR, "
-            "such as `preprocess --held-out DIR` writes; or labelled images: --evaluate.labeled DIR"
+            "such as `preprocess --held-out DIR` writes; or labeled images: --evaluate.labeled DIR"
         )
     for tasks, name, data in (
         (corpus_tasks(config), "corpus", own.corpus),
@@ -173,9 +173,9 @@ class HeldOutMeter:
         if not self.mesh.is_first:
             return
         if result.bad_images:
-            self.telemetry.say(f"{len(result.bad_images)} labelled images do not decode, first {result.bad_images[0]}")
+            self.telemetry.say(f"{len(result.bad_images)} labeled images do not decode, first {result.bad_images[0]}")
         measured = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
         of = f" of {average}" if average else ""
-        self.telemetry.say(f"labelled images{of}, after step {step}: {measured}")
+        self.telemetry.say(f"labeled images{of}, after step {step}: {measured}")
         numbers = {**result.values, "seconds": time.perf_counter() - started}
         self._write(step, lambda run: write_labeled(run, replace(result, average=average)), "labeled", numbers)

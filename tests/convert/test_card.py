@@ -147,7 +147,7 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     ],
 )
 def test_whose_weights_a_run_began_with_is_said(tmp_path: Path, key: str, source: str, shown: str | None) -> None:
-    """Their licence binds whoever takes these; folders are nobody's business."""
+    """Their license binds whoever takes these; folders are nobody's business."""
     text = to_text(Card(run=configs.replace(Config(model=TINY), **{key: source})), tmp_path)
     shown = source if shown is None else shown
     assert f"A vision transformer trained from the weights of `{shown}`, by Latent" in text
@@ -278,7 +278,7 @@ def test_command_line_fills_the_card(model: LCL, tmp_path: Path, capsys: pytest.
     assert json.loads((output / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-4.0"
     assert "# LCL of manuals\n" in body
     assert "## Data\n\n* the GIMP manual\n* a blog\n" in body
-    assert "## Licence\n\ncc-by-4.0\n" in body
+    assert "## License\n\ncc-by-4.0\n" in body
 
 
 def test_an_imports_card_quotes_the_run_or_none(model: LCL, tmp_path: Path) -> None:

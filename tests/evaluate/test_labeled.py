@@ -1,4 +1,4 @@
-"""k-NN and zero-shot on labelled images during a run: in every layout what `evaluate` says of the checkpoint."""
+"""k-NN and zero-shot on labeled images during a run: in every layout what `evaluate` says of the checkpoint."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def test_a_run_measures_what_evaluate_measures(
     for name, value in expected.items():
         assert measured[-1][f"labeled/{name}"] == pytest.approx(value, abs=1e-9), name
     assert 0 < expected["knn_accuracy"] < 1, "both kinds of pictures, or a mistake would not show"
-    assert said.count("1 labelled images do not decode, first ") == 2
-    assert "labelled images, after step 3: knn_accuracy " in said
+    assert said.count("1 labeled images do not decode, first ") == 2
+    assert "labeled images, after step 3: knn_accuracy " in said
     recorded = json.loads((run / "labeled.json").read_text())
     assert (recorded["step"], recorded["images"], recorded["train_images"]) == (3, 18, 24)
     assert (recorded["neighbors"], recorded["prompts"]) == (3, list(PROMPTS))
@@ -148,7 +148,7 @@ def test_a_run_measures_what_evaluate_measures(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"evaluate.neighbors": "25"}, "k = 25 neighbours"),
+        ({"evaluate.neighbors": "25"}, "k = 25 neighbors"),
         ({"objective.name": "generation", "evaluate.tasks": "[zero-shot]"}, "generation does not train what zero-shot"),
         ({"evaluate.labeled": "{folder}/labeled/train"}, None),
         ({"evaluate.labeled": "{folder}/labeled/train", "evaluate.tasks": "[knn]"}, "has no folder 'train'"),
@@ -202,7 +202,7 @@ def test_classes_without_names_are_not_classified_by_them(folder: Path, tmp_path
 @pytest.mark.slow
 def test_tasks_and_data_must_fit_each_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
-        (("--evaluate.labeled", "null"), "or labelled images: --evaluate.labeled DIR"),
+        (("--evaluate.labeled", "null"), "or labeled images: --evaluate.labeled DIR"),
         (("--evaluate.tasks", "[retrieval]"), "evaluate.tasks has retrieval, which needs evaluate.corpus"),
         (("--evaluate.tasks", "[knn]", "--evaluate.corpus", str(folder / "corpus")), "has no task on it; add one of"),
     ):

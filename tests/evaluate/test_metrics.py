@@ -75,7 +75,7 @@ def test_knn(split: tuple[np.ndarray, ...], k: int) -> None:
     assert (ours == peer.predict(test)).mean() > 0.998  # ties
     result = knn("pixels", image_set(train_labels), image_set(labels), train, test, k)
     assert result.metrics["accuracy"].value == pytest.approx((ours == labels).mean())
-    assert len(knn_predict(train[:k], train_labels[:k], test, 10, k)) == len(test)  # all are neighbours
+    assert len(knn_predict(train[:k], train_labels[:k], test, 10, k)) == len(test)  # all are neighbors
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from megatron_lcl.demo import packages
 from megatron_lcl.demo import train as train_module
 from megatron_lcl.demo.train import RUN, WITH_NEAR_DUPLICATES
 from megatron_lcl.quickstart.run import _add_emoji, _Pages
+
+ROOT = Path(__file__).parents[2]
 
 WORDS = """
 the pencil tool draws hard lines while a brush paints soft ones over any layer of your picture
@@ -125,6 +128,32 @@ def test_the_held_out_vendor_is_named(output: Path) -> None:
     config = yaml.safe_load((output / "config.yaml").read_text())
     assert {Path(corpus["path"]).name for corpus in config["data"]["corpora"]} >= {"corpus", "labels", "pairs"}
     assert config["schedule"]["cooldown"] == 1, "of 4 steps the share that it is of all"
+
+
+@pytest.mark.slow
+def test_own_documents_take_its_config_and_its_tokenizer(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of docs/first-run.md, in order."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(output)
+    write_pages(tmp_path / "papers", 8)
+    for page in (tmp_path / "papers").glob("*.html"):
+        text = re.sub(r"<nav>.*?</nav>|</?(html|body)>", "", page.read_text(encoding="utf-8"))
+        page.with_suffix(".md").write_text(text, encoding="utf-8")
+        page.unlink()
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^ {4}megatron-lcl (.*)$", (ROOT / "docs/first-run.md").read_text("utf-8"), re.M)
+    assert [command.split()[0] for command in commands] == ["preprocess", "train", "evaluate", "report", "export"]
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "train":
+            with Fleet(Path("runs/papers"), *words[1:], "--train.steps", "1", size=1) as fleet:
+                assert fleet.wait() == [0], fleet.said()
+        else:
+            assert main(words) == 0, capsys.readouterr().err
+    assert "heldout" in Path("runs/papers/report.html").read_text(encoding="utf-8")
+    assert Path("exports/papers/model.safetensors").is_file()
 
 
 def test_without_npm_the_pages_alone_are_trained_on(
