@@ -133,12 +133,11 @@ def test_what_was_read_before_an_error_is_shown_after_it(tmp_path: Path) -> None
     a, b = (write_lines(tmp_path / f"s/{n}", [line(1), line(2)], n) for n in range(2))
     watch = Watch([tmp_path / "s"])
     watch.page()
-    whole = (b / "metrics.jsonl").read_text()
     grow(a, 77)
-    (b / "metrics.jsonl").write_text(whole + "{damaged}\n")
+    with (b / "metrics.jsonl").open("a") as file:
+        file.write("{damaged}\n")
     assert "77" not in page_section(watch.page(), "runs")
-    (b / "metrics.jsonl").write_text(whole)
-    assert "77" in page_section(watch.page(), "runs")
+    assert "77" in page_section(watch.page(), "runs"), "the damaged line is passed over"
 
 
 def page_section(page: str, name: str) -> str:
@@ -169,6 +168,13 @@ def test_a_page_is_known_by_whose_it_is_and_not_by_how_far_they_are(tmp_path: Pa
     assert three[1] != two[1], "the head says how many they are"
     assert "3 runs of" in three[2]
     assert "No two runs differ in the seed alone" not in three[2]
+
+
+def test_a_folder_whose_name_is_no_utf8_is_served(run: Path) -> None:
+    with serving(run.rename(run.with_name("r\udcff"))) as (served, _):
+        status, _, page = served.get("/")
+        assert (status, "r\\udcff" in page) == (200, True)
+        assert json.loads(served.get("/parts")[2])["error"] == ""
 
 
 def test_a_fault_of_the_program_is_told_here_and_there(
