@@ -50,7 +50,7 @@ new_venv() {
 
 # With `elsewhere` as an argument Python may lie where only a container sees it.
 find_python() {
-  python=$venv/bin/python
+  python=$venv/bin/python3 # which an image's /usr has, too, where `python` may be missing
   # without the checkout's environment: what is active, be it a module, conda or another virtual environment
   [ -x "$python" ] || [ -n "${VENV:-}" ] || python=$(command -v python3 || echo "$python")
   [ "${1:-}" = elsewhere ] || [ -x "$python" ] || { echo "no Python at $python; set VENV to an environment with megatron_lcl" >&2 && exit 2; }

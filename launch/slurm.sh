@@ -49,7 +49,8 @@ step=(srun --nodes="$nodes" --export=ALL --gpu-bind=none --kill-on-bad-exit=0 "$
 # one process a GPU, ranks counted along each node
 all=("${step[@]}" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --distribution=block)
 all+=(--cpus-per-task="$cpus")
-run=("${all[@]}" --wait=600 --open-mode=append --output="$logs/rank-%4t.log" "${train[@]}") # a log for each
+pattern=${logs//%/%%} # of a job's name srun would replace %s and the like
+run=("${all[@]}" --wait=600 --open-mode=append --output="$pattern/rank-%4t.log" "${train[@]}") # a log for each
 MEGATRON_LCL_LAUNCH=$(printf '%q ' "${run[@]}") # what a dry run prints
 export MEGATRON_LCL_LAUNCH
 
@@ -68,7 +69,7 @@ echo "--- $(date -Is): start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $
 rm -f "$logs"/check-* "$logs"/fault-* "$logs/all-reduce.log"
 mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 check=("${step[@]}" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
-check+=(--distribution=block --output="$logs/check-%t.log" --error="$logs/check-%t.err")
+check+=(--distribution=block --output="$pattern/check-%t.log" --error="$pattern/check-%t.err")
 code=0 bad=()
 "${check[@]}" "${train[@]}" --dry-run --nodes "$nodes" --processes "$per_node" 2>"$logs/srun" || code=$?
 count_start
@@ -104,7 +105,7 @@ cat "$logs/check-0.log"
 sum=("${prefix[@]}" "$python" -m megatron_lcl selftest --all-reduce --timeout "${CHECK_TIMEOUT:-300}")
 if [ $((nodes * per_node)) -gt 1 ]; then
   code=0
-  "${all[@]}" --wait=30 --output="$logs/all-reduce.log" "${sum[@]}" 2>"$logs/srun" || code=$?
+  "${all[@]}" --wait=30 --output="$pattern/all-reduce.log" "${sum[@]}" 2>"$logs/srun" || code=$?
   if [ "$code" != 0 ]; then
     { grep -m 1 '^megatron-lcl' "$logs/all-reduce.log" || cat "$logs/srun" "$logs/all-reduce.log" | tail -n 1; } >&2
     [ "$dry" = yes ] || ! was_lost "$code" || start_again "the all-reduce has failed"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numba
 import pytest
+from numba.core.caching import IndexDataCacheFile
+
+from megatron_lcl.compiled import compiled
 
 PROGRAM = """
 import numpy as np
@@ -29,3 +36,54 @@ def run(cache: str) -> str:
 def test_functions_are_compiled_where_they_cannot_be_kept(tmp_path: Path) -> None:
     assert run("") == run(str(tmp_path))
     assert [*tmp_path.glob("*/hashes.mix-*.nbc")], "else each process would compile again"
+
+
+def twice(number: int) -> int:
+    return 2 * number
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def hits() -> int:
+    """How often a new process's `twice` is found compiled."""
+    function = compiled(twice)
+    assert function(2) == 4
+    return sum(function.stats.cache_hits.values())
+
+
+def test_a_cache_without_room_is_none(cache: Path) -> None:
+    """Numba makes an empty file to see whether it can write, which a full disk lets it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert hits() == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert [hits(), hits()] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("left", [0, -1])
+def test_what_a_power_failure_left_is_made_again(kind: str, left: int, cache: Path) -> None:
+    assert hits() == 0
+    (file,) = cache.rglob(f"*.{kind}")
+    file.write_bytes(file.read_bytes()[:left])
+    assert [hits(), hits()] == [0, 1]
+
+
+def test_an_index_that_another_machine_replaces(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS its reader gets ESTALE."""
+
+    def stale(self: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    assert hits() == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(IndexDataCacheFile, "_load_index", stale)
+        assert hits() == 0
+    assert hits() == 1

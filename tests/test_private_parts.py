@@ -212,6 +212,17 @@ PARTS = [
             "deepspeed.runtime.zero.stage3",
         )
     ),
+    # numba's cache: compiled.py
+    Part("numba.core.dispatcher", "Dispatcher._cache", "replaced", in_source="self._cache = NullCache()"),
+    *(
+        Part("numba.core.caching", f"FunctionCache{name}", "base of our cache", parameters)
+        for name, parameters in (
+            ("", ("self", "py_func")),
+            (".load_overload", ("self", "sig", "target_context")),
+            (".save_overload", ("self", "sig", "data")),
+            (".flush", ("self",)),
+        )
+    ),
     # others
     Part("submitit", "AutoExecutor._typed_parameters", "names and types of Slurm's parameters"),
     Part("submitit.slurm.slurm", "_make_sbatch_string", "names and types of Slurm's parameters", ("command", "folder")),

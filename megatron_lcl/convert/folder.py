@@ -31,11 +31,8 @@ def new_folder(output: Path, kind: str) -> Iterator[Path]:
     An existing `output` must be empty, or an earlier export of the same kind that nothing was changed in since (as
     its record lists it); such an export is replaced. Raises UserError before any work otherwise.
     """
-    try:
-        with whole_folder(output, lambda place: why_foreign(place, kind)) as folder:
-            yield folder
-    except OSError as error:  # a full disk
-        raise OSError(error.errno, error.strerror, str(output)) from None
+    with whole_folder(output, lambda place: why_foreign(place, kind)) as folder:
+        yield folder
 
 
 def write_record(folder: Path, kind: str, facts: dict[str, Any]) -> None:

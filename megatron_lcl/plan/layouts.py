@@ -159,8 +159,12 @@ def slots(config: Config, text_per_image: float) -> int:
 
     text_per_image: tokens of a pack for each image, beside its placeholders.
     """
+    sequences, per_token = objectives.create(config).sequences, 1 / (placeholders_of_image(config) + text_per_image)
     return config.data.images_per_pack or choose_images_per_pack(
-        1 / (placeholders_of_image(config) + text_per_image), config.data.tokens_per_pack
+        per_token,
+        config.data.tokens_per_pack,
+        0.0 if sequences.interleaved else per_token,
+        captions=sequences.doubled,
     )
 
 

@@ -21,6 +21,8 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 22
 NUM_COLORS = 8
 """CSS variables --c0 … of style.html"""
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
+NUM_STYLES = NUM_COLORS * len(_DASHES)
+"""lines with larger numbers look like earlier ones"""
 DOTS = 40
 """a line of no more values has a dot for each"""
 _LOG_RANGE = 30.0
@@ -56,15 +58,15 @@ class Mark:
 
 
 def dashes_of(color: int) -> str:
-    """SVG's `stroke-dasharray` of a line with this number: none, until the colors are used up."""
-    return _DASHES[color // NUM_COLORS % len(_DASHES)]
+    """SVG's `stroke-dasharray` of a line with this number: neighbors are told apart without their colors."""
+    return _DASHES[(color + color // NUM_COLORS) % len(_DASHES)]
 
 
 def chart(
     lines: Sequence[Line], last_step: int, marks: Sequence[Mark] = (), label: str = "", is_read: bool = True
 ) -> Markup:
     """The SVG of some lines over the same steps; empty where no line has a value. is_read: whether the page's script
-    says values, which it knows to three digits."""
+    says values, which it reads from the paths: to about 1/1,500 of the axis."""
     lines = [line for line in lines if np.isfinite(line.low).any()]
     if not any(not line.quiet for line in lines):
         return Markup("")
@@ -88,10 +90,24 @@ def chart(
         WIDTH,
         HEIGHT,
         label,
-        Markup(' data-range="{}"').format(" ".join(f"{v:.9g}" for v in (start, stop, low, high))) if is_read else "",
+        Markup(' tabindex="0" data-range="{}"').format(" ".join(f"{v:.9g}" for v in (start, stop, low, high)))
+        if is_read
+        else "",
         int(is_log),
         Markup("".join(parts)),
     )
+
+
+def swatch(color: int, quiet: bool = False) -> Markup:
+    """A piece of a line with this number, for a key."""
+    return Markup(
+        '<svg class="swatch chart" viewBox="0 0 28 6" aria-hidden="true"><path class="line {}"{} d="M1 3H27"/></svg>'
+    ).format("quiet" if quiet else f"k{color % NUM_COLORS}", _dashed(color))
+
+
+def _dashed(color: int) -> Markup:
+    dashes = dashes_of(color)
+    return Markup(' stroke-dasharray="{}"').format(dashes) if dashes else Markup("")
 
 
 class _Area:
@@ -137,7 +153,6 @@ class _Area:
 
     def line(self, line: Line) -> list[str]:
         color = "quiet" if line.quiet else f"k{line.color % NUM_COLORS}"
-        dash = f' stroke-dasharray="{dashes}"' if (dashes := dashes_of(line.color)) else ""
         label = escape(line.label)
         parts = []
         if line.mean is None:
@@ -150,7 +165,7 @@ class _Area:
             paths = _path(np.stack([middle, middle], 1), np.stack([y, y], 1))
             if shape := _band(middle, self.y(line.high), self.y(line.low)):
                 parts.append(f'<path class="band {color}" d="{shape}"/>')
-        parts.append(f'<path class="line {color}" data-label="{label}"{dash} d="{paths}"/>')
+        parts.append(f'<path class="line {color}" data-label="{label}"{_dashed(line.color)} d="{paths}"/>')
         if np.isfinite(line.low).sum() <= DOTS and not line.quiet:
             dots = "".join(
                 f"M{a:.1f} {b:.1f}h0"

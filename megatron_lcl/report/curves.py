@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from megatron_lcl.report.charts import NUM_COLORS, Line, Mark, chart, short
+from megatron_lcl.report.charts import Line, Mark, chart, short, swatch
 from megatron_lcl.report.events import NAMES, Event, Events
 from megatron_lcl.report.series import Points, Series
 
@@ -304,9 +304,8 @@ def line_of(label: str, points: Points, factor: float = 1.0, color: int = 0, qui
 def figure(title: str, drawn: Markup, entries: Sequence[tuple[int, bool, str]] = (), now: str = "") -> Markup:
     """A chart with its title, a key where there are several lines, and a place for the number under the pointer."""
     key = Markup("").join(
-        Markup('<span><i class="{}"></i>{}</span>').format("quiet" if quiet else f"k{color % NUM_COLORS}", label)
-        for color, quiet, label in entries
+        Markup("<span>{}{}</span>").format(swatch(color, quiet), label) for color, quiet, label in entries
     )
     return Markup(
-        '<figure class="plot"><figcaption><b>{}</b><output data-now="{}">{}</output></figcaption>{}{}</figure>'
+        '<figure class="plot"><figcaption><b>{}</b><span class="now" data-now="{}">{}</span></figcaption>{}{}</figure>'
     ).format(title, now, now, drawn, Markup('<p class="key">{}</p>').format(key) if key else "")

@@ -18,14 +18,16 @@ import numpy as np
 import pytest
 import torch
 from convert.conftest import TINY, random_model
+from data.helpers import byte_level
 from data.writers import picture, write_jsonl
 
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, load, to_yaml
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.document import Document, Image, Text
-from megatron_lcl.data.corpus.files import new_array, save_array
+from megatron_lcl.data.corpus.files import new_array, save_array, sync
 from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.tokenizer import JsonTokenizer
 from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.preprocess import WORK, preprocess
 from megatron_lcl.demo import manual
@@ -62,6 +64,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(model, Config(model=TINY), folder / "model")
     torch.save(model.state_dict_open_clip(), folder / "model.pt")
     (folder / "model.json").write_text(json.dumps(open_clip_config(TINY)))
+    JsonTokenizer(byte_level().to_str().encode()).save(folder / "tokenizer.json")
     return folder
 
 
@@ -98,6 +101,9 @@ COMMANDS = {
     "export timm": "export --checkpoint model --format timm --output DISK/timm",
     "export open_clip": "export --checkpoint model --format open_clip --output DISK/open_clip",
     "import": "import --format open_clip --input model.pt --output DISK/imported",
+    "merge": "merge corpus --output DISK/merged",
+    "retokenize": "retokenize corpus --tokenizer tokenizer.json --output DISK/retokenized",
+    "export-corpus": "export-corpus corpus --output DISK/exported",
 }
 
 
@@ -106,7 +112,7 @@ COMMANDS = {
 def test_commands(
     name: str, documents: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if name.startswith("export"):
+    if name.startswith("export "):
         pytest.importorskip({"hf": "transformers", "timm": "timm", "open_clip": "open_clip"}[name.split()[1]])
     monkeypatch.chdir(documents)
     arguments = COMMANDS[name].replace("DISK", str(disk)).split()
@@ -115,7 +121,8 @@ def test_commands(
     before = snapshot(disk)
     assert main(arguments) == 2
     said = capfd.readouterr().err.strip().splitlines()[-1]
-    free = re.escape(f"{arguments[-1]}: {os.strerror(errno.ENOSPC)} (") + r"[\d.]+ k?B of 2.1 MB are free in .*\)"
+    place = re.escape(arguments[-1]) + (r"/tokens-00000\.bin" if name == "merge" else "")
+    free = rf"{place}: No space left on device \([\d.]+ k?B of 2.1 MB are free in .*\)"
     assert re.fullmatch(f"megatron-lcl {arguments[0]}: {free}", said), said
     assert snapshot(disk) == before
     (disk / "ballast").unlink()
@@ -297,7 +304,7 @@ def test_what_is_mapped_has_its_space_first(disk: Path) -> None:
     assert np.load(disk / "mapped.npy").sum() == 3 * 9999
 
 
-def test_no_error_of_a_full_disk_is_without_a_name(disk: Path) -> None:
+def test_no_error_of_a_full_disk_is_without_a_name(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes to an open file do not say which: whoever writes does."""
     (disk / "run").mkdir()
     (disk / "run" / LOCK).touch()
@@ -315,3 +322,11 @@ def test_no_error_of_a_full_disk_is_without_a_name(disk: Path) -> None:
         line = describe_os_error(raised.value)
         assert line == f"{disk / 'run' / name}: No space left on device (0 B of 2.1 MB are free in {disk / 'run'})"
     assert describe_os_error(OSError(errno.EIO, "broken"), "the place") == "the place: broken"
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", fsync)  # as NFS does, which has taken what was written
+    for place in (disk / "run" / LOCK, disk / "run"):
+        with pytest.raises(OSError, match=f"Disk quota exceeded: '{place}'"):
+            sync(place)

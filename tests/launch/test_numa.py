@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def test_a_task_runs_next_to_its_gpu(programs: Path, environment: dict[str, str]
     result = run(programs, **environment)
     bound = f"<--all><--cpunodebind={node}><--preferred={node}><--><printf><(%s)><a word>" if node is not None else ""
     assert (result.returncode, result.stdout) == (0, f"{bound}(a word)")
+    assert bool(re.fullmatch(r"numa\.sh: .* on \S+; the task runs unbound\n", result.stderr)) == (node is None)
 
 
 def test_without_gpus_or_numactl(programs: Path) -> None:
@@ -69,3 +71,4 @@ def test_without_gpus_or_numactl(programs: Path) -> None:
     assert "numactl is not installed on " in result.stderr
     result = run(programs, PATH=str(tools))
     assert (result.returncode, result.stdout) == (0, "(a word)")
+    assert result.stderr.startswith("numa.sh: no nvidia-smi ")

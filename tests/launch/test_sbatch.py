@@ -88,9 +88,9 @@ exec "$(PATH=${PATH#*:} type -P srun)" "${words[@]}"
 APPTAINER = """#!/usr/bin/env bash
 [ "$1 $2 $3" = "exec --nv an image.sif" ] || exit 255
 shift 3
-[ "$1" = /opt/in/the/image/bin/python ] || exit 254
+[ "$1" = /opt/in/the/image/bin/python3 ] || exit 254
 shift
-exec "$(dirname "$0")/python" "$@"
+exec "$(dirname "$0")/python3" "$@"
 """  # an image whose Python is nowhere else
 
 
@@ -101,7 +101,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "launch", checkout / "launch")
     programs = checkout / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name, text in (("python", STAND_IN), ("srun", SRUN), ("apptainer", APPTAINER)):
+    for name, text in (("python3", STAND_IN), ("srun", SRUN), ("apptainer", APPTAINER)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     return checkout
@@ -316,7 +316,7 @@ def test_a_failed_check_is_one_line_and_starts_nothing(slurm: Slurm, checkout: P
     for job, message in (
         (faulty, "megatron-lcl train: cannot read it (on n2)"),
         (older, "nodes n1 and n2 differ: > software    torch 1.0"),
-        (nothing, f"no Python at {folder}/bin/python; set VENV to an environment with megatron_lcl"),
+        (nothing, f"no Python at {folder}/bin/python3; set VENV to an environment with megatron_lcl"),
     ):
         slurm.wait(lambda job=job: slurm.state(job) == "FAILED", "the job fails")  # type: ignore[misc]
         assert slurm.field(job, "ExitCode") == "2:0"
@@ -327,10 +327,12 @@ def test_a_failed_check_is_one_line_and_starts_nothing(slurm: Slurm, checkout: P
 
 @pytest.mark.slow
 def test_a_process_that_fails_is_named(slurm: Slurm, checkout: Path, folder: Path) -> None:
-    job = submit(slurm, checkout, folder, CRASHES="2")
+    """By its log in the folder that is called like the job, whatever of the name srun would replace."""
+    job = submit(slurm, checkout, folder, "--job-name=lr10%seed%j", CRASHES="2")
     slurm.wait(lambda: slurm.state(job) == "FAILED", "the job fails")
     assert slurm.field(job, "ExitCode") == "1:0"
-    assert log(folder, job).splitlines()[-1] == "rank-0002.log: OSError: no such thing"
+    said = (folder / f"lr10%seed%j-{job}.log").read_text()
+    assert said.splitlines()[-1] == "rank-0002.log: OSError: no such thing"
 
 
 @pytest.mark.slow
@@ -348,7 +350,7 @@ def test_containers_are_given_to_srun_or_before_python(slurm: Slurm, checkout: P
     assert slurm.state(job) == "COMPLETED", log(folder, job)
     assert len(starts(folder, job)) == 2
     steps = [shlex.split(line) for line in (folder / f"sruns-{job}").read_text().splitlines()]
-    before = ["apptainer", "exec", "--nv", "an image.sif", "/opt/in/the/image/bin/python", "-m", "megatron_lcl"]
+    before = ["apptainer", "exec", "--nv", "an image.sif", "/opt/in/the/image/bin/python3", "-m", "megatron_lcl"]
     for words, command in zip(steps, ("train", "selftest", "train"), strict=True):
         at = words.index("apptainer")
         assert words[at : at + 8] == [*before, command]
@@ -361,7 +363,7 @@ def test_containers_are_given_to_srun_or_before_python(slurm: Slurm, checkout: P
 
 
 def test_the_file_of_the_site_may_choose_the_environment(checkout: Path, tmp_path: Path) -> None:
-    its_own = tmp_path / "an environment" / "bin" / "python"
+    its_own = tmp_path / "an environment" / "bin" / "python3"
     its_own.parent.mkdir(parents=True)
     its_own.write_text("#!/bin/sh\necho chosen\n")
     its_own.chmod(0o755)

@@ -83,12 +83,12 @@ def test_the_pointer_reads_the_curve(pages: dict[str, Path], browser: Browser) -
       return [r.x + r.width * (44 + 0.5 * 306) / 360, r.y + r.height / 2]; })()"""
     x, y = browser.evaluate(place)
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-    said = browser.evaluate("document.querySelector('.plot output').textContent")
+    said = browser.evaluate("document.querySelector('.plot .now').textContent")
     step, value = re.fullmatch(r"step (\d+): ([\d.]+)", said).groups()  # type: ignore[union-attr]
     assert abs(int(step) - 100) <= 1
     assert float(value) == pytest.approx(9.0 - int(step) / 40, abs=0.03)
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=5, y=5)
-    assert browser.evaluate("document.querySelector('.plot output').textContent") == "4"
+    assert browser.evaluate("document.querySelector('.plot .now').textContent") == "4"
     assert browser.complaints() == []
 
 
@@ -107,7 +107,7 @@ def test_the_pointer_tells_whose_value_is_which_at_the_step(tmp_path: Path, brow
         steps = range(1, 31) if n == 0 else range(4, 201, 4) if n == 9 else range(1, 201)
         write_lines(tmp_path / f"s/{n}", [{"step": step, "loss": 10.0 * n + step / 100} for step in steps], n=n)
     browser.open(write_runs_report([tmp_path / "s"]).as_uri())
-    said = "document.querySelector('.plot output').textContent"
+    said = "document.querySelector('.plot .now').textContent"
     values = "Array.from(document.querySelectorAll('.plot .values li'), (one) => one.textContent)"
     for selector in (".legend svg.swatch", "td svg.swatch", ".plot svg.chart"):
         point_at(browser, selector, 0.75)
@@ -119,7 +119,9 @@ def test_the_pointer_tells_whose_value_is_which_at_the_step(tmp_path: Path, brow
         read[name] = float(value)
     assert read == {f"lr {n + 1}": pytest.approx(10.0 * n + int(step) / 100, abs=0.3) for n in range(1, 10)}
     lines = "Array.from(document.querySelectorAll('.plot .values path'), (e) => e.getAttribute('stroke-dasharray'))"
-    assert browser.evaluate(lines) == [None] * 7 + ["6 3"] * 2, "as the legend draws them"
+    legend = "Array.from(document.querySelectorAll('.legend path'), (e) => e.getAttribute('stroke-dasharray'))"
+    assert browser.evaluate(lines) == browser.evaluate(legend)[1:], "as the legend draws them"
+    assert len(set(browser.evaluate(legend)[:4])) == 4, "neighbors are dashed in other ways"
     point_at(browser, ".plot svg.chart", 0.1)
     assert len(browser.evaluate(values)) == 10
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=5, y=5)
@@ -128,13 +130,47 @@ def test_the_pointer_tells_whose_value_is_which_at_the_step(tmp_path: Path, brow
     assert browser.complaints() == []
 
 
+def test_values_are_as_fine_as_the_axis(tmp_path: Path, browser: Browser) -> None:
+    """Of 60 lines within a hundredth, and of a count of many digits, on a touch screen and by the keyboard."""
+    for n in range(60):
+        lines = [
+            {"step": step, "loss": 71.23 + n * 1e-4 + step * 1e-6, "tokens": 12_340_000 + 10 * step}
+            for step in range(1, 201)
+        ]
+        write_lines(tmp_path / f"s/{n}", lines, n=n)
+    browser.open(write_runs_report([tmp_path / "s"]).as_uri())
+    read = "Array.from(document.querySelectorAll('.plot .values li'), (one) => one.textContent)"
+    place = """(() => { const r = document.querySelector(".plot svg.chart").getBoundingClientRect();
+      return [r.x + r.width * (44 + 0.5 * 306) / 360, r.y + r.height * 0.97]; })()"""
+    x, y = browser.evaluate(place)
+    browser.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    values = browser.evaluate(read)
+    assert len(values) == 13
+    assert values[-1] == "and 48 more"
+    assert [text.split(":")[0] for text in values[:-1]] == [f"lr {n + 1}" for n in range(12)], "the nearest"
+    for n, text in enumerate(values[:-1]):
+        assert float(text.split(": ")[1]) == pytest.approx(71.23 + n * 1e-4 + 1e-4, abs=1e-5)
+    browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    for key in ("Escape", "Home", "ArrowRight"):
+        browser.evaluate("document.querySelector('.plot svg.chart').focus()")
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+        assert len(browser.evaluate(read)) == (0 if key == "Escape" else 13)
+    spoken = browser.evaluate("document.querySelector('[role=status]').textContent")
+    assert re.match(r"step [4-6], lr \d+: 71\.23\d+, lr", spoken)
+    assert browser.complaints() == []
+
+
 @pytest.mark.parametrize("kind", ["one", "several"])
 def test_printed_charts_are_whole(pages: dict[str, Path], kind: str, browser: Browser) -> None:
     """On A4, also by a reader whose screen is dark: every curve inside of its page, on one page."""
     browser.open(pages[kind].as_uri(), dark=True)
     shown = browser.evaluate("Array.from(document.querySelectorAll('.plot svg.chart path.k0.line')).filter((e) => "
-                             "e.checkVisibility() && e.getAttribute('d').split('L').length > 100).length")  # fmt: skip
+                             "e.getAttribute('d').split('L').length > 100).length")  # fmt: skip
+    folded = "document.querySelectorAll('details:not([open])').length"
+    closed = browser.evaluate(folded)
+    assert closed > 0
     sheets = pages_of(browser.pdf())
+    assert browser.evaluate(folded) == closed, "what is folded is printed, and folded again"
     curves = [path for sheet in sheets for path in sheet if path.color == tuple(round(c / 255, 3) for c in LIGHT)]
     lines = [path for path in curves if len(path.points) > 100]
     assert len(lines) == shown > 8, "the light colors, each line whole on one page"

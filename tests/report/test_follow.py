@@ -142,7 +142,7 @@ def test_the_reader_stays_where_he_is_at_each_update(run: Path, browser: Browser
         before = browser.evaluate(opened)
         assert before == ["What the steps read"]
         point_at(browser, ".plot svg.chart")
-        read = "document.querySelector('.plot output').textContent"
+        read = "document.querySelector('.plot .now').textContent"
         assert browser.evaluate(read).startswith("step 100: 6.5")
         with (run / "metrics.jsonl").open("a") as file:
             for one in [
@@ -157,6 +157,11 @@ def test_the_reader_stays_where_he_is_at_each_update(run: Path, browser: Browser
         assert browser.evaluate(opened) == before
         assert browser.evaluate(read).startswith("step 200: 4"), "as many pixels from the left"
         assert browser.evaluate("document.querySelectorAll('.pointer').length") == 1
+        browser.evaluate("document.querySelector('.plot svg.chart').focus()")
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key="End")
+        assert browser.evaluate(read).startswith(f"step {2 * STEPS}: ")
+        grow(run, 3 * STEPS)
+        browser.wait_for(f"{read}.startsWith('step {3 * STEPS}: ')")
         assert browser.complaints() == []
 
 

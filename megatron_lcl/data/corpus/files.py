@@ -6,6 +6,7 @@ import contextlib
 import os
 import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,17 +26,24 @@ _BLOCK = 1 << 22
 def hash_file(path: Path) -> str:
     """XXH3-128 of a file's content, hexadecimal."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+    for block in blocks(path):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file's content, in blocks of a few megabytes."""
+    with naming(path), path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            yield block
 
 
 def sync(path: Path) -> None:
     """Make a file's content, or renames inside a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

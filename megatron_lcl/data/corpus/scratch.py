@@ -29,8 +29,8 @@ from megatron_lcl.processes import UNGUARDED, runs_script_again
 UNUSED_SECONDS = 86400.0
 """after which what nobody has used or written is taken for left over"""
 _BEAT_SECONDS = UNUSED_SECONDS / 24
-_REPLACED = "replaced"
-"""in the scratch folder of `whole_folder`: what the new folder takes the place of"""
+_NEW, _REPLACED = "new", "replaced"
+"""in the scratch folder of `whole_folder`: the new folder, until it has its name, and what it takes the place of"""
 _OWNER = re.compile(r"([0-9a-f]{32}(?:-\d+)?)-(\d+)-[0-9a-f]{32}")
 """how a scratch folder's name ends: `_machine`, process, and what is this folder's alone; what stands before them is
 the whole prefix, where names of outputs have dots (run, run.v2)"""
@@ -106,7 +106,8 @@ def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Ite
     not reached: by SIGTERM too, and after SIGKILL when the next one is made for the same output.
 
     objection: why something that is no empty folder has to stay; "" where it may be replaced. UserError with it, before
-    the work and after it, and before the work where no other folder can take the output's place.
+    the work and after it, and before the work where no other folder can take the output's place. An OSError of what is
+    in the folder names `output`.
     """
     target = output.resolve()  # of a link, which stays
     if Path.cwd().is_relative_to(target) or os.path.ismount(target):  # a shell would stand in the old folder
@@ -124,12 +125,13 @@ def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Ite
 
     beside.mkdir(parents=True, exist_ok=True)
     for left in _ended(beside, prefix):
-        with suppress(OSError):  # else its process was killed between the two renames below
-            (left / _REPLACED).rename(target)
+        with suppress(OSError):  # nothing was replaced yet, or it is another user's
+            if (left / _NEW).exists():  # else killed after both renames below, perhaps while it removed the old folder
+                (left / _REPLACED).rename(target)
         shutil.rmtree(left, ignore_errors=True)
     to_move(target)
-    with ending_on_sigterm(), scratch_folder(beside, prefix) as scratch:
-        folder, replaced = scratch / "new", scratch / _REPLACED
+    with _named(output, beside / prefix), ending_on_sigterm(), scratch_folder(beside, prefix) as scratch:
+        folder, replaced = scratch / _NEW, scratch / _REPLACED
         folder.mkdir()
         yield folder
         sync_all(folder)
@@ -145,6 +147,18 @@ def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Ite
                 replaced.rename(target)
             raise
         sync(beside)
+
+
+@contextmanager
+def _named(output: Path, hidden: Path) -> Iterator[None]:
+    """An OSError that names no file, or one whose name begins with `hidden` and is gone by then, names `output`."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename is not None and not str(error.filename).startswith(str(hidden))
+        if error.errno is None or named:
+            raise
+        raise OSError(error.errno, error.strerror, str(output)) from None
 
 
 def _files_of(folder: Path) -> dict[str, tuple[int, int]]:

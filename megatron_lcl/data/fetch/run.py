@@ -28,7 +28,7 @@ from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.data.storage.store import url_of
-from megatron_lcl.errors import UserError, describe_os_error
+from megatron_lcl.errors import UserError, describe_os_error, is_mendable
 from megatron_lcl.interrupts import end_with_command, holding_interrupts
 from megatron_lcl.processes import NEVER_BEGAN
 
@@ -299,9 +299,9 @@ def _process(
         words.send(str(error))
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and not is_mendable(error):
             raise
-        words.send(describe_os_error(error))
+        words.send(describe_os_error(error, output))
         sys.exit(2)
 
 

@@ -124,8 +124,9 @@ class PartStore:
 
     def close(self) -> None:
         """Leave it, to be gone on with."""
-        self._tar.close()
-        self._log_file.close()
+        for file, path in ((self._tar, self._partial), (self._log_file, self._log)):
+            with naming(path):
+                file.close()
 
     def _complete(self, last: bool = False) -> None:
         shard = self._folder / f"{self._part:05d}-{self._number:05d}"

@@ -52,6 +52,3 @@ def shuffled(key: Any, size: int, start: int, stop: int) -> np.ndarray:
                 break
         out[i - start] = np.int64(x)
     return out
-
-
-# --- selection ---------------------------------------------------------------------------------------------------

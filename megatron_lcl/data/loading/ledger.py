@@ -413,10 +413,16 @@ def _with_blend(previous: Ledger, blend: list[dict[str, Any]], consumed: int) ->
 
 
 def _choose_images(data: Data, num_placeholders: int, context_length: int, sequences: Sequences) -> int:
-    per_token, weights = 0.0, sum(c.weight for c in data.corpora)
+    images_per_token = sequences_per_token = 0.0
+    weights = sum(c.weight for c in data.corpora)
     for c in data.corpora:
         corpus = open_corpus(c.path, data.cache)
         source = open_source(corpus, data, num_placeholders, context_length, 1, sequences)
-        images, tokens = source.images.sum(dtype=np.int64), source.tokens.sum(dtype=np.int64)
-        per_token += c.weight / weights * float(images) / max(1, float(tokens))
-    return packing.choose_images_per_pack(per_token, data.tokens_per_pack)
+        tokens, images = int(source.tokens.sum(dtype=np.int64)), int(source.images.sum(dtype=np.int64))
+        share = c.weight / weights / max(1, tokens)
+        images_per_token += share * images
+        # a document that is cut is several, but long ones are not those of which a pack may hold too few
+        sequences_per_token += share * (np.count_nonzero(source.tokens) if sequences.interleaved else images)
+    return packing.choose_images_per_pack(
+        images_per_token, data.tokens_per_pack, sequences_per_token, captions=sequences.doubled
+    )

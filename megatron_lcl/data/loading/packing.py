@@ -25,12 +25,19 @@ def max_sequences(tokens_per_pack: int, captions: bool = False) -> int:
     return max(1, tokens_per_pack // (32 if captions else 16))
 
 
-def choose_images_per_pack(images_per_token: float, tokens_per_pack: int) -> int:
+def choose_images_per_pack(
+    images_per_token: float, tokens_per_pack: int, sequences_per_token: float = 0.0, captions: bool = False
+) -> int:
     """I such that tokens and images fill up together as well as an integer allows: the fuller of the two neighbours.
 
     With r images to T tokens in the corpus, I >= r leaves image slots empty (r/I used), I < r token slots (I/r used).
+    Where S sequences of the mean length are fewer than T tokens, r is of as many tokens as they have.
+    captions: see `max_sequences`.
     """
-    wanted = images_per_token * tokens_per_pack
+    tokens = float(tokens_per_pack)
+    if sequences_per_token > 0:
+        tokens = min(tokens, max_sequences(tokens_per_pack, captions) / sequences_per_token)
+    wanted = images_per_token * tokens
     low = max(1, math.floor(wanted))
     return low if low >= wanted or low / wanted >= wanted / (low + 1) else low + 1
 

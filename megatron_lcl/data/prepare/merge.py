@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from megatron_lcl.data.corpus.corpus_manifest import (
     write_manifest,
 )
 from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
-from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.files import blocks, sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.storage.paths import path_of
 from megatron_lcl.data.storage.store import url_of
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, naming
 
 
 def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False) -> dict[str, Any]:
@@ -174,9 +173,9 @@ def link_file(corpus: Corpus, name: str, target: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as file, open(target, "xb") as copy:
+    with naming(target), open(target, "xb") as copy:
         try:
-            shutil.copyfileobj(file, copy)
+            copy.writelines(blocks(source))
             copy.flush()
             os.fsync(copy.fileno())
         except BaseException:

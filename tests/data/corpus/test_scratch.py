@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -80,6 +81,17 @@ with whole_folder(Path(sys.argv[1])) as folder:
     print(folder.parent, flush=True)
     time.sleep(600)
 """
+REMOVES = """
+import os, shutil, signal, sys
+from pathlib import Path
+from megatron_lcl.data.corpus.scratch import whole_folder
+def rmtree(folder, ignore_errors):
+    (folder / "replaced" / "file").unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+shutil.rmtree = rmtree
+with whole_folder(Path(sys.argv[1]), lambda output: ""):
+    pass
+"""
 REPLACES = """
 import os, signal, sys
 from pathlib import Path
@@ -129,6 +141,37 @@ def test_killed_while_one_folder_takes_the_place_of_another(tmp_path: Path, sign
         (folder / "file").write_text("new")
     assert (output / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.timeout(60)
+def test_killed_while_what_was_replaced_is_removed(tmp_path: Path) -> None:
+    """What is left of it does not come back when the new one is removed."""
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("file", "other"):
+        (output / name).write_text("old")
+    assert subprocess.run([sys.executable, "-c", REMOVES, output]).returncode == -signal.SIGKILL
+    assert not [*output.iterdir()]
+    output.rmdir()
+    with scratch.whole_folder(output):
+        assert not output.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", [None, "new/below/file", "elsewhere"])
+def test_an_error_names_the_output(tmp_path: Path, place: str | None) -> None:
+    """Where it would name none, or one that is gone when it is read."""
+
+    def failing(folder: Path) -> None:
+        named = {None: None, "elsewhere": "elsewhere"}.get(place, str(folder.parent / str(place)))
+        raise OSError(errno.ENOSPC, "full", named)
+
+    with pytest.raises(OSError, match="full") as raised, scratch.whole_folder(tmp_path / "out") as folder:
+        failing(folder)
+    assert raised.value.filename == ("elsewhere" if place == "elsewhere" else str(tmp_path / "out"))
+    with pytest.raises(OSError, match="no system's") as raised, scratch.whole_folder(tmp_path / "out"):
+        raise OSError("no system's")
+    assert raised.value.errno is None
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["in an empty folder", "in an export that is replaced"])

@@ -33,6 +33,7 @@ from megatron_lcl.data.fetch.run import fetch_in_jobs
 from megatron_lcl.data.prepare.jobs import preprocess_in_jobs
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
 
 pytest.importorskip("submitit")
 
@@ -238,6 +239,13 @@ def test_a_lost_job_alone_is_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     said = r"job 1 of 3 failed \(tried 3 times; logs in .*\), the first with: node n2 went away"
     with pytest.raises(ValueError, match=said):
         preprocess_in_jobs("jsonl", tmp_path / "in", tmp_path / "two", engine, tokenizer=TOKENIZER)
+
+
+def test_logs_are_in_no_folder_whose_name_would_be_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "lr%j" / "out"
+    with pytest.raises(UserError, match="for the % in it; give an output whose path has none"):
+        run_jobs(hashes, {"folder": tmp_path, "variable": "PATH"}, Engine("slurm", 1), output=output)
+    assert not output.parent.exists()
 
 
 OF_A_JOB = {

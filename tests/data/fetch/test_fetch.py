@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import multiprocessing
+import os
 import random
 import re
 import subprocess
@@ -24,7 +26,7 @@ pytest.importorskip("aiohttp")
 pytest.importorskip("protego")
 
 from megatron_lcl.cli import main
-from megatron_lcl.data.fetch.run import fetch
+from megatron_lcl.data.fetch.run import _process, fetch
 from megatron_lcl.data.fetch.settings import PROXY_LOGIN, Settings, Store
 from megatron_lcl.data.fetch.store import read_rows
 from megatron_lcl.data.prepare.importers.urls import url_key
@@ -283,6 +285,26 @@ def test_full_disk(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture
         check_store(disk / "store", urls)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_worker_says_what_its_disk_cannot_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the error names no file: else it would be taken for one that was killed, and started again."""
+
+    class Full:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        async def run(self) -> None:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr("megatron_lcl.data.fetch.work.Worker", Full)
+    context = multiprocessing.get_context("fork")
+    reading, writing = context.Pipe(duplex=False)
+    process = context.Process(target=_process, args=(tmp_path, None, [0], QUICK, 1, None, None, writing))
+    process.start()
+    assert reading.poll(60)
+    assert reading.recv().startswith(f"{tmp_path}: Disk quota exceeded (")
+    process.join(60)
+    assert process.exitcode == 2
 
 
 def refused(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -142,3 +143,17 @@ def test_a_member_is_as_tarfile_writes_it() -> None:
         archive.addfile(info, io.BytesIO(data))
     ours = store._member("a.png", data)
     assert out.getvalue().startswith(ours + store._END_OF_TAR)
+
+
+def test_an_error_of_closing_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS says of a file that is closed that its disk is full."""
+
+    class Full:
+        def close(self) -> None:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    part = PartStore(tmp_path, 3, 100)
+    part._log_file.close()
+    monkeypatch.setattr(part, "_log_file", Full())
+    with pytest.raises(OSError, match=f"Disk quota exceeded: '{tmp_path / '00003.log'}'"):
+        part.close()

@@ -18,6 +18,7 @@ from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
+from megatron_lcl.data.loading.ledger import open_ledger
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.prepare.merge import merge
@@ -43,6 +44,15 @@ def counted(path: Path, objective: Any = "lcl", **fields: Any) -> tuple[int, int
     batches = list(loader)
     documents = {(o.document) for batch in batches for pack in batch.packs for o in loader.provenance(pack)}
     return len(documents), sum(b.num_images for b in batches), sum(b.num_pairs for b in batches)
+
+
+def test_packs_of_short_captions_have_no_image_slots_that_stay_empty(tmp_path: Path) -> None:
+    """A pack of 256 tokens holds 16 sequences: `<sot> caption 7 <soi>` has four or five tokens."""
+    corpus = written(tmp_path, PAIRS * 8, "webdataset")
+    for objective, sequences in (("clip", 16), ("coca", 8), ("lcl", 16)):
+        ledger = open_ledger(data(corpus), P, CONTEXT, sequences=objective_class(objective).sequences)
+        assert ledger.settings["images_per_pack"] <= sequences
+    assert open_ledger(data(corpus, images_per_pack=40), P, CONTEXT).settings["images_per_pack"] == 40
 
 
 def written(folder: Path, documents: Sequence[Document], format: str = "jsonl", **options: Any) -> Path:

@@ -58,6 +58,16 @@ def test_images_per_pack_fill_best() -> None:
     assert choose_images_per_pack(0.0, 2048) == 1
 
 
+@pytest.mark.parametrize(("mean", "captions"), [(5, False), (11, False), (20, True)])
+def test_image_slots_fill_where_sequences_are_short(mean: int, captions: bool) -> None:
+    """A pack holds so many sequences at most; of short ones it has as many image slots as these have images."""
+    sizes = np.random.default_rng(0).integers(2, 2 * mean - 1, 10_000).astype(np.int32)
+    images = np.ones_like(sizes)
+    slots = choose_images_per_pack(len(sizes) / sizes.sum(), 1024, len(sizes) / sizes.sum(), captions)
+    _, offsets = best_fit(sizes, images, 1024, slots, max_sequences(1024, captions))
+    assert len(sizes) / ((len(offsets) - 1) * slots) >= 0.95
+
+
 @pytest.fixture(scope="session")
 def mmc4_sizes(shared: Path) -> tuple[np.ndarray, np.ndarray]:
     """Tokens (CLIP, 49 patches an image) and images of real MMC4 documents after selection."""
