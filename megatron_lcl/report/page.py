@@ -96,7 +96,6 @@ class RunPage:
         }
         return template(REPORT).render(
             live=live,
-            digests={},
             area=AREA,
             sections=[(name, title) for name, title in SECTIONS.items() if has.get(name, True)],
             metrics=metrics,

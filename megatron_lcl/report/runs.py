@@ -207,7 +207,6 @@ class RunsPage:
         groups = group(runs)
         return template(TEMPLATE).render(
             live=live,
-            digests={},
             area=AREA,
             title=", ".join(str(path) for path in self.paths[:3]) + (" …" if len(self.paths) > 3 else ""),
             groups=groups,

@@ -1,8 +1,10 @@
 """`report --watch`: the page on this machine's loopback address, which follows the run while it is written.
 
     GET /          the page
-    GET /parts     its sections, each with a hash of what it says, as JSON; with an ETag: 304 where nothing has changed
-    GET /part/ID   a section
+    GET /parts     as JSON: `page`, a hash that is the same as long as the same runs are served by the same release;
+                   `parts`, by id a hash of what each says; `error`, why it no longer follows, or "";
+                   with an ETag: 304 where nothing has changed
+    GET /part/ID   the inside of a part: of a section, of the head, of the links to the sections
 
 Nothing else is served, no file at all, and to no other host's name (against DNS rebinding: a page of the web whose name
 is turned to 127.0.0.1 would otherwise read this one).
@@ -13,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +30,9 @@ from megatron_lcl.report.runs import RunsPage, find_runs
 HOST = "127.0.0.1"
 EVERY = 2.0
 """seconds between two looks of the page"""
-_SECTION = re.compile(r'<section id="([\w-]+)"[^>]*>(.*?)</section>', re.DOTALL)
+PATIENCE = 5
+"""looks of the page for which an error is not told: a file that is just being written is read at the next"""
+_PART = re.compile(r'(<(section|header|nav) id="([\w-]+)"[^>]*>)(.*?)</\2>', re.DOTALL)
 _POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -41,58 +47,76 @@ class Page(Protocol):
     def render(self, folder: Path | None = None, live: float = 0.0) -> str: ...
 
 
-def page_of(paths: Sequence[Path]) -> Page:
-    """UserError where there is no run."""
-    found = find_runs(paths)
-    return RunPage(found[0]) if len(found) == 1 else RunsPage(paths)
-
-
 class Watch:
-    """A page that is made again when its runs have written something."""
+    """A page that is made again when its runs have written something, or others have begun beside them."""
 
-    def __init__(self, page: Page, files: Callable[[], object] = lambda: None, every: float = EVERY) -> None:
-        """files: what the page also depends on, in any form that can be compared."""
-        self._page, self._files, self._every = page, files, every
+    def __init__(self, paths: Sequence[Path], every: float = EVERY) -> None:
+        """paths: of runs, or of folders of runs. every: seconds between two looks."""
+        self._paths, self._every = paths, every
         self._lock = threading.Lock()
+        self._page: Page | None = None
+        self._alone: Path | None = None
+        """the run that the page is about; None: it is about several"""
         self._seen: object = None
         self._stale = True
         """what was taken in is not yet on the page"""
         self._text = ""
         self._parts: dict[str, str] = {}
+        self._frame = ""
+        """a hash of what lies outside of the parts, and of whose page it is"""
+        self._failing: tuple[float, str] | None = None
+        """since when it is not to be made again, by time.monotonic, and why now"""
 
     def page(self) -> str:
-        """The whole page; it knows what each of its sections says."""
+        """The whole page; it knows what each of its parts says. UserError or OSError where it was never to be made."""
         with self._lock:
             self._update()
-            return self._text.replace("const shown = {};", f"const shown = {json.dumps(self._digests())};", 1)
+            known = {"page": self._frame, "parts": self._digests()}
+            return self._text.replace("const known = null;", f"const known = {json.dumps(known)};", 1)
 
-    def digests(self) -> dict[str, str]:
-        """Of each section."""
+    def state(self) -> dict[str, object]:
+        """What /parts says; errors as `page`."""
         with self._lock:
             self._update()
-            return self._digests()
+            since, error = self._failing or (0.0, "")
+            is_told = self._failing is not None and time.monotonic() - since >= PATIENCE * self._every
+            return {"page": self._frame, "parts": self._digests(), "error": error if is_told else ""}
 
     def part(self, name: str) -> str | None:
-        """A section's inside, as it was last looked at."""
+        """A part's inside, as it was last looked at."""
         with self._lock:
             return self._parts.get(name)
 
     def _digests(self) -> dict[str, str]:
-        return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in self._parts.items()}
+        return {name: _hash(text) for name, text in self._parts.items()}
 
     def _update(self) -> None:
         try:
-            files = self._files()
+            found = find_runs(self._paths)
+            files = [_files_of(run) for run in found]
+            alone = found[0] if len(found) == 1 else None
+            if self._page is None or alone != self._alone:
+                self._page, self._alone = RunPage(alone) if alone else RunsPage(self._paths), alone
+                self._stale = True
             self._stale = self._page.changed() or files != self._seen or self._stale
-            if not self._stale:
-                return
-            text = self._page.render(live=self._every)
-        except (UserError, OSError):
+            text = self._page.render(live=self._every) if self._stale else self._text
+        except (UserError, OSError) as error:
             if not self._text:
                 raise
-            return  # a file is just being written: what was shown stays until the next look
-        self._seen, self._text, self._stale = files, text, False
-        self._parts = dict(_SECTION.findall(text))
+            # what was shown stays; of what was taken in until the error, no later look says that it is new
+            self._stale = True
+            since, _ = self._failing or (time.monotonic(), "")
+            self._failing = since, str(error)
+            return
+        if text is not self._text:
+            self._parts = {name: inside for _, _, name, inside in _PART.findall(text)}
+            whose = [str(path.absolute()) for path in self._paths]
+            self._frame = _hash(json.dumps([whose, _PART.sub(r"\1", text)]))
+        self._text, self._seen, self._stale, self._failing = text, files, False, None
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -110,8 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
             if path == "/":
                 self._answer(200, watch.page(), "text/html")
             elif path == "/parts":
-                text = json.dumps(watch.digests())
-                tag = f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
+                text = json.dumps(watch.state())
+                tag = f'"{_hash(text)}"'
                 if self.headers.get("If-None-Match") == tag:
                     self._answer(304, "", tag=tag)
                 else:
@@ -122,11 +146,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(404, "there is no such page\n")
         except (UserError, OSError) as error:
             self._answer(503, f"{error}\n")
+        except Exception as error:
+            self._answer(500, f"{type(error).__name__}: {error}\n")
+            raise
 
     do_HEAD = do_GET
 
     def _answer(self, status: int, text: str, kind: str = "text/plain", tag: str = "") -> None:
-        body = text.encode()
+        body = text.encode(errors="backslashreplace")
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         if status != 304:
@@ -156,7 +183,9 @@ class _Server(ThreadingHTTPServer):
         super().__init__((HOST, port), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A browser that hangs up is no error."""
+        """A browser that hangs up is no error; all else keeps its traceback."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 def serve(paths: Sequence[Path], port: int = 0) -> None:
@@ -164,9 +193,8 @@ def serve(paths: Sequence[Path], port: int = 0) -> None:
 
     UserError where there is no run, or the port is taken.
     """
-    page = page_of(paths)
-    watch = Watch(page, lambda: [_files_of(folder) for folder in find_runs(paths)])
-    watch.digests()
+    watch = Watch(paths)
+    watch.state()
     try:
         server = _Server(port, watch)
     except (OSError, OverflowError) as error:

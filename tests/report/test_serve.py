@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -11,15 +12,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report.browser import Browser
 from report.conftest import STEPS, line, write_lines
 
 from megatron_lcl.cli import main
-from megatron_lcl.report.serve import Watch, _Server, page_of
+from megatron_lcl.report.serve import PATIENCE, Watch, _Server
 
 
 class Client:
@@ -37,16 +40,44 @@ class Client:
         return answer.status, {k.lower(): v for k, v in answer.getheaders()}, body
 
 
-@pytest.fixture
-def served(run: Path) -> Iterator[Client]:
-    """A server in this process, on a copy of the run."""
-    server = _Server(0, Watch(page_of([run]), every=0.1))
+class Server(_Server):
+    """Whose connections end with it, as where its process has ended."""
+
+    def __init__(self, port: int, watch: Watch) -> None:
+        self.connections: list[socket.socket] = []
+        super().__init__(port, watch)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
+    def hang_up(self) -> None:
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # has hung up
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def serving(*paths: Path, port: int = 0) -> Iterator[tuple[Client, Watch]]:
+    """A server in this process, whose page looks ten times a second."""
+    watch = Watch(paths, every=0.1)
+    server = Server(port, watch)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield Client(server.server_address[1])
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield Client(server.server_address[1]), watch
+    finally:
+        server.shutdown()
+        server.server_close()
+        server.hang_up()
+        thread.join()
+
+
+@pytest.fixture
+def served(run: Path) -> Iterator[Client]:
+    """A server on a copy of the run."""
+    with serving(run) as (client, _):
+        yield client
 
 
 def grow(run: Path, step: int) -> None:
@@ -61,12 +92,13 @@ def test_what_has_changed_is_told_and_nothing_else(served: Client, run: Path) ->
     status, headers, text = served.get("/parts")
     assert status == 200
     tag, before = headers["etag"], json.loads(text)
-    assert f"const shown = {text};" in page, "the page knows what it shows"
+    assert (before.pop("error"), before) == ("", json.loads(re.findall(r"const known = (.*);", page)[0]))
     assert served.get("/parts", If_None_Match=tag)[0::2] == (304, "")
     grow(run, STEPS + 1)
     status, headers, text = served.get("/parts", If_None_Match=tag)
     after = json.loads(text)
-    assert (status, headers["etag"] != tag) == (200, True)
+    assert (status, headers["etag"] != tag, after["page"]) == (200, True, before["page"])
+    before, after = before["parts"], after["parts"]
     assert {name for name in after if after[name] != before[name]} == {"status", "curves"}
     status, _, part = served.get("/part/status")
     assert status == 200
@@ -74,16 +106,95 @@ def test_what_has_changed_is_told_and_nothing_else(served: Client, run: Path) ->
     with (run / "audit.jsonl").open("a") as file:
         file.write(json.dumps({"event": "stopped", "step": 7, "signal": 15, "saved": 7}) + "\n")
     assert "signal 15" not in served.get("/part/events")[2]
-    assert json.loads(served.get("/parts")[2])["events"] != after["events"]
+    assert json.loads(served.get("/parts")[2])["parts"]["events"] != after["events"]
     assert "signal 15" in served.get("/part/events")[2]
-    with (run / "metrics.jsonl").open("a") as file:
+
+
+@pytest.mark.parametrize("fault", ["a damaged file", "a folder moved away"])
+def test_an_error_that_lasts_is_told_beside_what_was_shown(run: Path, fault: str) -> None:
+    def spoil() -> str:
+        if fault == "a folder moved away":
+            run.rename(run.with_name("moved"))
+            return f"{run} is neither a run folder"
+        (run / "labeled.json").write_text("{damaged}")
+        return "labeled.json is damaged"
+
+    with serving(run) as (served, _):
+        before = json.loads(served.get("/parts")[2])
+        said = spoil()
+        assert json.loads(served.get("/parts")[2]) == before, "at first a file may be in the making"
+        time.sleep(PATIENCE * 0.1)
+        after = json.loads(served.get("/parts")[2])
+        assert said in after.pop("error")
+        assert after == {"page": before["page"], "parts": before["parts"]}
+
+
+def test_what_was_read_before_an_error_is_shown_after_it(tmp_path: Path) -> None:
+    a, b = (write_lines(tmp_path / f"s/{n}", [line(1), line(2)], n) for n in range(2))
+    watch = Watch([tmp_path / "s"])
+    watch.page()
+    grow(a, 77)
+    with (b / "metrics.jsonl").open("a") as file:
         file.write("{damaged}\n")
-    assert served.get("/parts")[0] == 200, "what was shown stays"
+    assert "77" not in page_section(watch.page(), "runs")
+    assert "77" in page_section(watch.page(), "runs"), "the damaged line is passed over"
+
+
+def page_section(page: str, name: str) -> str:
+    return page.partition(f'<section id="{name}">')[2].partition("</section>")[0]
+
+
+def test_a_page_is_known_by_whose_it_is_and_not_by_how_far_they_are(tmp_path: Path) -> None:
+    def known() -> tuple[Any, str, str]:
+        state, text = watch.state(), watch.page()
+        return state["page"], state["parts"]["head"], text  # type: ignore[index]
+
+    a, sweep = write_lines(tmp_path / "s/a", [line(1), line(2)], 0), tmp_path / "s"
+    watch = Watch([sweep])
+    one = known()
+    assert "Vision encoder" in one[2]
+    (a / "config.yaml").write_text((a / "config.yaml").read_text().replace("lr: 1.0\n", "lr: 7.0\n", 1))
+    grow(a, 3)
+    assert known()[0] == one[0] == Watch([sweep]).state()["page"]
+    assert Watch([a]).state()["page"] != one[0]
+    write_lines(tmp_path / "s/b", [line(1), line(2)], 1)
+    two = known()
+    assert "2 runs of" in two[2], "a run that began beside the first"
+    assert two[0] != one[0]
+    assert "No two runs differ in the seed alone" in two[2]
+    write_lines(tmp_path / "s/c", [line(1), line(2)], 1)
+    three = known()
+    assert three[0] == two[0]
+    assert three[1] != two[1], "the head says how many they are"
+    assert "3 runs of" in three[2]
+    assert "No two runs differ in the seed alone" not in three[2]
+
+
+def test_a_folder_whose_name_is_no_utf8_is_served(run: Path) -> None:
+    with serving(run.rename(run.with_name("r\udcff"))) as (served, _):
+        status, _, page = served.get("/")
+        assert (status, "r\\udcff" in page) == (200, True)
+        assert json.loads(served.get("/parts")[2])["error"] == ""
+
+
+def test_a_fault_of_the_program_is_told_here_and_there(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with serving(run) as (served, watch):
+        monkeypatch.setattr(watch, "state", lambda: {}["no such key"])
+        assert served.get("/parts")[0::2] == (500, "KeyError: 'no such key'\n")
+    said = ""
+    for _ in range(600):  # its thread goes on for a moment after the answer
+        said += capfd.readouterr().err
+        if "KeyError: 'no such key'" in said:
+            return
+        time.sleep(0.1)
+    raise AssertionError(said)
 
 
 def test_a_run_that_goes_on_has_its_new_settings_beside_the_others(tmp_path: Path) -> None:
     a, b = (write_lines(tmp_path / f"s/{n}", [line(1), line(2)], n) for n in range(2))
-    watch = Watch(page_of([a, b]))
+    watch = Watch([a, b])
     assert "lr 1 " in watch.page()
     config = (a / "config.yaml").read_text()
     (a / "config.yaml").write_text(config.replace("lr: 1.0\n", "lr: 7.0\n", 1))
