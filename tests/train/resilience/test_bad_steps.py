@@ -254,7 +254,7 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
 
     late, spike: the host learns it at step 12, the next one that is logged; what was made since then is forgotten.
     """
-    run, profiled = tmp_path / "run", []
+    run, profiled = tmp_path / "run [1] *?", []  # not to be taken for a pattern
     words = ["--config", config_file, "--guard.max_bad_steps", "2"]
     if kind == "spike":
         words += ["--guard.spike_sigmas", "6", "--guard.spike_window", "8"]
