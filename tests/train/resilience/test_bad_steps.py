@@ -163,6 +163,8 @@ def test_a_spike_is_far_above_the_mean_of_half_a_window_at_least() -> None:
     again = BadSteps(guard.config, json.loads(json.dumps(guard.state())))
     assert again.state() == guard.state()
     assert BadSteps(Guard()).limit() == math.inf
+    unwatched = BadSteps(Guard(), guard.state()).state()
+    assert BadSteps(guard.config, unwatched).limit() == math.inf, "a resume without spikes, another with them again"
 
 
 def test_a_phase_measures_spikes_by_its_own_losses() -> None:
