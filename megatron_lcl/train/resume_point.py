@@ -61,6 +61,11 @@ class ResumePoint:
     is_evaluated: bool = False
     """whether the evaluation after the last step has been made"""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the checkpoint is one of the run's own."""
+        return self.folder is not None and self.folder.parent == Path(self.config.train.output) / CHECKPOINTS
+
 
 def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack, signals: Signals) -> ResumePoint:
     """Decided by the first process for all, which also finds what is wrong: RunError on all.
