@@ -46,6 +46,12 @@ ENGINE = f"{PIPE}.engine"
 PARTS = [
     # DeepSpeed's pipeline: train/pipeline
     Part(ENGINE, "PipelineEngine", "base of our engine"),
+    Part(
+        f"{PIPE}.module",
+        "PipelineModule.ckpt_layer_path_list",
+        "gets the folder's name as a pattern",
+        ("self", "ckpt_dir", "local_layer_idx"),
+    ),
     Part(ENGINE, "PipelineEngine._INSTRUCTION_MAP", "which method runs which instruction; ours are put in"),
     Part(ENGINE, "PipelineEngine._exec_schedule", "runs our schedules", ("self", "pipe_schedule")),
     Part(ENGINE, "PipelineEngine._exec_recv_activations", "replaced", ("self", "buffer_id")),
@@ -103,6 +109,12 @@ PARTS = [
         in_source="def backward(self, loss, retain_graph=False, scale_wrt_gas=True)",
     ),
     Part("deepspeed.runtime.engine", "DeepSpeedEngine._copy_recovery_script", "replaced", ("self", "save_path")),
+    Part(
+        "deepspeed.runtime.engine",
+        "DeepSpeedEngine._get_all_ckpt_names",
+        "gets the folder's name as a pattern",
+        ("self", "checkpoints_path", "tag"),
+    ),
     Part("deepspeed.runtime.engine", "DeepSpeedEngine._config", "its checkpoint setting", in_source="self._config = "),
     Part("deepspeed.runtime.config", "DeepSpeedConfig", "checks our settings", ("self", "config", "mpu")),
     Part("deepspeed.runtime.config_utils", "DeepSpeedConfigModel", "which keys a section has"),

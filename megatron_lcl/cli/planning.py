@@ -40,6 +40,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     from megatron_lcl import config as configs
+    from megatron_lcl.data.corpus.files import replace_text
     from megatron_lcl.errors import UserError
     from megatron_lcl.plan import describe, run
 
@@ -55,7 +56,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     for line in describe.lines(found, options.images):
         print(line)
     if options.json:
-        Path(options.json).write_text(json.dumps(describe.numbers(found), indent=1) + "\n", encoding="utf-8")
+        replace_text(Path(options.json), json.dumps(describe.numbers(found), indent=1) + "\n")
         print(f"written     {options.json}")
     if options.write:
         run.write(found.best.config, Path(options.write))

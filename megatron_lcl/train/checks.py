@@ -152,6 +152,12 @@ def check_output(run: Path, config: Config) -> None:
         raise UserError(f"train.output = {run} is a file; name a folder")
     if read_record(run, IMPORT):
         raise UserError(f"train.output = {run} is an import; name another folder, and this one as train.init_from")
+    folder = run / CHECKPOINTS
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(
+            f"{folder} is a link to {folder.readlink()}, which is not there; make it reachable again, or remove the "
+            "link to begin anew"
+        )
     if not saved.exists():
         if run.exists() and not all(_is_of_no_run(path) for path in run.iterdir()):
             raise UserError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")

@@ -29,7 +29,7 @@ from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.forks import stop_forkserver
 from megatron_lcl.train.memory import Memory, available, slots_of
 from megatron_lcl.train.resilience.faults import node
-from megatron_lcl.train.resilience.lock import lock_run_folder
+from megatron_lcl.train.resilience.lock import holder_of, lock_run_folder, sees_lock
 from megatron_lcl.train.resilience.signals import Signals
 from megatron_lcl.train.strategy import Choice, choose_strategy, with_choice
 
@@ -61,13 +61,19 @@ class ResumePoint:
     is_evaluated: bool = False
     """whether the evaluation after the last step has been made"""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the checkpoint is one of the run's own."""
+        return self.folder is not None and self.folder.parent == Path(self.config.train.output) / CHECKPOINTS
+
 
 def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack, signals: Signals) -> ResumePoint:
     """Decided by the first process for all, which also finds what is wrong: RunError on all.
 
     until_end: takes the first process's lock on the run folder. signals: an OSError after one is no user's.
     """
-    everywhere = mesh.world.gather_objects(available(_local_processes(mesh)))
+    hosts = mesh.world.gather_objects(node())
+    everywhere = mesh.world.gather_objects(available(_local_processes(hosts)))
     has = replace(
         min(everywhere, key=lambda memory: memory.size),
         shared=min(memory.shared for memory in everywhere),
@@ -90,14 +96,28 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
     decision = mesh.world.broadcast_object(decide() if mesh.is_first else "")
     if isinstance(decision, str):
         raise RunError(decision)
+    _check_shared(Path(config.train.output), mesh, hosts)
     return decision
 
 
-def _local_processes(mesh: Mesh) -> int:
-    """How many of the run's processes are on this machine; every process calls it."""
-    hosts, own = mesh.world.gather_objects(node()), node()
+def _local_processes(hosts: list[str]) -> int:
+    """How many of the run's processes are on this machine. hosts: the machine of each process."""
     # DeepSpeed's launcher has a name of its own
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or hosts.count(own))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or hosts.count(node()))
+
+
+def _check_shared(run: Path, mesh: Mesh, hosts: list[str]) -> None:
+    """RunError on all processes where a machine does not see the run folder that the first process has locked."""
+    if len(set(hosts)) == 1:
+        return
+    rank, holder = mesh.world.rank, mesh.world.broadcast_object(holder_of(run) if mesh.is_first else "")
+    one_of_each = hosts.index(hosts[rank]) == rank
+    sees = not one_of_each or sees_lock(run, holder)
+    if blind := [host for host, does in zip(hosts, mesh.world.gather_objects(sees), strict=True) if not does]:
+        raise RunError(
+            f"train.output = {run} is another folder on {', '.join(blind)} than on {hosts[0]}, where the run's first "
+            "process is, and every process writes its part of a checkpoint there; name a folder that all nodes share"
+        )
 
 
 def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memory) -> ResumePoint:

@@ -334,6 +334,14 @@ def test_the_command_says_what_was_found_and_writes_the_best(
     assert f"{best} exists; name another file for --write" in capsys.readouterr().err
     assert main([*arguments[:-2], "--images", "-1"]) == 2
     assert "--images -1: give a number above 0" in capsys.readouterr().err
+    before, limits = numbers.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9, limits[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            main([*arguments, "--json", str(numbers)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert numbers.read_text() == before, "not a part of it, which `report` would refuse"
     assert main([*arguments, "--train.stepz", "1"]) == 2
     assert "train.steps" in capsys.readouterr().err
 

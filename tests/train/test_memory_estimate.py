@@ -28,6 +28,7 @@ from megatron_lcl.train import checks, fits, memory, strategy
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.memory import Memory, Slots, estimate, largest_estimate
+from megatron_lcl.train.resilience.faults import node
 from megatron_lcl.train.resume_point import _local_processes
 from megatron_lcl.train.settings import deepspeed_config, offloaded
 from megatron_lcl.train.skipping import skips_on_device
@@ -328,13 +329,12 @@ def test_the_least_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def counted(rank: int) -> list[int]:
     """Processes of a machine, with what launchers may say; the last of them is one of another machine."""
     dist.init_process_group("gloo")
-    mesh: Any = SimpleNamespace(world=Axis.of_group(dist.group.WORLD))
-    found = []
+    world, found = Axis.of_group(dist.group.WORLD), []
     for said in ({}, {"LOCAL_WORLD_SIZE": "3"}, {"LOCAL_SIZE": "2"}, {"SLURMD_NODENAME": f"node-{rank // 2}"}):
         for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
             os.environ.pop(name, None)
         os.environ |= said
-        found.append(_local_processes(mesh))
+        found.append(_local_processes(world.gather_objects(node())))
     dist.destroy_process_group()
     return found
 

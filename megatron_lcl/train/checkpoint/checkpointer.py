@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import io
 import json
 import logging
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_lcl.config import Checkpoint, Config, to_yaml
+from megatron_lcl.config import Checkpoint, Config, load, to_yaml
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.errors import RunError, UserError, describe_os_error
@@ -46,6 +47,7 @@ from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checkpoint.state import FROZEN, PARTITION_DIMS, State, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restricted
 from megatron_lcl.train.optimizers.pieces import partitions_of
+from megatron_lcl.train.optimizers.tensorwise import Tensorwise, drop_momentum_of_muon
 from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.resilience.faults import is_distributed
 
@@ -92,6 +94,8 @@ class Checkpointer:
         self.layout = layout_of(engine, config, mesh)
         self._snapshot = engine.checkpoint_engine = Snapshot(copies=config.checkpoint.background)
         engine._copy_recovery_script = lambda save_path: None  # it writes, and for a purpose that our weights serve
+        all_names = type(engine)._get_all_ckpt_names  # of files by a pattern, into which it puts the folder's name
+        engine._get_all_ckpt_names = lambda folder, tag: all_names(engine, glob.escape(folder), tag)
         self._peers = Axis()
         if mesh.world.size > 1:
             group = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -318,9 +322,15 @@ class Checkpointer:
             adopt_scale(values["loss_scaler"], optimizer.loss_scaler)
         for name, value in values.items():
             setattr(optimizer, name, value)
-        weight = self._peers.broadcast_object(earlier_weight(folder, self.config) if self.mesh.is_first else None)
+        first = self.mesh.is_first
+        weight = self._peers.broadcast_object(earlier_weight(folder, self.config) if first else None)
+        stepped_by = self._peers.broadcast_object(load(folder / CONFIG).optimizer.name if first else "")
         if weight is not None and weight.known:
             rescale_moments(optimizer.optimizer, weight.value)
+        if isinstance(optimizer.optimizer, Tensorwise):
+            optimizer.optimizer.clear_unused()
+        if stepped_by == "muon" and self.config.optimizer.name != "muon":
+            drop_momentum_of_muon(optimizer.optimizer)
         if (folder / RNG / self._rng_file()).exists():
             set_random_state(torch.load(folder / RNG / self._rng_file(), weights_only=True))
         return said

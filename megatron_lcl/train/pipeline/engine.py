@@ -10,6 +10,7 @@ scaled: they must not scale it again, neither by float16's loss scale nor by the
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,11 @@ class PipelineStage(PipelineModule):
 
     def _partition_layers(self, method: str = "") -> None:
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+    def ckpt_layer_path_list(self, ckpt_dir: str, local_layer_idx: int) -> list[str]:
+        """DeepSpeed's, which puts the folder's name into a pattern."""
+        files: list[str] = super().ckpt_layer_path_list(glob.escape(ckpt_dir), local_layer_idx)
+        return files
 
 
 class ContrastivePipelineEngine(PipelineEngine):

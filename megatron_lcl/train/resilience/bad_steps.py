@@ -35,7 +35,9 @@ class BadSteps:
         """steps done and packs consumed before the first of them"""
         self.rewinds: int = state.get("rewinds", 0)
         """since the last step that was saved and counted"""
-        self.losses = deque[float](state.get("losses", ()), maxlen=config.spike_window)
+        # not those from before a time in which they were not watched
+        losses = state.get("losses", ()) if self.watches_losses else ()
+        self.losses = deque[float](losses, maxlen=config.spike_window)
         """of the last steps that counted, where they are watched"""
 
     def state(self) -> dict[str, Any]:

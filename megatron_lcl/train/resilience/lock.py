@@ -24,6 +24,8 @@ from megatron_lcl.train.resilience.start import LOST, leave
 
 PATIENCE_SECONDS = 30.0
 """a run that is started again at once may find the one before still ending"""
+SEEN_SECONDS = 70.0
+"""in which another machine sees a new lock file: NFS keeps for up to a minute that a name is not there"""
 HEARTBEAT_SECONDS = 5.0
 """how often the process that has the run folder looks whether it still has it, and touches the lock file"""
 
@@ -60,8 +62,28 @@ def lock_run_folder(run: Path) -> Iterator[None]:
                 yield
         finally:
             with contextlib.suppress(FileNotFoundError):  # somebody has deleted the folder
-                if _holder(run) == name:
+                if holder_of(run) == name:
                     file.truncate(0)
+
+
+def holder_of(run: Path) -> str:
+    """What the process that has the run folder has written into its lock file; OSError where that is not to be seen."""
+    return (run / LOCK).read_text(encoding="utf-8")  # opened anew: NFS then asks its server
+
+
+def sees_lock(run: Path, holder: str) -> bool:
+    """Whether this machine sees the lock file of a process of another one: that both call the same folder so.
+
+    holder: what `holder_of` gives there. Waits up to SEEN_SECONDS.
+    """
+    deadline = time.monotonic() + SEEN_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if holder_of(run) == holder:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 def _refuse_living(run: Path, holder: str) -> None:
@@ -70,7 +92,7 @@ def _refuse_living(run: Path, holder: str) -> None:
     lives = False
     while time.monotonic() < since + 3 * HEARTBEAT_SECONDS:
         time.sleep(min(1.0, HEARTBEAT_SECONDS / 5))
-        holder = _holder(run)  # perhaps another one that has waited, too
+        holder = holder_of(run)  # perhaps another one that has waited, too
         if not holder:
             return  # it has ended in order
         before, touched = touched, _touched_at(run)
@@ -92,13 +114,9 @@ def _touched_at(run: Path) -> int:
         return os.fstat(file.fileno()).st_mtime_ns
 
 
-def _holder(run: Path) -> str:
-    return (run / LOCK).read_text(encoding="utf-8")  # opened anew, too
-
-
 def _keep(run: Path, name: str) -> None:
     """Touch the lock file; end the process where it names another one."""
-    if (holder := _holder(run)) != name:
+    if (holder := holder_of(run)) != name:
         leave(LOST, f"train.output = {run} was taken over by {holder or 'another run'}")
     os.utime(run / LOCK)
 
@@ -113,7 +131,7 @@ def _acquire(run: Path, descriptor: int) -> bool:
         except OSError as error:
             _say(f"{run} cannot be locked ({error.strerror}); see to it that no other run uses it")
             return False
-        holder = _holder(run) or "another process"
+        holder = holder_of(run) or "another process"
         if time.monotonic() > deadline:
             raise UserError(f"train.output = {run} is in use by {holder}; end that run, or name another folder")
         if not said:

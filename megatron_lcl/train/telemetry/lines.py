@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.run_folder import METRICS
+from megatron_lcl.evaluate.heldout_results import EXAMPLES
+from megatron_lcl.evaluate.heldout_results import RESULT as HELDOUT
+from megatron_lcl.evaluate.labeled import RESULT as LABELED
+from megatron_lcl.run_folder import CHECKPOINTS, METRICS
 
 
 def keep_lines_before(path: Path, step: int) -> None:
@@ -31,6 +35,37 @@ def keep_lines_before(path: Path, step: int) -> None:
             stop += len(line)
         if stop < lines.tell():
             kept.truncate(stop)
+
+
+def set_metrics_aside(run: Path) -> str:
+    """Rename metrics.jsonl, of a run that finds no checkpoint of its own, where it tells of one that was complete.
+
+    The folder of checkpoints may have been removed to begin anew, or may be gone for a while. What there is to say; ""
+    where nothing was renamed.
+    """
+    path, saved = run / METRICS, 0
+    if path.exists():
+        with path.open("rb") as lines:
+            found = (_values(line) for line in lines)
+            saved = max((values["step"] for values in found if values and "checkpoint_bytes" in values), default=0)
+    if not saved:
+        return ""
+    aside = path.rename(path.with_name(time.strftime("metrics-%Y%m%d-%H%M%S.jsonl", time.gmtime())))
+    return (
+        f"{METRICS} tells of a checkpoint of step {saved}, and {run / CHECKPOINTS} has none: its lines are now in "
+        f"{aside}"
+    )
+
+
+def remove_results_after(run: Path, step: int) -> None:
+    """Remove what evaluations after later steps than `step` have left for the report; their model is gone."""
+    for names in ((EXAMPLES, HELDOUT), (LABELED,)):
+        found: Any = None
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is for its reader to name
+            found = json.loads((run / names[-1]).read_text(encoding="utf-8"))
+        if isinstance(found, dict) and (found.get("step") or 0) > step:
+            for name in names:
+                (run / name).unlink(missing_ok=True)
 
 
 def measured_after(run: Path, step: int) -> set[str]:

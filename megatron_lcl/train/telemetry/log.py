@@ -20,7 +20,7 @@ from megatron_lcl.errors import describe_os_error
 from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.run_folder import METRICS
 from megatron_lcl.train.result import StepResult
-from megatron_lcl.train.telemetry.lines import keep_lines_before
+from megatron_lcl.train.telemetry.lines import keep_lines_before, remove_results_after
 from megatron_lcl.train.telemetry.sinks import TRACKERS, Sink, TensorBoard
 from megatron_lcl.train.telemetry.stragglers import over_ranks
 from megatron_lcl.units import in_bytes, in_units, plain
@@ -103,6 +103,7 @@ class Telemetry:
         self._fault = ""
         self._file = (self._run / METRICS).open("a", buffering=WAITING, encoding="utf-8")
         self._attempt(lambda: keep_lines_before(self._run / METRICS, step))
+        self._attempt(lambda: remove_results_after(self._run, step))
         self._board: TensorBoard | None = None
         self._attempt(lambda: self._open_board(step + 1))
         # a new bar: its time left is that of the steps to come, at the rate of those made since

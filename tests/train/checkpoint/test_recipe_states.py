@@ -19,6 +19,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.convert.find import find_average
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.checkpoint.folder import read_progress, step_folder
+from megatron_lcl.train.optimizer import muon_parts
 
 DECAY = 0.5
 FREEZE = ("vision.patches.*", "language.blocks.0.mlp.*")
@@ -47,9 +48,12 @@ class Run(Job):
 
     freeze: tuple[str, ...] = FREEZE
     seed: int = 0
+    other: tuple[tuple[str, Any], ...] = ()
+    """what is not as the recipe says"""
 
     def config(self, folder: Path) -> Config:
-        return configs.replace(build_config(folder, self), **RECIPE, train__freeze=self.freeze, train__seed=self.seed)
+        recipe = RECIPE | dict(self.other) | {"train__freeze": self.freeze, "train__seed": self.seed}
+        return configs.replace(build_config(folder, self), **recipe)
 
 
 def run(rank: int, folder: str, jobs: list[Run]) -> list[dict[str, Any]]:
@@ -80,6 +84,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
         if parameter.requires_grad:
             parameter.register_hook(lambda _, name=name: with_gradient.add(name))
     rows: list[tuple[float, float]] = []
+    second: set[str] = set()
     weights: list[dict[str, np.ndarray]] = []
 
     def steps(first: int, last: int) -> None:
@@ -102,6 +107,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
             checkpoints.load(step_folder(folder / job.source, FIRST))
             averaged = read_progress(step_folder(folder / job.source, FIRST)).averaged
             assert averages.begin(averaged, config.train.steps) == averaged
+            second = {name for name, v in read_parameters(engine, mesh, "exp_avg_sq").items() if v.any()}
         steps(FIRST, 2 * FIRST)
     in_optimizer = sum(piece.length for each in partitions_of(engine.optimizer, mesh) for piece in each.pieces)
     before = in_model(engine, mesh)
@@ -113,6 +119,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
         "weights": weights,
         "averages": {name: arrays(read_parameters(engine, mesh, name)) for name in averaged},
         "inside": inside,
+        "second moments": second,
         "undone": all(np.array_equal(before[name], after[name]) for name in before),
         "in optimizer": sum(mesh.world.gather_objects(in_optimizer)),
         "moments": {name for kind in ("exp_avg", "exp_avg_sq") for name in read_parameters(engine, mesh, kind)},
@@ -154,6 +161,20 @@ FROZEN_TOWERS = [
     Run("zero3 without language", 3, freeze=LANGUAGE),
     Run("pipeline without language", pipeline=2, freeze=LANGUAGE),
 ]
+ADAMW = (("optimizer__name", "adamw"),)
+STABLE = (("optimizer__name", "stable_adamw"),)
+PLAIN = (*ADAMW, ("optimizer__parts__vision__lr", 1.0))
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+OF_MUON = [
+    Run("to adamw", source="zero1", other=ADAMW),
+    Run("to adamw, zero3", 3, source="zero3", zero_options={"sub_group_size": 2000}, other=PLAIN),
+    Run("to stable", source="bfloat16", dtype="bfloat16", other=STABLE),
+    Run("to tensor ranks", tensor=2, source="tensor", zero=2, other=ADAMW),
+    Run("to offloaded", 2, source="pipeline", zero_options=OFFLOADED, other=PLAIN),
+    Run("thaw with adamw", 3, source="zero1", freeze=(), other=STABLE),
+]
+"""from a checkpoint of Muon's to another optimizer, at the same layout and at others"""
+OF_ADAMW = [Run("adamw", other=ADAMW), Run("to muon", 3, source="adamw")]
 AGAIN = ("zero1", "zero3", "bfloat16")
 OTHERS = [
     Run("a", 3, source="zero1"),
@@ -175,7 +196,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict
     folder = tmp_path_factory.mktemp("runs")
     fresh = [again(SOURCES[name]) for name in AGAIN]
     # the last ones: once there is a hierarchy, DeepSpeed uses it in all that follows with ZeRO-3
-    jobs = [*SOURCES.values(), *fresh, *OTHERS, *FROZEN_TOWERS, HIERARCHICAL, again(HIERARCHICAL)]
+    jobs = [*SOURCES.values(), *fresh, *OTHERS, *OF_MUON, *OF_ADAMW, *FROZEN_TOWERS, HIERARCHICAL, again(HIERARCHICAL)]
     results = run_processes(run, 2, str(folder), jobs, timeout=500.0)[0]
     return folder, {job.name: result for job, result in zip(jobs, results, strict=True)}
 
@@ -273,6 +294,28 @@ def test_what_is_frozen_may_change_at_a_resume(runs: Any) -> None:
             stays = job == "freeze" and key.startswith(FROZEN)
             assert np.array_equal(last[key], value) == stays, (job, key)
     assert results["freeze"]["rows"][0][0] == pytest.approx(results["thawed"]["rows"][0][0], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", OF_MUON, ids=lambda job: job.name)
+def test_after_muon_the_first_step_of_another_optimizer_is_bounded(job: Run, runs: Any) -> None:
+    """By a few learning rates in every element; with Muon's momentum some moved by hundreds."""
+    folder, results = runs
+    config = job.config(folder)
+    before = load_model(step_folder(folder / job.source, FIRST)).layers.named_parameters()
+    for key, value in before:
+        moved = np.abs(results[job.name]["weights"][0][key] - value.detach().numpy())
+        decay = LR[FIRST] * config.optimizer.weight_decay * np.abs(value.detach().numpy())
+        assert (moved - decay).max() < 3 * LR[FIRST], key
+
+
+@pytest.mark.slow
+def test_what_muon_steps_has_no_second_moment(runs: Any) -> None:
+    """Not that of the AdamW before it either, which would be of other gradients when AdamW steps it again."""
+    model = OF_ADAMW[0].config(Path()).model
+    named = dict(LCL(model, seed=0).layers.named_parameters())
+    by_adamw = {name for name, p in named.items() if not muon_parts(name, p.shape, model, False)}
+    assert runs[1]["to muon"]["second moments"] == {name for name in by_adamw if not name.startswith(FROZEN)}
 
 
 @pytest.mark.slow

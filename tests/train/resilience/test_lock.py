@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,42 @@ def test_a_file_system_without_locks_is_no_obstacle(
     with lock_run_folder(tmp_path):
         pass
     assert capfd.readouterr().err.count("cannot be locked (Function not implemented)") == 1
+
+
+def apart(rank: int, places: str, seconds: float) -> None:
+    """Each process is another machine's, where the same name is of another folder."""
+    place = Path(places) / str(rank)
+    place.mkdir(parents=True)
+    os.chdir(place)
+    os.environ["SLURMD_NODENAME"] = f"node-{rank}"
+    lock.SEEN_SECONDS = seconds
+
+
+@pytest.mark.slow
+def test_machines_that_do_not_share_the_run_folder_are_named(config_file: str, tmp_path: Path) -> None:
+    """Before anything is trained, of which nothing could be saved."""
+    command = ["train", "--config", config_file, "--train.output", "run"]
+    said = train(tmp_path / "run", command=command, code=2, plant=apart, planted=(str(tmp_path / "places"), 1.0))
+    assert "train.output = run is another folder on node-1 than on node-0, " in said
+    assert "name a folder that all nodes share" in said
+    assert not (tmp_path / "places" / "0" / "run" / "metrics.jsonl").exists()
+
+
+def test_a_lock_file_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where a machine that has looked before does not see it at once."""
+    file = tmp_path / LOCK
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 30:
+            file.write_text("process 7 on another" if now[0] < 50 else "process 8 on another")
+
+    monkeypatch.setattr(lock, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    assert lock.sees_lock(tmp_path, "process 8 on another")
+    assert 50 <= now[0] < 51
+    assert not lock.sees_lock(tmp_path, "process 9 on another")
+    assert 120 <= now[0] < 122
 
 
 def refused(*_: Any) -> None:

@@ -47,6 +47,32 @@ def test_from_a_named_checkpoint_into_a_new_folder(
 
 
 @pytest.mark.slow
+def test_metrics_outlive_checkpoints_that_are_gone(config_file: str, tmp_path: Path) -> None:
+    """A link to storage that is not mounted is refused. Without the folder the run begins anew, and the lines of before
+    keep the place to which they are moved."""
+    run, words = tmp_path / "run", ["--config", config_file, "--train.steps", "5"]
+    train(run, *words)
+    before, trained = (run / "metrics.jsonl").read_text(), losses(run)
+    shutil.move(run / "checkpoints", tmp_path / "unmounted")
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    said = train(run, *words, code=2)
+    assert f"{run / 'checkpoints'} is a link to {tmp_path / 'scratch'}, which is not there" in said
+    assert (run / "metrics.jsonl").read_text() == before
+    (run / "checkpoints").unlink()
+    said = train(run, *words)
+    (aside,) = run.glob("metrics-*.jsonl")
+    assert f"metrics.jsonl tells of a checkpoint of step 5, and {run / 'checkpoints'} has none: " in said
+    assert f"its lines are now in {aside}" in said
+    assert aside.read_text() == before
+    assert losses(run) == trained
+    shutil.rmtree(run / "checkpoints")
+    (tmp_path / "unmounted").rename(run / "checkpoints")
+    aside.replace(run / "metrics.jsonl")
+    assert "its lines are now" not in train(run, *words)
+    assert (run / "metrics.jsonl").read_text().startswith(before)
+
+
+@pytest.mark.slow
 def test_a_changed_corpus_is_refused_unless_allowed(
     config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,25 @@ def test_what_follows_lines_that_were_dropped_is_in_the_file(goes_back: bool, tm
     assert time.time() - lines[-1]["time"] == pytest.approx(time.monotonic() - lines[-1]["clock"], abs=5)
 
 
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_results_of_steps_that_were_dropped_are_gone(goes_back: bool, tmp_path: Path) -> None:
+    """Of a model that the run no longer comes from; not those up to the step, nor of unknown steps."""
+    config = configs.load(None, {"train.output": str(tmp_path), "train.steps": "9", "train.progress": "false"})
+
+    def open_at(step: int, heldout: str, labeled: str) -> list[str]:
+        (tmp_path / "heldout.json").write_text(heldout)
+        (tmp_path / "heldout_examples.json").write_text("[]")
+        (tmp_path / "labeled.json").write_text(labeled)
+        with Telemetry(tmp_path, config, True, 9 if goes_back else step) as telemetry:
+            if goes_back:
+                telemetry.rewind(step)
+        return sorted(path.stem for path in tmp_path.glob("*.json"))
+
+    assert open_at(2, '{"step": 3}', '{"step": 2}') == ["labeled"]
+    assert open_at(2, '{"step": null}', '{"step": 3}') == ["heldout", "heldout_examples"]
+    assert open_at(3, '{"step": 3}', '{"st') == ["heldout", "heldout_examples", "labeled"]
+
+
 def test_time_left_after_resuming_and_after_a_rewind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
