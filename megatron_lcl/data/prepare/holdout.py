@@ -14,6 +14,7 @@ that also share the original) and leaves about 70 of 464 pages in small groups.
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterable
@@ -192,6 +193,11 @@ def _nothing_to_hold_out(num: int, groups: list[list[str]], fraction: float, lar
 def group_name(document: Document) -> str:
     """Documents of one group are held out, or not, together: the page of an HTML document, else the document itself."""
     return document.metadata.get("group") or document.name
+
+
+def groups_hash(groups: Iterable[str]) -> str:
+    """XXH3-128 of names of groups: what tells one choice of documents to hold out from another."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(sorted(groups)).encode())
 
 
 def _features(data: bytes) -> _Features | None:
