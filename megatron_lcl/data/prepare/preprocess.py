@@ -174,8 +174,8 @@ def preprocess(
     }
     if limit is not None:  # else as without the option
         recipe["limit"] = limit
-    # earlier releases scaled down TIFFs of float levels from 0 to 1 as black pictures
-    rules = importer.rules + (max_image_side is not None)
+    # earlier releases scaled down TIFFs of float levels from 0 to 1 as black pictures, and compared images inexactly
+    rules = importer.rules + (max_image_side is not None) + (held_out is not None)
     if rules > 1:  # else as older versions wrote it
         recipe["rules"] = rules
     sides = [(output, {**recipe, "side": "training"})]
