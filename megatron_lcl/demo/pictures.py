@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
-from PIL import Image as Pillow
 
 from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
+from megatron_lcl.data.corpus.thumbnails import are_alike, thumbnail
 from megatron_lcl.data.loading.images import decode_rgb
 
 MAX_BITS = 10
@@ -61,24 +61,22 @@ def near_duplicates(pictures: Sequence[Picture], others: Iterable[Picture]) -> l
     names = {name: k for k, name in enumerate(dict.fromkeys(p.name for p in (*ours, *theirs)))}
     name, bits, thumbnails = _features(ours, names)
     their_name, their_bits, their_thumbnails = _features(theirs, names)
-    square = (their_thumbnails**2).sum(1)
     found: list[int] = []
     for start in range(0, len(ours), _ROWS):
         rows = slice(start, start + _ROWS)
         differing = (bits.shape[1] - bits[rows] @ their_bits.T) / 2  # of ±1
-        distance = (thumbnails[rows] ** 2).sum(1)[:, None] + square - 2 * thumbnails[rows] @ their_thumbnails.T
         near = (differing <= MAX_BITS) & (name[rows, None] == their_name)
-        near |= distance < thumbnails.shape[1] * MAX_RMS**2
+        near |= are_alike(thumbnails[rows], their_thumbnails, MAX_RMS)
         found += (start + np.flatnonzero(near.any(1))).tolist()
     return found
 
 
 def _features(pictures: list[Picture], names: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of N pictures: names int [N], hashes float32 [N, 64] of ±1, thumbnails float32 [N, 768] in levels."""
+    """Of N pictures: names int [N], hashes float32 [N, 64] of ±1, and their `thumbnail`, [N, 768]."""
     bits = np.empty((len(pictures), 64), np.float32)
     thumbnails = np.empty((len(pictures), 16 * 16 * 3), np.float32)
     for k, picture in enumerate(pictures):
         image = decode_rgb(picture.data)
         bits[k] = np.where(perceptual_hash(image), 1, -1)
-        thumbnails[k] = np.asarray(image.resize((16, 16), Pillow.Resampling.BOX), np.float32).ravel()
+        thumbnails[k] = thumbnail(image)
     return np.array([names[p.name] for p in pictures]), bits, thumbnails

@@ -57,6 +57,7 @@ TEXT, IMAGE = 0, 1
 _STATS = 16
 """files whose sizes are read at once: each may be a round trip to a file server"""
 FORMATS = ("?", "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "MPO")
+"""formats of images, by the number that a corpus has of each; others may only be appended"""
 
 _IMAGE_TYPE = pa.struct([("width", pa.int32()), ("height", pa.int32()), ("format", pa.int8()), ("xxh3", pa.binary(16))])
 _PLACEMENT_TYPE = pa.struct([("similarity", pa.float32()), ("matched_text", pa.int32())])
@@ -308,6 +309,9 @@ def _arrow_columns(content: pa.Buffer) -> tuple[pa.StructArray, pa.StructArray]:
         raise UserError("it has other columns")
     if any(array.null_count for array in (*lists, *(field for array in lists for field in array.values.flatten()))):
         raise UserError("it has gaps")
+    formats = (row.schema.metadata or {}).get(b"formats", b"").decode().split(",")
+    if formats != list(FORMATS[: len(formats)]):
+        raise UserError(f"its `formats` are {','.join(formats)!r}, not {','.join(FORMATS)!r} (docs/corpus-format.md)")
     return lists[0].values, lists[1].values
 
 

@@ -29,7 +29,8 @@ from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare.budget import Budget, nothing_left
-from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Part, TaskSettings
+from megatron_lcl.data.prepare.holdout import groups_hash
+from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Part, TaskSettings, check_parts
 from megatron_lcl.data.prepare.sorting import sorted_rows
 from megatron_lcl.errors import UserError
 
@@ -37,6 +38,8 @@ _THREADS = 4
 """files that are read at once, at least: while one waits for the disk, another is hashed"""
 _AT_ONCE = 1 << 23
 """documents whose hashes are compared in memory together"""
+GROUPS_KEY = "held_out_groups"
+"""of a recipe: what tells which documents were held out"""
 logger = logging.getLogger(__name__)
 
 
@@ -62,9 +65,11 @@ def finish(
     """Give the parts' shards their numbers and write the manifest.
 
     scratch: a folder of this process alone, on the same file system. Raises UserError where a file is not what its
-    record says, or too much of the input was bad; FileNotFoundError where another process has finished meanwhile.
+    record says, where parts were written by another choice (`check_parts`), or where too much of the input was bad;
+    FileNotFoundError where another process has finished meanwhile.
     """
     work = settings.folder
+    check_parts(settings, parts)
     drops = Drops()
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
@@ -91,7 +96,7 @@ def finish(
         {
             "source": {"format": recipe["format"], **source},
             "shards": [{**shard["counts"], KIND: shard["kind"] or unsaid} for _, shard in filled],
-            "recipe": recipe,
+            "recipe": {**recipe, GROUPS_KEY: groups_hash(settings.groups)} if settings.groups else recipe,
         },
     )  # fmt: skip
 

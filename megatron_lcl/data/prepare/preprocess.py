@@ -11,33 +11,31 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import xxhash
-from tqdm import tqdm
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, has_names, read_manifest
-from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import LOG, Drops
 from megatron_lcl.data.corpus.files import replace_bytes
 from megatron_lcl.data.corpus.scratch import clear_dead, is_used, waiting_for_others
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare import importers
-from megatron_lcl.data.prepare.budget import Budget, Unusable, nothing_left
-from megatron_lcl.data.prepare.finish import finish
-from megatron_lcl.data.prepare.holdout import Described, Describer, Grouping, group_name
-from megatron_lcl.data.prepare.importers import Each, Importer, Unit
+from megatron_lcl.data.prepare.bars import Bars
+from megatron_lcl.data.prepare.budget import Budget, Unusable
+from megatron_lcl.data.prepare.chosen import FOLDER as CHOSEN
+from megatron_lcl.data.prepare.chosen import Chosen, choose, kept
+from megatron_lcl.data.prepare.finish import GROUPS_KEY, finish
+from megatron_lcl.data.prepare.holdout import groups_hash
+from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.first import FirstDocuments
 from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
-from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.data.prepare.unfinished import (
     WORK,
     claim,
@@ -54,10 +52,7 @@ from megatron_lcl.errors import UserError
 TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes"""
 SHARD_BYTES = 4 << 30
-_LONG = 0.5
-"""seconds without a sign of life"""
 SHARD_DOCUMENTS = 500_000
-R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 
@@ -136,10 +131,10 @@ def preprocess(
     on `more_texts`, of another corpus that is to have the same tokenizer.
     held_out: a second corpus of about `held_out_fraction` of the documents, none of whose images has a near-duplicate
     in the first (`holdout.py`). max_image_side: scale larger images down, pixels. limit: only so many documents, the
-    first of the input. source: goes into the manifest as it
-    is. options: the importer's own. job: (i, n) does every n-th task, the i-th of 0 … n-1; the job that finds all tasks
-    done finishes the corpus, and a job that fails leaves the others' work alone. progress: say what is done, with bars,
-    on stderr.
+    first of the input. source: goes into the manifest as it is. options: the importer's own. job: (i, n) does every
+    n-th task, the i-th of 0 … n-1; the first that comes chooses the tokenizer and the held-out documents for all, the
+    one that finds all tasks done finishes the corpus, and a job that fails leaves the others' work alone. progress: say
+    what is done, with bars, on stderr.
 
     Run again with the same input it resumes where it was killed, and a finished corpus is recognized. Raises
     UserError where the folder holds something else or the disk is full, and, leaving nothing but the list of what was
@@ -160,7 +155,7 @@ def preprocess(
     for flag, value in (("limit", limit), ("shard-bytes", shard_bytes), ("shard-documents", shard_documents)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: give at least 1")
-    bars = _Bars(progress)
+    bars = Bars(progress)
     with bars.waiting(f"{input}: looking for the files of the format {format}"):
         importer = importers.create(format, input, images, options or {})
     for folder in (output, *([Path(held_out)] if held_out is not None else [])):
@@ -179,55 +174,66 @@ def preprocess(
     }
     if limit is not None:  # else as without the option
         recipe["limit"] = limit
-    # earlier releases scaled down TIFFs of float levels from 0 to 1 as black pictures
-    rules = importer.rules + (max_image_side is not None)
+    # earlier releases scaled down TIFFs of float levels from 0 to 1 as black pictures, and compared images inexactly
+    rules = importer.rules + (max_image_side is not None) + (held_out is not None)
     if rules > 1:  # else as older versions wrote it
         recipe["rules"] = rules
     sides = [(output, {**recipe, "side": "training"})]
     if held_out is not None:
         sides.append((Path(held_out), {**recipe, "side": "held out"}))
-    finished = [is_finished_corpus(folder, side) for folder, side in sides]
-    for (folder, _), done in zip(sides, finished, strict=True):
-        if done:
-            clear_up(folder)
-    if any(finished) and not all(finished):
-        for (folder, side), done in zip(sides, finished, strict=True):
-            if done and (_rules_differ(folder, side) or not has_names(read_manifest(folder), 0)):
-                raise UserError(
-                    f"{folder} was made by another version's rules for {format}, and its other half is not finished; "
-                    "remove both, or give new folders"
-                )
-    if all(finished):
+    finished = [folder for folder, side in sides if is_finished_corpus(folder, side)]
+    unfinished = [(folder, side) for folder, side in sides if folder not in finished]
+    for folder in finished:
+        clear_up(folder)
+    if not unfinished:
         training, *rest = (_summary(folder) for folder, _ in sides)
         return replace(_with(training, rest), reused=True)
+    for folder, side in sides:
+        if folder in finished and (_rules_differ(folder, side) or not has_names(read_manifest(folder), 0)):
+            raise UserError(
+                f"{folder} was made by another version's rules for {format}, and its other half is not finished; "
+                "remove both, or give new folders"
+            )
 
+    *others, (last, last_side) = unfinished
+    work = last / WORK  # what both corpora are written by is kept here, as it is needed until the last is finished
     try:
         importer.scan(bars.scan(importer, workers))
         if limit is not None:
             importer = FirstDocuments(importer, limit)
         tasks = _tasks(importer.units(), task_bytes)
-        groups: frozenset[str] = frozenset()
-        if held_out is not None:
-            groups = _held_out_groups(importer, tasks, held_out_fraction, seed, workers, bars)
-        tokenizer = given or _train_tokenizer(importer, tasks, groups, vocab_size, more_texts, bars)
-        summaries = []
-        for (folder, side), done in zip(sides, finished, strict=True):
-            if not done:
+
+        def choice() -> Chosen:
+            known = given or (tokenizers.load(finished[0]) if finished else None)
+            hold_out = (held_out_fraction, seed) if held_out is not None else None
+            return choose(importer, tasks, known, hold_out, vocab_size, more_texts, workers, bars)
+
+        with _work_folder(last, last_side, job) as scratch:
+            if not is_finished_corpus(last, last_side):  # by others, since the first look
+                with waiting_for_others(work / "lock"):
+                    importer.prepare(work)
+                    chosen = Chosen(given) if given is not None and held_out is None else kept(work, scratch, choice)
+                for folder in finished:
+                    _check_chosen(folder, chosen)
                 settings = TaskSettings(
-                    importer,
-                    tokenizer,
-                    folder / WORK,
-                    max_image_side,
-                    shard_bytes,
-                    shard_documents,
-                    groups,
-                    output if side["side"] == "held out" else None,
+                    importer, chosen.tokenizer, work, max_image_side, shard_bytes, shard_documents, chosen.groups
                 )
-                _write_corpus(folder, side, settings, tasks, max_bad_fraction, dict(source or {}), workers, job, bars)
-            summaries.append(_summary(folder))
+
+                def write(folder: Path, side: Mapping[str, Any], scratch: Path) -> None:
+                    training = output if side["side"] == "held out" else None
+                    its = replace(settings, folder=folder / WORK, training=training)
+                    _write_corpus(
+                        folder, side, its, tasks, max_bad_fraction, dict(source or {}), scratch, workers, job, bars
+                    )
+
+                for folder, side in others:
+                    with _work_folder(folder, side, job) as its_scratch:
+                        write(folder, side, its_scratch)
+                write(last, last_side, scratch)
     except Unusable as error:
         raise _with_list(error, [folder for folder, _ in sides]) from None
-    return _with(summaries[0], summaries[1:])
+    training, *rest = (_summary(folder) for folder, _ in sides)
+    return _with(training, rest)
 
 
 def _with_list(error: Unusable, folders: list[Path]) -> Unusable:
@@ -253,6 +259,17 @@ def _rules_differ(folder: Path, recipe: Mapping[str, Any]) -> bool:
     return read_manifest(folder).get("recipe", {}).get("rules") != recipe.get("rules")
 
 
+def _check_chosen(folder: Path, chosen: Chosen) -> None:
+    """UserError where a finished half was written by another choice."""
+    manifest = read_manifest(folder)
+    groups = manifest["recipe"].get(GROUPS_KEY, groups_hash(chosen.groups))  # earlier releases did not record them
+    if (manifest["tokenizer"]["fingerprint"], groups) != (chosen.tokenizer.fingerprint, groups_hash(chosen.groups)):
+        raise UserError(
+            f"{folder} was written with another tokenizer or other held-out documents than its other half is to be, as "
+            "another release or another processor may choose them; remove both, or give new folders"
+        )
+
+
 def _tasks(units: list[Unit], task_bytes: int) -> list[list[Unit]]:
     """Runs of consecutive units of at least `task_bytes`."""
     tasks: list[list[Unit]] = []
@@ -266,95 +283,37 @@ def _tasks(units: list[Unit], task_bytes: int) -> list[list[Unit]]:
     return tasks
 
 
-def _held_out_groups(
-    importer: Importer, tasks: list[list[Unit]], fraction: float, seed: int, workers: int, bars: _Bars
-) -> frozenset[str]:
-    grouping, drops = Grouping(), Drops()
-    units = list(itertools.chain.from_iterable(tasks))
-    results = in_order(_describe_unit, (importer, Describer()), units, workers, ahead=4 * workers)
-    found = False
-    for described, dropped in bars.over(results, "compare images", "unit", [1] * len(units)):
-        drops.add(dropped)
-        for document in described:
-            found = True
-            grouping.add(document)
-    if not found:
-        raise nothing_left(drops, importer.place)
-    return frozenset(grouping.held_out(fraction, seed))
-
-
-def _describe_unit(shared: tuple[Importer, Describer], unit: Unit) -> tuple[list[Described], Drops]:
-    importer, describer = shared
-    drops = Drops()
-    return [describer.describe(document) for document in importer.documents(unit, drops)], drops
-
-
-def _train_tokenizer(
-    importer: Importer,
-    tasks: list[list[Unit]],
-    groups: frozenset[str],
-    vocab_size: int,
-    more_texts: Sequence[str],
-    bars: _Bars,
-) -> Tokenizer:
-    documents = (d for d in _documents(importer, tasks, bars) if group_name(d) not in groups)
-    texts = (text.text.encode(errors="replace").decode() for document in documents for text in document.texts)
-    return train_sentencepiece(itertools.chain(texts, more_texts), vocab_size)
-
-
 def _texts_in_recipe(texts: Sequence[str]) -> dict[str, str]:
     """Their hash; nothing where there are none, as older versions wrote it."""
     return {"more_texts": xxhash.xxh3_128_hexdigest("\0".join(texts).encode())} if texts else {}
 
 
-def _documents(importer: Importer, tasks: list[list[Unit]], bars: _Bars) -> Iterator[Document]:
-    """All documents; Unusable where there is none."""
-    drops = Drops()
-    units = list(itertools.chain.from_iterable(tasks))
-    found = False
-    for unit in bars.over(units, "read texts", "unit", [1] * len(units)):
-        for document in importer.documents(unit, drops):
-            found = True
-            yield document
-    if not found:
-        raise nothing_left(drops, importer.place)
-
-
-class _Bars:
-    """What a run says on stderr while it works."""
-
-    def __init__(self, shown: bool) -> None:
-        self._shown = shown
-
-    @contextmanager
-    def waiting(self, text: str) -> Iterator[None]:
-        """Say the text if what is done here takes long, for which there is no bar."""
-        timer = threading.Timer(_LONG, print, (text,), {"file": sys.stderr, "flush": True})
-        if self._shown:
-            timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def over(self, results: Iterable[R], title: str, unit: str, sizes: Sequence[int]) -> Iterator[R]:
-        """The results as they come; the bar advances by the size of each."""
-        with tqdm(desc=title, total=sum(sizes), unit=unit, disable=not self._shown) as bar:
-            for result, size in zip(results, sizes, strict=True):
-                bar.update(size)
-                yield result
-
-    def scan(self, importer: Importer, workers: int) -> Each:
-        """What an importer scans with."""
-
-        def each(function: Callable[[Any, Any], R], items: Sequence[Sized]) -> Iterator[R]:
-            results = in_order(function, importer, items, workers, ahead=4 * workers)
-            return self.over(results, "scan", "file", [len(item) for item in items])
-
-        return each
-
-
 # --- the work ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _work_folder(folder: Path, recipe: Mapping[str, Any], job: tuple[int, int] | None) -> Iterator[Path]:
+    """A scratch folder in the folder of unfinished work, which is claimed for the recipe.
+
+    The work goes once the corpus is finished, and where a run fails that is no job and has finished nothing, or can
+    use nothing. What fails because another process has finished and cleared up is no error.
+    """
+    work = folder / WORK
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with clear_errors(folder), in_work_folder(work) as scratch:
+            claim(work, recipe, scratch)
+            yield scratch
+    except BaseException as error:
+        if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
+            clear_dead(work)
+            has_finished = any(work.glob("part-*")) or (work / CHOSEN).exists()
+            if job is None and not is_used(work) and (isinstance(error, Unusable) or not has_finished):
+                remove_work(folder, created)
+            raise
+    finally:
+        if (folder / MANIFEST).exists():
+            clear_up(folder)
 
 
 def _write_corpus(
@@ -364,40 +323,26 @@ def _write_corpus(
     tasks: list[list[Unit]],
     max_bad_fraction: float,
     source: dict[str, Any],
+    scratch: Path,
     workers: int,
     job: tuple[int, int] | None,
-    bars: _Bars,
+    bars: Bars,
 ) -> None:
+    """Do the tasks of a job, and finish the corpus if all others are done."""
     work = settings.folder
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with clear_errors(folder), in_work_folder(work) as scratch:
-            claim(work, recipe, scratch)
-            if is_finished_corpus(folder, recipe):  # by others, since the first look
-                return
-            with waiting_for_others(work / "lock"):
-                settings.importer.prepare(work)
-            index, num_jobs = job or (0, 1)
-            mine = [k for k in range(len(tasks)) if k % num_jobs == index]
-            budget = Budget(max_bad_fraction, settings.importer.place)
-            with closing(in_order(run_task, settings, [(k, tasks[k]) for k in mine], workers)) as done:
-                for number, drops in zip(mine, bars.over(done, folder.name, "task", [1] * len(mine)), strict=True):
-                    budget.add(drops, [part.seen for part in parts_of(work, number)])
-            with waiting_for_others(work / "lock"):
-                parts = [parts_of(work, k) for k in range(len(tasks))]
-                if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():
-                    all_parts = list(itertools.chain.from_iterable(parts))
-                    finish(folder, recipe, settings, all_parts, max_bad_fraction, source, scratch, workers)
-    except BaseException as error:
-        # the work folder may be gone: another process found all done, finished and cleared up
-        if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
-            clear_dead(work)
-            if job is None and not is_used(work) and (isinstance(error, Unusable) or not any(work.glob("part-*"))):
-                remove_work(folder, created)
-            raise
-    finally:
-        if (folder / MANIFEST).exists():
-            clear_up(folder)
+    if is_finished_corpus(folder, recipe):  # by others
+        return
+    index, num_jobs = job or (0, 1)
+    mine = [k for k in range(len(tasks)) if k % num_jobs == index]
+    budget = Budget(max_bad_fraction, settings.importer.place)
+    with closing(in_order(run_task, settings, [(k, tasks[k]) for k in mine], workers)) as done:
+        for number, drops in zip(mine, bars.over(done, folder.name, "task", [1] * len(mine)), strict=True):
+            budget.add(drops, [part.seen for part in parts_of(work, number)])
+    with waiting_for_others(work / "lock"):
+        parts = [parts_of(work, k) for k in range(len(tasks))]
+        if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():
+            all_parts = list(itertools.chain.from_iterable(parts))
+            finish(folder, recipe, settings, all_parts, max_bad_fraction, source, scratch, workers)
 
 
 def _summary(folder: Path) -> Summary:

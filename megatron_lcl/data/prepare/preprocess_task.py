@@ -15,6 +15,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from megatron_lcl.data.corpus.probe import BadImage, Probe, downscale, probe
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import ShardWriter
 from megatron_lcl.data.corpus.tokenizer import JoinedEncoder, Tokenizer
-from megatron_lcl.data.prepare.holdout import group_name
+from megatron_lcl.data.prepare.holdout import group_name, groups_hash
 from megatron_lcl.data.prepare.importers import Importer, Unit
+from megatron_lcl.errors import UserError
 
 BATCH = 384
 """texts and images of one kind of documents tokenized together, each document counted as one more; parts end between
@@ -65,6 +67,11 @@ class TaskSettings:
     def is_held_out(self) -> bool:
         return self.training is not None
 
+    @cached_property
+    def written_by(self) -> list[str]:
+        """Fingerprints of what is chosen from all documents: of the tokenizer, and of the groups."""
+        return [self.tokenizer.fingerprint, groups_hash(self.groups)]
+
     def wants(self, document: Document) -> bool:
         return (group_name(document) in self.groups) == self.is_held_out
 
@@ -86,6 +93,8 @@ class Part:
     others: dict[str, int] = field(default_factory=dict)
     """what the documents hold that were read on the way and are of the other half of the corpus: `documents`, `pieces`,
     `placements`"""
+    written_by: list[str] = field(default_factory=list)
+    """`TaskSettings.written_by`"""
 
     @property
     def name(self) -> str:
@@ -117,6 +126,16 @@ def is_finished(parts: list[Part]) -> bool:
     return bool(parts) and parts[-1].last
 
 
+def check_parts(settings: TaskSettings, parts: list[Part]) -> None:
+    """UserError where a part was written with another tokenizer, or with other documents held out."""
+    for part in parts:
+        if part.written_by != settings.written_by:
+            raise UserError(
+                f"{settings.folder / part.name} was written with another tokenizer, or other held-out documents, than "
+                f"are chosen now; remove {settings.folder} and run the same command again"
+            )
+
+
 def run_task(settings: TaskSettings, numbered: tuple[int, list[Unit]]) -> Drops:
     """Write what is missing of a task's parts; returns the drops of all its parts. numbered: its number and units.
 
@@ -126,6 +145,7 @@ def run_task(settings: TaskSettings, numbered: tuple[int, list[Unit]]) -> Drops:
     task, units = numbered
     with waiting_for_others(settings.folder / f"lock-{task:06d}"), scratch_folder(settings.folder) as scratch:
         parts = parts_of(settings.folder, task)
+        check_parts(settings, parts)
         if not is_finished(parts):
             _write_parts(settings, task, units, parts, scratch)
     drops = Drops()
@@ -206,7 +226,7 @@ def _write_part(
         raise
     digests = [digest for shard in shards.values() for digest in shard.digests]
     write_file(folder / DIGESTS, np.array(digests, np.uint64).tobytes())
-    part = Part(task, number, last, num_read, records, drops.to_dict(), dict(others))
+    part = Part(task, number, last, num_read, records, drops.to_dict(), dict(others), settings.written_by)
     write_file(folder / RECORD, json.dumps(vars(part)).encode())
     put_in_place(folder, settings.folder / name)
     return part

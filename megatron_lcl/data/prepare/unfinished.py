@@ -22,7 +22,7 @@ from megatron_lcl.errors import UserError, free_space, is_full
 WORK = "_unfinished"
 _RECORD = "recipe.json"
 _LOCK = "lock"
-_LAYOUT = {"unfinished": 3}
+_LAYOUT = {"unfinished": 4}
 """part of the record: version of the layout of unfinished work"""
 logger = logging.getLogger(__name__)
 
@@ -161,5 +161,6 @@ def remove_work(folder: Path, created: list[Path]) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError:
-            logger.warning("%s is left, as it is not empty", path)
+            if path == folder:  # in those above it other corpora may lie
+                logger.warning("%s is left, as it is not empty", path)
             break

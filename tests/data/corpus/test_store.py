@@ -33,6 +33,7 @@ from megatron_lcl.data.prepare import jobs
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
 
 
 def test_documents_come_back(corpus: Path) -> None:
@@ -94,6 +95,31 @@ def test_pyarrow_reads_what_is_known_of_images(corpus: Path) -> None:
     digests = [xxhash.xxh3_128_digest(bytes(shard.image(j))) for j in range(shard.num_images)]
     assert images == [{"width": 40, "height": 30, "format": 2, "xxh3": digest} for digest in digests]
     assert [each["matched_text"] for each in table["placements"][0].as_py()] == [-1, -1, -1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "formats", ["JPEG,PNG", "?,PNG,JPEG", "?,JPEG,PNG,WEBP,GIF,AVIF,TIFF,BMP,PPM,ICO,JPEG2000,MPO,HEIF", None]
+)
+def test_a_shard_with_formats_of_its_own_is_refused(corpus: Path, formats: str | None) -> None:
+    """Their numbers would be taken for others'; an earlier list, which ends sooner, has the same."""
+    file = corpus / "images-00000.arrow"
+
+    def write(formats: str | None) -> None:
+        metadata = None if formats is None else {"formats": formats}
+        with pa.ipc.new_file(file, batch.schema.with_metadata(metadata)) as writer:
+            writer.write_batch(batch)
+        forge(corpus)
+
+    with pa.ipc.open_file(file.read_bytes()) as opened:
+        batch = opened.get_batch(0)
+    write(formats)
+    said = rf"{file} is damaged: its `formats` are '.*', not '\?,JPEG,.*MPO' \(docs/corpus-format.md\)"
+    with pytest.raises(UserError, match=said):
+        open_corpus(corpus).shard(0)
+    assert any("its `formats` are" in fault for fault in verify(corpus))
+    write("?,JPEG,PNG,WEBP")
+    assert open_corpus(corpus)[0].images[0].data == DOCUMENTS[0].images[0].data
+    assert not verify(corpus)
 
 
 pieces = st.one_of(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5), st.binary(min_size=1, max_size=9))

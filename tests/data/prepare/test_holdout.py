@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
 import pytest
 import xxhash
 from data.writers import picture
+from PIL import Image as Pillow
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.thumbnails import EXACT
 from megatron_lcl.data.prepare import holdout
 from megatron_lcl.data.prepare.holdout import Described, Describer, Grouping
 from megatron_lcl.errors import UserError
@@ -82,3 +87,20 @@ def test_more_images_than_can_be_compared_are_refused_at_once(monkeypatch: pytes
     ) as caught:
         grouping([0, 1, 2, 1, 3])
     assert caught.value.said().endswith("compared with all; take fewer documents")
+
+
+def test_all_comparisons_are_of_whole_numbers_that_float32_has() -> None:
+    """So their sums are the same in any order, and on any processor."""
+    flat = Pillow.new("RGB", (80, 70), "teal")
+    content = io.BytesIO()
+    flat.save(content, "PNG")
+    documents = [Document((Image(data),)) for data in (*(picture(k, 80, 70) for k in range(6)), content.getvalue())]
+    features = [found for document in documents for _, found in Describer().describe(document).images if found]
+    assert len(features) == 7
+    for rows in map(np.stack, zip(*features, strict=True)):
+        assert rows.dtype == np.float32
+        assert (rows == np.rint(rows)).all()
+        assert np.einsum("ij,ij->i", rows, rows, dtype=np.float64).max() < EXACT
+    assert not features[-1].edges.any()
+    for found in features[:-1]:
+        assert np.linalg.norm(found.edges) == pytest.approx(4000, abs=1)

@@ -16,7 +16,7 @@ from data.helpers import contents
 from data.writers import picture
 
 from megatron_lcl.cli import main
-from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare import bars, chosen, importers
 from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
@@ -60,7 +60,8 @@ def test_all_passes_use_all_workers_and_give_the_same_bytes(
         used.append((function.__name__, len(items), workers))
         return in_order(function, shared, items, workers, **options)
 
-    monkeypatch.setattr(preprocess_module, "in_order", watched)
+    for module in (preprocess_module, bars, chosen):
+        monkeypatch.setattr(module, "in_order", watched)
     one = run(site, tmp_path / "one", 1)
     assert {name for name, _, _ in used} == {"_look_at", "_describe_unit", "run_task"}
     used.clear()
@@ -118,7 +119,7 @@ def test_a_long_search_for_files_is_said(
 
     said: list[bool] = []
     monkeypatch.setattr(importers, "create", slowly)
-    monkeypatch.setattr(preprocess_module, "_LONG", 0.01)
+    monkeypatch.setattr(bars, "_LONG", 0.01)
     with pytest.raises(UserError, match="are bad"):
         preprocess("html", site, tmp_path / "out", tokenizer="clip", max_bad_fraction=0, progress=True)
     assert said == [True]

@@ -1,0 +1,122 @@
+"""What is chosen from all documents, once for all jobs and all who resume them: those to hold out, and a tokenizer.
+
+Both come of sums of floating-point numbers, and the first of decoded images too, so another processor or another
+release of a library may choose otherwise. Therefore the choice is kept in the work folder, and all read it there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lcl.data.corpus import tokenizer as tokenizers
+from megatron_lcl.data.corpus.document import Document
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.scratch import put_in_place
+from megatron_lcl.data.corpus.tokenizer import Tokenizer
+from megatron_lcl.data.prepare.bars import Bars
+from megatron_lcl.data.prepare.budget import nothing_left
+from megatron_lcl.data.prepare.holdout import Described, Describer, Grouping, group_name
+from megatron_lcl.data.prepare.importers import Importer, Unit
+from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
+from megatron_lcl.data.prepare.workers import in_order
+
+FOLDER = "chosen"
+"""in the work folder"""
+_GROUPS = "held-out.json"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What all documents of a run are read by."""
+
+    tokenizer: Tokenizer
+    groups: frozenset[str] = frozenset()
+    """names of those that are held out (`group_name`)"""
+
+
+def choose(
+    importer: Importer,
+    tasks: list[list[Unit]],
+    tokenizer: Tokenizer | None,
+    held_out: tuple[float, int] | None,
+    vocab_size: int,
+    more_texts: Sequence[str],
+    workers: int,
+    bars: Bars,
+) -> Chosen:
+    """Read all documents to choose what is to be held out, by (fraction, seed), and to train the tokenizer if there is
+    none. Unusable where there is no document; UserError as `Grouping.held_out` and `train_sentencepiece` raise it."""
+    groups: frozenset[str] = frozenset()
+    if held_out is not None:
+        groups = _held_out_groups(importer, tasks, *held_out, workers, bars)
+    return Chosen(tokenizer or _train_tokenizer(importer, tasks, groups, vocab_size, more_texts, bars), groups)
+
+
+def kept(work: Path, scratch: Path, choose: Callable[[], Chosen]) -> Chosen:
+    """What is chosen in the work folder; `choose` is called where there is nothing yet.
+
+    Of several processes that choose at once, where there are no locks, all take what the first one has put there.
+    scratch: a folder of this process alone, on the same file system.
+    """
+    folder = work / FOLDER
+    if not folder.exists():
+        chosen, own = choose(), scratch / FOLDER
+        own.mkdir()
+        chosen.tokenizer.save(own / chosen.tokenizer.file_name)
+        (own / _GROUPS).write_text(json.dumps(sorted(chosen.groups)), "ascii")
+        put_in_place(own, folder)
+    (tokenizer,) = folder.glob("tokenizer.*")
+    return Chosen(tokenizers.load(tokenizer), frozenset(json.loads((folder / _GROUPS).read_text("ascii"))))
+
+
+def _held_out_groups(
+    importer: Importer, tasks: list[list[Unit]], fraction: float, seed: int, workers: int, bars: Bars
+) -> frozenset[str]:
+    grouping, drops = Grouping(), Drops()
+    units = list(itertools.chain.from_iterable(tasks))
+    results = in_order(_describe_unit, (importer, Describer()), units, workers, ahead=4 * workers)
+    found = False
+    for described, dropped in bars.over(results, "compare images", "unit", [1] * len(units)):
+        drops.add(dropped)
+        for document in described:
+            found = True
+            grouping.add(document)
+    if not found:
+        raise nothing_left(drops, importer.place)
+    return frozenset(grouping.held_out(fraction, seed))
+
+
+def _describe_unit(shared: tuple[Importer, Describer], unit: Unit) -> tuple[list[Described], Drops]:
+    importer, describer = shared
+    drops = Drops()
+    return [describer.describe(document) for document in importer.documents(unit, drops)], drops
+
+
+def _train_tokenizer(
+    importer: Importer,
+    tasks: list[list[Unit]],
+    groups: frozenset[str],
+    vocab_size: int,
+    more_texts: Sequence[str],
+    bars: Bars,
+) -> Tokenizer:
+    documents = (d for d in _documents(importer, tasks, bars) if group_name(d) not in groups)
+    texts = (text.text.encode(errors="replace").decode() for document in documents for text in document.texts)
+    return train_sentencepiece(itertools.chain(texts, more_texts), vocab_size)
+
+
+def _documents(importer: Importer, tasks: list[list[Unit]], bars: Bars) -> Iterator[Document]:
+    """All documents; Unusable where there is none."""
+    drops = Drops()
+    units = list(itertools.chain.from_iterable(tasks))
+    found = False
+    for unit in bars.over(units, "read texts", "unit", [1] * len(units)):
+        for document in importer.documents(unit, drops):
+            found = True
+            yield document
+    if not found:
+        raise nothing_left(drops, importer.place)
