@@ -202,5 +202,25 @@ def check_corpora(ledger: Ledger, config: Config) -> None:
     gone, new = (", ".join(a[f] for f in a.keys() - b.keys()) for a, b in ((before, now), (now, before)))
     raise UserError(
         f"the corpora are not those that this run has read ({gone or 'nothing'} is missing, {new or 'nothing'} is new "
-        "or has changed); put them back, or go on with these from here: --data.allow-change"
+        "or has changed); put them back, or go on with these from the next window of documents on, up to which the "
+        "former ones have to be there too: --data.allow-change"
     )
+
+
+def check_readable(ledger: Ledger, config: Config, consumed: int) -> None:
+    """The corpora that the window of documents is of in which a run goes on behind `consumed` packs can be opened:
+    where they are by now, or where they were."""
+    now = {open_corpus(corpus.path, config.data.cache).fingerprint for corpus in config.data.corpora}
+    for corpus in ledger.read_at(consumed):
+        if corpus["fingerprint"] in now:
+            continue
+        try:
+            if open_corpus(corpus["path"], config.data.cache).fingerprint == corpus["fingerprint"]:
+                continue
+        except UserError:
+            pass
+        raise UserError(
+            f"this run is in a window of documents of {corpus['path']} (fingerprint {corpus['fingerprint']}), which is "
+            f"gone or has changed, and reads that to its end also with --data.allow-change; put it back there and name "
+            "other corpora by other paths, or begin a new run with the weights: --train.init_from"
+        )

@@ -230,6 +230,23 @@ class Ledger:
         """Whether all packs are planned alike and no patch is left out: steps differ in how many they read, at most."""
         return len(self.segments()) == 1 and not any(entry["phase"]["kept_patches"] for entry in self.phases())
 
+    def read_at(self, consumed: int) -> list[dict[str, Any]]:
+        """The corpora that are needed to go on behind `consumed` packs, as entries of their blend: those of the window
+        of documents that the run is in, and at the begin of a segment of the one before.
+
+        Whatever `data.corpora` is by then: a window is read to its end, and plans its packs from all of its documents.
+        """
+        number, segment = self.locate(consumed), self.segment_after(consumed)
+        found: list[dict[str, Any]] = []
+        while True:
+            own = (s["pack"] for s in self.states if s.get("segment", 0) == segment.first_pack)
+            begin = max((pack for pack in own if pack <= number), default=None)
+            window = segment.first_pack if begin is None else begin
+            found += [entry for entry in self.blends() if entry["from_pack"] <= window][-1]["blend"]
+            if begin is not None or segment.number == 0:
+                return found
+            number, segment = segment.first_pack - 1, self.segments()[segment.number - 1]
+
     def segment_after(self, consumed: int) -> Segment:
         """The segment of the pack that comes after `consumed` packs were used."""
         return [segment for segment in self.segments() if segment.consumed <= consumed][-1]
