@@ -23,7 +23,7 @@ from megatron_lcl.train.averages import average_names, check_averages
 from megatron_lcl.train.changes import Changes, changed_settings
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
-from megatron_lcl.train.checkpoint.mirror import resumed
+from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.determinism import check_determinism
 from megatron_lcl.train.fits import check_memory
 from megatron_lcl.train.heldout import check_heldout
@@ -71,6 +71,8 @@ def check(config: Config, processes: int, local: int | None = None, elsewhere: b
     check_output(run, config)
     if not elsewhere:
         check_space(config)
+    if config.checkpoint.mirror is not None:
+        Mirror(config.checkpoint.mirror).check_owner(config.train.output)
     if not list_checkpoints(run):
         check_beginning(config)
     return settings

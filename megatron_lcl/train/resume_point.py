@@ -154,6 +154,8 @@ def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memo
     check_output(run, config)  # again: another run may have begun there before it was locked
     checkpoint.put_back(run / CHECKPOINTS)
     source = Mirror(config.checkpoint.mirror) if config.checkpoint.mirror is not None else None
+    if source:
+        source.claim(config.train.output)
     restored = source.restore(run) if source else None
     is_own = bool(checkpoint.list_checkpoints(run))  # what the run goes on from, if anything
     if not is_own and (source := resumed(config.checkpoint.resume)):
