@@ -14,10 +14,14 @@ from small_corpus import make_corpus
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
+from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import pack_index
 from megatron_lcl.errors import UserError
+from megatron_lcl.train import dryrun
 from megatron_lcl.train.checkpoint.folder import Layout, Progress, progress_text, step_folder
+from megatron_lcl.train.checkpoint.mirror import Mirror
+from megatron_lcl.train.dryrun import dry_run, find_origin
 from megatron_lcl.train.resume_point import ledger_from, open_origin
 
 STEP = 4
@@ -66,6 +70,8 @@ def saved(config: Config, step: int = STEP, before: Path | None = None) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(configs.to_yaml(config))
     (folder / "progress.json").write_text(progress_text(progress))
+    files = {name: fingerprint(folder / name) for name in ("config.yaml", "progress.json")}
+    (folder / MANIFEST).write_text(manifest_text(files))
     return folder
 
 
@@ -120,3 +126,48 @@ def test_another_tokenizer_is_refused_whatever_is_allowed(corpora: list[str], mi
     folder = saved(config_of(tmp_path, mine))
     with pytest.raises(UserError, match=f"{corpora[2]} has another tokenizer than the corpora that this run has read"):
         open_origin(folder, config_of(tmp_path, corpora[2], data__allow_change=True), True)
+
+
+def words(text: str) -> dict[str, str]:
+    """The lines of a dry run by their first word."""
+    return {line[:12].strip(): line[12:] for line in text.splitlines() if line[:12].strip()}
+
+
+@pytest.mark.parametrize("kind", ["own", "named", "mirror", "url"])
+def test_a_dry_run_goes_on_from_what_the_start_does(corpora: list[str], tmp_path: Path, place: str, kind: str) -> None:
+    """And refuses what that refuses: another model, another seed, other corpora."""
+    config = config_of(tmp_path, corpora[0])
+    folder, shown = saved(config), {"own": f"step-{STEP:08d}"}.get(kind, f"{place}/step-{STEP:08d}")
+    if kind == "named":
+        config, shown = (
+            config_of(tmp_path, corpora[0], train__output="new", checkpoint__resume=str(folder)),
+            str(folder),
+        )
+    elif kind != "own":
+        Mirror(place).upload(folder, None)
+        shutil.rmtree(folder.parent)
+        field = {"mirror": {"checkpoint__mirror": place}, "url": {"checkpoint__resume": shown}}[kind]
+        config = configs.replace(config, **field)
+    origin, lines = find_origin(config)
+    assert (origin.progress.step, origin.progress.packs) == (STEP, 4 * STEP)
+    assert lines[0] == f"run         {config.train.output}: goes on from {shown}, if it verifies"
+    for fields, said in (
+        ({"model__vision__layers": 2}, "holds a run of another model"),
+        ({"data__seed": 5}, "seed is 5, but this run began with 0"),
+        ({"data__corpora": [{"path": corpora[1]}]}, f"{corpora[0]} is missing, {corpora[1]} is new"),
+        ({"train__steps": STEP, "optimizer__lr": 1.0}, "has (made|all steps)"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_origin(configs.replace(config, **fields))
+
+
+def test_what_a_dry_run_says_of_a_named_checkpoint(
+    corpora: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packs are those that come next, not the first ones."""
+    asked: list[int] = []
+    monkeypatch.setattr(dryrun, "summarize_config", lambda *arguments, **_: asked.append(arguments[3]) or "none")
+    folder = saved(config_of(tmp_path, corpora[0]))
+    new = config_of(tmp_path, corpora[0], train__output=str(tmp_path / "new"), checkpoint__resume=str(folder))
+    assert f"goes on from {folder}" in words(dry_run(new, [], 1, 1))["run"]
+    assert asked == [4 * STEP]

@@ -22,7 +22,7 @@ from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
 from megatron_lcl.data.storage.store import Store, url_of
 from megatron_lcl.data.storage.upload import put_files
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, step_of, superseded
 
 RUN = "run.json"
@@ -105,11 +105,11 @@ class Mirror:
         stale = [name for copy in gone for name, _ in self.store.list(copy)]
         self.store.delete(sorted(stale, key=lambda name: Path(name).name != MANIFEST))
 
-    def restore(self, run: Path) -> Path | None:
-        """Fetch the newest copy into a run folder that has no checkpoint; None where there is none, or no need.
+    def newest_for(self, run: Path) -> str | None:
+        """The name of the copy that a run folder goes on from; None: there is none, or the folder has a checkpoint.
 
-        UserError where that copy is later than all that the folder has: the run went on elsewhere, or was ended in a
-        rewind before that was copied, and which of the two is meant is not known.
+        UserError where the newest copy is later than all that the folder has: the run went on elsewhere, or was ended
+        in a rewind before that was copied, and which of the two is meant is not known.
         """
         complete, own = self.complete(), list_checkpoints(run)
         if own and complete and step_of(Path(complete[-1])) > step_of(own[-1]):
@@ -118,9 +118,21 @@ class Mirror:
                 f"folder: to go on from the copy, remove {run / CHECKPOINTS}; to go on from the folder, delete the "
                 "later copies"
             )
-        if own or not complete:
+        return complete[-1] if complete and not own else None
+
+    def peek(self, name: str, folder: Path) -> Path:
+        """Fetch of a copy what says where its run stood, into a new folder below this one, which it returns."""
+        there = folder / name
+        there.mkdir()
+        Store(f"{self.store.url}/{name}").fetch([MANIFEST, CONFIG, PROGRESS], there)
+        return there
+
+    def restore(self, run: Path) -> Path | None:
+        """Fetch the newest copy into a run folder that has no checkpoint; None where there is none, or no need.
+        UserError as `newest_for`."""
+        if (newest := self.newest_for(run)) is None:
             return None
-        final = run / CHECKPOINTS / complete[-1]
+        final = run / CHECKPOINTS / newest
         temporary = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
