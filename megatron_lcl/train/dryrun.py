@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from packaging.requirements import Requirement
 
@@ -43,7 +44,7 @@ from megatron_lcl.train.memory import Memory, available, largest_estimate, slots
 from megatron_lcl.train.optimizer import unfinished_warmup
 from megatron_lcl.train.resume_point import Origin, open_origin
 from megatron_lcl.train.strategy import choose_strategy
-from megatron_lcl.units import counted
+from megatron_lcl.units import counted, plain
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
 """variable in which a launch script says what it would run"""
@@ -274,13 +275,24 @@ def _packs(config: Config, origin: Origin) -> Iterator[str]:
     previous, sequences = origin.previous, objectives.create(config).sequences
     step, consumed = origin.progress.step, origin.progress.packs
     now, *later = [phase for phase in phases_of(config) if phase.stop > step] or [phase_at(config, step)]
-    if later:
-        yield f"phase {now.number + 1:<6}{now.describe()}"
-    yield f"packs       {summarize_config(config, sequences, previous, consumed, step)}"
     version = previous.settings["version"] if previous else VERSION
-    for phase in later:
-        yield f"phase {phase.number + 1:<6}{phase.describe()}"
-        yield f"packs       {summarize_config(phase.config, sequences, None, 0, version=version)}"
+    documents = np.zeros(len(config.data.corpora))
+    for phase in (now, *later):
+        if later:
+            yield f"phase {phase.number + 1:<6}{phase.describe()}"
+        if phase is now:
+            summary = summarize_config(config, sequences, previous, consumed, step)
+        else:
+            summary = summarize_config(phase.config, sequences, None, 0, version=version)
+        yield f"packs       {summary}"
+        packs = (phase.stop - max(phase.first, step)) * phase.config.train.global_batch
+        documents += packs * np.array(summary.drawn)
+    steps = config.train.steps - step
+    of_each = (
+        f"{plain(number / len(open_corpus(corpus.path, config.data.cache)), 2)} of {corpus.path}"
+        for number, corpus in zip(documents, config.data.corpora, strict=True)
+    )
+    yield f"epochs      in the {steps:,} steps to come about {', '.join(of_each)}"
 
 
 def _software() -> str:

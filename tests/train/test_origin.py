@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small_corpus import make_corpus
 
@@ -166,8 +168,22 @@ def test_what_a_dry_run_says_of_a_named_checkpoint(
 ) -> None:
     """The packs are those that come next, not the first ones."""
     asked: list[int] = []
-    monkeypatch.setattr(dryrun, "summarize_config", lambda *arguments, **_: asked.append(arguments[3]) or "none")
+    summarize = dryrun.summarize_config
+
+    def asking(*arguments: Any, **more: Any) -> Any:
+        asked.append(arguments[3])
+        return summarize(*arguments, **more)
+
+    monkeypatch.setattr(dryrun, "summarize_config", asking)
     folder = saved(config_of(tmp_path, corpora[0]))
     new = config_of(tmp_path, corpora[0], train__output=str(tmp_path / "new"), checkpoint__resume=str(folder))
-    assert f"goes on from {folder}" in words(dry_run(new, [], 1, 1))["run"]
+    lines = words(dry_run(new, [], 1, 1))
+    assert f"goes on from {folder}" in lines["run"]
     assert asked == [4 * STEP]
+    index = pack_index.PackIndex(new.data, open_origin(folder, new, False).ledger)
+    to_come = range(4 * STEP, 4 * 100)
+    read = sum(int(np.count_nonzero(index[number].entries["part"] == 0)) for number in to_come) / 24
+    index.close()
+    said = re.fullmatch(rf"in the 96 steps to come about ([\d.]+) of {corpora[0]}", lines["epochs"])
+    assert said is not None
+    assert float(said[1]) == pytest.approx(read, rel=0.1)
