@@ -116,6 +116,9 @@ def _said(line: Mapping[str, Any]) -> str:
         return f"signal {line.get('signal')}; saved at step {line.get('saved', 0):,}"
     if line["event"] == "changed":
         return ", ".join(line.get("settings", ())) or "; ".join(line.get("warnings", ()))
+    if line["event"] == "blend changed":
+        paths = (", ".join(path for path, _ in line.get(key, ())) or "nothing" for key in ("gone", "new"))
+        return "without {}, with {}".format(*paths)
     if line["event"] == "checkpoint rejected":
         return f"{Path(line.get('folder', '')).name}: {'; '.join(line.get('faults', ())[:3])}"
     if line["event"] == "initial weights":

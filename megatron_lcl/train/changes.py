@@ -13,6 +13,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, load, resolved, to_dict
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.config.results import NO_RESULT, START
+from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.fields import flat
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight
@@ -32,6 +33,31 @@ UNSET = "(not set)"
 
 
 @dataclass(frozen=True)
+class BlendChange:
+    """Other corpora in a run's blend, whatever their paths: path and fingerprint of each."""
+
+    from_pack: int
+    """the first window of documents that begins there or later has them"""
+    gone: tuple[tuple[str, str], ...]
+    new: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def between(cls, before: Ledger, now: Ledger) -> BlendChange | None:
+        """None where the corpora are the same, also at other paths or with other weights."""
+        old, new = before.blends()[-1], now.blends()[-1]
+        a, b = ({c["fingerprint"]: c["path"] for c in entry["blend"]} for entry in (old, new))
+        gone, came = (tuple((x[f], f) for f in x if f not in y) for x, y in ((a, b), (b, a)))
+        return cls(new["from_pack"], gone, came) if gone or came else None
+
+    def __str__(self) -> str:
+        without, also = (
+            ", ".join(f"{path} (fingerprint {fingerprint})" for path, fingerprint in corpora) or "nothing"
+            for corpora in (self.gone, self.new)
+        )
+        return f"without {without}, with {also}, from the window of documents that begins behind pack {self.from_pack}"
+
+
+@dataclass(frozen=True)
 class Changes:
     """Between a checkpoint and the run that goes on from it."""
 
@@ -41,6 +67,7 @@ class Changes:
     without_effect: tuple[str, ...] = NO_EFFECT
     new_loss: bool = False
     """whether the losses to come are not to be compared with those before"""
+    blend: BlendChange | None = None
 
     def before(self, name: str, now: Any) -> Any:
         """What a setting was that is `now`."""
@@ -51,6 +78,8 @@ class Changes:
         names = [name for name in self.settings if name not in START]
         without = [name for name in names if name.startswith(self.without_effect)]
         yield from (f"setting changed: {self.said(name)}" for name in names if name not in without)
+        if self.blend:
+            yield f"blend changed: {self.blend}"
         if without:
             yield f"changed without effect on what is trained: {', '.join(map(self.said, without))}"
         yield from (f"warning: {warning}" for warning in self.warnings)

@@ -23,7 +23,7 @@ from megatron_lcl.train.averages import average_names, check_averages
 from megatron_lcl.train.changes import Changes, changed_settings
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
-from megatron_lcl.train.checkpoint.mirror import resumed
+from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.determinism import check_determinism
 from megatron_lcl.train.fits import check_memory
 from megatron_lcl.train.heldout import check_heldout
@@ -71,6 +71,8 @@ def check(config: Config, processes: int, local: int | None = None, elsewhere: b
     check_output(run, config)
     if not elsewhere:
         check_space(config)
+    if config.checkpoint.mirror is not None:
+        Mirror(config.checkpoint.mirror).check_owner(config.train.output)
     if not list_checkpoints(run):
         check_beginning(config)
     return settings
@@ -208,5 +210,25 @@ def check_corpora(ledger: Ledger, config: Config) -> None:
     gone, new = (", ".join(a[f] for f in a.keys() - b.keys()) for a, b in ((before, now), (now, before)))
     raise UserError(
         f"the corpora are not those that this run has read ({gone or 'nothing'} is missing, {new or 'nothing'} is new "
-        "or has changed); put them back, or go on with these from here: --data.allow-change"
+        "or has changed); put them back, or go on with these from the next window of documents on, up to which the "
+        "former ones have to be there too: --data.allow-change"
     )
+
+
+def check_readable(ledger: Ledger, config: Config, consumed: int) -> None:
+    """The corpora that the window of documents is of in which a run goes on behind `consumed` packs can be opened:
+    where they are by now, or where they were."""
+    now = {open_corpus(corpus.path, config.data.cache).fingerprint for corpus in config.data.corpora}
+    for corpus in ledger.read_at(consumed):
+        if corpus["fingerprint"] in now:
+            continue
+        try:
+            if open_corpus(corpus["path"], config.data.cache).fingerprint == corpus["fingerprint"]:
+                continue
+        except UserError:
+            pass
+        raise UserError(
+            f"this run is in a window of documents of {corpus['path']} (fingerprint {corpus['fingerprint']}), which is "
+            f"gone or has changed, and reads that to its end also with --data.allow-change; put it back there and name "
+            "other corpora by other paths, or begin a new run with the weights: --train.init_from"
+        )

@@ -12,11 +12,13 @@ import platform
 import shlex
 import socket
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from packaging.requirements import Requirement
 
@@ -27,24 +29,22 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phase_at, phases_of
 from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.data.loading.summary import summarize_config
-from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import num_of_parts
 from megatron_lcl.run_folder import CONFIG, PROGRESS
-from megatron_lcl.train.changes import changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.checks import check, without_pairs
-from megatron_lcl.train.finished import has_all_steps
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
-from megatron_lcl.train.memory import Memory, available, largest_estimate, run_slots
+from megatron_lcl.train.memory import Memory, available, largest_estimate, slots_of
 from megatron_lcl.train.optimizer import unfinished_warmup
+from megatron_lcl.train.resume_point import Origin, open_origin
 from megatron_lcl.train.strategy import choose_strategy
-from megatron_lcl.units import counted
+from megatron_lcl.units import counted, plain
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
 """variable in which a launch script says what it would run"""
@@ -69,11 +69,12 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
     if "MASTER_ADDR" in os.environ:
         check_resolves(os.environ["MASTER_ADDR"])
         checks.append("master address")
+    origin, where = find_origin(config)
     lines = [*_launch(arguments, nodes, processes), *_layout(config, nodes * processes), *_model(config)]
-    lines += [*_kernels(config, elsewhere), *_memory(config, nodes, processes, elsewhere)]
+    lines += [*_kernels(config, elsewhere), *_memory(config, nodes, processes, elsewhere, origin)]
     if warmup := unfinished_warmup(config):
         lines.append(f"warning     {warmup}")
-    lines += [*_data(config), *_packs(config), *_run(config), _software(), *_network()]
+    lines += [*_data(config), *_packs(config, origin), *where, _software(), *_network()]
     return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
 
 
@@ -92,6 +93,46 @@ def check_requirements() -> None:
             raise UserError(f"{wanted} is not installed for {sys.executable}; pip install '{wanted}'") from None
         if not wanted.specifier.contains(found, prereleases=True):
             raise UserError(f"{wanted.name} {found} is installed for {sys.executable}, and {wanted} is needed")
+
+
+def find_origin(config: Config) -> tuple[Origin, list[str]]:
+    """What the run would go on from, and lines that say it: a checkpoint of its own, the newest copy of one, or what
+    `checkpoint.resume` names, in this order as at the start. Of copies the small files are read.
+
+    UserError where the run cannot go on from it.
+    """
+    run, named = Path(config.train.output), config.checkpoint.resume
+    saved = checkpoint.list_checkpoints(run)
+    source = Mirror(config.checkpoint.mirror) if config.checkpoint.mirror is not None else None
+    copy = source.newest_for(run) if source else None
+    is_own = bool(saved or copy)
+    if not is_own and (source := resumed(named)):
+        copy = source.newest_for(run)
+    if source and copy:
+        url = f"{source.store.url}/{copy}"
+        with tempfile.TemporaryDirectory() as folder:
+            there = source.peek(copy, Path(folder))
+            try:
+                return _describe(there, url, config, is_own)
+            except UserError as error:
+                raise UserError(str(error).replace(str(there), url)) from None
+    if saved:
+        newest = checkpoint.last_checkpoint(run) or saved[-1]
+        return _describe(newest, newest.name, config, True)
+    if named == "auto":
+        weights = config.train.init_from
+        start = f"run         {run}: starts at step 0" + (f" with the weights of {weights}" if weights else "")
+        return open_origin(None, config, False), [start]
+    last = checkpoint.resumable(named)[-1]
+    return _describe(last, str(last), config, False)
+
+
+def _describe(folder: Path, shown: str, config: Config, is_own: bool) -> tuple[Origin, list[str]]:
+    """What a run goes on from that begins with a checkpoint, unless that is damaged, and lines that say it."""
+    whole = not verify(folder, only=(CONFIG, PROGRESS))
+    origin = open_origin(folder if whole else None, config, is_own)
+    line = f"run         {config.train.output}: goes on from {shown}, if it verifies"
+    return origin, [line, *(f"            {change}" for change in origin.changes(config).lines())]
 
 
 def _requirements() -> list[str]:
@@ -193,12 +234,12 @@ def _kernels(config: Config, elsewhere: bool) -> Iterator[str]:
     yield from (f"            {fault}" for fault in skipped)
 
 
-def _memory(config: Config, nodes: int, processes: int, elsewhere: bool) -> Iterator[str]:
+def _memory(config: Config, nodes: int, processes: int, elsewhere: bool, origin: Origin) -> Iterator[str]:
     # nothing of this machine's, which may have a little more or less than the next one
     everywhere = nodes * processes
     if elsewhere and config.train.dtype == "auto":
         config = configs.replace(config, train__dtype="bfloat16")
-    slots, progress = run_slots(config)
+    slots, progress = slots_of(origin.ledger, config), origin.progress if origin.folder else None
     has = Memory(math.inf, "", True) if elsewhere else available(processes)
     check_memory(config, everywhere, has, slots)
     choice = choose_strategy(config, everywhere, has, slots, None if elsewhere else progress)
@@ -225,40 +266,33 @@ def _data(config: Config) -> Iterator[str]:
         )
 
 
-def _packs(config: Config) -> Iterator[str]:
+def _packs(config: Config, origin: Origin) -> Iterator[str]:
     """Builds the index of the first packs where the cache does not have it: the run would have to.
 
     Of a run with phases, of each; those still to come as if the run began with them, since where its documents will
     then stand does not change what its packs hold.
     """
-    progress = checkpoint.last_progress(Path(config.train.output))
-    previous = Ledger.from_json(progress.ledger) if progress else None
-    sequences = objectives.create(config).sequences
-    step, consumed = (progress.step, progress.packs) if progress else (0, 0)
+    previous, sequences = origin.previous, objectives.create(config).sequences
+    step, consumed = origin.progress.step, origin.progress.packs
     now, *later = [phase for phase in phases_of(config) if phase.stop > step] or [phase_at(config, step)]
-    if later:
-        yield f"phase {now.number + 1:<6}{now.describe()}"
-    yield f"packs       {summarize_config(config, sequences, previous, consumed, step)}"
     version = previous.settings["version"] if previous else VERSION
-    for phase in later:
-        yield f"phase {phase.number + 1:<6}{phase.describe()}"
-        yield f"packs       {summarize_config(phase.config, sequences, None, 0, version=version)}"
-
-
-def _run(config: Config) -> Iterator[str]:
-    run, weights, named = Path(config.train.output), config.train.init_from, config.checkpoint.resume
-    saved = checkpoint.list_checkpoints(run)
-    if not saved and (url := url_of(named)):
-        yield f"run         {run}: goes on from {url}, if it verifies"
-        return
-    folder = saved[-1] if saved else None if named == "auto" else checkpoint.resumable(named)[-1]
-    if folder is None:
-        yield f"run         {run}: starts at step 0" + (f" with the weights of {weights}" if weights else "")
-        return
-    yield f"run         {run}: goes on from {folder.name if saved else folder}, if it verifies"
-    if not verify(folder, only=(CONFIG, PROGRESS)):
-        has_all_steps(folder, config, is_own=bool(saved))  # with these settings
-        yield from (f"            {line}" for line in changes_since(folder, config).lines())
+    documents = np.zeros(len(config.data.corpora))
+    for phase in (now, *later):
+        if later:
+            yield f"phase {phase.number + 1:<6}{phase.describe()}"
+        if phase is now:
+            summary = summarize_config(config, sequences, previous, consumed, step)
+        else:
+            summary = summarize_config(phase.config, sequences, None, 0, version=version)
+        yield f"packs       {summary}"
+        packs = (phase.stop - max(phase.first, step)) * phase.config.train.global_batch
+        documents += packs * np.array(summary.drawn)
+    steps = config.train.steps - step
+    of_each = (
+        f"{plain(number / len(open_corpus(corpus.path, config.data.cache)), 2)} of {corpus.path}"
+        for number, corpus in zip(documents, config.data.corpora, strict=True)
+    )
+    yield f"epochs      in the {steps:,} steps to come about {', '.join(of_each)}"
 
 
 def _software() -> str:

@@ -153,7 +153,7 @@ def _known_slots(config: Config, images_per_pack: Slots) -> tuple[Slots, str]:
     if images_per_pack is not None or config.data.images_per_pack:
         return images_per_pack, ""
     try:
-        return run_slots(config)[0], ""
+        return run_slots(config), ""
     except (UserError, OSError):
         phases = [phase.config for phase in phases_of(config)]
         places = [(phase.data.tokens_per_pack, phase.model.vision.num_placeholders + 2) for phase in phases]

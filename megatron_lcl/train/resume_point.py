@@ -17,12 +17,20 @@ from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
-from megatron_lcl.train.changes import Changes, changes_since
+from megatron_lcl.train.changes import BlendChange, Changes, changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_initial_weights
 from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
-from megatron_lcl.train.checks import check, check_corpora, check_model, check_output, check_space, without_pairs
+from megatron_lcl.train.checks import (
+    check,
+    check_corpora,
+    check_model,
+    check_output,
+    check_readable,
+    check_space,
+    without_pairs,
+)
 from megatron_lcl.train.fastest import kept_kernels
 from megatron_lcl.train.finished import has_all_steps, has_last_evaluation
 from megatron_lcl.train.fits import check_memory, check_step
@@ -65,6 +73,47 @@ class ResumePoint:
     def is_own(self) -> bool:
         """Whether the checkpoint is one of the run's own."""
         return self.folder is not None and self.folder.parent == Path(self.config.train.output) / CHECKPOINTS
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run goes on from, which fits it; of a new run the begin."""
+
+    folder: Path | None
+    progress: Progress
+    """as it was saved"""
+    previous: Ledger | None
+    """as it was saved"""
+    ledger: Ledger
+    """from here on"""
+    finished: bool
+    """all steps are made"""
+
+    def changes(self, config: Config) -> Changes:
+        """Since the checkpoint was written."""
+        if self.folder is None or self.previous is None:
+            return Changes()
+        found, blend = changes_since(self.folder, config), BlendChange.between(self.previous, self.ledger)
+        return replace(found, blend=blend, new_loss=found.new_loss or blend is not None)
+
+
+def open_origin(folder: Path | None, config: Config, is_own: bool) -> Origin:
+    """What a run with `config` goes on from; nothing of the checkpoint is read but its config and its progress.
+
+    is_own: the checkpoint is of the run itself. UserError where the run cannot go on from it.
+    """
+    if folder is None:
+        start = Progress(0, 0, {})
+        return Origin(None, start, None, ledger_from(config, start, None), False)
+    check_model(folder / CONFIG, config)
+    progress = checkpoint.read_progress(folder)
+    finished = has_all_steps(folder, config, is_own)
+    previous = Ledger.from_json(progress.ledger)
+    check_corpora(previous, config)
+    ledger = ledger_from(config, progress, previous)
+    if not finished:
+        check_readable(ledger, config, progress.packs)
+    return Origin(folder, progress, previous, ledger, finished)
 
 
 def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack, signals: Signals) -> ResumePoint:
@@ -125,6 +174,8 @@ def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memo
     check_output(run, config)  # again: another run may have begun there before it was locked
     checkpoint.put_back(run / CHECKPOINTS)
     source = Mirror(config.checkpoint.mirror) if config.checkpoint.mirror is not None else None
+    if source:
+        source.claim(config.train.output)
     restored = source.restore(run) if source else None
     is_own = bool(checkpoint.list_checkpoints(run))  # what the run goes on from, if anything
     if not is_own and (source := resumed(config.checkpoint.resume)):
@@ -145,14 +196,8 @@ def _from(
     folder, rejected = checkpoint.choose(run, resume, config.checkpoint.mirror)
     kept = kept_kernels(config, folder)
     config = kept or config
-    saved, previous, finished = Progress(0, 0, {}), None, False
-    if folder:
-        check_model(folder / CONFIG, config)
-        saved = checkpoint.read_progress(folder)
-        finished = has_all_steps(folder, config, is_own)
-        previous = Ledger.from_json(saved.ledger)
-        check_corpora(previous, config)
-    ledger = ledger_from(config, saved, previous)
+    origin = open_origin(folder, config, is_own)
+    saved, ledger, finished = origin.progress, origin.ledger, origin.finished
     slots = slots_of(ledger, config)
     check_memory(config, processes, has, slots)
     choice = choose_strategy(config, processes, has, slots, saved if folder else None)
@@ -172,7 +217,7 @@ def _from(
         config,
         find_initial_weights(config) if folder is None else None,
         without_pairs(config),
-        changes_since(folder, config) if folder else Changes(),
+        origin.changes(config),
         choice,
         measure_kernels=config.train.measure_kernels and kept is None and not finished,
         is_evaluated=finished and has_last_evaluation(config),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,8 @@ class Training:
             if point.changes.settings or point.changes.warnings:
                 facts = {"settings": point.changes.settings, "warnings": point.changes.warnings}
                 self.audit.write("changed", point.progress.step, folder=str(point.folder), **facts)
+            if point.changes.blend:
+                self.audit.write("blend changed", point.progress.step, **asdict(point.changes.blend))
         elif point.weights:
             telemetry.say(point.weights.describe(self.config))
             facts = {"missing": point.weights.missing, "unused": point.weights.unused}

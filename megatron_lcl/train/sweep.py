@@ -76,7 +76,7 @@ def members(file: str | Path | None, overrides: Mapping[str, str], sweeps: Seque
 def own_mirror(config: Config, name: str) -> dict[str, str]:
     """The override that gives one of several runs its own URL below `checkpoint.mirror`; empty where there is none.
 
-    A run takes the copies that it finds at its URL for its own, and goes on from them.
+    At one URL are the copies of one run.
     """
     mirror = config.checkpoint.mirror
     return {} if mirror is None else {_MIRROR: f"{mirror.rstrip('/')}/{name}"}

@@ -158,6 +158,7 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
         {"time": 7.0, "event": "step skipped", "step": 9, "reason": "gone with a rewind"},
         {"time": 8.0, "event": "rewind", "step": 9, "to": 3},
         {"time": 9.0, "event": "stopped", "step": 3, "signal": 15, "saved": 3},
+        {"time": 9.5, "event": "blend changed", "step": 3, "from_pack": 12, "gone": [], "new": [["b", "5f"]]},
     ]
     write(tmp_path, audit, name="audit.jsonl")
     with (tmp_path / "audit.jsonl").open("a") as file:
@@ -165,10 +166,11 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
     metrics = Metrics.of(tmp_path)
     happened = newest(metrics.events)
     assert [(e.kind, e.step) for e in happened] == [
-        ("phase", 0), ("skipped", 2), ("skipped", 9), ("rewind", 9), ("stopped", 3), ("resumed", 3), ("health", 4),
-        ("stragglers", 4),
+        ("phase", 0), ("skipped", 2), ("skipped", 9), ("rewind", 9), ("stopped", 3), ("blend changed", 3),
+        ("resumed", 3), ("health", 4), ("stragglers", 4),
     ]  # fmt: skip
     said = {e.kind: e.text for e in happened}
+    assert said["blend changed"] == "without nothing, with b"
     assert said["stragglers"] == "process 3 (node n1) last in 2 of 9 lines, by 0.5 s a step, in data"
     assert metrics.seconds == 12.0, "not the time in which nothing ran"
     assert metrics.series["loss"].num_values == 2

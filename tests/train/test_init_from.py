@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ import torch
 from processes import run_processes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_corpus import make_corpus
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
-from megatron_lcl.config import Config
+from megatron_lcl.config import Config, Corpus, Data
 from megatron_lcl.convert.export import import_checkpoint, save_checkpoint
 from megatron_lcl.convert.resolution import at_image_size
+from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
+from megatron_lcl.data.loading.ledger import open_ledger
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.reference_format import model_config, open_clip_config
 from megatron_lcl.parallel.mesh import ALONE
-from megatron_lcl.train.checkpoint.folder import choose
+from megatron_lcl.train.checkpoint.folder import Layout, choose
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, load_initial_weights
 from megatron_lcl.train.checkpoint.inventory import faults
 from megatron_lcl.train.checks import check_beginning, check_output
@@ -250,6 +254,26 @@ def test_what_cannot_be_begun_from(source: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="a URL with a user, a password or a query is not taken") as raised:
             check_beginning(configs.replace(TINY, **secret))
         assert "planted" not in str(raised.value)
+
+
+def test_weights_of_another_tokenizer_are_refused(source: Path, tmp_path: Path) -> None:
+    """Of the same size, which no shape tells: the ledger of the run's checkpoint does."""
+    read, same, other = make_corpus(tmp_path / "a", seed=0), tmp_path / "same", make_corpus(tmp_path / "b", seed=1)
+    shutil.copytree(read, same)
+    corpora = {path: [{"path": str(path)}] for path in (read, same, other)}
+    ledger = open_ledger(Data(corpora=(Corpus(str(read)),)), 4, 64)
+    old = [{key: value for key, value in ledger.entries[0].items() if key != "tokenizer"}]
+    for entries in (list(ledger.entries), old):
+        layout = asdict(Layout())
+        progress = {"step": 1, "packs": 4, "ledger": {**ledger.to_json(), "entries": entries}, "layout": layout}
+        (source / "progress.json").write_text(json.dumps(progress))
+        files = {path.name: fingerprint(path) for path in source.iterdir() if path.name != MANIFEST}
+        (source / MANIFEST).write_text(manifest_text(files))
+        begun(source, data__corpora=corpora[same])
+        with pytest.raises(UserError, match=f"{source} was trained with another tokenizer than that of {other}"):
+            begun(source, data__corpora=corpora[other])
+    shutil.rmtree(read)
+    begun(source, data__corpora=corpora[other])  # of an earlier version, nothing tells any more
 
 
 # --- imports ----------------------------------------------------------------------------------------------------

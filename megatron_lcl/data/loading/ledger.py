@@ -7,6 +7,7 @@ midst of one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -107,10 +108,11 @@ class Segment:
 class Ledger:
     """What the packs of a run depend on: the settings that it began with, and entries, which are only ever appended.
 
-    An entry is {"from_pack": n, "blend": [{"path", "fingerprint", "weight"}, …]}: new shares from the first window of
-    documents that begins at pack n or later; or {"from_pack": n, "skip": count, "plan": {the settings PLANNED, and
-    "rests"}}: packs n … n+count-1 are not used, and were planned like that, also where a rewind has gone back into an
-    earlier phase; entries of earlier versions have no plan, and theirs is that of the packs around them; or
+    An entry is {"from_pack": n, "blend": [{"path", "fingerprint", "weight"}, …], "tokenizer": fingerprint}: new shares
+    from the first window of documents that begins at pack n or later; entries of earlier versions have no tokenizer; or
+    {"from_pack": n, "skip": count, "plan": {the settings PLANNED, and "rests"}}: packs n … n+count-1 are not used, and
+    were planned like that, also where a rewind has gone back into an earlier phase; entries of earlier versions have no
+    plan, and theirs is that of the packs around them; or
     {"from_step": s, "consumed": n, "phase": a `Reading`, "rests": 2}: from step s (counted from 0) on, behind n packs,
     all steps read that; the first ones what is left, as `Segment.rests` says: earlier versions wrote true, which is 1,
     or nothing, which is 0. Phases that are still to come may be replaced.
@@ -228,6 +230,23 @@ class Ledger:
         """Whether all packs are planned alike and no patch is left out: steps differ in how many they read, at most."""
         return len(self.segments()) == 1 and not any(entry["phase"]["kept_patches"] for entry in self.phases())
 
+    def read_at(self, consumed: int) -> list[dict[str, Any]]:
+        """The corpora that are needed to go on behind `consumed` packs, as entries of their blend: those of the window
+        of documents that the run is in, and at the begin of a segment of the one before.
+
+        Whatever `data.corpora` is by then: a window is read to its end, and plans its packs from all of its documents.
+        """
+        number, segment = self.locate(consumed), self.segment_after(consumed)
+        found: list[dict[str, Any]] = []
+        while True:
+            own = (s["pack"] for s in self.states if s.get("segment", 0) == segment.first_pack)
+            begin = max((pack for pack in own if pack <= number), default=None)
+            window = segment.first_pack if begin is None else begin
+            found += [entry for entry in self.blends() if entry["from_pack"] <= window][-1]["blend"]
+            if begin is not None or segment.number == 0:
+                return found
+            number, segment = segment.first_pack - 1, self.segments()[segment.number - 1]
+
     def segment_after(self, consumed: int) -> Segment:
         """The segment of the pack that comes after `consumed` packs were used."""
         return [segment for segment in self.segments() if segment.consumed <= consumed][-1]
@@ -282,15 +301,16 @@ def open_ledger(
     config leaves it open; a resumed run keeps it. UserError if a setting that fixes the packs has changed, but for
     those named in `but`. version: of the rules of a new run (`source.VERSION`); a resumed one keeps its own.
     """
-    blend = _blend_of(data)
+    blend, tokenizer = _blend_of(data)
     settings = _settings_of(data, num_placeholders, context_length, sequences) | {"version": version}
     if previous is None:
         if settings["images_per_pack"] is None:
             settings["images_per_pack"] = _choose_images(data, num_placeholders, context_length, sequences)
-        return Ledger(settings, ({"from_pack": 0, "blend": blend},))
+        return Ledger(settings, ({"from_pack": 0, "blend": blend, "tokenizer": tokenizer},))
     settings["version"] = min(VERSION, previous.settings["version"])
     _check_unchanged(settings, previous.settings, but)
-    return _with_blend(previous, blend, consumed)
+    _check_tokenizer(previous, data, tokenizer)
+    return _with_blend(previous, blend, tokenizer, consumed)
 
 
 def open_run_ledger(
@@ -359,7 +379,8 @@ def _entry(step: int, consumed: int, reading: Reading) -> dict[str, Any]:
     return {"from_step": step, "consumed": consumed, "phase": {**plain, "kept_patches": kept}, "rests": Segment.rests}
 
 
-def _blend_of(data: Data) -> list[dict[str, Any]]:
+def _blend_of(data: Data) -> tuple[list[dict[str, Any]], str]:
+    """The blend of an entry, and the fingerprint of its tokenizer."""
     if not data.corpora:
         raise UserError("data.corpora is empty; name at least one corpus, e.g. data.corpora=[{path: corpus}]")
     opened = [(c, open_corpus(c.path, data.cache)) for c in data.corpora]
@@ -372,7 +393,7 @@ def _blend_of(data: Data) -> list[dict[str, Any]]:
         )
     if len({c["fingerprint"] for c in blend}) < len(blend):
         raise UserError("data.corpora names a corpus twice; give it one entry with the sum of the weights")
-    return blend
+    return blend, tokenizers[0]
 
 
 def _settings_of(data: Data, num_placeholders: int, context_length: int, sequences: Sequences) -> dict[str, Any]:
@@ -402,14 +423,40 @@ def _check_unchanged(settings: Mapping[str, Any], before: Mapping[str, Any], but
         )
 
 
-def _with_blend(previous: Ledger, blend: list[dict[str, Any]], consumed: int) -> Ledger:
+def _check_tokenizer(previous: Ledger, data: Data, tokenizer: str) -> None:
+    """UserError where the run has read corpora with another tokenizer: its ids would mean other words from here on."""
+    before = tokenizer_of(previous, data)
+    if before not in (None, tokenizer):
+        raise UserError(
+            f"{data.corpora[0].path} has another tokenizer than the corpora that this run has read, and a run has one; "
+            "write the corpus with theirs (`preprocess --tokenizer`, `megatron-lcl retokenize`), or start a new run"
+        )
+
+
+def tokenizer_of(ledger: Ledger, data: Data) -> str | None:
+    """Fingerprint of the tokenizer of the corpora that a run has read; None where the run is of an earlier version,
+    which did not note it, and none of these corpora is found where config and ledger say."""
+    blends = ledger.blends()[::-1]
+    noted = next((entry["tokenizer"] for entry in blends if "tokenizer" in entry), None)
+    read = [corpus for entry in blends for corpus in entry["blend"]]
+    fingerprints = {corpus["fingerprint"] for corpus in read}
+    for path in () if noted else (*(c.path for c in data.corpora), *(c["path"] for c in read)):
+        with contextlib.suppress(UserError, OSError):
+            corpus = open_corpus(path, data.cache)
+            if corpus.fingerprint in fingerprints:
+                return str(corpus.manifest["tokenizer"]["fingerprint"])
+    return noted
+
+
+def _with_blend(previous: Ledger, blend: list[dict[str, Any]], tokenizer: str, consumed: int) -> Ledger:
     last = previous.blends()[-1]["blend"]
     if [(c["fingerprint"], c["weight"]) for c in blend] == [(c["fingerprint"], c["weight"]) for c in last]:
         return previous
     start = previous.locate(consumed)
+    entry = {"from_pack": start, "blend": blend, "tokenizer": tokenizer}
     # windows that begin before `start` stay as they were, so what they end in does
     states = tuple(state for state in previous.states if state["pack"] <= start)
-    return Ledger(previous.settings, (*previous.entries, {"from_pack": start, "blend": blend}), states)
+    return Ledger(previous.settings, (*previous.entries, entry), states)
 
 
 def _choose_images(data: Data, num_placeholders: int, context_length: int, sequences: Sequences) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_lcl.config import Config
@@ -33,6 +33,8 @@ class Summary:
     """documents that are several sequences"""
     cut_for_images: int
     """those of them that have over I images"""
+    drawn: tuple[float, ...] = field(default=(), compare=False)
+    """of each corpus of the blend, about so many documents a pack; empty where that was not asked for"""
 
     def __str__(self) -> str:
         how = "chosen" if self.chosen else "given"
@@ -91,7 +93,13 @@ def summarize_config(
     ledger = open_run_ledger(config, sequences, previous, step, consumed, version)
     reading, _ = ledger.reading_at(step, phase.config)
     loader = loader_of(reading, config.data, sequences, first_pack=consumed, ledger=ledger)
-    return summarize(loader, consumed, phase.config.data.images_per_pack is None)
+    summary = summarize(loader, consumed, phase.config.data.images_per_pack is None)
+    index = loader.reader.index
+    assert isinstance(index, PackIndex)
+    # by its weight and not counted: a corpus with a small one may have no document in so few packs
+    shares = [c["weight"] / index.source(c["fingerprint"]).mean_tokens for c in ledger.blends()[-1]["blend"]]
+    a_pack = summary.documents / summary.packs
+    return replace(summary, drawn=tuple(a_pack * share / sum(shares) for share in shares))
 
 
 def _share(part: int, whole: int) -> float:

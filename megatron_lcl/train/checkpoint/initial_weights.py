@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from megatron_lcl.config import Config, Model, to_dict
-from megatron_lcl.convert.find import export_kind, find_checkpoint, read_config
+from megatron_lcl.convert.find import average_of, export_kind, find_checkpoint, read_config
 from megatron_lcl.convert.load import (
     check_whole,
     load_model,
@@ -28,6 +28,8 @@ from megatron_lcl.convert.load import (
 )
 from megatron_lcl.convert.remote import pinned
 from megatron_lcl.convert.resolution import interpolate_positions
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.ledger import Ledger, tokenizer_of
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.spec import library_specs
@@ -37,7 +39,8 @@ from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import model_config, name_faults, some, state_dict_open_clip, under_our_names
 from megatron_lcl.parallel.layers import full_shape, shard
 from megatron_lcl.parallel.mesh import Axis
-from megatron_lcl.run_folder import WEIGHTS
+from megatron_lcl.run_folder import PROGRESS, WEIGHTS
+from megatron_lcl.train.checkpoint.folder import read_progress
 from megatron_lcl.train.checkpoint.library_weights import read_libraries
 
 _MEANING = ("heads", "norm_eps", "embedding_norm", "registers", "layer_scale", "qk_norm")
@@ -86,8 +89,8 @@ class InitialWeights:
 def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights | None:
     """What `train.init_from` names, None where it names nothing.
 
-    UserError for what is no checkpoint, has nothing that the model has, or has it in another shape. verify: also read
-    every byte, and refuse what is damaged.
+    UserError for what is no checkpoint, has nothing that the model has, or has it in another shape, and for a run's
+    that was trained with another tokenizer. verify: also read every byte, and refuse what is damaged.
     """
     if config.train.init_from is None:
         return None
@@ -105,6 +108,7 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
             check_whole(folder)
         theirs, tensors, unused = _read(folder, config.model)
         path = path if url else folder
+        _check_tokenizer(path, folder, config)
     shapes = parameter_shapes(config.model)
     names = {name: source for name in shapes if (source := _counterpart(name, config.model, theirs)) in tensors}
     if not names:
@@ -157,6 +161,21 @@ def load_initial_weights(weights: InitialWeights, layers: Mapping[int, nn.Module
             if ours in weights.partly:
                 value = torch.where(value.isnan(), parameter.data.float(), value)
             parameter.data.copy_(value)
+
+
+def _check_tokenizer(path: Path | str, folder: Path, config: Config) -> None:
+    """UserError where a run's checkpoint, or an average in one, was trained with another tokenizer than that of
+    `data.corpora`, as far as the checkpoint's ledger tells."""
+    of_run = folder.parent.parent if average_of(folder) else folder
+    if not (of_run / PROGRESS).is_file() or not config.data.corpora:
+        return
+    trained = tokenizer_of(Ledger.from_json(read_progress(of_run).ledger), config.data)
+    corpus = config.data.corpora[0].path
+    if trained not in (None, open_corpus(corpus, config.data.cache).manifest["tokenizer"]["fingerprint"]):
+        raise UserError(
+            f"train.init_from = {path} was trained with another tokenizer than that of {corpus}; write the corpus with "
+            "that one (`preprocess --tokenizer`, `megatron-lcl retokenize`), or name other weights"
+        )
 
 
 def _read(path: Path, ours: Model | None) -> tuple[Model, dict[str, torch.Tensor], list[str]]:

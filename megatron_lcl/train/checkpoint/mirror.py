@@ -1,6 +1,7 @@
 """Copies of a run's checkpoints in object storage (`checkpoint.mirror`).
 
     s3://bucket/run/step-00001000/…   the files that the checkpoint's manifest names, then manifest.json
+    s3://bucket/run/run.json          the `train.output` of the run whose copies these are, as its command gives it
 
 A checkpoint is written to the run folder first, as always, and copied once it is complete there. An object is whole or
 not there, and the manifest is put last, so a copy with a manifest is complete; it is deleted manifest first.
@@ -8,8 +9,11 @@ not there, and the manifest is put last, so a copy with a manifest is complete; 
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+
+import yaml
 
 from megatron_lcl.config import Checkpoint
 from megatron_lcl.convert.remote import pinned
@@ -18,8 +22,11 @@ from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
 from megatron_lcl.data.storage.store import Store, url_of
 from megatron_lcl.data.storage.upload import put_files
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.run_folder import CHECKPOINTS
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, step_of, superseded
+
+RUN = "run.json"
+_OUTPUT = "train.output"
 
 
 class Mirror:
@@ -47,6 +54,35 @@ class Mirror:
         manifests = self.store.head([f"{name}/{MANIFEST}" for name in copies])
         return [name for name, manifest in zip(copies, manifests, strict=True) if manifest]
 
+    def owner(self) -> str | None:
+        """The `train.output` of the run whose copies are here; of copies without RUN, as earlier versions made them,
+        that of the newest one's config. None: there is no copy, or that is not known."""
+        if self.store.exists(RUN):
+            return str(json.loads(self.store.get(RUN))[_OUTPUT])
+        for name in self.complete()[-1:]:
+            if self.store.exists(f"{name}/{CONFIG}"):
+                train = yaml.safe_load(self.store.get(f"{name}/{CONFIG}")).get("train", {})
+                return None if "output" not in train else str(train["output"])
+        return None
+
+    def check_owner(self, output: str) -> None:
+        """UserError where the copies here are another run's than that with this `train.output`, which would go on from
+        them and delete them. The text counts: the same command goes on with them on another machine."""
+        owner = self.owner()
+        if owner is not None and Path(owner) != Path(output):
+            raise UserError(
+                f"checkpoint.mirror = {self.store.url} has the copies of the run with train.output = {owner}, and this "
+                f"one has train.output = {output}: give it a checkpoint.mirror of its own; to go on with that run, "
+                f"--train.output {owner}; if this is that run under another name, delete {self.store.url}/{RUN} and "
+                "the copies"
+            )
+
+    def claim(self, output: str) -> None:
+        """Note that the copies here are those of the run with this `train.output`; UserError as `check_owner`."""
+        self.check_owner(output)
+        if not self.store.exists(RUN):
+            self.store.put(RUN, json.dumps({_OUTPUT: output}).encode())
+
     def has(self, folder: Path) -> bool:
         """Whether there is a whole copy of this very checkpoint, not of another of the same step."""
         name = f"{folder.name}/{MANIFEST}"
@@ -69,11 +105,11 @@ class Mirror:
         stale = [name for copy in gone for name, _ in self.store.list(copy)]
         self.store.delete(sorted(stale, key=lambda name: Path(name).name != MANIFEST))
 
-    def restore(self, run: Path) -> Path | None:
-        """Fetch the newest copy into a run folder that has no checkpoint; None where there is none, or no need.
+    def newest_for(self, run: Path) -> str | None:
+        """The name of the copy that a run folder goes on from; None: there is none, or the folder has a checkpoint.
 
-        UserError where that copy is later than all that the folder has: the run went on elsewhere, or was ended in a
-        rewind before that was copied, and which of the two is meant is not known.
+        UserError where the newest copy is later than all that the folder has: the run went on elsewhere, or was ended
+        in a rewind before that was copied, and which of the two is meant is not known.
         """
         complete, own = self.complete(), list_checkpoints(run)
         if own and complete and step_of(Path(complete[-1])) > step_of(own[-1]):
@@ -82,9 +118,21 @@ class Mirror:
                 f"folder: to go on from the copy, remove {run / CHECKPOINTS}; to go on from the folder, delete the "
                 "later copies"
             )
-        if own or not complete:
+        return complete[-1] if complete and not own else None
+
+    def peek(self, name: str, folder: Path) -> Path:
+        """Fetch of a copy what says where its run stood, into a new folder below this one, which it returns."""
+        there = folder / name
+        there.mkdir()
+        Store(f"{self.store.url}/{name}").fetch([MANIFEST, CONFIG, PROGRESS], there)
+        return there
+
+    def restore(self, run: Path) -> Path | None:
+        """Fetch the newest copy into a run folder that has no checkpoint; None where there is none, or no need.
+        UserError as `newest_for`."""
+        if (newest := self.newest_for(run)) is None:
             return None
-        final = run / CHECKPOINTS / complete[-1]
+        final = run / CHECKPOINTS / newest
         temporary = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

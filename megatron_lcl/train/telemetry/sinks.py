@@ -3,7 +3,7 @@
 A tracker's package is imported where it is asked for. What it reads besides (where its server is, the project's name,
 whether it is offline) it takes from its own environment variables, such as WANDB_PROJECT, WANDB_MODE=offline,
 MLFLOW_TRACKING_URI. A run that goes on writes to the tracker's run that it has begun: `trackers.json` in the run folder
-names it.
+names it, and the folder, by which a copy of it is known that begins a tracker's run of its own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from megatron_lcl.config import Config, to_dict
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 
 IDS = "trackers.json"
+_FOLDER = "folder"
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 """what to install for each tracker"""
 
@@ -99,8 +102,16 @@ class MLflow:
                 experiment = self._client.get_experiment_by_name(name)
                 number = experiment.experiment_id if experiment else self._client.create_experiment(name)
                 known = self._client.create_run(number, run_name=run.name).info.run_id
-                self._client.log_text(known, json.dumps(to_dict(config), indent=1), "config.json")
             self._client.update_run(known, "RUNNING")
+            artifacts = urlparse(self._client.get_run(known).info.artifact_uri)
+            there = Path(url2pathname(artifacts.path))
+            # files of a run folder that was moved since still name the place where it was
+            if (
+                artifacts.scheme != "file"
+                or os.environ.get("MLFLOW_TRACKING_URI")
+                or there.is_relative_to(run.absolute())
+            ):
+                self._client.log_text(known, json.dumps(to_dict(config), indent=1), "config.json")
             return known, known
 
         self._run_id = _with_id(run, "mlflow", begin)
@@ -132,8 +143,21 @@ def check_trackers(config: Config) -> None:
 
 def _with_id(run: Path, name: str, begin: Callable[[str | None], tuple[Any, str]]) -> Any:
     """What `begin` gives for the tracker's run that is known of a run folder, or a new one, which then is known."""
-    path = run / IDS
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = {} if _is_copy(run) else _known(run)
     found, known[name] = begin(known.get(name))
-    replace_text(path, json.dumps(known))
+    replace_text(run / IDS, json.dumps({**known, _FOLDER: str(run.resolve())}))
     return found
+
+
+def _is_copy(run: Path) -> bool:
+    """Whether a run folder is the copy of another one that is still there and writes to the same trackers' runs."""
+    known = _known(run)
+    other = Path(known.pop(_FOLDER, run))
+    theirs = {} if not other.exists() or other.samefile(run) else _known(other)
+    return any(theirs.get(name) == number for name, number in known.items())
+
+
+def _known(run: Path) -> dict[str, str]:
+    """What the file in a run folder says: by the tracker the number of its run, and where the folder was."""
+    path = run / IDS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -168,6 +168,39 @@ def test_a_run_of_an_earlier_version_goes_on_corpus_by_corpus(make_corpus: MakeC
     assert packs != [pack.tolist() for pack in new]
 
 
+def test_what_is_read_where_a_run_goes_on_is_known_before(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that reads a, then b, then c, its phase ending in the midst of all that: what it opens to go on."""
+    monkeypatch.setattr(pack_index, "FIRST_CHUNK", 8)
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 40)
+    paths = [make_corpus(name, random_documents(80, ord(name), **SHORT)).path for name in "abc"]
+    ledger: Ledger | None = None
+    opened = set[str]()
+    open_source = pack_index.open_source
+
+    def spy(corpus: Any, *arguments: Any, **options: Any) -> Any:
+        opened.add(corpus.fingerprint)
+        return open_source(corpus, *arguments, **options)
+
+    monkeypatch.setattr(pack_index, "open_source", spy)
+    seen = set()
+    for path, steps in zip(paths, (range(11), range(11, 14), range(14, 40)), strict=True):
+        config = config_of(path, steps=40, phases=[{**EARLY[0], "steps": 12}])
+        ledger = open_run_ledger(config, INTERLEAVED, ledger, steps[0], 4 * steps[0])
+        for step in steps:
+            segment = ledger.segment_after(4 * step)
+            before = PackIndex(config.data, ledger, segment)
+            before.prepare(4 * step)
+            ledger = before.ledger_at(4 * step)  # as a checkpoint has it
+            opened.clear()
+            PackIndex(config.data, ledger, segment).prepare(4 * step)
+            said = {corpus["fingerprint"] for corpus in ledger.read_at(4 * step)}
+            assert said == opened
+            seen.add((len(said), segment.number))
+    assert {(1, 0), (2, 1)} < seen, "also what the phase before has left"
+
+
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1)])
 def test_what_a_phase_leaves_of_a_blend_is_read_in_its_shares(
     make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: tuple[float, float]

@@ -26,9 +26,10 @@ from megatron_lcl.data.corpus import store
 from megatron_lcl.data.loading import ledger as ledgers
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading.cache import build_once
-from megatron_lcl.data.loading.ledger import kept_states
+from megatron_lcl.data.loading.ledger import kept_states, tokenizer_of
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
 from megatron_lcl.data.loading.rules import INTERLEAVED
+from megatron_lcl.errors import UserError
 
 P, CONTEXT = 4, 128
 
@@ -433,3 +434,27 @@ def test_blends_need_one_tokenizer_and_distinct_corpora(make_corpus: MakeCorpus)
     assert str(raised.value).endswith(f"; that of {a.path} is another than that of {b.path}")
     with pytest.raises(ValueError, match="empty"):
         index_of(data_of())
+
+
+def test_a_run_keeps_its_tokenizer(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    """Another one of the same size is refused, of runs of earlier versions as long as a corpus of theirs is there."""
+    a, b = (make_corpus(name, random_documents(20, seed)) for name, seed in (("a", 13), ("b", 14)))
+    own = a.tokenizer.fingerprint
+    before = open_ledger(data_of((a.path, 1)), P, CONTEXT)
+    old = Ledger(before.settings, ({key: x for key, x in before.entries[0].items() if key != "tokenizer"},))
+    moved = tmp_path / "moved"
+    for ledger in (before, old):
+        after = open_ledger(data_of((b.path, 1)), P, CONTEXT, previous=ledger, consumed=5)
+        assert after.entries[-1]["tokenizer"] == own
+        assert after.entries[:-1] == ledger.entries
+    manifest = json.loads((b.path / "corpus.json").read_text())
+    manifest["tokenizer"]["fingerprint"] = "another"
+    (b.path / "corpus.json").write_text(json.dumps(manifest))
+    for ledger in (before, old, after):
+        with pytest.raises(UserError, match="b has another tokenizer than the corpora that this run has read"):
+            open_ledger(data_of((b.path, 1)), P, CONTEXT, previous=ledger, consumed=8)
+    a.path.rename(moved)
+    with pytest.raises(UserError, match="another tokenizer"):
+        open_ledger(data_of((b.path, 1)), P, CONTEXT, previous=before, consumed=8)
+    assert tokenizer_of(old, data_of((b.path, 1))) is None
+    assert tokenizer_of(old, data_of((moved, 1))) == own

@@ -11,7 +11,7 @@ from corpora import MakeCorpus, jpeg, random_documents
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.pack_index import open_ledger
+from megatron_lcl.data.loading.pack_index import PackIndex, open_ledger
 from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
 from megatron_lcl.data.loading.summary import PACKS, Summary, summarize_config
 from megatron_lcl.objectives import objective_class
@@ -68,3 +68,20 @@ def test_it_counts_what_the_batches_hold(make_corpus: MakeCorpus, consumed: int)
         for o in loader.provenance(number):
             seen[o.epoch, o.document] = max(o.part, seen.get((o.epoch, o.document), 0))
     assert summary.cut == sum(seen[o.epoch, o.document] > 0 for o in origins if o.part == 0)
+
+
+def test_what_is_drawn_of_each_corpus(make_corpus: MakeCorpus) -> None:
+    """A blend counts tokens: of a corpus of longer documents fewer are read, and of one with a small weight."""
+    short, long = (make_corpus(str(mean), random_documents(300, mean, mean_text=mean)) for mean in (8, 40))
+    blend = f"[{{path: {short.path}, weight: 3}}, {{path: {long.path}, weight: 1}}]"
+    config = config_of(
+        short.path, **{"data.corpora": blend, "data.tokens_per_pack": "256", "data.images_per_pack": "8"}
+    )
+    drawn = summarize_config(config, INTERLEAVED, None, 0).drawn
+    ledger = open_ledger(config.data, 4, 64)
+    index, packs, seen = PackIndex(config.data, ledger), 400, {short.fingerprint: 0, long.fingerprint: 0}
+    for pack in map(index.__getitem__, range(packs)):
+        for entry in pack.entries[pack.entries["part"] == 0]:
+            seen[pack.sources[entry["corpus"]].corpus.fingerprint] += 1
+    index.close()
+    assert drawn == pytest.approx([number / packs for number in seen.values()], rel=0.15)

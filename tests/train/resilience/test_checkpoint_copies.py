@@ -19,10 +19,10 @@ from megatron_lcl.config import Checkpoint, Config
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest, verify
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.run_folder import CHECKPOINTS
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train import resume_point
 from megatron_lcl.train.checkpoint.folder import list_checkpoints
-from megatron_lcl.train.checkpoint.mirror import Mirror
+from megatron_lcl.train.checkpoint.mirror import RUN, Mirror
 from megatron_lcl.train.memory import Memory
 
 
@@ -71,31 +71,38 @@ def test_a_run_goes_on_from_the_copy(
     s3: Proxy, place: str, config_file: str, undisturbed: list[tuple], tmp_path: Path
 ) -> None:
     words = ["--config", config_file, "--checkpoint.mirror", place]
-    first, second, mirror = tmp_path / "first", tmp_path / "second", Mirror(place)
+    second, mirror = tmp_path / "second", Mirror(place)
     s3.unavailable, s3.latency = 9, 0.01
-    with Fleet(first, *words, "--checkpoint.keep_last", "1", **fleet_options()) as fleet:
+    with Fleet(second, *words, "--checkpoint.keep_last", "1", **fleet_options()) as fleet:
         fleet.wait_for(lambda: bool(mirror.complete()))
         fleet.kill()
     s3.reset()
     step = int(mirror.complete()[-1].removeprefix("step-"))
-    shutil.rmtree(first)  # the machine is gone
+    shutil.rmtree(second)  # the machine is gone
     said = train(second, *words, "--checkpoint.keep_last", "2", **fleet_options())
     assert "going on from" in said
     assert losses(second) == [line for line in undisturbed if line[0] > step]
     assert mirror.complete() == ["step-00000008", "step-00000012"]
-    assert {name.split("/")[0] for name, _ in Store(place).list()} == {*mirror.complete()}
+    assert {name.split("/")[0] for name, _ in Store(place).list()} == {*mirror.complete(), RUN}
     assert mirror.restore(tmp_path / "third") is not None
     restored, own = (tmp_path / run / CHECKPOINTS / "step-00000012" for run in ("third", "second"))
     assert verify(restored) == []
     for file in restored.rglob("*"):
         if file.is_file():
             assert file.read_bytes() == (own / file.relative_to(restored)).read_bytes()
-    said = train(third := tmp_path / "third", *words, "--optimizer.lr", "0.5", code=2, size=1, **fleet_options())
-    assert f"{restored} has made 12 of 12 steps with optimizer.lr = 0.01 where this command has 0.5" in said
-    assert "or another train.output and checkpoint.mirror" in said
-    shutil.rmtree(third)
-    said = train(third, *words, "--optimizer.lr", "0.5", code=2, size=1, **fleet_options())
-    assert f"{place}/step-00000012 has made 12 of 12 steps" in said
+    shutil.rmtree(tmp_path / "third" / CHECKPOINTS)
+    branch = [*words, "--resume", str(own), "--train.steps", "16"]
+    said = train(tmp_path / "third", *branch, code=2, size=1, **fleet_options())
+    assert f"has the copies of the run with train.output = {second}, and this one has" in said
+    assert mirror.complete() == ["step-00000008", "step-00000012"]
+    shutil.move(second, aside := tmp_path / "aside")
+    restored = mirror.restore(second)
+    for there in (restored, f"{place}/step-00000012"):
+        said = train(second, *words, "--optimizer.lr", "0.5", code=2, size=1, **fleet_options())
+        assert f"{there} has made 12 of 12 steps with optimizer.lr = 0.01 where this command has 0.5" in said
+        assert "or another train.output and checkpoint.mirror" in said
+        shutil.rmtree(second)
+    shutil.move(aside, second)
     Store(place).delete([f"step-00000012/{MANIFEST}"])
     for _ in range(2):
         assert "going on from" in train(second, *words, **fleet_options())
@@ -172,6 +179,35 @@ def test_a_copy_is_complete_or_not_there(place: str, tmp_path: Path, monkeypatch
     with pytest.raises(RunError, match=r"step-00000013 is damaged \(model.safetensors: 7 bytes"):
         mirror.restore(tmp_path / "run")
     assert not (tmp_path / "run" / CHECKPOINTS / "step-00000013").exists()
+
+
+def test_copies_are_of_one_run(place: str, tmp_path: Path) -> None:
+    """Another run would go on from them, whatever it is to resume, and delete them. The own one may be elsewhere."""
+
+    def config(output: str, **fields: str) -> Config:
+        return configs.from_dict({"train": {"output": output}, "checkpoint": {"mirror": place, **fields}})
+
+    mirror, trunk = Mirror(place), config("runs/trunk")
+    folder = saved(tmp_path, 4)
+    mirror.upload(folder, None)
+    assert mirror.owner() is None, "nothing says whose it is"
+    (folder / CONFIG).write_text(configs.to_yaml(trunk))
+    files = {**read_manifest(folder), CONFIG: fingerprint(folder / CONFIG)}
+    (folder / MANIFEST).write_text(manifest_text(files))
+    mirror.upload(folder, None)
+    said = f"{place} has the copies of the run with train.output = runs/trunk, and this one has .*cooled: give"
+    for known in ("by the copy's config, as of earlier versions", "by what was noted"):
+        for output in ("runs/trunk", "runs/trunk/"):
+            mirror.check_owner(output)
+        with pytest.raises(UserError, match=said):
+            mirror.check_owner("runs/cooled")
+        with pytest.raises(UserError, match=said):
+            resume_point._resolve(config(str(tmp_path / "cooled"), resume=str(folder)), {}, 1, Memory(0, ""))
+        assert mirror.complete() == [folder.name], known
+        mirror.claim("runs/trunk")
+    Mirror(f"{place}/new").claim("runs/a")
+    with pytest.raises(UserError, match=r"of the run with train\.output = runs/a"):
+        Mirror(f"{place}/new").claim("runs/b")  # before either has a checkpoint
 
 
 @pytest.mark.parametrize("absolute", [True, False])

@@ -121,6 +121,16 @@ def test_a_changed_corpus_is_refused_unless_allowed(
     assert len(losses(run)) == 12
     ledger = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1]).ledger
     assert [len(entry["blend"]) for entry in ledger["entries"]] == [1, 1, 2]
+    (event,) = [event for event in read_audit(run) if event["event"] == "blend changed"]
+    assert (event["gone"], [path for path, _ in event["new"]]) == ([], [str(mine)])
+    config = (run / "config.yaml").read_text()
+    shutil.rmtree(mine)
+    shutil.rmtree(added)
+    other = make_corpus(tmp_path / "third", seed=2, tokenizer=Path(config_file).parent / "documents" / "corpus")
+    words = ["--config", config_file, "--data.corpora", str(other), "--data.allow-change", "--train.steps", "16"]
+    said = train(run, *words, code=2)
+    assert f"this run is in a window of documents of {mine} " in said
+    assert (run / "config.yaml").read_text() == config
 
 
 def weight_the_loss(_rank: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.objectives.base import COUNTS
 from megatron_lcl.train.result import StepResult
-from megatron_lcl.train.telemetry import Telemetry, log, read_metrics
+from megatron_lcl.train.telemetry import Telemetry, log, read_metrics, sinks
 from megatron_lcl.train.telemetry.sinks import IDS, PACKAGES, check_trackers
 
 RESULT = StepResult(1.0, 2.0, 1.5, 90, 4, 100, 90, 0, {"generation": 1.0, "contrastive": 1.0})
@@ -79,7 +80,8 @@ def test_mlflow_has_the_numbers_of_a_run_that_went_on(tmp_path: Path, monkeypatc
     config = config_of("mlflow")
     steps(tmp_path, config, 0, 2)
     number = json.loads((tmp_path / IDS).read_text())["mlflow"]
-    steps(tmp_path, config, 2, 4)
+    longer = configs.replace(config, train__steps=12)
+    steps(tmp_path, longer, 2, 4)
     assert json.loads((tmp_path / IDS).read_text())["mlflow"] == number
     client = MlflowClient((tmp_path / "mlruns").as_uri())
     history = client.get_metric_history(number, "grad_norm.vision")
@@ -88,7 +90,43 @@ def test_mlflow_has_the_numbers_of_a_run_that_went_on(tmp_path: Path, monkeypatc
     run = client.get_run(number)
     assert (run.info.status, run.info.run_name) == ("FINISHED", tmp_path.name)
     written = list((tmp_path / "mlruns").glob("*/*/artifacts/config.json"))
-    assert [json.loads(path.read_text())["train"]["steps"] for path in written] == [9]
+    assert [json.loads(path.read_text())["train"]["steps"] for path in written] == [12], "of the last start"
+
+
+def test_the_copy_of_a_run_folder_has_a_run_of_its_own(tmp_path: Path) -> None:
+    """With all trackers; a folder that was moved goes on with its own, and so does one of an earlier version."""
+    drawn = iter(range(10))
+
+    def begun(run: Path) -> list[str]:
+        def begin(known: str | None) -> tuple[str, str]:
+            number = known or f"run {next(drawn)}"
+            return number, number
+
+        return [sinks._with_id(run, name, begin) for name in ("wandb", "mlflow")]
+
+    run, copy, moved = tmp_path / "run", tmp_path / "copy", tmp_path / "moved"
+    run.mkdir()
+    assert begun(run) == begun(run) == ["run 0", "run 1"]
+    shutil.copytree(run, copy)
+    assert begun(copy) == begun(copy) == ["run 2", "run 3"]
+    assert begun(run) == ["run 0", "run 1"]
+    run.rename(moved)
+    run.mkdir()  # another one begins there
+    assert begun(run) == ["run 4", "run 5"]
+    assert begun(moved) == ["run 0", "run 1"]
+    (moved / IDS).write_text('{"wandb": "run 8"}')
+    assert begun(moved)[0] == "run 8"
+
+
+def test_mlflow_writes_nothing_where_a_run_folder_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = config_of("mlflow")
+    steps(tmp_path / "run", config, 0, 1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for _ in range(2):
+        steps(tmp_path / "moved", config, 1, 2)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -120,8 +158,6 @@ def test_a_tracker_that_fails_ends_no_run(
     at_start: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nor is it tried again after a rewind."""
-    from megatron_lcl.train.telemetry import sinks
-
     begun = []
 
     class Failing:

@@ -1,0 +1,189 @@
+"""What a run goes on from: a checkpoint that fits the run, and corpora that are there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_corpus import make_corpus
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading import pack_index
+from megatron_lcl.errors import UserError
+from megatron_lcl.train import dryrun
+from megatron_lcl.train.checkpoint.folder import Layout, Progress, progress_text, step_folder
+from megatron_lcl.train.checkpoint.mirror import Mirror
+from megatron_lcl.train.dryrun import dry_run, find_origin
+from megatron_lcl.train.resume_point import ledger_from, open_origin
+
+STEP = 4
+
+
+@pytest.fixture(scope="session")
+def corpora(once: Callable[..., Any]) -> list[str]:
+    """Two of one tokenizer, and one of its own."""
+
+    def make(folder: Path) -> list[str]:
+        first = make_corpus(folder / "0", seed=0)
+        second = make_corpus(folder / "1", seed=1, tokenizer=first)
+        return [str(path) for path in (first, second, make_corpus(folder / "2", seed=2))]
+
+    return once("origin", make)
+
+
+@pytest.fixture
+def mine(corpora: list[str], tmp_path: Path) -> Path:
+    """A corpus that the test may remove."""
+    return Path(shutil.copytree(corpora[0], tmp_path / "mine"))
+
+
+def config_of(folder: Path, *paths: Path | str, **fields: Any) -> Config:
+    size = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32}
+    model = {
+        "vision": {"image_size": 16, "patch_size": 8, **size},
+        "language": {"context_length": 64, "vocab_size": open_corpus(paths[0]).tokenizer.vocab_size, **size},
+        "pool_heads": 2,
+    }
+    data = {"corpora": [{"path": str(path)} for path in paths], "cache": str(folder / "cache"), "workers": 0}
+    data |= {"tokens_per_pack": 64, "images_per_pack": 3}
+    train = {"output": str(folder / "run"), "steps": 100, "global_batch": 4, "dtype": "float32"}
+    return configs.replace(configs.from_dict({"model": model, "data": data, "train": train}), **fields)
+
+
+def saved(config: Config, step: int = STEP, before: Path | None = None) -> Path:
+    """What is read of a checkpoint of a run with this config after some steps; before: the one that it went on from."""
+    run = Path(config.train.output)
+    origin = open_origin(before, config, True)
+    packs = step * config.train.global_batch
+    index = pack_index.PackIndex(config.data, origin.ledger)
+    index.prepare(packs)
+    progress = Progress(step, packs, index.ledger_at(packs).to_json(), layout=Layout())
+    folder = step_folder(run, step)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(configs.to_yaml(config))
+    (folder / "progress.json").write_text(progress_text(progress))
+    files = {name: fingerprint(folder / name) for name in ("config.yaml", "progress.json")}
+    (folder / MANIFEST).write_text(manifest_text(files))
+    return folder
+
+
+def test_other_corpora_are_named(corpora: list[str], mine: Path, tmp_path: Path) -> None:
+    """Also where one has changed at its place, which no setting tells."""
+    folder = saved(config_of(tmp_path, mine))
+    before = open_corpus(mine).fingerprint
+    shutil.move(mine, tmp_path / "former")
+    shutil.copytree(corpora[1], mine)
+    now, after = config_of(tmp_path, mine), open_corpus(mine).fingerprint
+    with pytest.raises(UserError, match=f"{mine} is missing, {mine} is new or has changed"):
+        open_origin(folder, now, True)
+    allowed = configs.replace(now, data__allow_change=True)
+    with pytest.raises(
+        UserError, match=rf"in a window of documents of {mine} \(fingerprint {before}\), .* put it back"
+    ):
+        open_origin(folder, allowed, True)
+    shutil.move(mine, tmp_path / "new")
+    shutil.move(tmp_path / "former", mine)
+    allowed = config_of(tmp_path, tmp_path / "new", data__allow_change=True)
+    changes = open_origin(folder, allowed, True).changes(allowed)
+    said = f"without {mine} (fingerprint {before}), with {tmp_path / 'new'} (fingerprint {after})"
+    (line,) = [line for line in changes.lines() if line.startswith("blend changed")]
+    assert line == f"blend changed: {said}, from the window of documents that begins behind pack {4 * STEP}"
+    assert changes.new_loss
+    moved = config_of(tmp_path, shutil.copytree(mine, tmp_path / "moved"))
+    assert open_origin(folder, moved, True).changes(moved).blend is None
+
+
+def test_a_window_that_was_begun_needs_its_corpora(corpora: list[str], mine: Path, tmp_path: Path) -> None:
+    """Also where the run has been given others since, and is not behind that window yet."""
+    first = saved(config_of(tmp_path, mine))
+    other = config_of(tmp_path, corpora[1], data__allow_change=True)
+    second = saved(other, STEP + 1, first)
+    window = next(e["from_pack"] for e in json.loads((second / "progress.json").read_text())["ledger"]["entries"][1:])
+    assert window == 4 * STEP
+    open_origin(second, other, True)
+    shutil.rmtree(mine)
+    with pytest.raises(UserError, match=f"in a window of documents of {mine} "):
+        open_origin(second, other, True)
+    with pytest.raises(UserError, match="is at none of"):
+        pack_index.PackIndex(other.data, open_ledger_of(second, other)).prepare(4 * (STEP + 1))
+
+
+def open_ledger_of(folder: Path, config: Config) -> pack_index.Ledger:
+    progress = json.loads((folder / "progress.json").read_text())
+    previous = pack_index.Ledger.from_json(progress["ledger"])
+    return ledger_from(config, replace(Progress(0, 0, {}), step=progress["step"], packs=progress["packs"]), previous)
+
+
+def test_another_tokenizer_is_refused_whatever_is_allowed(corpora: list[str], mine: Path, tmp_path: Path) -> None:
+    folder = saved(config_of(tmp_path, mine))
+    with pytest.raises(UserError, match=f"{corpora[2]} has another tokenizer than the corpora that this run has read"):
+        open_origin(folder, config_of(tmp_path, corpora[2], data__allow_change=True), True)
+
+
+def words(text: str) -> dict[str, str]:
+    """The lines of a dry run by their first word."""
+    return {line[:12].strip(): line[12:] for line in text.splitlines() if line[:12].strip()}
+
+
+@pytest.mark.parametrize("kind", ["own", "named", "mirror", "url"])
+def test_a_dry_run_goes_on_from_what_the_start_does(corpora: list[str], tmp_path: Path, place: str, kind: str) -> None:
+    """And refuses what that refuses: another model, another seed, other corpora."""
+    config = config_of(tmp_path, corpora[0])
+    folder, shown = saved(config), {"own": f"step-{STEP:08d}"}.get(kind, f"{place}/step-{STEP:08d}")
+    if kind == "named":
+        config, shown = (
+            config_of(tmp_path, corpora[0], train__output="new", checkpoint__resume=str(folder)),
+            str(folder),
+        )
+    elif kind != "own":
+        Mirror(place).upload(folder, None)
+        shutil.rmtree(folder.parent)
+        field = {"mirror": {"checkpoint__mirror": place}, "url": {"checkpoint__resume": shown}}[kind]
+        config = configs.replace(config, **field)
+    origin, lines = find_origin(config)
+    assert (origin.progress.step, origin.progress.packs) == (STEP, 4 * STEP)
+    assert lines[0] == f"run         {config.train.output}: goes on from {shown}, if it verifies"
+    for fields, said in (
+        ({"model__vision__layers": 2}, "holds a run of another model"),
+        ({"data__seed": 5}, "seed is 5, but this run began with 0"),
+        ({"data__corpora": [{"path": corpora[1]}]}, f"{corpora[0]} is missing, {corpora[1]} is new"),
+        ({"train__steps": STEP, "optimizer__lr": 1.0}, "has (made|all steps)"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_origin(configs.replace(config, **fields))
+
+
+def test_what_a_dry_run_says_of_a_named_checkpoint(
+    corpora: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packs are those that come next, not the first ones."""
+    asked: list[int] = []
+    summarize = dryrun.summarize_config
+
+    def asking(*arguments: Any, **more: Any) -> Any:
+        asked.append(arguments[3])
+        return summarize(*arguments, **more)
+
+    monkeypatch.setattr(dryrun, "summarize_config", asking)
+    folder = saved(config_of(tmp_path, corpora[0]))
+    new = config_of(tmp_path, corpora[0], train__output=str(tmp_path / "new"), checkpoint__resume=str(folder))
+    lines = words(dry_run(new, [], 1, 1))
+    assert f"goes on from {folder}" in lines["run"]
+    assert asked == [4 * STEP]
+    index = pack_index.PackIndex(new.data, open_origin(folder, new, False).ledger)
+    to_come = range(4 * STEP, 4 * 100)
+    read = sum(int(np.count_nonzero(index[number].entries["part"] == 0)) for number in to_come) / 24
+    index.close()
+    said = re.fullmatch(rf"in the 96 steps to come about ([\d.]+) of {corpora[0]}", lines["epochs"])
+    assert said is not None
+    assert float(said[1]) == pytest.approx(read, rel=0.1)
