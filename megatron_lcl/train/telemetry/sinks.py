@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from megatron_lcl.config import Config, to_dict
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 
+logger = logging.getLogger(__name__)
 IDS = "trackers.json"
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 """what to install for each tracker"""
@@ -31,8 +33,8 @@ class Sink(Protocol):
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Numbers of a step, by name."""
 
-    def close(self) -> None:
-        """No more come."""
+    def close(self, failed: bool) -> None:
+        """No more come. failed: whether the run has; not where it ends as requested."""
 
 
 class TensorBoard:
@@ -77,8 +79,8 @@ class WeightsAndBiases:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log({**numbers, "step": step})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class MLflow:
@@ -99,11 +101,14 @@ class MLflow:
                 experiment = self._client.get_experiment_by_name(name)
                 number = experiment.experiment_id if experiment else self._client.create_experiment(name)
                 known = self._client.create_run(number, run_name=run.name).info.run_id
-                self._client.log_text(known, json.dumps(to_dict(config), indent=1), "config.json")
-            self._client.update_run(known, "RUNNING")
             return known, known
 
         self._run_id = _with_id(run, "mlflow", begin)
+        self._client.update_run(self._run_id, "RUNNING")
+        try:  # artifacts may lie elsewhere than metrics, where this machine may not write
+            self._client.log_text(self._run_id, json.dumps(to_dict(config), indent=1), "config.json")
+        except Exception as error:  # noqa: BLE001 of whatever the store of artifacts needs
+            logger.warning("mlflow has no config.json of this run: %s", " ".join(str(error).split()))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -113,8 +118,8 @@ class MLflow:
         metrics = [Metric(name.replace("/", "."), value, now, step) for name, value in numbers.items()]
         self._client.log_batch(self._run_id, metrics)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run_id)
+    def close(self, failed: bool) -> None:
+        self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
 
 
 TRACKERS: dict[str, Callable[[Path, Config], Sink]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
