@@ -57,7 +57,9 @@ def test_a_name_that_cannot_be_looked_up(name: str, scheme: str) -> None:
 
 def test_a_name_that_a_proxy_is_not_asked_for() -> None:
     urls = [*(f"https://{name}/1.png" for name in NO_NAMES), "http://a\0b/1.png"]
-    assert ends(urls, {"/1.png": ("", image("1"))}, proxied=True) == [NOT_A_URL] * len(urls)
+    *refused, last = ends(urls, {"/1.png": ("", image("1"))}, proxied=True)
+    assert refused == [NOT_A_URL] * len(NO_NAMES)
+    assert last in (NOT_A_URL, ("kept", ""))  # earlier releases of aiohttp leave it to the proxy
 
 
 def test_a_long_header() -> None:
