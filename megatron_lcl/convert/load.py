@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from megatron_lcl.convert import hf, timm
 from megatron_lcl.convert.find import average_of, export_kind, find_checkpoint, one_line, read_config
 from megatron_lcl.convert.folder import CERTIFICATE, IMPORT, read_record
+from megatron_lcl.convert.libraries import usual_defaults
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.errors import UserError
@@ -125,7 +126,8 @@ def _load_export(folder: Path, kind: str) -> LCL:
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, mapped. UserError where it is none."""
     try:
-        return load_file(path)
+        with usual_defaults():  # safetensors before 0.8 reads to torch's default device
+            return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {one_line(error)}") from None
 

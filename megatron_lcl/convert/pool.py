@@ -39,13 +39,14 @@ def load_encoder(folder: Path, weights: Path, vision: Vision, tensors_of: Callab
     tensors_of: the model's parameters under the other library's names, as the export writes them: views, or lists of
     parts that are concatenated there.
     """
-    pool, heads = attention_pool.read_pool(folder / POOL)
-    width = len(pool["out.weight"])
-    # of the language model only its width says something; the rest is as small as a config may be
-    language = Language(context_length=1, vocab_size=5, width=width, layers=1, heads=1, mlp_width=1)
-    with usual_defaults():
+    with usual_defaults():  # of the device also for tensors that are read, before safetensors 0.8
+        pool, heads = attention_pool.read_pool(folder / POOL)
+        given = load_file(weights)
+        # of the language model only its width says something; the rest is as small as a config may be
+        language = Language(
+            context_length=1, vocab_size=5, width=len(pool["out.weight"]), layers=1, heads=1, mlp_width=1
+        )
         model = LCL(Model(vision, language, heads), seed=None, whole=False)
-    given = load_file(weights)
     wanted = {name: parts if isinstance(parts, list) else [parts] for name, parts in tensors_of(model).items()}
     wanted |= {name: [p] for name, p in model.pool.named_parameters() if name.startswith(_PARTS)}
     with torch.no_grad():

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from megatron_lcl.curate.documents import Gone, Range, places
 from megatron_lcl.data.corpus.store import Corpus
+from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.prepare.sorting import sorted_rows
 
 REMOVED = pa.schema([("document", pa.int64()), ("item", pa.int32()), ("value", pa.float64()), ("matched", pa.string())])
@@ -88,13 +89,13 @@ class Places:
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """In memory: the hashes that are counted together, and those of the images that are removed. In `scratch`: 16
         bytes a place, where there are more."""
-        hashes = (_as_numbers(pq.read_table(file, columns=["xxh3"])["xxh3"]) for file in facts)
+        hashes = (_as_numbers(read_table(file, columns=["xxh3"])["xxh3"]) for file in facts)
         parts = sorted_rows(hashes, _AT_ONCE, scratch / "hashes")
         too_many = pa.concat_tables([_PLACES.empty_table(), *map(self._too_many, parts)])
         wide = pa.large_binary()  # Arrow looks up at most 2 GiB of the narrow ones, which are 134 million
         known = too_many["xxh3"].combine_chunks().cast(wide)
         for file in facts:
-            table = pq.read_table(file)
+            table = read_table(file)
             found = pc.index_in(table["xxh3"].cast(wide), known)
             chosen = table.append_column("value", pc.take(too_many["places"], found)).filter(pc.is_valid(found))
             chosen = chosen.append_column("matched", pa.repeat("", len(chosen)))

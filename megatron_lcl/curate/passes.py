@@ -33,6 +33,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import FORMATS, Corpus
+from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.prepare.preprocess_task import RECORD, Part, parts_of
 
@@ -287,13 +288,13 @@ def _text_of(document: Source, texts: Sequence[int]) -> str:
 def _removals(work: Work, task: Range) -> dict[int, dict[int, Removal]]:
     """What pass 1 and the joins remove of a range, by document and item; of several that remove one item the first."""
     found: dict[int, dict[int, Removal]] = {}
-    table = pq.read_table(work.judged_items(task.number))
+    table = read_table(work.judged_items(task.number))
     for document, item, rule, value in zip(*(table[name].to_pylist() for name in _JUDGED.names), strict=True):
         found.setdefault(document, {})[item] = Removal(rule, value)
     first = task.start(work.corpus)
     inside = [("document", ">=", first), ("document", "<", first + task.last - task.first)]
     for number, join in enumerate(work.joins):
-        table = pq.read_table(work.joined(number), filters=inside)
+        table = read_table(work.joined(number), filters=inside)
         columns = (table[name].to_pylist() for name in JOINED.names)
         for document, item, value, matched in zip(*columns, strict=True):
             found.setdefault(document, {}).setdefault(item, Removal(join.rule, value, matched))

@@ -46,6 +46,7 @@ from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
 from megatron_lcl.data.corpus.scratch import clear_dead, is_used, put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.prepare.finish import assemble
 from megatron_lcl.data.prepare.preprocess import TASK_BYTES
@@ -416,5 +417,5 @@ def _nothing_left(curated: Curated) -> _NothingLeft:
 def _write_removed(work: Work, parts: Sequence[Part], scratch: Path) -> FileInfo:
     """The removals of all tasks as one file."""
     path = scratch / REMOVED_FILE
-    _write_tables(path, REMOVED, (pq.read_table(work.folder / part.name / REMOVED_FILE) for part in parts))
+    _write_tables(path, REMOVED, (read_table(work.folder / part.name / REMOVED_FILE) for part in parts))
     return {"size": path.stat().st_size, "xxh3": hash_file(path)}

@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from megatron_lcl.curate.documents import Range, Source, documents, read_ahead
 from megatron_lcl.curate.models.rules import Matched
 from megatron_lcl.curate.passes import REMOVED_FILE, WHOLE, Work, matches_of, once, recorded
 from megatron_lcl.data.corpus.document import Kind
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.store import FORMATS, ShardWriter
+from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.prepare.preprocess import SHARD_BYTES, SHARD_DOCUMENTS
 from megatron_lcl.data.prepare.preprocess_task import PART_IMAGES, PART_PIECES, RECORD, Part
 
@@ -89,7 +88,7 @@ def _is_full(writer: ShardWriter) -> bool:
 
 def _left(work: Work, task: Range) -> Iterator[Source]:
     """The documents of a range that stay, without what was removed from them."""
-    table = pq.read_table(
+    table = read_table(
         work.folder / recorded(work.folder, task.number).name / REMOVED_FILE, columns=["document", "item"]
     )
     gone: dict[int, list[int]] = {}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from data import writers
 from data.helpers import TOKENIZER
@@ -18,6 +17,7 @@ from megatron_lcl.data.corpus import store
 from megatron_lcl.data.corpus.corpus_manifest import read_manifest
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.prepare.preprocess import preprocess
 
 
@@ -72,7 +72,7 @@ def contents(corpus: Corpus) -> list[tuple[Any, ...]]:
 
 def removed(folder: Path) -> list[tuple[int, int, str]]:
     """(document, item, rule) of every removal."""
-    table = pq.read_table(folder / "removed.parquet")
+    table = read_table(folder / "removed.parquet")
     return list(zip(*(table[name].to_pylist() for name in ("document", "item", "rule")), strict=True))
 
 

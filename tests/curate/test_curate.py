@@ -9,7 +9,6 @@ from typing import Any
 
 import hypothesis
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import contents, files, left, picture, read, removed, write
 from data.corpora import random_documents, write_corpus
@@ -24,6 +23,7 @@ from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manife
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.pages.inspect import stats, table
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
@@ -108,21 +108,22 @@ def test_repeated_images_go_after_those_in_too_many_places(tmp_path: Path) -> No
 
 
 def test_places_are_counted_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which read no file again: to count, each is read once, and once more to name the places."""
+    """Which read no file again: to count, each is read once, and once more to name the places. Whatever the folder is
+    called: some releases of pyarrow add its name to the columns."""
     source = write_corpus(tmp_path / "in", random_documents(60, num_jpegs=25), num_shards=3).path
-    curate(source, tmp_path / "whole", rules(image__max_places="4"), task_bytes=1 << 14)
+    whole = tmp_path / "a=b" / "document=x"
+    curate(source, whole, rules(image__max_places="4"), task_bytes=1 << 14)
     read: Counter[Path] = Counter()
-    read_table = pq.read_table
 
     def counted(file: Path, **options: Any) -> pa.Table:
         read[file] += file.name.startswith("facts-")
         return read_table(file, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_lcl.curate.joins.pq.read_table", counted)
+        patch.setattr("megatron_lcl.curate.joins.read_table", counted)
         patch.setattr("megatron_lcl.curate.joins._AT_ONCE", 4)
         curate(source, tmp_path / "sliced", rules(image__max_places="4"), task_bytes=1 << 14)
-    assert removed(tmp_path / "whole") == removed(tmp_path / "sliced") != []
+    assert removed(whole) == removed(tmp_path / "sliced") != []
     assert len(+read) > 3
     assert set((+read).values()) == {2}
 

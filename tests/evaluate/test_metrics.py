@@ -358,7 +358,9 @@ def test_bootstrap_against_scipy() -> None:
     scores = np.random.default_rng(1).random(300) ** 2
     ours = bootstrap(scores)
     stats = pytest.importorskip("scipy.stats")
-    theirs = stats.bootstrap((scores,), np.mean, method="percentile", rng=0, n_resamples=5000).confidence_interval
+    theirs = stats.bootstrap(
+        (scores,), np.mean, method="percentile", random_state=0, n_resamples=5000
+    ).confidence_interval
     assert ours.value == pytest.approx(scores.mean())
     assert ours.low == pytest.approx(theirs.low, abs=0.004)
     assert ours.high == pytest.approx(theirs.high, abs=0.004)

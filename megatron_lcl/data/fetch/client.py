@@ -15,6 +15,7 @@ import hashlib
 import re
 import socket
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -49,6 +50,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _TEMPORARY = (408, 429, 500, 502, 503, 504)
 _ROBOTS_KEPT, _ROBOTS_SECONDS = 20_000, 86_400.0
 """robots.txt files in memory, and for how long (RFC 9309, 2.4)"""
+_MAX_LINE = 65_536
+"""bytes of a header; a Content-Security-Policy may be longer than the 8,190 that aiohttp takes"""
 _KEEP_ALIVE = 5.0
 """seconds that a connection waits for another request"""
 _RESOLVERS = 64
@@ -123,6 +126,9 @@ class Client:
             timeout=aiohttp.ClientTimeout(total=None, connect=min(10.0, settings.timeout)),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": settings.user_agent, "Accept": "image/*, */*;q=0.1", "Accept-Encoding": "identity"},
+            auto_decompress=False,  # it has no limit before aiohttp 3.13.3 (CVE-2025-69223)
+            max_line_size=_MAX_LINE,
+            max_field_size=_MAX_LINE,
         )
         return self
 
@@ -216,9 +222,10 @@ class Client:
                 size += len(chunk)
                 if size > limit:
                     break
-        if size > limit:
+        body = b"" if size > limit else _inflated(b"".join(chunks), response.headers, limit)
+        if max(size, len(body)) > limit:
             raise _Given("refused", f"over {limit:,} bytes")
-        return b"".join(chunks)
+        return body
 
     def _check_name(self, target: URL) -> None:
         """A proxy resolves names itself, so what names a local machine is refused here by its name."""
@@ -265,8 +272,8 @@ class Client:
                                 raise Retry(f"robots.txt: status {response.status}", min(wait, MAX_WAIT))
                             if response.status != 200:
                                 return None
-                            text = (await _beginning(response, MAX_ROBOTS)).decode(errors="replace")
-                            rules = _parsed_rules(text)
+                            text = _inflated(await _beginning(response, MAX_ROBOTS), response.headers, MAX_ROBOTS)
+                            rules = _parsed_rules(text[:MAX_ROBOTS].decode(errors="replace"))
                             if delay := rules.crawl_delay(self._agent):
                                 self._crawl_delays[origin.raw_host or ""] = delay
                             return rules
@@ -328,7 +335,7 @@ def _named_errors(proxy: str) -> Iterator[None]:
         raise Retry("no connection", reached=False) from None
     except aiohttp.ConnectionTimeoutError:
         raise Retry("no connection", reached=False) from None
-    except aiohttp.InvalidURL:
+    except ValueError:  # aiohttp's InvalidURL; UnicodeError of a name that cannot be looked up, as of http://a..b
         raise _Given("dead", "not a URL", reached=None) from None
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
         raise Retry("connection lost") from None
@@ -376,6 +383,22 @@ async def _beginning(response: aiohttp.ClientResponse, limit: int) -> bytes:
         if len(content) >= limit:
             break
     return bytes(content[:limit])
+
+
+def _inflated(body: bytes, headers: Mapping[str, str], limit: int) -> bytes:
+    """A body without its Content-Encoding, of no more than `limit` + 1 bytes: some send gzip to whom asks for identity.
+
+    What is no coding (utf-8, binary, none) is sent by mistake and says nothing.
+    """
+    coding = headers.get("Content-Encoding", "").strip().lower()
+    if coding in ("br", "zstd", "compress"):
+        raise _Given("dead", f"Content-Encoding {coding}")
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        return body
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, limit + 1)
+    except zlib.error:
+        return body  # compressed in name alone
 
 
 def _basic(login: str) -> str:

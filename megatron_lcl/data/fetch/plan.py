@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder
+from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.errors import UserError
 
@@ -42,7 +43,7 @@ class Plan:
 
     def urls(self, part: int) -> list[str]:
         """A part's URLs, each once."""
-        return pq.read_table(self.folder / _name(part), use_threads=False)["url"].to_pylist()
+        return read_table(self.folder / _name(part), use_threads=False)["url"].to_pylist()
 
     def lock(self, part: int) -> Path:
         """The file whose lock the process that does a part holds."""

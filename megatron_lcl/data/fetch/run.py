@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.scratch import clear_dead, is_scratch, waiting_for_others
+from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.fetch.plan import Plan, host_of, make_plan, open_plan
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
@@ -158,7 +158,7 @@ def summary(output: str | Path) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     size = 0
     for file in tables(output):
-        table = pq.read_table(file, columns=["status", "reason", "size"], use_threads=False)
+        table = read_table(file, columns=["status", "reason", "size"], use_threads=False)
         size += sum(table["size"].to_pylist())
         for status, reason in zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True):
             counts[status] += 1

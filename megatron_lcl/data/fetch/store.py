@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.fetch.settings import Store
 from megatron_lcl.data.prepare.importers.image_tables import (
     GROUP_BYTES,
@@ -90,7 +91,7 @@ class PartStore:
         self._number = len(tables)
         self.done: set[str] = set()
         for table in tables:
-            self.done.update(pq.read_table(table, columns=["key"], use_threads=False)["key"].to_pylist())
+            self.done.update(read_table(table, columns=["key"], use_threads=False)["key"].to_pylist())
         self._rows: list[Row] = []
         self._tar, self._log_file = self._resume()
         self.resumed = len(self._rows)
@@ -223,7 +224,7 @@ def kept_urls(folder: Path) -> Iterator[str]:
 
 
 def _kept(table: Path) -> list[str]:
-    found = pq.read_table(table, columns=["url"], filters=[("status", "=", "kept")], use_threads=False)
+    found = read_table(table, columns=["url"], filters=[("status", "=", "kept")], use_threads=False)
     return found["url"].to_pylist()
 
 

@@ -59,14 +59,17 @@ class HfEncoder(Encoder):
         self._has_pooler = not any("pooler." in name for name in missing)
         if missing := [name for name in missing if "pooler." not in name]:
             raise UserError(f"{spec.text} lacks {some(missing)}; transformers would make them up")
-        if wrong := sorted(name for name, *_ in report["mismatched_keys"]):
+        # names, in transformers 5 with their shapes
+        if wrong := sorted(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]):
             raise UserError(f"{spec.text} has {some(wrong)} of another shape than its config says")
         if _is_masked(module):  # it drops patches while it is trained, and here too if nobody says otherwise
             module.config.mask_ratio = 0.0
         super().__init__(spec.text, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
-        return self._processor(decode_bounded(data), return_tensors="pt")["pixel_values"][0]
+        # transformers 4 has processors that take the rows of an image one pixel high for its channels
+        layout = {} if getattr(self._processor, "is_fast", True) else {"input_data_format": "channels_last"}
+        return self._processor(decode_bounded(data), return_tensors="pt", **layout)["pixel_values"][0]
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
@@ -127,6 +130,7 @@ class HfEncoder(Encoder):
             truncation=True,
             max_length=length,
             return_tensors="pt",
+            return_token_type_ids=False,  # zeros, of which CLIP in transformers 4.56 knows nothing
         ).to(self.device)
         inputs = {"input_ids": tokens["input_ids"]} if padded else dict(tokens)
         return F.normalize(_tensor(module.get_text_features(**inputs)).float(), dim=-1).cpu()

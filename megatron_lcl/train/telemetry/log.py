@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +20,11 @@ from megatron_lcl.config import Config
 from megatron_lcl.errors import describe_os_error
 from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.run_folder import METRICS
+from megatron_lcl.train.resilience.signals import Interrupted, Stopped
 from megatron_lcl.train.result import StepResult
+from megatron_lcl.train.telemetry.feed import Feed
 from megatron_lcl.train.telemetry.lines import keep_lines_before, remove_results_after
-from megatron_lcl.train.telemetry.sinks import TRACKERS, Sink, TensorBoard
+from megatron_lcl.train.telemetry.sinks import TRACKERS, TensorBoard
 from megatron_lcl.train.telemetry.stragglers import over_ranks
 from megatron_lcl.units import in_bytes, in_units, plain
 
@@ -86,15 +89,14 @@ class Telemetry:
         self.last_step = first_step
         """the last one done"""
         self._file: Any = None
-        self._trackers: dict[str, Sink] = {}
+        self._trackers: dict[str, Feed] = {}
         if not is_first:
             return
         self._open(first_step)
         for name in config.train.trackers:
-            try:
-                self._trackers[name] = TRACKERS[name](run, config)
-            except Exception as error:  # noqa: BLE001 as in `write`
-                self._leave_alone(name, error)
+            begin, failed = partial(TRACKERS[name], run, config), partial(self._leave_alone, name)
+            self._trackers[name] = feed = Feed(begin, failed)
+            feed.start()
 
     def _open(self, step: int) -> None:
         self._run.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ class Telemetry:
         self._attempt(lambda: keep_lines_before(self._run / METRICS, step))
         self._attempt(lambda: remove_results_after(self._run, step))
         self._board: TensorBoard | None = None
-        self._attempt(lambda: self._open_board(step + 1))
+        self._attempt(lambda: self._open_board(step + 1), Exception)
         # a new bar: its time left is that of the steps to come, at the rate of those made since
         disable = None if self._progress else True  # None: where stderr is no terminal
         self._bar = tqdm(initial=step, total=self.total, unit="step", disable=disable, dynamic_ncols=True)
@@ -114,9 +116,9 @@ class Telemetry:
 
     def _close(self) -> None:
         self._bar.close()
-        for file in (self._file, self._board):
-            if file is not None:
-                self._attempt(file.close)
+        self._attempt(self._file.close)
+        if self._board is not None:
+            self._attempt(self._board.close, Exception)
 
     def rewind(self, step: int) -> None:
         """Step number `step` is the last one done: lines about later ones are removed."""
@@ -200,13 +202,13 @@ class Telemetry:
         """One line of metrics, and its numbers to TensorBoard and the trackers.
 
         Where the disk is full, that is said once, and training goes on. Lines wait for space, as many as fit into the
-        file's buffer; TensorBoard has a gap. A tracker that fails is left alone from then on.
+        file's buffer; TensorBoard has a gap. A tracker that fails, or falls behind, is left alone from then on.
         """
         if self._file is None:
             return
         line = json.dumps({**values, "time": time.time(), "clock": time.monotonic()}) + "\n"
         written = self._attempt(lambda: self._file.write(line)) and self._attempt(self._file.flush)
-        if written and not self._attempt(lambda: self._draw(values)):
+        if written and not self._attempt(lambda: self._draw(values), Exception):
             self._board = None  # its thread has ended; the next line opens another
             written = False
         if written:
@@ -215,12 +217,12 @@ class Telemetry:
         for name, tracker in list(self._trackers.items()) if numbers else ():
             try:
                 tracker.write(values["step"], numbers)
-            except Exception as error:  # noqa: BLE001 whatever it is, a run does not end for want of a tracker
-                del self._trackers[name]
+            except TimeoutError as error:
                 self._leave_alone(name, error)
 
-    def _leave_alone(self, tracker: str, error: Exception) -> None:
-        self.say(f"{tracker} gets no more metrics: {' '.join(str(error).split())}; metrics.jsonl has them all")
+    def _leave_alone(self, name: str, error: Exception) -> None:
+        if self._trackers.pop(name, None):  # else that has been said: this is also called by the tracker's thread
+            self.say(f"{name} gets no more metrics: {' '.join(str(error).split())}; metrics.jsonl has them all")
 
     def bad_images(self, step: int, number: int, reasons: list[str]) -> None:
         """Images that did not decode up to a step, since this was said last; the first, the tenth, … of all also to
@@ -237,12 +239,14 @@ class Telemetry:
     def _draw(self, values: dict[str, Any]) -> None:
         self._open_board(values["step"]).write(values["step"], _numbers(values))
 
-    def _attempt(self, action: Callable[[], Any]) -> bool:
+    def _attempt(self, action: Callable[[], Any], errors: type[Exception] = OSError) -> bool:
+        """Whether it was done. errors: of TensorBoard any, as it writes by TensorFlow where that is installed."""
         try:
             action()
-        except OSError as error:
+        except errors as error:
             if not self._fault:
-                self.say(f"metrics cannot be written: {describe_os_error(error, self._run)}")
+                said = describe_os_error(error, self._run) if isinstance(error, OSError) else str(error)
+                self.say(f"metrics cannot be written: {said}")
             self._fault = str(error)
             return False
         return True
@@ -262,9 +266,11 @@ class Telemetry:
             if self.num_without_pairs > 1:
                 self.say(f"{self.num_without_pairs} steps had no pair: no image was compared with a text in them")
             self._close()
-            for tracker in self._trackers.values():
-                with contextlib.suppress(Exception):  # as in `write`
-                    tracker.close()
+            for name, tracker in list(self._trackers.items()):
+                try:
+                    tracker.close(failed=value is not None and not isinstance(value, Stopped | Interrupted))
+                except TimeoutError as error:
+                    self._leave_alone(name, error)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from megatron_lcl.config import Config, to_dict
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 
+logger = logging.getLogger(__name__)
 IDS = "trackers.json"
 _FOLDER = "folder"
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
@@ -34,8 +36,8 @@ class Sink(Protocol):
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Numbers of a step, by name."""
 
-    def close(self) -> None:
-        """No more come."""
+    def close(self, failed: bool) -> None:
+        """No more come. failed: whether the run has; not where it ends as requested."""
 
 
 class TensorBoard:
@@ -80,8 +82,8 @@ class WeightsAndBiases:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log({**numbers, "step": step})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class MLflow:
@@ -102,19 +104,19 @@ class MLflow:
                 experiment = self._client.get_experiment_by_name(name)
                 number = experiment.experiment_id if experiment else self._client.create_experiment(name)
                 known = self._client.create_run(number, run_name=run.name).info.run_id
-            self._client.update_run(known, "RUNNING")
-            artifacts = urlparse(self._client.get_run(known).info.artifact_uri)
-            there = Path(url2pathname(artifacts.path))
-            # files of a run folder that was moved since still name the place where it was
-            if (
-                artifacts.scheme != "file"
-                or os.environ.get("MLFLOW_TRACKING_URI")
-                or there.is_relative_to(run.absolute())
-            ):
-                self._client.log_text(known, json.dumps(to_dict(config), indent=1), "config.json")
             return known, known
 
         self._run_id = _with_id(run, "mlflow", begin)
+        self._client.update_run(self._run_id, "RUNNING")
+        try:  # artifacts may lie elsewhere than metrics, where this machine may not write
+            artifacts = urlparse(self._client.get_run(self._run_id).info.artifact_uri)
+            place = Path(url2pathname(artifacts.path))
+            # files of a run folder that was moved since still name the place where it was, which would be made again
+            is_moved = not os.environ.get("MLFLOW_TRACKING_URI") and not place.is_relative_to(run.absolute())
+            if artifacts.scheme != "file" or not is_moved:
+                self._client.log_text(self._run_id, json.dumps(to_dict(config), indent=1), "config.json")
+        except Exception as error:  # noqa: BLE001 of whatever the store of artifacts needs
+            logger.warning("mlflow has no config.json of this run: %s", " ".join(str(error).split()))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -124,8 +126,8 @@ class MLflow:
         metrics = [Metric(name.replace("/", "."), value, now, step) for name, value in numbers.items()]
         self._client.log_batch(self._run_id, metrics)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run_id)
+    def close(self, failed: bool) -> None:
+        self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
 
 
 TRACKERS: dict[str, Callable[[Path, Config], Sink]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
@@ -143,10 +145,15 @@ def check_trackers(config: Config) -> None:
 
 def _with_id(run: Path, name: str, begin: Callable[[str | None], tuple[Any, str]]) -> Any:
     """What `begin` gives for the tracker's run that is known of a run folder, or a new one, which then is known."""
-    known = {} if _is_copy(run) else _known(run)
-    found, known[name] = begin(known.get(name))
-    replace_text(run / IDS, json.dumps({**known, _FOLDER: str(run.resolve())}))
+    found, number = begin(_own(run).get(name))
+    # read again: another tracker may have begun meanwhile
+    replace_text(run / IDS, json.dumps({**_own(run), name: number, _FOLDER: str(run.resolve())}))
     return found
+
+
+def _own(run: Path) -> dict[str, str]:
+    """What is known of a run folder; nothing where that is of the folder that it is a copy of."""
+    return {} if _is_copy(run) else _known(run)
 
 
 def _is_copy(run: Path) -> bool:

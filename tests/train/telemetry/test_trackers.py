@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
+import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
+from megatron_lcl.errors import RunError
 from megatron_lcl.objectives.base import COUNTS
+from megatron_lcl.train.resilience.signals import Stopped
 from megatron_lcl.train.result import StepResult
-from megatron_lcl.train.telemetry import Telemetry, log, read_metrics, sinks
-from megatron_lcl.train.telemetry.sinks import IDS, PACKAGES, check_trackers
+from megatron_lcl.train.telemetry import Telemetry, feed, log, read_metrics, sinks
+from megatron_lcl.train.telemetry.sinks import IDS, PACKAGES, WeightsAndBiases, check_trackers
 
 RESULT = StepResult(1.0, 2.0, 1.5, 90, 4, 100, 90, 0, {"generation": 1.0, "contrastive": 1.0})
 
@@ -50,7 +57,7 @@ def test_trackers_and_tensorboard_get_the_times_of_processes(tmp_path: Path, mon
         def write(self, _step: int, numbers: Mapping[str, float]) -> None:
             got.append(dict(numbers))
 
-        def close(self) -> None: ...
+        def close(self, failed: bool = False) -> None: ...
 
     monkeypatch.setitem(log.TRACKERS, "mlflow", Sink)
     monkeypatch.setattr(log, "TensorBoard", Sink)
@@ -80,10 +87,15 @@ def test_mlflow_has_the_numbers_of_a_run_that_went_on(tmp_path: Path, monkeypatc
     config = config_of("mlflow")
     steps(tmp_path, config, 0, 2)
     number = json.loads((tmp_path / IDS).read_text())["mlflow"]
+    client = MlflowClient((tmp_path / "mlruns").as_uri())
+    for error, status in ((RunError("no room"), "FAILED"), (Stopped(signal.SIGTERM, 2, 2), "FINISHED")):
+        with contextlib.suppress(RunError, Stopped), Telemetry(tmp_path, config, True, 2):
+            assert client.get_run(number).info.status == "RUNNING"
+            raise error
+        assert client.get_run(number).info.status == status
     longer = configs.replace(config, train__steps=12)
     steps(tmp_path, longer, 2, 4)
     assert json.loads((tmp_path / IDS).read_text())["mlflow"] == number
-    client = MlflowClient((tmp_path / "mlruns").as_uri())
     history = client.get_metric_history(number, "grad_norm.vision")
     assert [(metric.step, metric.value) for metric in history] == [(step, 0.5 * step) for step in (1, 2, 3, 4)]
     assert [metric.value for metric in client.get_metric_history(number, "loss")] == [1.0] * 4
@@ -129,6 +141,103 @@ def test_mlflow_writes_nothing_where_a_run_folder_was(tmp_path: Path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+def test_mlflow_without_its_store_of_artifacts_has_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needs("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+
+    (tmp_path / "full").write_text("")
+    client = MlflowClient((tmp_path / "mlruns").as_uri())
+    experiment = client.create_experiment("megatron-lcl", (tmp_path / "full/store").as_uri())
+    for first in (0, 1):
+        steps(tmp_path, config_of("mlflow"), first, first + 1)
+    (run,) = client.search_runs([experiment])
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2]
+    assert [line.message.partition(": ")[0] for line in caplog.records if "config.json" in line.message] == [
+        "mlflow has no config.json of this run"
+    ] * 2
+
+
+def test_a_server_that_never_answers_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes connections, as one does whose process hangs. MLflow would wait for twenty minutes."""
+    needs("mlflow")
+    monkeypatch.setattr(feed, "START_SECONDS", 0.5)
+    monkeypatch.setattr(feed, "END_SECONDS", 0.5)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        began = time.monotonic()
+        steps(tmp_path, config_of("mlflow"), 0, 9)
+        assert time.monotonic() - began < 60
+        assert server.accept()
+    said = "mlflow gets no more metrics: its server has not answered for 0.5 s; metrics.jsonl has"
+    assert capsys.readouterr().out.count(said) == 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == [*range(1, 10)]
+
+
+def test_a_tracker_that_falls_behind_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = threading.Event()
+    got: list[int] = []
+
+    class Slow:
+        def __init__(self, run: Path, config: Config) -> None: ...
+
+        def write(self, step: int, numbers: object) -> None:
+            got.append(step)
+            answers.wait(60)
+
+        def close(self, failed: bool) -> None: ...
+
+    monkeypatch.setitem(log.TRACKERS, "wandb", Slow)
+    monkeypatch.setattr(feed, "WAITING", 3)
+    steps(tmp_path, config_of("wandb"), 0, 9)
+    assert capsys.readouterr().out.count("wandb gets no more metrics: 3 lines wait for its server; metrics.jsonl") == 1
+    assert got == [1]
+    answers.set()
+
+
+def test_tensorboard_may_fail_by_any_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By TensorFlow, where that is installed, it writes with errors that are no OSError."""
+    drawn: list[int] = []
+
+    class Board:
+        def __init__(self, run: Path, first_step: int) -> None:
+            if first_step == 1:
+                raise RuntimeError("ResourceExhausted: no space")
+
+        def write(self, step: int, numbers: object) -> None:
+            if step < 3:
+                raise RuntimeError("ResourceExhausted: no space")
+            drawn.append(step)
+
+        def close(self) -> None:
+            raise RuntimeError("ResourceExhausted: no space")
+
+    monkeypatch.setattr(log, "TensorBoard", Board)
+    steps(tmp_path, config_of(), 0, 4)
+    assert drawn == [3, 4]
+    assert capsys.readouterr().out.count("metrics cannot be written: ResourceExhausted: no space") == 2
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_weights_and_biases_is_told_how_a_run_ends() -> None:
+    codes: list[int] = []
+    sink = object.__new__(WeightsAndBiases)
+    sink._run = SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
+    sink.close(True)
+    sink.close(False)
+    assert codes == [1, 0]
+
+
 @pytest.mark.slow
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs("wandb")
@@ -170,7 +279,7 @@ def test_a_tracker_that_fails_ends_no_run(
         def write(self, step: int, numbers: object) -> None:
             raise RuntimeError("the server\nis gone")
 
-        def close(self) -> None: ...
+        def close(self, failed: bool) -> None: ...
 
     monkeypatch.setitem(sinks.TRACKERS, "wandb", Failing)
     with Telemetry(tmp_path, config_of("wandb"), True, 0) as telemetry:

@@ -1,0 +1,26 @@
+"""Tables are read as they were written, whatever the folders above them are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_lcl.data.corpus import tables
+
+
+def test_a_folder_is_no_column(tmp_path: Path) -> None:
+    folder = tmp_path / "a=b" / "url=9"
+    folder.mkdir(parents=True)
+    table = pa.table({"url": ["x", "y"], "status": ["kept", "dead"]})
+    pq.write_table(table, file := folder / "a.parquet")
+    assert tables.read_table(file) == table
+    assert tables.read_table(file, columns=["url"]) == table.select(["url"])
+    assert tables.read_table(file, filters=[("status", "=", "dead")], use_threads=False) == table.slice(1)
+
+
+def test_no_other_module_reads_tables_by_pyarrow() -> None:
+    root = Path(tables.__file__).parents[2]
+    users = [file for file in root.rglob("*.py") if "pq.read_table" in file.read_text(encoding="utf-8")]
+    assert [file.relative_to(root) for file in users] == [Path("data/corpus/tables.py")]

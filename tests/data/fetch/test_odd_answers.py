@@ -1,0 +1,105 @@
+"""Names that cannot be looked up, long headers, bodies that come compressed."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import zlib
+from collections.abc import Mapping
+
+import pytest
+from data.fetch.faulty_server import image
+
+pytest.importorskip("aiohttp")
+pytest.importorskip("protego")
+
+from megatron_lcl.data.fetch.client import MAX_ROBOTS, Client
+from megatron_lcl.data.fetch.settings import Settings
+
+Answers = Mapping[str, tuple[str, bytes]]
+"""by path: the header's lines, the body"""
+NO_NAMES = ("a..b", ".host", f"{'x' * 64}.example", "x" * 300)
+NOT_A_URL = ("dead", "not a URL")
+
+
+def ends(urls: list[str], answers: Answers, proxied: bool = False, max_bytes: int = 100_000) -> list[tuple[str, str]]:
+    """What becomes of URLs, in which `here` stands for a server that gives `answers`; proxied: it is the proxy."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        method, target, _ = (await reader.readuntil(b"\r\n\r\n")).decode().split(" ", 2)
+        headers, body = answers.get("/" + target.split("/")[-1], ("", b""))
+        status = "302 Found" if "Location" in headers else "200 OK" if body or method == "CONNECT" else "404 Not Found"
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{headers}\r\n"
+        writer.write(head.encode() + body)
+        writer.close()
+
+    async def all() -> list[tuple[str, str]]:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            here = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            proxy = f"http://{here}" if proxied else None
+            settings = Settings(allow_private=True, timeout=20, max_bytes=max_bytes, proxy=proxy)
+            async with Client(settings) as fetching:
+                rows = [(await fetching.fetch(url.replace("here", here))).row for url in urls]
+        return [(row.status, row.reason) for row in rows]
+
+    return asyncio.run(all())
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_cannot_be_looked_up(name: str, scheme: str) -> None:
+    """Named by the list, by a redirect, by the redirect of a robots.txt."""
+    answers = {"/moved": (f"Location: {scheme}://{name}/1.png\r\n", b"")}
+    assert ends([f"{scheme}://{name}/1.png", "http://here/moved"], answers) == [NOT_A_URL] * 2
+    answers = {"/robots.txt": answers["/moved"], "/1.png": ("", image("1"))}
+    assert ends(["http://here/1.png"], answers) == [NOT_A_URL]
+
+
+def test_a_name_that_a_proxy_is_not_asked_for() -> None:
+    urls = [*(f"https://{name}/1.png" for name in NO_NAMES), "http://a\0b/1.png"]
+    *refused, last = ends(urls, {"/1.png": ("", image("1"))}, proxied=True)
+    assert refused == [NOT_A_URL] * len(NO_NAMES)
+    assert last in (NOT_A_URL, ("kept", ""))  # earlier releases of aiohttp leave it to the proxy
+
+
+def test_a_long_header() -> None:
+    """Of an image, of a robots.txt, of a redirect."""
+    policy = f"Content-Security-Policy: {'img-src https://example.org; ' * 1_000}\r\n"
+    long = f"Location: /2.png?{'a' * 30_000}\r\n"
+    answers = {
+        "/robots.txt": (policy, b"User-agent: *\nDisallow: /secret"),
+        "/1.png": (policy, image("1")),
+        f"/2.png?{'a' * 30_000}": ("", image("2")),
+        "/moved": (long, b""),
+    }
+    urls = ["http://here/1.png", "http://here/secret", "http://here/moved"]
+    assert ends(urls, answers) == [("kept", ""), ("refused", "robots.txt"), ("kept", "")]
+
+
+def test_bodies_that_come_compressed() -> None:
+    """Although they are asked for as they are: inflated up to the limit, and not where only the header says so."""
+    bomb = gzip.compress(bytes(50_000_000))
+    assert len(bomb) < 100_000
+    answers = {
+        "/robots.txt": ("Content-Encoding: gzip\r\n", gzip.compress(b"User-agent: *\nDisallow: /secret")),
+        "/zipped": ("Content-Encoding: GZIP\r\n", gzip.compress(image("1"))),
+        "/deflated": ("Content-Encoding: deflate\r\n", zlib.compress(image("2"))),
+        "/plain": ("Content-Encoding: gzip\r\n", image("3")),
+        "/odd": ("Content-Encoding: utf-8\r\n", image("4")),
+        "/brotli": ("Content-Encoding: br\r\n", image("5")),
+        "/bomb": ("Content-Encoding: gzip\r\n", bomb),
+    }
+    found = ends([f"http://here{path}" for path in ("/secret", *list(answers)[1:])], answers)
+    assert found == [
+        ("refused", "robots.txt"),
+        *[("kept", "")] * 4,
+        ("dead", "Content-Encoding br"),
+        ("refused", "over 100,000 bytes"),
+    ]
+
+
+def test_a_compressed_robots_txt_is_read_up_to_its_limit() -> None:
+    rules = b"User-agent: *\nDisallow: /a\n"
+    text = rules + b"#" * (MAX_ROBOTS - len(rules)) + b"\nDisallow: /b\n"
+    answers = {"/robots.txt": ("Content-Encoding: gzip\r\n", gzip.compress(text)), "/b": ("", image("1"))}
+    assert ends(["http://here/a", "http://here/b"], answers) == [("refused", "robots.txt"), ("kept", "")]
