@@ -25,7 +25,7 @@ from megatron_lcl.convert.find import is_run, run_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout_results import RESULT
-from megatron_lcl.report.charts import Line, chart, dashes_of
+from megatron_lcl.report.charts import NUM_STYLES, Line, chart, swatch
 from megatron_lcl.report.curves import FOLDED, figure, specs_for
 from megatron_lcl.report.events import numbers
 from megatron_lcl.report.gallery import read_json
@@ -212,7 +212,8 @@ class RunsPage:
             groups=groups,
             keys=[(key, _short(key, groups[0].shown)) for key in groups[0].shown],
             text=text_of,
-            dashes=dashes_of,
+            swatch=swatch,
+            styles=NUM_STYLES,
             curves=list(_curves(groups)),
             folded=FOLDED,
             final=[(name, title) for name, title in FINAL.items() if any(g.cell(name) for g in groups)],

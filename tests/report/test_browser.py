@@ -139,6 +139,7 @@ def test_values_are_as_fine_as_the_axis(tmp_path: Path, browser: Browser) -> Non
         ]
         write_lines(tmp_path / f"s/{n}", lines, n=n)
     browser.open(write_runs_report([tmp_path / "s"]).as_uri())
+    assert "line 33 is drawn like the first" in browser.evaluate("document.getElementById('curves').textContent")
     read = "Array.from(document.querySelectorAll('.plot .values li'), (one) => one.textContent)"
     place = """(() => { const r = document.querySelector(".plot svg.chart").getBoundingClientRect();
       return [r.x + r.width * (44 + 0.5 * 306) / 360, r.y + r.height * 0.97]; })()"""
