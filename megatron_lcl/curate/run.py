@@ -68,7 +68,7 @@ SAMPLES_FILE = "removed-samples.jsonl"
 CURATED = "curated"
 """key of the manifest: what the corpus had before, what each rule removed"""
 _ROWS = 1 << 15
-_RULES = 3
+_RULES = 4
 """version of what is written for the same corpus and thresholds; with evaluation sets EVALUATION_RULES"""
 T = TypeVar("T")
 R = TypeVar("R")
