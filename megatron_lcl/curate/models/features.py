@@ -18,6 +18,7 @@ from megatron_lcl.curate.duplicates.facts import Facts, shown_images
 from megatron_lcl.curate.duplicates.join import Places, Removals, gather, removals_of, rows_shown, same_content
 from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore
+from megatron_lcl.curate.threads import one_thread
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.errors import UserError
@@ -26,6 +27,7 @@ _BATCH = 32
 _BLOCK = 2048
 
 
+@one_thread()
 def feature_facts(
     corpus: Corpus, task: Range, encoder: str, tokenizer: str | None = None, gone: Gone = NOTHING
 ) -> Facts:
@@ -66,7 +68,8 @@ def join_scores(files: Sequence[Path], settings: HeadScore) -> Removals:
         with np.load(file) as facts:
             feature, image = facts["feature"], facts["image"]
             check_width(settings.head, weight, feature.shape[1])
-            score = (feature @ weight + bias)[image]
+            # not by BLAS, whose number of threads changes the last bits of such a product
+            score = (np.einsum("md,d->m", feature, weight) + bias)[image]
             out = feature.any(1)[image] & ((score < low) | (score > high))
             found.append((facts["document"][out], facts["item"][out], score[out].astype(np.float32)))
     document, item, value = (np.concatenate(columns) for columns in zip(*found, strict=True))
