@@ -85,7 +85,7 @@ def join_features(
 ) -> Iterator[Removals]:
     """Places, part after part, of images whose features are those of an image before, or in the corpora `against`.
 
-    files, against: of `feature_facts` of one encoder, in their corpora's order. scratch: an empty folder; 4 · D + 40
+    files, against: of `feature_facts` of one encoder, in their corpora's order. scratch: an empty folder; 4 · D + 41
     bytes an image and 24 a place, and 16 more an image where sorting takes more than `memory`. value: the cosine
     similarity to the image that is named, 1 for the same bytes. All pairs are compared: N² · D multiplications.
     """
@@ -93,7 +93,7 @@ def join_features(
     rows, first_image = gather(everything, ("digest", "feature"), scratch)
     placed, starts = gather(everything, ("document", "item", "image"), scratch)
     digest, feature = rows["digest"], rows["feature"]
-    parent = same_content(digest, scratch, memory)
+    parent, _ = same_content(digest, scratch, memory)
     for start in range(0, len(feature), _BLOCK):
         block = feature[start : start + _BLOCK]
         for other in range(0, start + 1, _BLOCK):
