@@ -339,15 +339,15 @@ class _Packs:
                     text = before[read][-CONTEXT_CHARACTERS:]
                     digest = self._corpus.shard(image.shard).image_xxh3[image.image].tobytes()
                     content = int.from_bytes(digest[:8], "little", signed=True)
-                    numbers = (
-                        origin.document,
-                        image.shard,
-                        image.image,
-                        content,
-                        origin.part,
-                        image.soi - origin.start,
+                    yield _Origin(
+                        document=int(origin.document),
+                        shard=int(image.shard),
+                        image=int(image.image),
+                        content=content,
+                        part=int(origin.part),
+                        row=int(image.soi - origin.start),
+                        tokens=text.copy(),
                     )
-                    yield _Origin(*map(int, numbers), tokens=text.copy())
 
     def pair(self, origin: _Origin) -> Pair:
         """With its context as text."""
