@@ -14,6 +14,8 @@ from megatron_lcl.curate.settings import PERPLEXITY, Language, Lists, Settings, 
 from megatron_lcl.errors import UserError
 
 _LINGUA = "lingua-language-detector"
+_DIGITS = 6
+"""of a probability: lingua adds in another order in every call, which changes the last ones"""
 _EXTRA = "`pip install megatron-lcl[curate]`"
 
 
@@ -48,7 +50,7 @@ def context_of(settings: Settings) -> Context:
 
 
 def language_score(settings: Language) -> Callable[[str], float]:
-    """A function of a text: the probability of its likeliest language, 0 where that is none of the wanted ones.
+    """A function of a text: its likeliest language's probability, rounded; 0 where that is none of the wanted ones.
 
     UserError where the package is not installed, a code is of no language that it knows, or the model is none.
     """
@@ -56,7 +58,7 @@ def language_score(settings: Language) -> Callable[[str], float]:
 
     def score(text: str) -> float:
         language, probability = scores(text[: settings.characters])
-        return probability if language in settings.wanted else 0.0
+        return round(probability, _DIGITS) if language in settings.wanted else 0.0
 
     return score
 

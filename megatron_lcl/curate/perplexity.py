@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron_lcl.curate.settings import Perplexity
+from megatron_lcl.curate.threads import one_thread
 from megatron_lcl.errors import UserError
 
 LOGITS = 1 << 26
@@ -48,6 +49,7 @@ def perplexity_scores(settings: Perplexity) -> Callable[[Sequence[str]], list[fl
         text = text.encode(errors="replace").decode()  # surrogates that stand alone are no text to a tokenizer
         return begin + tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:most]
 
+    @one_thread()
     @torch.inference_mode()
     def scores(texts: Sequence[str]) -> list[float]:
         found, ids = [float("nan")] * len(texts), list(map(read, texts))

@@ -69,7 +69,7 @@ SAMPLES_FILE = "removed-samples.jsonl"
 CURATED = "curated"
 """key of the manifest: what the corpus had before, what each rule removed"""
 _ROWS = 1 << 15
-_RULES = 3
+_RULES = 4
 """version of what is written for the same corpus and thresholds; with evaluation sets EVALUATION_RULES"""
 T = TypeVar("T")
 R = TypeVar("R")
@@ -157,7 +157,8 @@ def curate(
     _check(settings, keep=workers == 1)
     encoder = models.check(settings.models, keep=workers == 1)
     if output is None:
-        with tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-") as folder:
+        remedy = "a dry run works in the folder for temporary files: set TMPDIR to one with more"
+        with tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-") as folder, clear_errors(Path(folder), remedy):
             work = Work(source, settings, joins, Path(folder))
             _, counted = _decide(work, task_bytes, workers, None, progress)
             return _curated(None, source, work, counted)

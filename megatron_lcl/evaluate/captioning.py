@@ -133,7 +133,11 @@ def caption(
     processes: int = 1,
     progress: bool = True,
 ) -> list[str]:
-    """One caption an image; the number of processes does not change them. UserError naming an image that is broken."""
+    """One caption an image. UserError naming an image that is broken.
+
+    The number of processes changes neither batches nor draws, but the threads that each has, and so the last bits of
+    logits: where two tokens are as likely, a caption may be another one.
+    """
     write = partial(_write, settings, seed, tuple(_ids(encoder, settings.prompt)))
     batches = map_batches(encoder, images, write, batch_size, processes, "captions", progress)
     return [text for texts in batches for text in texts]

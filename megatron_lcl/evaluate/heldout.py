@@ -182,11 +182,11 @@ class HeldOutEvaluation:
                 own.add(batch, out)
             bar.update(self.at_once)
         bar.close()
-        contents = mesh.model_parallel.broadcast_object([(origin.document, origin.content) for origin in origins])
+        places = mesh.model_parallel.broadcast_object([(o.document, o.content, o.part, o.row) for o in origins])
 
         found: tuple[HeldOut, list[tuple[int, int, list[int]]]] | None = None
         if own.features is not None:  # the last pipeline stage
-            found = self._measure(own, contents, num_examples, intervals)
+            found = self._measure(own, places, num_examples, intervals)
         found = mesh.world.broadcast_object(found, source=mesh.world.size - mesh.data_tensor.size)
         assert found is not None, "the first process of the last stage has it"
         result, picked = replace(found[0], step=step), found[1]
@@ -200,12 +200,12 @@ class HeldOutEvaluation:
         return result, self._examples(origins, picked)
 
     def _measure(
-        self, own: _ReplicaOutputs, contents: list[tuple[int, int]], num_examples: int, intervals: bool
+        self, own: _ReplicaOutputs, places: list[tuple[int, int, int, int]], num_examples: int, intervals: bool
     ) -> tuple[HeldOut, list[tuple[int, int, list[int]]]]:
         """The numbers; and of some pairs their index, the rank of their true context, and the nearest ones' indices.
 
-        contents: of this replica's pairs the document and what tells its image from others. Called on the last pipeline
-        stage; everything is gathered over its replicas.
+        places: of this replica's pairs the document, what tells its image from others, and where in the document it is.
+        Called on the last pipeline stage; everything is gathered over its replicas.
         """
         data = self.mesh.data
         num_images = sum(data.gather_objects(own.num_images))
@@ -223,8 +223,9 @@ class HeldOutEvaluation:
         if not num_pairs:
             return result, []
         images, texts = data.gather_ragged(image, sizes), data.gather_ragged(text, sizes)
-        both = data.gather_ragged(torch.tensor(contents, dtype=torch.int64, device=device).view(-1, 2), sizes)
-        (documents, inside), (shown, right), (_, right_inside) = map(_numbered, (both[:, 0], both[:, 1], both))
+        all_places = data.gather_ragged(torch.tensor(places, dtype=torch.int64, device=device).view(-1, 4), sizes)
+        document, content, part, row = all_places.t()
+        (documents, inside), (shown, right), (_, right_inside) = map(_numbered, (document, content, all_places[:, :2]))
         mine = slice(offset, offset + len(image))
         same, groups = (shown[mine], shown), (documents[mine], documents)
         forward, image_loss = rank_own(image, texts, offset, own.scale, bias=own.bias, same=same)
@@ -233,13 +234,17 @@ class HeldOutEvaluation:
         counts = (number[mine] for number in (right, right_inside, inside))
         rows = torch.stack([*(x.double() for x in (forward, backward, among, *counts)), image_loss + text_loss], 1)
         rows_N = data.gather_ragged(rows, sizes).cpu()
-        order = rows_N[:, 0].argsort(stable=True)
+        # equal ranks in the corpus's order: that of the rows follows from the number of replicas
+        order = np.lexsort([key.cpu().numpy() for key in (row, part, document, rows_N[:, 0])])
         quantiles = torch.linspace(0, num_pairs - 1, min(num_examples, num_pairs)).round().long()
-        chosen = [i for i in order[quantiles].tolist() if offset <= i < offset + len(image)]
-        nearest = [(i, (image[i - offset] @ texts.t()).topk(min(3, num_pairs)).indices.tolist()) for i in chosen]
-        gathered = itertools.chain.from_iterable(data.gather_objects(nearest))
-        picked = sorted(((i, int(rows_N[i, 0]), near) for i, near in gathered), key=lambda pick: (pick[1], pick[0]))
-        return with_recalls(result, rows_N.numpy(), intervals), picked
+        chosen = order[quantiles.numpy()].tolist()
+        own_nearest = {
+            i: (image[i - offset] @ texts.t()).topk(min(3, num_pairs)).indices.tolist()
+            for i in chosen
+            if offset <= i < offset + len(image)
+        }
+        nearest = {i: near for theirs in data.gather_objects(own_nearest) for i, near in theirs.items()}
+        return with_recalls(result, rows_N.numpy(), intervals), [(i, int(rows_N[i, 0]), nearest[i]) for i in chosen]
 
     def _examples(self, origins: list[_Origin], picked: list[tuple[int, int, list[int]]]) -> list[Example]:
         """Examples at evenly spaced quantiles of the rank, best first: neither the best nor the worst alone."""
@@ -283,6 +288,10 @@ class _Origin:
     image: int
     content: int
     """beginning of the hash of the image's bytes"""
+    part: int
+    """of the document, by which its sequences are ordered"""
+    row: int
+    """of its `<soi>` in the sequence"""
     tokens: np.ndarray
 
 
@@ -330,7 +339,15 @@ class _Packs:
                     text = before[read][-CONTEXT_CHARACTERS:]
                     digest = self._corpus.shard(image.shard).image_xxh3[image.image].tobytes()
                     content = int.from_bytes(digest[:8], "little", signed=True)
-                    yield _Origin(int(origin.document), int(image.shard), int(image.image), content, text.copy())
+                    yield _Origin(
+                        document=int(origin.document),
+                        shard=int(image.shard),
+                        image=int(image.image),
+                        content=content,
+                        part=int(origin.part),
+                        row=int(image.soi - origin.start),
+                        tokens=text.copy(),
+                    )
 
     def pair(self, origin: _Origin) -> Pair:
         """With its context as text."""

@@ -95,7 +95,7 @@ def evaluate(
     if _NEED_CAPTIONS & set(tasks):
         test.need_captions()
     if "zero-shot" in tasks:
-        test.need_names()
+        test.check_names()
     for spec in specs:
         check_trained(spec, tasks)
         if progress and (said := untrained_pool(spec, tasks)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from megatron_lcl.model.reference_format import some
 
 _NO_PICTURE = frozenset({".txt", ".json", ".csv", ".tsv", ".xml", ".md", ".db", ".ini", ".cls"})
 """files that may lie beside pictures; others that are left out are told"""
+_SYNSET = re.compile(r"n\d{8}")
 logger = logging.getLogger(__name__)
 _NAMES = ("classnames.txt", "classes.txt")
 _TEMPLATES = "zeroshot_classification_templates.txt"
@@ -145,6 +147,20 @@ class ImageSet:
                     "or give --class-names FILE"
                 )
         return self.classes
+
+    def check_names(self) -> None:
+        """`need_names`, with a warning where most are ids of WordNet, as ImageNet's folders have in place of names."""
+        names = self.need_names()
+        ids = list(filter(_SYNSET.fullmatch, names))
+        if 2 * len(ids) > len(names):
+            logger.warning(
+                "%s: %s of %s class names are WordNet ids, and zero-shot asks for %r: rename the folders, or give "
+                "evaluate --class-names FILE, with a name for each folder, in their alphabetical order",
+                self.name,
+                f"{len(ids):,}",
+                f"{len(names):,}",
+                self.templates[0].replace("{c}", ids[0]),
+            )
 
     def need_captions(self) -> tuple[tuple[str, ...], ...]:
         """The captions; UserError where there are none."""

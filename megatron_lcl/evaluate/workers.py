@@ -35,7 +35,8 @@ def map_batches(
     desc: str,
     progress: bool,
 ) -> list[T]:
-    """`work` on every batch of the images, results in order. The batches do not depend on the number of processes.
+    """`work` on every batch of the images, results in order. The batches do not depend on the number of processes; the
+    number of threads of each does, which may change last bits.
 
     With `processes` > 1 each makes its own encoder by `encoder.source` and has an equal number of the cores; `work`
     must pickle. Raises UserError naming an image that does not decode.

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,21 @@ def test_hashes_of_documents_are_written_or_the_part_is_not_done(
     assert not list(work.glob("part-*"))
     preprocess(*arguments, vocab_size=400)
     assert snapshot(tmp_path / "corpus") == snapshot(documents / "corpus")
+
+
+def test_a_dry_run_of_curate(
+    documents: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is written when the folder for temporary files is full: facts, removals, or what is mapped."""
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    arguments = ["curate", str(documents / "corpus"), "--dry-run", "--duplicates.documents.action", "keep-one"]
+    for free in (0, 4 << 10, 12 << 10, 36 << 10):
+        fill(disk, free)
+        assert main(arguments) == 2, free
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(rf"no space left for {disk}/\S+, .* are free in {disk}/.* set TMPDIR to", said), said
+        (disk / "ballast").unlink()
+        assert not any(disk.iterdir())
 
 
 def test_unpacking_the_manual(disk: Path, tmp_path: Path) -> None:

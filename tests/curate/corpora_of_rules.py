@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from data import writers
 from data.helpers import TOKENIZER
 from PIL import Image as Pillow
@@ -46,6 +48,22 @@ def manifests_read(patch: pytest.MonkeyPatch) -> list[Path]:
 
     patch.setattr(store, "read_manifest", noted)
     return read
+
+
+@contextmanager
+def computing_in_one_thread() -> Iterator[None]:
+    """Fails where a module of torch computes in more threads meanwhile, none does, or torch has other ones afterwards:
+    they change the last bits of what rules find."""
+    before, used = torch.get_num_threads(), set()
+    torch.set_num_threads(3)
+    try:
+        with torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, given: used.add(torch.get_num_threads())
+        ):
+            yield
+        assert (used, torch.get_num_threads()) == ({1}, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def contents(corpus: Corpus) -> list[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 import torch
-from curate.corpora_of_rules import picture, write
+from curate.corpora_of_rules import computing_in_one_thread, picture, write
 
 from megatron_lcl.cli import main
 from megatron_lcl.curate import first_rule, perplexity
@@ -91,9 +91,10 @@ def test_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = one_by_one(folder)
     expected = [alone(text) for text in texts]
     scores = perplexity_scores(Perplexity(str(folder)))
-    with torch.nn.modules.module.register_module_forward_pre_hook(
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, given: seen(module, given) if isinstance(module, torch.nn.Embedding) else None
-    ):
+    )
+    with hook, computing_in_one_thread():
         found = scores(texts)
     assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
     assert len({round(value, 3) for value in found}) > 30

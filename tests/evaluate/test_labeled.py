@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from data.corpora import random_documents, write_corpus
+from data.corpora import jpeg, random_documents, write_corpus
 from train.resilience import fleet
 
 from megatron_lcl import config as configs
@@ -26,6 +26,7 @@ from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.labeled import LabeledEvaluation, LabeledSets, open_labeled
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import KnnSettings, Settings, ZeroShotSettings
+from megatron_lcl.evaluate.sources import open_images
 from megatron_lcl.evaluate.zero_shot import class_features
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.model.lcl import LCL
@@ -200,6 +201,28 @@ def test_classes_without_names_are_not_classified_by_them(folder: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_ids_in_place_of_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """ImageNet's folders have them; `evaluate` and training ask for a photo of each class's name."""
+    names = ["n01440764", "n01443537", "mill"]
+    for name in names:
+        (tmp_path / "test" / name).mkdir(parents=True)
+        (tmp_path / "test" / name / "0.jpg").write_bytes(jpeg(0))
+    told = "2 of 3 class names are WordNet ids, and zero-shot asks for 'a photo of a n01440764.': rename the folders"
+    knn = configs.Config(evaluate=configs.Evaluate(labeled=str(tmp_path), tasks=("knn",)))
+    with pytest.raises(UserError, match="train"):
+        open_labeled(knn)
+    assert not caplog.messages, "k-NN asks for no names"
+    open_labeled(configs.Config(evaluate=configs.Evaluate(labeled=str(tmp_path), tasks=("zero-shot",))))
+    assert told in caplog.messages[0]
+    with pytest.raises(UserError, match="there is no"):
+        evaluate([str(tmp_path / "model")], ["zero-shot"], tmp_path)
+    assert told in caplog.messages[1]
+    open_images(tmp_path, class_names=["mill", "tench", "goldfish"]).check_names()
+    (tmp_path / "test" / names[0]).rename(tmp_path / "test" / "tench")
+    open_images(tmp_path).check_names()
+    assert len(caplog.messages) == 2
+
+
 def test_tasks_and_data_must_fit_each_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
         (("--evaluate.labeled", "null"), "or labeled images: --evaluate.labeled DIR"),

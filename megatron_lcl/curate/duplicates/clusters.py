@@ -16,7 +16,7 @@ from megatron_lcl.data.prepare.sorting import sorted_rows
 
 LIMIT = 64
 """A row is compared with the first so many of its key, in order: where boilerplate gives one key to many rows, to
-compare all pairs would take the square of their number."""
+compare all pairs would take the square of their number. numba compiles it in."""
 MEMORY = 1 << 30
 """bytes that sorting the keys may take"""
 _BYTES_OF_ROW = 48

@@ -82,15 +82,20 @@ def image_facts(corpus: Corpus, task: Range, settings: ImageDuplicates, gone: Go
 
 
 def shown_images(corpus: Corpus, task: Range, gone: Gone) -> tuple[np.ndarray, Facts]:
-    """Numbers in the shard of the M images that documents of a range show, ascending; and of all facts of images those
-    that need no pixels: corpus, document, item, image and digest (see `image_facts`)."""
+    """Numbers in the shard of the M images that documents of a range show, in the order of their first places, as the
+    joins have to go through them however documents are divided into ranges; and of all facts of images those that need
+    no pixels: corpus, document, item, image and digest (see `image_facts`)."""
     document, item, shown = places(corpus, task, gone)
-    images, index = np.unique(shown, return_inverse=True)
+    images, first, index = np.unique(shown, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    number = np.empty(len(images), np.int32)
+    number[order] = np.arange(len(images), dtype=np.int32)
+    images = images[order]
     return images, {
         "corpus": np.array(address(corpus)),
         "document": document,
         "item": item,
-        "image": index.astype(np.int32),
+        "image": number[index],
         "digest": corpus.shard(task.shard).image_xxh3[images].view(np.uint32).reshape(-1, 4),
     }
 

@@ -55,14 +55,14 @@ def join_documents(
     """Documents of a corpus that are in it before, or in the corpora `against`, part after part.
 
     files, against: of `document_facts`, in their corpora's order. scratch: an empty folder; 4 · permutations
-    + 8 · bands + 60 bytes a document, and 16 more where sorting takes more than `memory`. value: the estimated Jaccard
+    + 8 · bands + 61 bytes a document, and 16 more where sorting takes more than `memory`. value: the estimated Jaccard
     similarity to the document that is named, 1 for the same texts and images; it may be below the threshold where
     others connect the two.
     """
     everything = [*against, *files]
     rows, starts = gather(everything, ("document", "digest", "signature", "shingles"), scratch)
     digest, signature, shingles = rows["digest"], rows["signature"], rows["shingles"]
-    parent = same_content(digest, scratch, memory)
+    parent, new = same_content(digest, scratch, memory)
     num = signature.shape[1]
     if settings.threshold is not None:
         bands, per_band = choose_bands(settings.threshold, num)
@@ -75,7 +75,7 @@ def join_documents(
         for own in band_keys:
 
             def keys(start: int, stop: int, own: np.ndarray = own) -> tuple[np.ndarray, np.ndarray]:
-                found = start + np.flatnonzero(shingles[start:stop])
+                found = start + np.flatnonzero(new[start:stop] & (shingles[start:stop] > 0))
                 return own[found], found
 
             for group in equal_keys(keys, len(digest), scratch / "keys", memory):
@@ -101,7 +101,7 @@ def join_images(
 ) -> Iterator[Removals]:
     """Places of images in a corpus whose image stands in it before, or in the corpora `against`, part after part.
 
-    files, against: of `image_facts`, in their corpora's order. scratch: an empty folder; 92 bytes an image and 24 a
+    files, against: of `image_facts`, in their corpora's order. scratch: an empty folder; 93 bytes an image and 24 a
     place, and 16 more an image where sorting takes more than `memory`. value: how many of 256 bits of the perceptual
     hash differ from the image that is named, 0 for the same bytes.
     """
@@ -109,7 +109,7 @@ def join_images(
     rows, first_image = gather(everything, ("digest", "hash", "detail"), scratch)
     placed, starts = gather(everything, ("document", "item", "image"), scratch)
     digest, long = rows["digest"], rows["hash"][:, 2:]
-    parent = same_content(digest, scratch, memory)
+    parent, new = same_content(digest, scratch, memory)
     if settings.max_bits is not None:
         short = new_array(scratch / "short.npy", np.uint32, (len(digest), 2))  # contiguous: each choice reads all
         for start, stop in blocks(0, len(digest)):
@@ -120,7 +120,7 @@ def join_images(
             mask = kept.view(np.uint32)
 
             def keys(start: int, stop: int, mask: np.ndarray = mask) -> tuple[np.ndarray, np.ndarray]:
-                found = np.flatnonzero(rows["detail"][start:stop] >= settings.min_detail)
+                found = np.flatnonzero(new[start:stop] & (rows["detail"][start:stop] >= settings.min_detail))
                 return _key(short[start:stop][found] & mask), start + found
 
             for group in equal_keys(keys, len(digest), scratch / "keys", memory):
@@ -230,8 +230,11 @@ def gather(files: Sequence[Path], names: Sequence[str], scratch: Path) -> tuple[
     return arrays, starts
 
 
-def same_content(digest: np.ndarray, scratch: Path, memory: int) -> np.ndarray:
-    """Clusters of rows with the same digest, uint32 [N, 4]: int64 [N], mapped, for `clusters.find` and `unite`."""
+def same_content(digest: np.ndarray, scratch: Path, memory: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters of rows with the same digest, uint32 [N, 4]: int64 [N], mapped, for `clusters.find` and `unite`; and
+    which rows are the first with theirs, bool [N], mapped. Only these are compared with others: what stands in the
+    corpus often, or in many ranges, is one of the first `clusters.LIMIT` of a key only once."""
+    new = new_array(scratch / "new.npy", np.bool_, (len(digest),))
     parent = new_array(scratch / "parent.npy", np.int64, (len(digest),))
     for start, stop in blocks(0, len(digest)):
         parent[start:stop] = np.arange(start, stop)
@@ -241,7 +244,9 @@ def same_content(digest: np.ndarray, scratch: Path, memory: int) -> np.ndarray:
 
     for group in equal_keys(keys, len(digest), scratch / "keys", memory):
         unite_alike(*group, digest, False, 0, parent)
-    return parent
+    for start, stop in blocks(0, len(digest)):
+        new[start:stop] = parent[start:stop] == np.arange(start, stop)
+    return parent, new
 
 
 @compiled

@@ -64,7 +64,7 @@ class DuplicateRules:
     )
 
 
-EVALUATION_RULES = 6
+EVALUATION_RULES = 7
 """version of what decides that an image is an evaluation image, the defaults below included"""
 
 

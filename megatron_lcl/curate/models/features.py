@@ -18,6 +18,7 @@ from megatron_lcl.curate.duplicates.facts import Facts, shown_images
 from megatron_lcl.curate.duplicates.join import Places, Removals, gather, removals_of, rows_shown, same_content
 from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore
+from megatron_lcl.curate.threads import one_thread
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.errors import UserError
@@ -26,6 +27,7 @@ _BATCH = 32
 _BLOCK = 2048
 
 
+@one_thread()
 def feature_facts(
     corpus: Corpus, task: Range, encoder: str, tokenizer: str | None = None, gone: Gone = NOTHING
 ) -> Facts:
@@ -66,7 +68,8 @@ def join_scores(files: Sequence[Path], settings: HeadScore) -> Removals:
         with np.load(file) as facts:
             feature, image = facts["feature"], facts["image"]
             check_width(settings.head, weight, feature.shape[1])
-            score = (feature @ weight + bias)[image]
+            # not by BLAS, whose number of threads changes the last bits of such a product
+            score = (np.einsum("md,d->m", feature, weight) + bias)[image]
             out = feature.any(1)[image] & ((score < low) | (score > high))
             found.append((facts["document"][out], facts["item"][out], score[out].astype(np.float32)))
     document, item, value = (np.concatenate(columns) for columns in zip(*found, strict=True))
@@ -82,7 +85,7 @@ def join_features(
 ) -> Iterator[Removals]:
     """Places, part after part, of images whose features are those of an image before, or in the corpora `against`.
 
-    files, against: of `feature_facts` of one encoder, in their corpora's order. scratch: an empty folder; 4 · D + 40
+    files, against: of `feature_facts` of one encoder, in their corpora's order. scratch: an empty folder; 4 · D + 41
     bytes an image and 24 a place, and 16 more an image where sorting takes more than `memory`. value: the cosine
     similarity to the image that is named, 1 for the same bytes. All pairs are compared: N² · D multiplications.
     """
@@ -90,7 +93,7 @@ def join_features(
     rows, first_image = gather(everything, ("digest", "feature"), scratch)
     placed, starts = gather(everything, ("document", "item", "image"), scratch)
     digest, feature = rows["digest"], rows["feature"]
-    parent = same_content(digest, scratch, memory)
+    parent, _ = same_content(digest, scratch, memory)
     for start in range(0, len(feature), _BLOCK):
         block = feature[start : start + _BLOCK]
         for other in range(0, start + 1, _BLOCK):

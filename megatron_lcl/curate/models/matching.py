@@ -14,6 +14,7 @@ import numpy as np
 from megatron_lcl.curate.documents import NOTHING, Gone, Range
 from megatron_lcl.curate.duplicates.facts import Facts
 from megatron_lcl.curate.models.encoder import load
+from megatron_lcl.curate.threads import one_thread
 from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Corpus
@@ -41,6 +42,7 @@ def assign(similarity: np.ndarray) -> np.ndarray:
     return matched
 
 
+@one_thread()
 def matching_facts(
     corpus: Corpus, task: Range, encoder: str, tokenizer: str | None = None, gone: Gone = NOTHING
 ) -> Facts:

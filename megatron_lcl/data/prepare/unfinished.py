@@ -129,15 +129,13 @@ def clear_up(folder: Path) -> None:
 
 
 @contextmanager
-def clear_errors(folder: Path) -> Iterator[None]:
-    """A full disk, or a folder that cannot be written, as one line."""
+def clear_errors(folder: Path, remedy: str = "free some and run the same command again") -> Iterator[None]:
+    """A full disk, or a folder that cannot be written, as one line. remedy: of a full disk."""
     try:
         yield
     except OSError as error:
         if is_full(error):
-            raise UserError(
-                f"no space left for {folder}, {free_space(folder)}; free some and run the same command again"
-            ) from None
+            raise UserError(f"no space left for {folder}, {free_space(folder)}; {remedy}") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"cannot write {folder}: {error.strerror}") from None
         raise

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from curate.corpora_of_rules import manifests_read
 from data.corpora import jpeg, write_corpus
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.sparse import coo_array
@@ -216,6 +216,42 @@ def test_images_that_stand_before(
         if rule == ImageDuplicates():
             assert found.matched[0] == f"{corpus.path}: document 0, piece 1"
             assert found.value[1] == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=4), min_size=2, max_size=9),
+    st.integers(0, 99),
+    st.sampled_from(["keep-one", "drop-all"]),
+)
+@example([[(k, False)] for k in (0, 0, 0, 1, 2)], 0, "keep-one")  # 1 and 2 are alike
+def test_how_a_corpus_is_divided_decides_on_no_image(
+    shown: list[list[tuple[int, bool]]], seed: int, action: Any
+) -> None:
+    """Also where many have one key, and one of them stands in most ranges, or an image's first place is gone."""
+    hashes = np.zeros((10, 10), np.uint32)  # one key; of the bits that decide few differ
+    hashes[:, 2] = np.random.default_rng(seed).integers(0, 16, 10)
+    rule = ImageDuplicates(max_bits=1, action=action)
+    gone = {d: {i for i, (_, is_gone) in enumerate(document) if is_gone} for d, document in enumerate(shown)}
+
+    def facts(corpus: Corpus, task: Range, rule: Any) -> dict[str, np.ndarray]:
+        found = image_facts(corpus, task, ImageDuplicates(max_bits=None), gone)
+        part = corpus.shard(task.shard)
+        number_of = {digest.tobytes(): int(bytes(part.image(k))) for k, digest in enumerate(part.image_xxh3)}
+        of_rows = [number_of[digest.tobytes()] for digest in found["digest"]]
+        return {**found, "hash": hashes[of_rows], "detail": np.full(len(of_rows), 9, np.float32)}
+
+    results = []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clusters, "LIMIT", 2)
+        patch.setattr(joins, "unite_alike", unite_alike.py_func)  # numba has compiled the limit in
+        for shards, size in ((1, 99), (1, 1), (2, 2)):
+            root = Path(folder) / f"{shards}-{size}"
+            corpus = make_corpus(root / "corpus", [[b"%d" % k for k, _ in document] for document in shown], shards)
+            (root / "scratch").mkdir()
+            found = list(join_images(facts_of(corpus, facts, root / "facts", size, rule), rule, root / "scratch"))
+            results.append([(removed(r), r.value.tolist(), [m.partition(": ")[2] for m in r.matched]) for r in found])
+    assert results[1:] == results[:1] * 2
 
 
 def test_a_manifest_is_not_read_for_each_file_of_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
+from curate.corpora_of_rules import computing_in_one_thread
 from curate.duplicates.test_joins import together
 from data.corpora import jpeg, write_corpus
 from safetensors.numpy import save_file
 
 from megatron_lcl.curate.documents import Range
+from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.curate.models.features import feature_facts, join_features, join_scores
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore
 from megatron_lcl.data.corpus.store import Corpus
@@ -80,6 +83,21 @@ def test_a_head_scores_what_it_is_given(format: str, tmp_path: Path) -> None:
         HeadScore(str(file))
 
 
+def test_scores_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    """A product by BLAS does, of which a Slurm job has as many as `--workers`."""
+    rng, places = np.random.default_rng(0), np.arange(5000)
+    feature = rng.normal(size=(5000, 768)).astype(np.float32)
+    facts = {"document": places, "item": np.zeros(5000, np.int32), "image": places.astype(np.int32)}
+    np.savez(tmp_path / "facts.npz", feature=feature, **facts)
+    np.savez(tmp_path / "head.npz", weight=rng.normal(size=768))
+    found = []
+    for threads in (1, 2, 3):
+        with threadpoolctl.threadpool_limits(threads):
+            found.append(join_scores([tmp_path / "facts.npz"], HeadScore(str(tmp_path / "head.npz"), min_score=1e9)))
+    np.testing.assert_array_equal(found[0].value, found[1].value)
+    np.testing.assert_array_equal(found[0].value, found[2].value)
+
+
 def test_features_are_those_of_the_encoder(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     pictures = [jpeg(k) for k in range(3)]
@@ -89,7 +107,9 @@ def test_features_are_those_of_the_encoder(tmp_path: Path) -> None:
         [(pictures[2], None, None)],
     ]
     corpus = write_corpus(tmp_path / "corpus", documents)
-    facts = feature_facts(corpus, Range(0, 0, 0, 3, 0), ENCODER)
+    load(ENCODER, None)
+    with computing_in_one_thread():
+        facts = feature_facts(corpus, Range(0, 0, 0, 3, 0), ENCODER)
     assert facts["document"].tolist() == [0, 0, 1, 1, 2]
     assert facts["item"].tolist() == [1, 2, 0, 1, 0]
     model = load_encoder(ENCODER)
