@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
@@ -42,9 +43,13 @@ class _Cache(FunctionCache):
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with suppress(OSError):
+        try:
             try:
                 super().save_overload(sig, data)
             except _DAMAGED:  # the index
                 self.flush()
                 super().save_overload(sig, data)
+        except OSError:
+            # the index is written first; what it names may still be there from an older source
+            with suppress(OSError):
+                os.unlink(self._cache_file._index_path)

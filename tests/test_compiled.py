@@ -76,6 +76,19 @@ def test_what_a_power_failure_left_is_made_again(kind: str, left: int, cache: Pa
     assert [hits(), hits()] == [0, 1]
 
 
+def test_an_index_does_not_outlive_a_file_that_has_no_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would name the file of that name that an older source has left."""
+
+    def full(self: Any, name: str, data: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(IndexDataCacheFile, "_save_data", full)
+        assert hits() == 0
+    assert not [*cache.rglob("*.nbi")]
+    assert [hits(), hits()] == [0, 1]
+
+
 def test_an_index_that_another_machine_replaces(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On NFS its reader gets ESTALE."""
 

@@ -235,6 +235,8 @@ PARTS = [
             (".flush", ("self",)),
         )
     ),
+    Part("numba.core.caching", "Cache._cache_file", "its index", in_source="self._cache_file = IndexDataCacheFile("),
+    Part("numba.core.caching", "IndexDataCacheFile._index_path", "removed", in_source="self._index_path ="),
     # others
     Part("submitit", "AutoExecutor._typed_parameters", "names and types of Slurm's parameters"),
     Part("submitit.slurm.slurm", "_make_sbatch_string", "names and types of Slurm's parameters", ("command", "folder")),

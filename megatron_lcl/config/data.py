@@ -46,7 +46,7 @@ class Data:
         default=1, description="matched sources: images kept per text segment, drawn at random (reference: 1)"
     )
     max_images: Positive = Field(
-        default=6, description="matched sources: images kept per document, the first ones (reference: 6)"
+        default=6, description="matched sources: images kept per document, those of the first segments (reference: 6)"
     )
     min_images: Count = Field(
         default=1, description="matched sources: skip documents with fewer images after selection (reference: 1)"

@@ -49,6 +49,7 @@ def run(programs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         ({"SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": "1,0"}, 3),
         ({"SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "1,GPU-a"}, 1),
         ({"SLURM_LOCALID": "2"}, None),  # the machine does not tell
+        ({"SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": "2"}, None),
         ({"SLURM_LOCALID": "5"}, None),  # there is no such GPU
         ({}, 0),
     ],
@@ -57,7 +58,8 @@ def test_a_task_runs_next_to_its_gpu(programs: Path, environment: dict[str, str]
     result = run(programs, **environment)
     bound = f"<--all><--cpunodebind={node}><--preferred={node}><--><printf><(%s)><a word>" if node is not None else ""
     assert (result.returncode, result.stdout) == (0, f"{bound}(a word)")
-    assert bool(re.fullmatch(r"numa\.sh: .* on \S+; the task runs unbound\n", result.stderr)) == (node is None)
+    said = re.fullmatch(r"numa\.sh: (.*) on \S+; unbound\n", result.stderr)
+    assert bool(said) == (node is None and environment != {"SLURM_LOCALID": "2"}), "of a machine its first task speaks"
 
 
 def test_without_gpus_or_numactl(programs: Path) -> None:

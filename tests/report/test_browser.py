@@ -152,6 +152,7 @@ def test_values_are_as_fine_as_the_axis(tmp_path: Path, browser: Browser) -> Non
     for n, text in enumerate(values[:-1]):
         assert float(text.split(": ")[1]) == pytest.approx(71.23 + n * 1e-4 + 1e-4, abs=1e-5)
     browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    assert browser.evaluate(read) == values, "still there when the finger is lifted"
     for key in ("Escape", "Home", "ArrowRight"):
         browser.evaluate("document.querySelector('.plot svg.chart').focus()")
         browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)

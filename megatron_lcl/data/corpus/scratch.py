@@ -22,7 +22,7 @@ from filelock import lock_descriptor
 
 from megatron_lcl.data.corpus.files import sync, sync_all
 from megatron_lcl.data.storage.names import SCRATCH
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, is_mendable
 from megatron_lcl.interrupts import ending_on_sigterm
 from megatron_lcl.processes import UNGUARDED, runs_script_again
 
@@ -156,7 +156,7 @@ def _named(output: Path, hidden: Path) -> Iterator[None]:
         yield
     except OSError as error:
         named = error.filename is not None and not str(error.filename).startswith(str(hidden))
-        if error.errno is None or named:
+        if named or not is_mendable(error):  # such as one of the network
             raise
         raise OSError(error.errno, error.strerror, str(output)) from None
 

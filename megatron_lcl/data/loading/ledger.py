@@ -79,6 +79,11 @@ class Reading:
         kept = value["kept_patches"]
         return cls(**{**value, "kept_patches": None if kept is None else tuple(kept)})
 
+    def has_slots_of(self, other: Reading) -> bool:
+        """Whether what is chosen as I for one is so for the other: I does not depend on the images' size or number."""
+        free: dict[str, Any] = {"images_per_pack": None, "image_size": 0, "kept_patches": None, "global_batch": 0}
+        return replace(self, **free) == replace(other, **free)
+
     def data(self, data: Data) -> Data:
         """A run's section `data` as it is in the phase."""
         return dataclasses.replace(data, tokens_per_pack=self.tokens_per_pack, images_per_pack=self.images_per_pack)
@@ -348,6 +353,7 @@ def open_run_ledger(
         planned = {name: ledger.settings[name] for name in PLANNED}
         size = config.model.vision.image_size
         entries = [_entry(0, 0, Reading(**planned, image_size=size, kept_patches=None, global_batch=consumed // step))]
+    before = {entry["from_step"]: Reading.from_json(entry["phase"]) for entry in (previous or ledger).phases()}
     for phase in phases:
         if phase.stop <= step:
             continue
@@ -355,9 +361,9 @@ def open_run_ledger(
         reading = Reading.of(phase.config)
         last = Reading.from_json(entries[-1]["phase"]) if entries else None
         if reading.images_per_pack is None:
-            same = last and replace(last, images_per_pack=None, image_size=0, kept_patches=None, global_batch=0)
-            if same == replace(reading, image_size=0, kept_patches=None, global_batch=0):
-                slots = last.images_per_pack  # type: ignore[union-attr]
+            chosen = [at.images_per_pack for at in (last, before.get(first)) if at and at.has_slots_of(reading)]
+            if chosen:
+                slots = chosen[0]
             elif first == consumed == 0:
                 slots = ledger.settings["images_per_pack"]
             else:

@@ -32,7 +32,8 @@ def select(similarity: np.ndarray, matched: np.ndarray, key: Any, rules: Rules) 
     """Which of M placements stay, bool [M]; the number that stays does not depend on `key`.
 
     Documents that are not matched keep all. Otherwise, in the reference's order: similarity at least `min_similarity`;
-    per text segment `images_per_segment` drawn at random; of those the first `images_per_document` in reading order.
+    per text segment `images_per_segment` drawn at random; of those the first `images_per_document` by segment, then by
+    position. Without a similarity an image passes; one of no segment (-1) is not drawn, and comes first.
     """
     num = len(matched)
     keep = np.ones(num, np.bool_)

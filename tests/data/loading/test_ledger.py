@@ -351,6 +351,17 @@ def test_phases_to_come_may_change_and_those_that_were_may_not(make_corpus: Make
         open_run_ledger(config_of(corpus.path, phases=[], **{"data.tokens_per_pack": 128}), INTERLEAVED, plain, 5, 20)
 
 
+def test_phases_to_come_keep_the_image_slots_that_were_chosen(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a later version would choose them."""
+    config = config_of(make_corpus("c", random_documents(100, 7, **SHORT)).path)
+    ledger = open_run_ledger(config)
+    assert 2 not in {e["phase"]["images_per_pack"] for e in ledger.phases()}
+    monkeypatch.setattr(packing, "choose_images_per_pack", lambda *_, **__: 2)
+    assert open_run_ledger(config, INTERLEAVED, ledger, 2, 8) == ledger
+
+
 def test_a_run_resumed_with_another_batch_knows_what_its_steps_read(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("c", random_documents(100, 13, **SHORT))
     narrow, wide = (config_of(corpus.path, phases=[], **{"train.global_batch": batch}) for batch in (2, 4))
