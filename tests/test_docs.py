@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 import shutil
+import subprocess
 import textwrap
 import tomllib
 from pathlib import Path
@@ -19,6 +20,7 @@ from sphinx.util.docutils import docutils_namespace
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.convert import hf, timm
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -165,3 +167,28 @@ def test_a_link_that_leads_nowhere_is_an_error(link: str, tmp_path: Path) -> Non
         build(source, tmp_path / "site")
     (source / "index.md").write_text("# Index\n\n[x](page.md#page)\n")
     build(source, tmp_path / "site2")
+
+
+@pytest.mark.skipif(not shutil.which("perl"), reason="perl is not installed")
+def test_captions_are_moved_before_their_figures(tmp_path: Path) -> None:
+    """By the command of docs/sources/pdf.md, in files as converters write them."""
+    page = (DOCS / "sources/pdf.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`(perl .*?)`", page)
+    (tmp_path / "papers").mkdir()
+    before = "![](a.png)\n\nFigure 1. A long\ncaption.\n\nFigure 3 shows it.\n\n![x](b.png)\n\nFig. 2: B\n"
+    (tmp_path / "papers/one.md").write_text(before)
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, timeout=30)
+    after = "Figure 1. A long\ncaption.\n\n![](a.png)\n\nFigure 3 shows it.\n\nFig. 2: B\n\n![x](b.png)\n"
+    assert (tmp_path / "papers/one.md").read_text() == after
+    assert (tmp_path / "papers/one.md.bak").read_text() == before
+
+
+def test_the_quickstarts_config_takes_another_number_of_steps() -> None:
+    """With the options that docs/first-run.md gives: its cooldown is a number of steps."""
+    page = (DOCS / "first-run.md").read_text(encoding="utf-8")
+    (options,) = re.findall(r"`(--train\.steps \d+ --schedule\.cooldown \d+)`", page)
+    words = options.split()
+    assert int(words[1]) == 4 * int(words[3])
+    overrides = {words[0][2:]: words[1], words[2][2:]: words[3]}
+    config = configs.load(DOCS.parent / "megatron_lcl/quickstart/blend.yaml", overrides)
+    assert phases_of(config)[-1].stop == int(words[1])
