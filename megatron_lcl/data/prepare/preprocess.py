@@ -209,10 +209,12 @@ def preprocess(
             return choose(importer, tasks, known, hold_out, vocab_size, more_texts, workers, bars)
 
         with _work_folder(last, last_side, job) as scratch:
-            if not is_finished_corpus(last, last_side):  # by others, since the first look
-                with waiting_for_others(work / "lock"):
+            with waiting_for_others(work / "lock"):
+                chosen = None
+                if not is_finished_corpus(last, last_side):  # by others, since the first look or while this one waited
                     importer.prepare(work)
                     chosen = Chosen(given) if given is not None and held_out is None else kept(work, scratch, choice)
+            if chosen is not None:
                 for folder in finished:
                     _check_chosen(folder, chosen)
                 settings = TaskSettings(
@@ -262,7 +264,7 @@ def _rules_differ(folder: Path, recipe: Mapping[str, Any]) -> bool:
 def _check_chosen(folder: Path, chosen: Chosen) -> None:
     """UserError where a finished half was written by another choice."""
     manifest = read_manifest(folder)
-    groups = manifest["recipe"].get(GROUPS_KEY, groups_hash(chosen.groups))  # earlier releases did not record them
+    groups = manifest["recipe"][GROUPS_KEY]
     if (manifest["tokenizer"]["fingerprint"], groups) != (chosen.tokenizer.fingerprint, groups_hash(chosen.groups)):
         raise UserError(
             f"{folder} was written with another tokenizer or other held-out documents than its other half is to be, as "

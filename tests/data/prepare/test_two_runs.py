@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data import writers
@@ -205,6 +206,29 @@ def test_one_that_is_overtaken_amid_a_task(
     monkeypatch.setenv("NESTED", "")
     preprocess("jsonl", source, tmp_path / "out", **SMALL)  # type: ignore[arg-type]
     assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("left", [None, "", "chosen"], ids=["no folder", "an empty one", "half a choice"])
+def test_a_job_that_waits_while_another_finishes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str | None
+) -> None:
+    """When it gets the lock the manifest is written, and of the work all is removed, or all but this."""
+    output, original = tmp_path / "out", preprocess_module.waiting_for_others
+    options: dict[str, Any] = {**SMALL, "tokenizer": None, "vocab_size": 400}
+
+    @contextmanager
+    def overtaken(_: Path) -> Iterator[None]:
+        monkeypatch.setattr(preprocess_module, "waiting_for_others", original)
+        preprocess("jsonl", source, output, **options)
+        assert not (output / WORK).exists()
+        monkeypatch.setattr(preprocess_module, "choose", lambda *_: pytest.fail("chosen once more"))
+        if left is not None:
+            (output / WORK / left).mkdir(parents=True)
+        yield
+
+    monkeypatch.setattr(preprocess_module, "waiting_for_others", overtaken)
+    assert preprocess("jsonl", source, output, job=(1, 2), **options).vocab_size
+    assert not (output / WORK).exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
