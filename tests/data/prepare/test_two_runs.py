@@ -19,7 +19,7 @@ from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare import importers, unfinished
 from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
@@ -258,14 +258,36 @@ def test_what_was_written_is_compared_before_the_manifest_is(
     assert contents(output) == expected
 
 
-def test_work_that_an_earlier_release_began_is_refused(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [None, 3, 5])
+def test_work_that_another_release_began_is_refused(source: Path, tmp_path: Path, layout: int | None) -> None:
+    """None: an early one, which did not record its layout."""
     output = tmp_path / "out"
     preprocess("jsonl", source, output, job=(0, 2), **SMALL)  # type: ignore[arg-type]
     record = json.loads((output / WORK / "recipe.json").read_text())
-    del record["unfinished"]
+    assert record.pop("unfinished") == 4
+    if layout is not None:
+        record["unfinished"] = layout
     (output / WORK / "recipe.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=f"{output / WORK} was begun by an earlier release.* remove it"):
+    with pytest.raises(ValueError, match=f"{output / WORK} was begun by another release.* remove it"):
         preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+
+
+def test_work_is_not_removed_from_one_that_has_come_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have found the record that is removed: it is there again, and what that one has written stays."""
+    work, original = tmp_path / WORK, unfinished.sync
+
+    def comes(folder: Path) -> None:
+        (work / "scratch-other").mkdir()
+        original(folder)
+
+    with unfinished.in_work_folder(work) as scratch:
+        unfinished.claim(work, {"a": 1}, 4, scratch)
+    (work / "chosen").mkdir()
+    record = (work / "recipe.json").read_bytes()
+    monkeypatch.setattr(unfinished, "sync", comes)
+    remove_work(tmp_path, [tmp_path])
+    assert (work / "recipe.json").read_bytes() == record
+    assert {path.name for path in work.iterdir()} - {"lock"} == {"recipe.json", "chosen", "scratch-other"}
 
 
 @pytest.mark.parametrize("links", [True, False])
