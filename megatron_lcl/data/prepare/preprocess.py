@@ -219,8 +219,9 @@ def preprocess(
             if chosen is not None:
                 for folder in finished:
                     _check_chosen(folder, chosen)
+                works = tuple(folder / WORK for folder, _ in unfinished)
                 settings = TaskSettings(
-                    importer, chosen.tokenizer, work, max_image_side, shard_bytes, shard_documents, chosen.groups
+                    importer, chosen.tokenizer, work, works, max_image_side, shard_bytes, shard_documents, chosen.groups
                 )
 
                 def write(folder: Path, side: Mapping[str, Any], scratch: Path) -> None:

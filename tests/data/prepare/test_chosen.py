@@ -174,7 +174,8 @@ def test_parts_of_two_choices_are_no_corpus(source: Path, tmp_path: Path, monkey
     run(source, tmp_path, (0, 2))
     shutil.rmtree(tmp_path / "held-out" / WORK / "chosen")
     other_tokenizer(monkeypatch)
-    said = f"{tmp_path}/training/{WORK}/part-000000-0000 was written with another tokenizer, .*; remove .*/{WORK} and"
+    said = f"{tmp_path}/training/{WORK}/part-000000-0000 was written with another tokenizer, .*; remove "
+    said += f"{tmp_path}/training/{WORK} and {tmp_path}/held-out/{WORK}, and run"
     for job in ((1, 2), (0, 2)):
         with pytest.raises(ValueError, match=said):
             run(source, tmp_path, job)
