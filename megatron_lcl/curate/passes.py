@@ -30,9 +30,10 @@ from megatron_lcl.curate.measures import Measured
 from megatron_lcl.curate.models.rules import Matched
 from megatron_lcl.curate.settings import Rule, Settings, rules_of
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.image_columns import FORMATS
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
-from megatron_lcl.data.corpus.store import FORMATS, Corpus
+from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.prepare.preprocess_task import RECORD, Part, parts_of

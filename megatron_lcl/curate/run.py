@@ -71,6 +71,8 @@ CURATED = "curated"
 _ROWS = 1 << 15
 _RULES = 4
 """version of what is written for the same corpus and thresholds; with evaluation sets EVALUATION_RULES"""
+_WORK_VERSION = 3
+"""version of the layout of unfinished work"""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -174,7 +176,7 @@ def curate(
         "layout": [task_bytes],
         "rules": EVALUATION_RULES if settings.evaluation.sets else _RULES,
     }
-    if is_finished_corpus(output, recipe, ["names"]):
+    if is_finished_corpus(output, recipe, _WORK_VERSION, ["names"]):
         clear_up(output)
         return read_curated(output, reused=True)
     source.check_sizes()
@@ -182,8 +184,8 @@ def curate(
     created = [path for path in (output, *output.parents) if not path.exists()]
     try:
         with clear_errors(output), in_work_folder(work.folder) as scratch:
-            claim(work.folder, recipe, scratch)
-            if not is_finished_corpus(output, recipe, ["names"]):  # by others, since the first look
+            claim(work.folder, recipe, _WORK_VERSION, scratch)
+            if not is_finished_corpus(output, recipe, _WORK_VERSION, ["names"]):  # by others, since the first look
                 tasks, counted = _decide(work, task_bytes, workers, job, progress)
                 parts = list(_each(write, "shards", work, groups(work, tasks), workers, job, progress))
                 with waiting_for_others(work.folder / "lock"):

@@ -20,7 +20,8 @@ from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
 from megatron_lcl.curate.duplicates.settings import Decontamination, DuplicateRules
 from megatron_lcl.curate.models.settings import ModelRules
 from megatron_lcl.data.corpus.files import hash_file
-from megatron_lcl.data.corpus.store import FORMATS, is_corpus, open_corpus
+from megatron_lcl.data.corpus.image_columns import FORMATS
+from megatron_lcl.data.corpus.store import is_corpus, open_corpus
 from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.errors import UserError
 

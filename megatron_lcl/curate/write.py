@@ -14,8 +14,9 @@ from megatron_lcl.curate.documents import Range, Source, documents, read_ahead
 from megatron_lcl.curate.models.rules import Matched
 from megatron_lcl.curate.passes import REMOVED_FILE, WHOLE, Work, matches_of, once, recorded
 from megatron_lcl.data.corpus.document import Kind
+from megatron_lcl.data.corpus.image_columns import FORMATS
 from megatron_lcl.data.corpus.indexed import write_file
-from megatron_lcl.data.corpus.store import FORMATS, ShardWriter
+from megatron_lcl.data.corpus.store import ShardWriter
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.prepare.preprocess import SHARD_BYTES, SHARD_DOCUMENTS
 from megatron_lcl.data.prepare.preprocess_task import PART_IMAGES, PART_PIECES, RECORD, Part

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image as Pillow
 
-from megatron_lcl.data.corpus.store import FORMATS
+from megatron_lcl.data.corpus.image_columns import FORMATS
 
 MAX_PIXELS = 89_478_485
 """above this Pillow suspects a decompression bomb; decoded, so many take 360 MB"""
@@ -64,7 +64,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def open_image(data: bytes) -> Pillow.Image:
-    """Pillow's lazily decoded image, of one of the corpus's formats (`store.FORMATS`); raises one of DAMAGE."""
+    """Pillow's lazily decoded image, of one of the corpus's formats (`image_columns.FORMATS`); raises one of DAMAGE."""
     return Pillow.open(io.BytesIO(data), formats=_OPENED)
 
 

@@ -4,8 +4,7 @@ corpus.json                 the manifest, written last
 tokenizer.model | .json     a copy of the tokenizer, so that the folder stands alone
 tokens-00000.bin .idx       pieces of documents (`indexed.py`): mode 0 token ids of a text, mode 1 an image's index
 images-00000.bin .idx       encoded images, uint8, each once per shard
-images-00000.arrow          one row: large_list `images` (width, height, format, xxh3), large_list `placements`
-                            (similarity, matched_text), an entry for each piece of mode 1 in order
+images-00000.arrow          what is known of images and of their places (`image_columns.py`)
 names-00000.bin             where each document came from (`names.py`); not in corpora of earlier releases
 """
 
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 
 from megatron_lcl.data.corpus import kinds
@@ -44,7 +42,8 @@ from megatron_lcl.data.corpus.corpus_manifest import (
 )
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import LOG, Drops
-from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, map_file, read_indexed, write_file
+from megatron_lcl.data.corpus.image_columns import FORMATS, read_columns, write_columns
+from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, read_indexed
 from megatron_lcl.data.corpus.names import Names, NamesWriter
 from megatron_lcl.data.corpus.remote import Remote, open_remote
 from megatron_lcl.data.storage.store import url_of
@@ -56,11 +55,6 @@ if TYPE_CHECKING:
 TEXT, IMAGE = 0, 1
 _STATS = 16
 """files whose sizes are read at once: each may be a round trip to a file server"""
-FORMATS = ("?", "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "MPO")
-"""formats of images, by the number that a corpus has of each; others may only be appended"""
-
-_IMAGE_TYPE = pa.struct([("width", pa.int32()), ("height", pa.int32()), ("format", pa.int8()), ("xxh3", pa.binary(16))])
-_PLACEMENT_TYPE = pa.struct([("similarity", pa.float32()), ("matched_text", pa.int32())])
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -73,7 +67,7 @@ class ShardWriter:
         self.number = number
         self._tokens = IndexedWriter(folder / TOKENS.format(number), np.int32)
         self._images = IndexedWriter(folder / IMAGES.format(number), np.uint8)
-        self._arrow_path = folder / (IMAGES.format(number) + ARROW)
+        self._columns_path = folder / (IMAGES.format(number) + ARROW)
         self._names = NamesWriter(folder / NAMES.format(number))
         self._index_of: dict[bytes, int] = {}
         self._widths = array("i")
@@ -161,49 +155,18 @@ class ShardWriter:
             "image_bytes": self._images.num_bytes,
         }
         files = {**self._tokens.finish(), **self._images.finish()}
-        files[self._arrow_path.name] = self._write_arrow()
+        sizes = (self._widths, self._heights, self._formats)
+        files[self._columns_path.name] = write_columns(
+            self._columns_path, sizes, self._index_of, self._similarity, self._matched
+        )
         files[self._names.path.name] = self._names.finish()
         return files, counts
-
-    def _write_arrow(self) -> FileInfo:
-        columns: dict[str, tuple[pa.StructType, list[pa.Array]]] = {
-            "images": (
-                _IMAGE_TYPE,
-                [
-                    _arrow(self._widths, pa.int32()),
-                    _arrow(self._heights, pa.int32()),
-                    _arrow(self._formats, pa.int8()),
-                    pa.FixedSizeBinaryArray.from_buffers(
-                        pa.binary(16), len(self._index_of), [None, pa.py_buffer(b"".join(self._index_of))]
-                    ),
-                ],
-            ),
-            "placements": (
-                _PLACEMENT_TYPE,
-                [_arrow(self._similarity, pa.float32()), _arrow(self._matched, pa.int32())],
-            ),
-        }
-        lists = {
-            name: pa.LargeListArray.from_arrays(
-                pa.array([0, len(arrays[0])], pa.int64()), pa.StructArray.from_arrays(arrays, fields=list(kind))
-            )
-            for name, (kind, arrays) in columns.items()
-        }
-        batch = pa.record_batch(lists)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, batch.schema.with_metadata({"formats": ",".join(FORMATS)})) as writer:
-            writer.write_batch(batch)
-        return write_file(self._arrow_path, sink.getvalue().to_pybytes())
 
     def abort(self) -> None:
         """Remove what is unfinished; finished files stay."""
         self._tokens.abort()
         self._images.abort()
         self._names.abort()
-
-
-def _arrow(values: array, kind: pa.DataType) -> pa.Array:
-    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -227,15 +190,7 @@ class Shard:
         tokens, images = TOKENS.format(number), IMAGES.format(number)
         self.tokens = read_indexed(folder / tokens, remote.blocks(f"{tokens}.bin") if remote else None)
         self.images = read_indexed(folder / images, remote.blocks(f"{images}.bin") if remote else None)
-        arrow_path = folder / (IMAGES.format(number) + ARROW)
-        try:
-            arrow = map_file(arrow_path)
-        except FileNotFoundError:
-            raise UserError(f"{arrow_path} is missing; the corpus is incomplete") from None
-        try:
-            images, placements = _arrow_columns(arrow)
-        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{arrow_path} is damaged: {error}") from None
+        images, placements = read_columns(folder / (IMAGES.format(number) + ARROW))
         self.image_width: np.ndarray = images.field("width").to_numpy()
         self.image_height: np.ndarray = images.field("height").to_numpy()
         self.image_format: np.ndarray = images.field("format").to_numpy()
@@ -298,21 +253,6 @@ class Shard:
     def image(self, j: int) -> memoryview:
         """Encoded bytes of image `j`."""
         return self.images.sequence(j).data
-
-
-def _arrow_columns(content: pa.Buffer) -> tuple[pa.StructArray, pa.StructArray]:
-    """Images and placements; raises whatever a damaged file makes pyarrow raise."""
-    row = pa.ipc.open_file(content).get_batch(0)
-    row.validate(full=True)  # else a wrong length leads outside the file
-    lists = [row.column("images"), row.column("placements")]
-    if [array.type.value_type for array in lists] != [_IMAGE_TYPE, _PLACEMENT_TYPE] or row.num_rows != 1:
-        raise UserError("it has other columns")
-    if any(array.null_count for array in (*lists, *(field for array in lists for field in array.values.flatten()))):
-        raise UserError("it has gaps")
-    formats = (row.schema.metadata or {}).get(b"formats", b"").decode().split(",")
-    if formats != list(FORMATS[: len(formats)]):
-        raise UserError(f"its `formats` are {','.join(formats)!r}, not {','.join(FORMATS)!r} (docs/corpus-format.md)")
-    return lists[0].values, lists[1].values
 
 
 MAX_OPEN = 6000

@@ -1,4 +1,4 @@
-"""What `preprocess` says on stderr while it works."""
+"""Progress of `preprocess`: a bar for each pass over the input, and a line where there is none."""
 
 from __future__ import annotations
 

@@ -53,6 +53,8 @@ TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes"""
 SHARD_BYTES = 4 << 30
 SHARD_DOCUMENTS = 500_000
+_WORK_VERSION = 4
+"""version of the layout of unfinished work"""
 logger = logging.getLogger(__name__)
 
 
@@ -181,7 +183,7 @@ def preprocess(
     sides = [(output, {**recipe, "side": "training"})]
     if held_out is not None:
         sides.append((Path(held_out), {**recipe, "side": "held out"}))
-    finished = [folder for folder, side in sides if is_finished_corpus(folder, side)]
+    finished = [folder for folder, side in sides if is_finished_corpus(folder, side, _WORK_VERSION)]
     unfinished = [(folder, side) for folder, side in sides if folder not in finished]
     for folder in finished:
         clear_up(folder)
@@ -209,14 +211,17 @@ def preprocess(
             return choose(importer, tasks, known, hold_out, vocab_size, more_texts, workers, bars)
 
         with _work_folder(last, last_side, job) as scratch:
-            if not is_finished_corpus(last, last_side):  # by others, since the first look
-                with waiting_for_others(work / "lock"):
+            with waiting_for_others(work / "lock"):
+                chosen = None
+                if not is_finished_corpus(last, last_side, _WORK_VERSION):  # by others, since the first look
                     importer.prepare(work)
                     chosen = Chosen(given) if given is not None and held_out is None else kept(work, scratch, choice)
+            if chosen is not None:
                 for folder in finished:
                     _check_chosen(folder, chosen)
+                works = tuple(folder / WORK for folder, _ in unfinished)
                 settings = TaskSettings(
-                    importer, chosen.tokenizer, work, max_image_side, shard_bytes, shard_documents, chosen.groups
+                    importer, chosen.tokenizer, work, works, max_image_side, shard_bytes, shard_documents, chosen.groups
                 )
 
                 def write(folder: Path, side: Mapping[str, Any], scratch: Path) -> None:
@@ -262,7 +267,7 @@ def _rules_differ(folder: Path, recipe: Mapping[str, Any]) -> bool:
 def _check_chosen(folder: Path, chosen: Chosen) -> None:
     """UserError where a finished half was written by another choice."""
     manifest = read_manifest(folder)
-    groups = manifest["recipe"].get(GROUPS_KEY, groups_hash(chosen.groups))  # earlier releases did not record them
+    groups = manifest["recipe"][GROUPS_KEY]
     if (manifest["tokenizer"]["fingerprint"], groups) != (chosen.tokenizer.fingerprint, groups_hash(chosen.groups)):
         raise UserError(
             f"{folder} was written with another tokenizer or other held-out documents than its other half is to be, as "
@@ -295,20 +300,22 @@ def _texts_in_recipe(texts: Sequence[str]) -> dict[str, str]:
 def _work_folder(folder: Path, recipe: Mapping[str, Any], job: tuple[int, int] | None) -> Iterator[Path]:
     """A scratch folder in the folder of unfinished work, which is claimed for the recipe.
 
-    The work goes once the corpus is finished, and where a run fails that is no job and has finished nothing, or can
-    use nothing. What fails because another process has finished and cleared up is no error.
+    The work goes once the corpus is finished, and where the last process in it fails and nothing was finished: else a
+    command with other options would be refused. Where a run fails that is no job and can use nothing, what was finished
+    goes too. What fails because another process has finished and cleared up is no error.
     """
     work = folder / WORK
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with clear_errors(folder), in_work_folder(work) as scratch:
-            claim(work, recipe, scratch)
+            claim(work, recipe, _WORK_VERSION, scratch)
             yield scratch
     except BaseException as error:
         if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
             clear_dead(work)
             has_finished = any(work.glob("part-*")) or (work / CHOSEN).exists()
-            if job is None and not is_used(work) and (isinstance(error, Unusable) or not has_finished):
+            useless = not has_finished or (job is None and isinstance(error, Unusable))
+            if useless and not is_used(work):
                 remove_work(folder, created)
             raise
     finally:
@@ -330,7 +337,7 @@ def _write_corpus(
 ) -> None:
     """Do the tasks of a job, and finish the corpus if all others are done."""
     work = settings.folder
-    if is_finished_corpus(folder, recipe):  # by others
+    if is_finished_corpus(folder, recipe, _WORK_VERSION):  # by others
         return
     index, num_jobs = job or (0, 1)
     mine = [k for k in range(len(tasks)) if k % num_jobs == index]

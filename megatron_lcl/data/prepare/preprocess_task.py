@@ -55,6 +55,8 @@ class TaskSettings:
     tokenizer: Tokenizer
     folder: Path
     """the work folder"""
+    folders: tuple[Path, ...]
+    """those of all corpora that the run writes"""
     max_image_side: int | None
     shard_bytes: int
     shard_documents: int
@@ -132,7 +134,7 @@ def check_parts(settings: TaskSettings, parts: list[Part]) -> None:
         if part.written_by != settings.written_by:
             raise UserError(
                 f"{settings.folder / part.name} was written with another tokenizer, or other held-out documents, than "
-                f"are chosen now; remove {settings.folder} and run the same command again"
+                f"are chosen now; remove {' and '.join(map(str, settings.folders))}, and run the same command again"
             )
 
 

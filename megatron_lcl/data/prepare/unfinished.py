@@ -22,15 +22,16 @@ from megatron_lcl.errors import UserError, free_space, is_full
 WORK = "_unfinished"
 _RECORD = "recipe.json"
 _LOCK = "lock"
-_LAYOUT = {"unfinished": 4}
-"""part of the record: version of the layout of unfinished work"""
+_VERSION = "unfinished"
+"""key of the record: version of the layout of unfinished work"""
 logger = logging.getLogger(__name__)
 
 
-def is_finished_corpus(folder: Path, recipe: Mapping[str, Any], new: Sequence[str] = ()) -> bool:
+def is_finished_corpus(folder: Path, recipe: Mapping[str, Any], version: int, new: Sequence[str] = ()) -> bool:
     """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. UserError for all else.
 
-    new: keys that the recipes of earlier releases lack: their finished corpora are recognized without, with a warning.
+    version: of the layout of unfinished work, which a run shares with the one that it resumes. new: keys that the
+    recipes of earlier releases lack: their finished corpora are recognized without, with a warning.
     """
     ours = json.loads(json.dumps(recipe))
     work = folder / WORK
@@ -62,15 +63,16 @@ def is_finished_corpus(folder: Path, recipe: Mapping[str, Any], new: Sequence[st
             )
         return True
     if record is not None:
-        if record == ours:
-            raise UserError(
-                f"{work} was begun by an earlier release and cannot be resumed; remove it and run the same "
-                "command again, or finish it with that release"
-            )
-        if record != {**ours, **_LAYOUT}:
+        theirs = record.pop(_VERSION, None)
+        if record != ours:
             raise UserError(
                 f"{folder} holds an unfinished corpus of other input, options or version; remove it or give "
                 "a new folder"
+            )
+        if theirs != version:
+            raise UserError(
+                f"{work} was begun by another release and cannot be resumed; remove it and run the same command again, "
+                "or finish it with that release"
             )
     elif folder.exists():
         if not folder.is_dir():
@@ -91,16 +93,22 @@ def in_work_folder(work: Path) -> Iterator[Path]:
         yield scratch
 
 
-def claim(work: Path, recipe: Mapping[str, Any], scratch: Path) -> None:
+def claim(work: Path, recipe: Mapping[str, Any], version: int, scratch: Path) -> None:
     """Record which corpus the work folder is for, unless that is recorded: of several processes at once one does.
 
+    version: of the layout of what will be in it.
     Without a record, what is in the folder is what `remove_work` left when it was interrupted, of whatever input and
     options, and goes.
     """
     if _unrecorded(work):
         _clear_unrecorded(work)
     own = scratch / _RECORD
-    write_file(own, json.dumps({**recipe, **_LAYOUT}).encode())
+    write_file(own, json.dumps({**recipe, _VERSION: version}).encode())
+    _put_record(own, work)
+
+
+def _put_record(own: Path, work: Path) -> None:
+    """Make a file the work folder's record, unless there is one."""
     try:
         os.link(own, work / _RECORD)
     except FileExistsError:
@@ -142,14 +150,19 @@ def clear_errors(folder: Path, remedy: str = "free some and run the same command
 
 
 def remove_work(folder: Path, created: list[Path]) -> None:
-    """Remove what a failed run wrote, and the folders that were made for it, the innermost first.
+    """Remove what a failed run wrote, and the folders that were made for it, the innermost first; nothing where another
+    process has come meanwhile.
 
     The record first: where this is interrupted, `claim` removes the rest.
     """
     work = folder / WORK
     with suppress(OSError):
-        (work / _RECORD).unlink()
+        old = work / f"old-{_RECORD}"
+        os.replace(work / _RECORD, old)
         sync(work)
+        if is_used(work):  # by one that may have found the record; one that comes later does not
+            _put_record(old, work)
+            old.unlink(missing_ok=True)
         _clear_unrecorded(work)
     if not is_used(work):
         shutil.rmtree(work, ignore_errors=True)

@@ -15,7 +15,7 @@ from megatron_lcl.data.corpus.corpus_manifest import COUNTS, MANIFEST, contents_
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.indexed import read_indexed
 from megatron_lcl.data.corpus.probe import BadImage, probe
-from megatron_lcl.data.corpus.store import FORMATS, IMAGE, TEXT, Corpus, Shard, open_corpus
+from megatron_lcl.data.corpus.store import IMAGE, TEXT, Corpus, Shard, open_corpus
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
@@ -191,5 +191,3 @@ def _image_faults(shard: Shard, j: int) -> Iterator[str]:
         return
     if (found.width, found.height) != (shard.image_width[j], shard.image_height[j]):
         yield f"image {j}: {found.width}x{found.height}, not {shard.image_width[j]}x{shard.image_height[j]}"
-    if not 0 <= shard.image_format[j] < len(FORMATS):
-        yield f"image {j}: format {shard.image_format[j]} does not exist"

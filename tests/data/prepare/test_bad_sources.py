@@ -26,8 +26,9 @@ from PIL import Image as Pillow
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.image_columns import FORMATS
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.corpus.store import FORMATS, open_corpus
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.importers import create, sorted_runs, sources
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess

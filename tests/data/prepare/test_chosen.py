@@ -38,10 +38,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(source: Path, output: Path, job: tuple[int, int] | None = None) -> Contents:
+def run(source: Path, output: Path, job: tuple[int, int] | None = None, fraction: float = 0.3) -> Contents:
     """What is in the finished ones of both folders, of training and of held-out documents."""
     places = output / "training", output / "held-out"
-    preprocess("jsonl", source, places[0], held_out=places[1], held_out_fraction=0.3, vocab_size=400, task_bytes=1,
+    preprocess("jsonl", source, places[0], held_out=places[1], held_out_fraction=fraction, vocab_size=400, task_bytes=1,
                job=job)  # fmt: skip
     return {place.name: contents(place) for place in places if (place / "corpus.json").exists()}
 
@@ -114,6 +114,30 @@ def test_who_resumes_writes_by_the_choice_that_was_made(
     assert run(source, tmp_path) == expected
 
 
+def test_a_job_that_could_not_choose_leaves_no_claim(
+    source: Path, expected: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its error asks for is taken, whichever job says so; of jobs that fail at once the last leaves nothing."""
+    original = preprocess_module.choose
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(preprocess_module, "choose", original)
+        monkeypatch.setattr("fcntl.flock", lambda file, operation: None)  # as if this one had not got so far
+        with pytest.raises(ValueError, match="nothing to hold out"):
+            run(source, tmp_path, (1, 2), 1e-9)
+        assert (tmp_path / "held-out" / WORK / "recipe.json").exists()
+        return original(*arguments)
+
+    monkeypatch.setattr(Grouping, "groups", lambda self: [sorted(self._group_of)])
+    monkeypatch.setattr(preprocess_module, "choose", meanwhile)
+    with pytest.raises(ValueError, match="nothing to hold out"):
+        run(source, tmp_path, (0, 2), 1e-9)
+    assert not any(tmp_path.iterdir())
+    monkeypatch.undo()
+    run(source, tmp_path, (0, 2))
+    assert run(source, tmp_path, (1, 2)) == expected
+
+
 def test_of_two_that_choose_at_once_both_take_the_first_choice(
     source: Path, expected: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +174,8 @@ def test_parts_of_two_choices_are_no_corpus(source: Path, tmp_path: Path, monkey
     run(source, tmp_path, (0, 2))
     shutil.rmtree(tmp_path / "held-out" / WORK / "chosen")
     other_tokenizer(monkeypatch)
-    said = f"{tmp_path}/training/{WORK}/part-000000-0000 was written with another tokenizer, .*; remove .*/{WORK} and"
+    said = f"{tmp_path}/training/{WORK}/part-000000-0000 was written with another tokenizer, .*; remove "
+    said += f"{tmp_path}/training/{WORK} and {tmp_path}/held-out/{WORK}, and run"
     for job in ((1, 2), (0, 2)):
         with pytest.raises(ValueError, match=said):
             run(source, tmp_path, job)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data import writers
@@ -18,7 +19,7 @@ from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare import importers, unfinished
 from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
@@ -207,6 +208,29 @@ def test_one_that_is_overtaken_amid_a_task(
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("left", [None, "", "chosen"], ids=["no folder", "an empty one", "half a choice"])
+def test_a_job_that_waits_while_another_finishes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str | None
+) -> None:
+    """When it gets the lock the manifest is written, and of the work all is removed, or all but this."""
+    output, original = tmp_path / "out", preprocess_module.waiting_for_others
+    options: dict[str, Any] = {**SMALL, "tokenizer": None, "vocab_size": 400}
+
+    @contextmanager
+    def overtaken(_: Path) -> Iterator[None]:
+        monkeypatch.setattr(preprocess_module, "waiting_for_others", original)
+        preprocess("jsonl", source, output, **options)
+        assert not (output / WORK).exists()
+        monkeypatch.setattr(preprocess_module, "choose", lambda *_: pytest.fail("chosen once more"))
+        if left is not None:
+            (output / WORK / left).mkdir(parents=True)
+        yield
+
+    monkeypatch.setattr(preprocess_module, "waiting_for_others", overtaken)
+    assert preprocess("jsonl", source, output, job=(1, 2), **options).vocab_size
+    assert not (output / WORK).exists()
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
 def test_what_was_written_is_compared_before_the_manifest_is(
     source: Path, expected: dict[str, bytes], tmp_path: Path, damage: str
@@ -234,14 +258,36 @@ def test_what_was_written_is_compared_before_the_manifest_is(
     assert contents(output) == expected
 
 
-def test_work_that_an_earlier_release_began_is_refused(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [None, 3, 5])
+def test_work_that_another_release_began_is_refused(source: Path, tmp_path: Path, layout: int | None) -> None:
+    """None: an early one, which did not record its layout."""
     output = tmp_path / "out"
     preprocess("jsonl", source, output, job=(0, 2), **SMALL)  # type: ignore[arg-type]
     record = json.loads((output / WORK / "recipe.json").read_text())
-    del record["unfinished"]
+    assert record.pop("unfinished") == 4
+    if layout is not None:
+        record["unfinished"] = layout
     (output / WORK / "recipe.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=f"{output / WORK} was begun by an earlier release.* remove it"):
+    with pytest.raises(ValueError, match=f"{output / WORK} was begun by another release.* remove it"):
         preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+
+
+def test_work_is_not_removed_from_one_that_has_come_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have found the record that is removed: it is there again, and what that one has written stays."""
+    work, original = tmp_path / WORK, unfinished.sync
+
+    def comes(folder: Path) -> None:
+        (work / "scratch-other").mkdir()
+        original(folder)
+
+    with unfinished.in_work_folder(work) as scratch:
+        unfinished.claim(work, {"a": 1}, 4, scratch)
+    (work / "chosen").mkdir()
+    record = (work / "recipe.json").read_bytes()
+    monkeypatch.setattr(unfinished, "sync", comes)
+    remove_work(tmp_path, [tmp_path])
+    assert (work / "recipe.json").read_bytes() == record
+    assert {path.name for path in work.iterdir()} - {"lock"} == {"recipe.json", "chosen", "scratch-other"}
 
 
 @pytest.mark.parametrize("links", [True, False])
