@@ -115,7 +115,8 @@ def test_dropped_texts_of_pages_can_be_judged(tmp_path: Path) -> None:
     printed = table(stats(open_corpus(tmp_path / "out")))
     assert "“All rights reserved by us”  (0.html)" in printed
     page = write_page(open_corpus(tmp_path / "out"), tmp_path / "page.html").read_text()
-    assert "<blockquote>Words beside an icon<br><cite>small.html</cite></blockquote>" in page
+    sample = '<bdi dir="auto">Words beside an icon</bdi><br><cite dir="auto">small.html</cite>'
+    assert f"<blockquote>{sample}</blockquote>" in page
     merge([tmp_path / "out"], tmp_path / "merged")
     assert rows(tmp_path / "merged")["text: hidden"]["samples"] == listed["text: hidden"]["samples"]
     assert verify(tmp_path / "out") == []
