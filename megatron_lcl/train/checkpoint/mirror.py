@@ -24,8 +24,8 @@ from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import Store, url_of
 from megatron_lcl.data.storage.upload import put_files
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
-from megatron_lcl.train.checkpoint.folder import list_checkpoints, step_of, superseded
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
+from megatron_lcl.train.checkpoint.folder import SMALL, list_checkpoints, step_of, superseded
 
 RUN = "run.json"
 _OUTPUT = "train.output"
@@ -163,10 +163,13 @@ class Mirror:
         return complete[-1] if complete and not own else None
 
     def peek(self, name: str, folder: Path) -> Path:
-        """Fetch of a copy what says where its run stood, into a new folder below this one, which it returns."""
-        there = folder / name
+        """Fetch of a copy what says where its run stood, into a new folder below this one, which it returns. RunError
+        where that is damaged."""
+        there, source = folder / name, Store(f"{self.store.url}/{name}")
         there.mkdir()
-        Store(f"{self.store.url}/{name}").fetch([MANIFEST, CONFIG, PROGRESS], there)
+        source.fetch([MANIFEST, *SMALL], there)
+        if faults := verify(there, only=SMALL):
+            raise _damaged(source.url, faults)
         return there
 
     def restore(self, run: Path) -> Path | None:
@@ -189,7 +192,7 @@ class Mirror:
             faults = verify(temporary)
         if faults:
             shutil.rmtree(temporary)
-            raise RunError(f"the copy {source.url} is damaged ({'; '.join(faults[:3])}); delete it, or restore it")
+            raise _damaged(source.url, faults)
         for name in (*names, MANIFEST, "."):
             sync(temporary / name)
         temporary.rename(final)
@@ -212,6 +215,10 @@ def resumed(resume: str) -> Mirror | None:
             f"checkpoint.resume = {url} is no checkpoint of a run; begin with its weights by --train.init_from {url}"
         )
     return mirror
+
+
+def _damaged(url: str, faults: list[str]) -> RunError:
+    return RunError(f"the copy {url} is damaged ({'; '.join(faults[:3])}); delete it, or restore it")
 
 
 def _text(value: object) -> str:
