@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
 from megatron_lcl.data.loading.ledger import Ledger
+from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.source import rules_of_kinds
 from megatron_lcl.data.storage.store import to_show
 from megatron_lcl.errors import UserError, free_space, nearest_folder
@@ -219,16 +221,26 @@ def check_readable(ledger: Ledger, config: Config, consumed: int) -> None:
     """The corpora that the window of documents is of in which a run goes on behind `consumed` packs can be opened:
     where they are by now, or where they were."""
     now = {open_corpus(corpus.path, config.data.cache).fingerprint for corpus in config.data.corpora}
-    for corpus in ledger.read_at(consumed):
-        if corpus["fingerprint"] in now:
-            continue
-        try:
-            if open_corpus(corpus["path"], config.data.cache).fingerprint == corpus["fingerprint"]:
-                continue
-        except UserError:
-            pass
-        raise UserError(
-            f"this run is in a window of documents of {corpus['path']} (fingerprint {corpus['fingerprint']}), which is "
-            f"gone or has changed, and reads that to its end also with --data.allow-change; put it back there and name "
-            "other corpora by other paths, or begin a new run with the weights: --train.init_from"
-        )
+    for corpus in _with_recorded_states(ledger, config, consumed).read_at(consumed):
+        wanted = corpus["fingerprint"]
+        if wanted not in now and not any(_is_at(path, wanted, config) for path in ledger.paths_of(wanted)):
+            raise UserError(
+                f"this run is in a window of documents of {corpus['path']} (fingerprint {wanted}), which is gone, has "
+                "changed or may not be read, and reads that to its end also with --data.allow-change; put it back "
+                "there and name other corpora by other paths, or begin a new run with the weights: --train.init_from"
+            )
+
+
+def _with_recorded_states(ledger: Ledger, config: Config, consumed: int) -> Ledger:
+    """A ledger with the states of the first segment that the cache's records say, too: checkpoints of earlier versions
+    have none, but the packs are found by these as well."""
+    last = min([ledger.locate(consumed), *(segment.first_pack - 1 for segment in ledger.segments()[1:])])
+    return replace(ledger, states=(*ledger.states, *PackIndex(config.data, ledger).ledger_at(last).states))
+
+
+def _is_at(path: str, wanted: str, config: Config) -> bool:
+    """Whether the corpus with this fingerprint is in a folder."""
+    try:
+        return open_corpus(path, config.data.cache).fingerprint == wanted
+    except (UserError, PermissionError):
+        return False

@@ -27,13 +27,11 @@ from megatron_lcl import objectives
 from megatron_lcl.attention import NAMES, is_installed, load_fault
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phase_at, phases_of
-from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import num_of_parts
-from megatron_lcl.run_folder import CONFIG, PROGRESS
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.checks import check, without_pairs
@@ -102,10 +100,10 @@ def find_origin(config: Config) -> tuple[Origin, list[str]]:
     UserError where the run cannot go on from it.
     """
     run, named = Path(config.train.output), config.checkpoint.resume
-    saved = checkpoint.list_checkpoints(run)
+    has_own = bool(checkpoint.list_checkpoints(run))
     source = Mirror(config.checkpoint.mirror) if config.checkpoint.mirror is not None else None
     copy = source.newest_for(run) if source else None
-    is_own = bool(saved or copy)
+    is_own = has_own or copy is not None
     if not is_own and (source := resumed(named)):
         copy = source.newest_for(run)
     if source and copy:
@@ -116,21 +114,17 @@ def find_origin(config: Config) -> tuple[Origin, list[str]]:
                 return _describe(there, url, config, is_own)
             except UserError as error:
                 raise UserError(str(error).replace(str(there), url)) from None
-    if saved:
-        newest = checkpoint.last_checkpoint(run) or saved[-1]
-        return _describe(newest, newest.name, config, True)
-    if named == "auto":
+    chosen, _ = checkpoint.choose(run, named, config.checkpoint.mirror, checkpoint.SMALL)
+    if chosen is None:
         weights = config.train.init_from
         start = f"run         {run}: starts at step 0" + (f" with the weights of {weights}" if weights else "")
         return open_origin(None, config, False), [start]
-    last = checkpoint.resumable(named)[-1]
-    return _describe(last, str(last), config, False)
+    return _describe(chosen, chosen.name if has_own else str(chosen), config, has_own)
 
 
 def _describe(folder: Path, shown: str, config: Config, is_own: bool) -> tuple[Origin, list[str]]:
-    """What a run goes on from that begins with a checkpoint, unless that is damaged, and lines that say it."""
-    whole = not verify(folder, only=(CONFIG, PROGRESS))
-    origin = open_origin(folder if whole else None, config, is_own)
+    """What a run goes on from that begins with a checkpoint, and lines that say it."""
+    origin = open_origin(folder, config, is_own)
     line = f"run         {config.train.output}: goes on from {shown}, if it verifies"
     return origin, [line, *(f"            {change}" for change in origin.changes(config).lines())]
 

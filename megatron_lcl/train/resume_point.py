@@ -173,15 +173,17 @@ def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memo
     run = Path(config.train.output)
     check_output(run, config)  # again: another run may have begun there before it was locked
     checkpoint.put_back(run / CHECKPOINTS)
-    source = Mirror(config.checkpoint.mirror) if config.checkpoint.mirror is not None else None
-    if source:
-        source.claim(config.train.output)
-    restored = source.restore(run) if source else None
+    mirror = source = Mirror(config.checkpoint.mirror) if config.checkpoint.mirror is not None else None
+    owner = mirror.check_owner(config.train.output) if mirror else None
+    restored = mirror.restore(run) if mirror else None
     is_own = bool(checkpoint.list_checkpoints(run))  # what the run goes on from, if anything
     if not is_own and (source := resumed(config.checkpoint.resume)):
         restored = source.restore(run)
     try:
-        return _from(run, config, settings, processes, has, is_own)
+        point = _from(run, config, settings, processes, has, is_own)
+        if mirror:  # not before: a start that is refused leaves the place to others
+            mirror.claim(config.train.output, owner)
+        return point
     except UserError as error:
         if not (source and restored):
             raise

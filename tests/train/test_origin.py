@@ -19,10 +19,12 @@ from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import pack_index
+from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
-from megatron_lcl.train import dryrun
+from megatron_lcl.train import checks, dryrun
 from megatron_lcl.train.checkpoint.folder import Layout, Progress, progress_text, step_folder
 from megatron_lcl.train.checkpoint.mirror import Mirror
+from megatron_lcl.train.checks import check_readable
 from megatron_lcl.train.dryrun import dry_run, find_origin
 from megatron_lcl.train.resume_point import ledger_from, open_origin
 
@@ -118,6 +120,41 @@ def test_a_window_that_was_begun_needs_its_corpora(corpora: list[str], mine: Pat
         pack_index.PackIndex(other.data, open_ledger_of(second, other)).prepare(4 * (STEP + 1))
 
 
+def test_what_was_read_is_looked_for_where_the_packs_look(
+    corpora: list[str], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At all places that the ledger knows, and by the cache's records where the checkpoint is of an earlier version."""
+    first = saved(config_of(tmp_path, mine))
+    other = config_of(tmp_path, corpora[1], data__allow_change=True)
+    ledger = open_ledger_of(first, other)
+    later = saved(other, 50, first)
+    progress = json.loads((later / "progress.json").read_text())
+    del progress["ledger"]["states"]
+    (later / "progress.json").write_text(json.dumps(progress))
+    fingerprint, moved = open_corpus(mine).fingerprint, shutil.move(mine, tmp_path / "moved")
+    shutil.rmtree(step_folder(tmp_path / "run", STEP))
+    pack_index.PackIndex(other.data, open_ledger_of(later, other)).prepare(4 * 50)
+    open_origin(later, other, True)
+    with pytest.raises(UserError, match=f"in a window of documents of {mine} "):
+        check_readable(ledger, other, 4 * STEP)
+    blend = [{"path": str(moved), "fingerprint": fingerprint, "weight": 1.0}]
+    ledger = replace(ledger, entries=(*ledger.entries, {"from_pack": 1000, "blend": blend}))
+    check_readable(ledger, other, 4 * STEP)
+
+    def denied(path: Path | str, *cache: Any) -> Any:
+        if path == str(mine):
+            raise PermissionError(13, "Permission denied", path)
+        return open_corpus(path, *cache)
+
+    monkeypatch.setattr(checks, "open_corpus", denied)
+    monkeypatch.setattr(pack_index, "open_corpus", denied)
+    check_readable(ledger, other, 4 * STEP)
+    pack_index.PackIndex(other.data, ledger).prepare(4 * STEP)
+    shutil.rmtree(moved)
+    with pytest.raises(UserError, match=f"in a window of documents of {mine} .* or may not be read"):
+        check_readable(ledger, other, 4 * STEP)
+
+
 def open_ledger_of(folder: Path, config: Config) -> pack_index.Ledger:
     progress = json.loads((folder / "progress.json").read_text())
     previous = pack_index.Ledger.from_json(progress["ledger"])
@@ -161,6 +198,33 @@ def test_a_dry_run_goes_on_from_what_the_start_does(corpora: list[str], tmp_path
     ):
         with pytest.raises(UserError, match=said):
             find_origin(configs.replace(config, **fields))
+
+
+@pytest.mark.parametrize("kind", ["own", "named", "mirror"])
+@pytest.mark.parametrize("name", ["progress.json", "config.yaml"])
+def test_a_dry_run_plans_for_no_damaged_checkpoint(
+    corpora: list[str], tmp_path: Path, place: str, kind: str, name: str
+) -> None:
+    """It takes the one before, as the start does, and where there is none refuses as that does."""
+    config = config_of(tmp_path, corpora[0])
+    before, folder = saved(config), saved(config, STEP + 1)
+    (folder / name).write_text("damaged")
+    if kind == "named":
+        config = config_of(tmp_path, corpora[0], train__output="new", checkpoint__resume=str(tmp_path / "run"))
+    if kind == "mirror":
+        for file in (folder / MANIFEST, folder / "config.yaml", folder / "progress.json"):
+            Store(f"{place}/{folder.name}").put(file.name, file)
+        shutil.rmtree(folder.parent)
+        config = configs.replace(config, checkpoint__mirror=place)
+        Store(place).put("run.json", json.dumps({"train.output": config.train.output}).encode())
+    else:
+        origin, lines = find_origin(config)
+        assert origin.progress.step == STEP
+        assert lines[0].endswith(f"goes on from {before if kind == 'named' else before.name}, if it verifies")
+        shutil.rmtree(before)
+    said = {"own": "no checkpoint in .* is whole", "named": "is not a whole checkpoint", "mirror": "is damaged"}[kind]
+    with pytest.raises(UserError, match=rf"{said}.*{name}: 7 bytes"):
+        find_origin(config)
 
 
 def test_what_a_dry_run_says_of_a_named_checkpoint(

@@ -190,6 +190,10 @@ class Ledger:
         """The entries that set a blend, in order."""
         return [e for e in self.entries if "blend" in e]
 
+    def paths_of(self, wanted: str) -> list[str]:
+        """Where the corpus with this fingerprint has been, by all entries, in order."""
+        return [c["path"] for entry in self.blends() for c in entry["blend"] if c["fingerprint"] == wanted]
+
     def phases(self) -> list[dict[str, Any]]:
         """The entries of phases, in order; none where the run has but one and leaves out no patch."""
         return sorted((e for e in self.entries if "phase" in e), key=_consumed)

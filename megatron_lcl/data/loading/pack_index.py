@@ -208,15 +208,14 @@ class PackIndex:
     def source(self, wanted: str) -> Source:
         """The corpus with this fingerprint, looked for where config and ledger say."""
         if wanted not in self._sources:
-            paths = [c.path for c in self._data.corpora]
-            paths += [c["path"] for e in self.ledger.blends() for c in e["blend"] if c["fingerprint"] == wanted]
+            paths = [*(c.path for c in self._data.corpora), *self.ledger.paths_of(wanted)]
             for path in paths:
                 try:
                     if path not in self._corpora:
                         self._corpora[path] = open_corpus(path, self._data.cache)
                     if self._corpora[path].fingerprint != wanted:
                         continue
-                except UserError:
+                except (UserError, PermissionError):
                     continue
                 s = self.segment.settings
                 self._sources[wanted] = open_source(

@@ -33,8 +33,11 @@ class Summary:
     """documents that are several sequences"""
     cut_for_images: int
     """those of them that have over I images"""
+    tokens: int = field(default=0, compare=False)
+    """token slots that are filled"""
     drawn: tuple[float, ...] = field(default=(), compare=False)
-    """of each corpus of the blend, about so many documents a pack; empty where that was not asked for"""
+    """of each corpus of the blend, about so many documents a pack, with those that give no sequence; empty where that
+    was not asked for"""
 
     def __str__(self) -> str:
         how = "chosen" if self.chosen else "given"
@@ -59,12 +62,13 @@ def summarize(loader: PackedLoader, consumed: int, chosen: bool) -> Summary:
     reader, ledger = loader.reader, loader.ledger
     assert isinstance(reader.index, PackIndex)
     assert ledger is not None
-    images = pairs = documents = cut = cut_for_images = 0
+    images = pairs = documents = cut = cut_for_images = tokens = 0
     for number in (ledger.locate(consumed + i) for i in range(PACKS)):
         pack = reader.index[number]
-        for origin in reader.provenance(number):
+        for origin in (origins := reader.provenance(number)):
             images += len(origin.images)
             pairs += sum(image.pair for image in origin.images)
+        tokens += origins[-1].stop
         for entry in pack.entries[pack.entries["part"] == 0]:  # one of each document
             source, document = pack.sources[entry["corpus"]], entry["document"]
             many = bool(source.images[document] > source.rules.max_images)
@@ -73,7 +77,7 @@ def summarize(loader: PackedLoader, consumed: int, chosen: bool) -> Summary:
                 cut += many or bool(source.tokens[document] > source.rules.max_tokens)
                 cut_for_images += many
     reader.index.close()
-    return Summary(loader.images_per_pack, chosen, PACKS, images, pairs, documents, cut, cut_for_images)
+    return Summary(loader.images_per_pack, chosen, PACKS, images, pairs, documents, cut, cut_for_images, tokens)
 
 
 def summarize_config(
@@ -97,9 +101,10 @@ def summarize_config(
     index = loader.reader.index
     assert isinstance(index, PackIndex)
     # by its weight and not counted: a corpus with a small one may have no document in so few packs
-    shares = [c["weight"] / index.source(c["fingerprint"]).mean_tokens for c in ledger.blends()[-1]["blend"]]
-    a_pack = summary.documents / summary.packs
-    return replace(summary, drawn=tuple(a_pack * share / sum(shares) for share in shares))
+    blend = ledger.blends()[-1]["blend"]
+    a_pack = summary.tokens / summary.packs / sum(corpus["weight"] for corpus in blend)
+    drawn = (a_pack * corpus["weight"] / index.source(corpus["fingerprint"]).mean_tokens for corpus in blend)
+    return replace(summary, drawn=tuple(drawn))
 
 
 def _share(part: int, whole: int) -> float:

@@ -217,7 +217,9 @@ class Checkpointer:
         if settings.mirror is None:
             return ""
         try:
-            Mirror(settings.mirror).upload(folder, keep, self._reached)
+            mirror = Mirror(settings.mirror)
+            mirror.check_owner(self.config.train.output)  # another run may have begun there at the same time
+            mirror.upload(folder, keep, self._reached)
         except (UserError, OSError) as error:
             return explain(error) if isinstance(error, OSError) else str(error)
         return ""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 STATE = "state"
 RNG = "rng"
+SMALL = (PROGRESS, CONFIG)
+"""the files of a checkpoint that say where its run stood"""
 REPLACED = ".replaced"
 """how the name ends of a checkpoint that is about to be replaced by another of the same step"""
 
@@ -127,8 +129,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def last_checkpoint(run: Path) -> Path | None:
     """A run's newest checkpoint whose `progress.json` and `config.yaml` are whole; None where there is none."""
-    found = reversed(list_checkpoints(run))
-    return next((folder for folder in found if not verify(folder, only=(PROGRESS, CONFIG))), None)
+    return newest(list_checkpoints(run), SMALL)[0]
 
 
 def last_progress(run: Path) -> Progress | None:
@@ -159,27 +160,30 @@ def config_and_ledger(path: Path) -> tuple[Config, Ledger | None]:
     return load(run / CONFIG), last_ledger(run)
 
 
-def newest(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The last of these checkpoints that verifies (None: none does), and the faults of newer ones."""
+def newest(folders: list[Path], only: Container[str] | None = None) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The last of these that verifies (None: none does), and the faults of newer ones. only: as in `verify`."""
     rejected: dict[Path, list[str]] = {}
     for folder in reversed(folders):
-        faults = verify(folder)
+        faults = verify(folder, only=only)
         if not faults:
             return folder, rejected
         rejected[folder] = faults
     return None, rejected
 
 
-def choose(run: Path, resume: str, mirror: str | None = None) -> tuple[Path | None, dict[Path, list[str]]]:
+def choose(
+    run: Path, resume: str, mirror: str | None = None, only: Container[str] | None = None
+) -> tuple[Path | None, dict[Path, list[str]]]:
     """The checkpoint to go on from by `checkpoint.resume` (None: none) and those rejected, with their faults.
 
-    mirror: where copies are (`checkpoint.mirror`), which a run without checkpoints of its own goes on from.
+    mirror: where copies are (`checkpoint.mirror`), which a run without checkpoints of its own goes on from. only: the
+    files by which it is decided whether one is whole; None: all.
 
     A run that has checkpoints of its own goes on from them whatever `resume` is, so that a job that is started again
     by the same command goes on where it stopped. UserError where all of them are damaged (weeks of work are not begun
     anew silently), or the one that `resume` names is.
     """
-    folder, rejected = newest(list_checkpoints(run))
+    folder, rejected = newest(list_checkpoints(run), only)
     if folder is None and rejected:
         latest, faults = next(iter(rejected.items()))
         unread = any(isinstance(fault, Unread) for faults in rejected.values() for fault in faults)
@@ -190,7 +194,7 @@ def choose(run: Path, resume: str, mirror: str | None = None) -> tuple[Path | No
         )
     if folder is not None or resume == "auto":
         return folder, rejected
-    folder, rejected = newest(named := resumable(resume))
+    folder, rejected = newest(named := resumable(resume), only)
     if folder is None:
         faults = rejected[named[-1]]
         raise UserError(f"checkpoint.resume = {resume} is not a whole checkpoint: {'; '.join(faults[:3])}")

@@ -1,7 +1,7 @@
 """Copies of a run's checkpoints in object storage (`checkpoint.mirror`).
 
     s3://bucket/run/step-00001000/…   the files that the checkpoint's manifest names, then manifest.json
-    s3://bucket/run/run.json          the `train.output` of the run whose copies these are, as its command gives it
+    s3://bucket/run/run.json          the `train.output` of the run whose copies these are, as its last command gave it
 
 A checkpoint is written to the run folder first, as always, and copied once it is complete there. An object is whole or
 not there, and the manifest is put last, so a copy with a manifest is complete; it is deleted manifest first.
@@ -10,20 +10,22 @@ not there, and the manifest is put last, so a copy with a manifest is complete; 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import yaml
 
-from megatron_lcl.config import Checkpoint
+from megatron_lcl.config import Checkpoint, load
 from megatron_lcl.convert.remote import pinned
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
+from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import Store, url_of
 from megatron_lcl.data.storage.upload import put_files
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
-from megatron_lcl.train.checkpoint.folder import list_checkpoints, step_of, superseded
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
+from megatron_lcl.train.checkpoint.folder import SMALL, list_checkpoints, step_of, superseded
 
 RUN = "run.json"
 _OUTPUT = "train.output"
@@ -56,32 +58,72 @@ class Mirror:
 
     def owner(self) -> str | None:
         """The `train.output` of the run whose copies are here; of copies without RUN, as earlier versions made them,
-        that of the newest one's config. None: there is no copy, or that is not known."""
-        if self.store.exists(RUN):
-            return str(json.loads(self.store.get(RUN))[_OUTPUT])
-        for name in self.complete()[-1:]:
-            if self.store.exists(f"{name}/{CONFIG}"):
-                train = yaml.safe_load(self.store.get(f"{name}/{CONFIG}")).get("train", {})
-                return None if "output" not in train else str(train["output"])
+        that of the newest one's config. None: there is no copy, or that is not known.
+
+        UserError where what should say it is damaged, or is somebody else's file.
+        """
+        name = RUN
+        try:
+            if self.store.exists(RUN):
+                return _text(json.loads(self.store.get(RUN))[_OUTPUT])
+            for copy in self.complete()[-1:]:
+                if self.store.exists(name := f"{copy}/{CONFIG}"):
+                    train = yaml.safe_load(self.store.get(name)).get("train", {})
+                    return None if "output" not in train else _text(train["output"])
+        except StorageError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+            raise UserError(
+                f"{self.store.url}/{name} does not say of which run the copies there are: write "
+                f'{{"{_OUTPUT}": "…"}} to {self.store.url}/{RUN}, with the train.output of that run, or name another '
+                "checkpoint.mirror"
+            ) from None
         return None
 
-    def check_owner(self, output: str) -> None:
-        """UserError where the copies here are another run's than that with this `train.output`, which would go on from
-        them and delete them. The text counts: the same command goes on with them on another machine."""
-        owner = self.owner()
-        if owner is not None and Path(owner) != Path(output):
-            raise UserError(
-                f"checkpoint.mirror = {self.store.url} has the copies of the run with train.output = {owner}, and this "
-                f"one has train.output = {output}: give it a checkpoint.mirror of its own; to go on with that run, "
-                f"--train.output {owner}; if this is that run under another name, delete {self.store.url}/{RUN} and "
-                "the copies"
-            )
+    def check_owner(self, output: str) -> str | None:
+        """The owner (`owner`), which is the run with this `train.output`, or nobody yet. UserError where the copies
+        here are another run's, which this one would go on from and delete.
 
-    def claim(self, output: str) -> None:
-        """Note that the copies here are those of the run with this `train.output`; UserError as `check_owner`."""
-        self.check_owner(output)
-        if not self.store.exists(RUN):
+        The text counts: the same command goes on with them on another machine. On this one another text of the same
+        folder does too, and that of a folder that has been renamed.
+        """
+        owner = self.owner()
+        if owner is None or Path(owner) == Path(output) or _is_same(owner, output) or self._has_moved(owner, output):
+            return owner
+        raise self._not_of(owner, output)
+
+    def _has_moved(self, owner: str, output: str) -> bool:
+        """Whether a run folder is the owner's under another name: it has the newest copy, it was last started as the
+        owner, which a branch was not, and there is none at the former name, as there is where it was copied."""
+        run, newest = Path(output), self.complete()[-1:]
+        if os.path.lexists(owner) or not (run / CONFIG).is_file() or load(run / CONFIG).train.output != owner:
+            return False
+        return any(self.has(folder) for folder in list_checkpoints(run) if folder.name in newest)
+
+    def _not_of(self, owner: str, output: str) -> UserError:
+        url, note = self.store.url, f"{self.store.url}/{RUN}"
+        is_new = not self._copies()
+        here = "is for" if is_new else "has"
+        none = ", which has none there yet" if is_new else ""
+        gone = f"if that run is given up, delete {note}; " if is_new else ""
+        return UserError(
+            f"checkpoint.mirror = {url} {here} the copies of the run with train.output = {owner}{none}, and this one "
+            f"has train.output = {output}: give it a checkpoint.mirror of its own; to go on with that run, "
+            f"--train.output {owner}; {gone}if this is that run under another name, write "
+            f"{json.dumps({_OUTPUT: output}, ensure_ascii=False)} to {note}"
+        )
+
+    def claim(self, output: str, former: str | None = None) -> None:
+        """Note that the copies here are those of the run with this `train.output`; once nothing else can refuse it.
+
+        former: what `check_owner` has given. UserError where another run has been noted since. Of two that do so at
+        once both may believe it: whoever is not noted then finds that before it copies (`check_owner`).
+        """
+        if (owner := self.owner()) not in (former, output):
+            self.check_owner(output)
+        if owner != output or not self.store.exists(RUN):
             self.store.put(RUN, json.dumps({_OUTPUT: output}).encode())
+            self.check_owner(output)
 
     def has(self, folder: Path) -> bool:
         """Whether there is a whole copy of this very checkpoint, not of another of the same step."""
@@ -121,10 +163,13 @@ class Mirror:
         return complete[-1] if complete and not own else None
 
     def peek(self, name: str, folder: Path) -> Path:
-        """Fetch of a copy what says where its run stood, into a new folder below this one, which it returns."""
-        there = folder / name
+        """Fetch of a copy what says where its run stood, into a new folder below this one, which it returns. RunError
+        where that is damaged."""
+        there, source = folder / name, Store(f"{self.store.url}/{name}")
         there.mkdir()
-        Store(f"{self.store.url}/{name}").fetch([MANIFEST, CONFIG, PROGRESS], there)
+        source.fetch([MANIFEST, *SMALL], there)
+        if faults := verify(there, only=SMALL):
+            raise _damaged(source.url, faults)
         return there
 
     def restore(self, run: Path) -> Path | None:
@@ -147,7 +192,7 @@ class Mirror:
             faults = verify(temporary)
         if faults:
             shutil.rmtree(temporary)
-            raise RunError(f"the copy {source.url} is damaged ({'; '.join(faults[:3])}); delete it, or restore it")
+            raise _damaged(source.url, faults)
         for name in (*names, MANIFEST, "."):
             sync(temporary / name)
         temporary.rename(final)
@@ -170,3 +215,18 @@ def resumed(resume: str) -> Mirror | None:
             f"checkpoint.resume = {url} is no checkpoint of a run; begin with its weights by --train.init_from {url}"
         )
     return mirror
+
+
+def _damaged(url: str, faults: list[str]) -> RunError:
+    return RunError(f"the copy {url} is damaged ({'; '.join(faults[:3])}); delete it, or restore it")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two texts name one folder, which is there."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)

@@ -85,3 +85,19 @@ def test_what_is_drawn_of_each_corpus(make_corpus: MakeCorpus) -> None:
             seen[pack.sources[entry["corpus"]].corpus.fingerprint] += 1
     index.close()
     assert drawn == pytest.approx([number / packs for number in seen.values()], rel=0.15)
+
+
+def test_documents_that_are_skipped_are_drawn_too(make_corpus: MakeCorpus) -> None:
+    """The epochs of a corpus are over the sooner for those whose images are all too dissimilar."""
+    half = [[[d] * 10, (jpeg(d), 0.3 if d % 2 else 0.1, 0)] for d in range(200)]
+    skipping, whole = make_corpus("half", half), make_corpus("whole", random_documents(200, 1, mean_text=10))
+    blend = f"[{{path: {skipping.path}, weight: 1}}, {{path: {whole.path}, weight: 2}}]"
+    settings = {"data.min_similarity": "0.2", "data.min_images": "1", "data.images_per_pack": "4"}
+    config = config_of(skipping.path, **{"data.corpora": blend, **settings})
+    drawn = summarize_config(config, INTERLEAVED, None, 0).drawn
+    index = PackIndex(config.data, open_ledger(config.data, 4, 64))
+    index.prepare(200)
+    end = index.chunks[-1].end
+    index.close()
+    positions = (end["positions"][corpus.fingerprint] for corpus in (skipping, whole))
+    assert drawn == pytest.approx([(200 * epoch + n) / end["pack"] for epoch, n in positions], rel=0.1)
