@@ -311,6 +311,8 @@ def _named_errors(proxy: str) -> Iterator[None]:
     """What aiohttp raises as what it means for the URL. proxy: its address, without credentials."""
     try:
         yield
+    except UserError:  # named already, as by the robots.txt of the host; it is a ValueError, too
+        raise
     except aiohttp.ClientProxyConnectionError:
         raise ProxyError(_says(proxy, "no connection")) from None
     except aiohttp.ClientHttpProxyError as error:
@@ -335,7 +337,7 @@ def _named_errors(proxy: str) -> Iterator[None]:
         raise Retry("no connection", reached=False) from None
     except aiohttp.ConnectionTimeoutError:
         raise Retry("no connection", reached=False) from None
-    except ValueError:  # aiohttp's InvalidURL; UnicodeError of a name that cannot be looked up, as of http://a..b
+    except ValueError:  # InvalidURL; of a name: UnicodeError as it is looked up (a..b), ssl's own of it (.host)
         raise _Given("dead", "not a URL", reached=None) from None
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
         raise Retry("connection lost") from None

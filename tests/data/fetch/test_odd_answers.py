@@ -1,9 +1,11 @@
-"""Names that cannot be looked up, long headers, bodies that come compressed."""
+"""Names that cannot be looked up, long headers, bodies that come compressed, faults of this machine and its proxy."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
+import socket
 import zlib
 from collections.abc import Mapping
 
@@ -13,8 +15,10 @@ from data.fetch.faulty_server import image
 pytest.importorskip("aiohttp")
 pytest.importorskip("protego")
 
-from megatron_lcl.data.fetch.client import MAX_ROBOTS, Client
+from megatron_lcl.data.fetch import client
+from megatron_lcl.data.fetch.client import MAX_ROBOTS, Client, ProxyError
 from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.errors import UserError
 
 Answers = Mapping[str, tuple[str, bytes]]
 """by path: the header's lines, the body"""
@@ -103,3 +107,30 @@ def test_a_compressed_robots_txt_is_read_up_to_its_limit() -> None:
     text = rules + b"#" * (MAX_ROBOTS - len(rules)) + b"\nDisallow: /b\n"
     answers = {"/robots.txt": ("Content-Encoding: gzip\r\n", gzip.compress(text)), "/b": ("", image("1"))}
     assert ends(["http://here/a", "http://here/b"], answers) == [("refused", "robots.txt"), ("kept", "")]
+
+
+def test_a_proxy_that_goes_away_before_a_robots_txt_ends_the_command() -> None:
+    """Else the rest of the list would be dead."""
+
+    async def fetch(proxy: str) -> None:
+        async with Client(Settings(proxy=f"http://{proxy}")) as fetching:
+            await fetching.fetch("http://host.example/1.png")
+
+    with socket.socket() as closed:  # bound and not listening
+        closed.bind(("127.0.0.1", 0))
+        proxy = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ProxyError, match=rf"the proxy {proxy} refuses \(no connection\)"):
+            asyncio.run(fetch(proxy))
+
+
+def test_too_many_open_files_at_a_robots_txt_end_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def fetch() -> None:
+        async with Client(Settings()) as fetching:
+            await fetching.fetch("http://127.0.0.1:9/1.png")
+
+    monkeypatch.setattr(client, "public_socket", no_more)
+    with pytest.raises(UserError, match="too many open files: raise `ulimit -n`"):
+        asyncio.run(fetch())
