@@ -16,7 +16,7 @@ pytest.importorskip("aiohttp")
 pytest.importorskip("protego")
 
 from megatron_lcl.data.fetch import client
-from megatron_lcl.data.fetch.client import MAX_ROBOTS, Client, ProxyError
+from megatron_lcl.data.fetch.client import MAX_ROBOTS, Client, ProxyError, Retry
 from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.errors import UserError
 
@@ -26,11 +26,22 @@ NO_NAMES = ("a..b", ".host", f"{'x' * 64}.example", "x" * 300)
 NOT_A_URL = ("dead", "not a URL")
 
 
-def ends(urls: list[str], answers: Answers, proxied: bool = False, max_bytes: int = 100_000) -> list[tuple[str, str]]:
-    """What becomes of URLs, in which `here` stands for a server that gives `answers`; proxied: it is the proxy."""
+def ends(
+    urls: list[str],
+    answers: Answers,
+    proxied: bool = False,
+    max_bytes: int = 100_000,
+    asked: list[str] | None = None,
+) -> list[tuple[str, str]]:
+    """What becomes of URLs, in which `here` stands for a server that gives `answers`; proxied: it is the proxy.
+
+    asked: gets the paths that are asked for.
+    """
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         method, target, _ = (await reader.readuntil(b"\r\n\r\n")).decode().split(" ", 2)
+        if asked is not None:
+            asked.append(target)
         headers, body = answers.get("/" + target.split("/")[-1], ("", b""))
         status = "302 Found" if "Location" in headers else "200 OK" if body or method == "CONNECT" else "404 Not Found"
         head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{headers}\r\n"
@@ -88,18 +99,42 @@ def test_bodies_that_come_compressed() -> None:
         "/robots.txt": ("Content-Encoding: gzip\r\n", gzip.compress(b"User-agent: *\nDisallow: /secret")),
         "/zipped": ("Content-Encoding: GZIP\r\n", gzip.compress(image("1"))),
         "/deflated": ("Content-Encoding: deflate\r\n", zlib.compress(image("2"))),
+        "/raw": ("Content-Encoding: deflate\r\n", zlib.compress(image("6"), wbits=-zlib.MAX_WBITS)),
+        "/members": ("Content-Encoding: x-gzip\r\n", b"".join(gzip.compress(image("7")[k:][:99]) for k in (0, 99))),
+        "/padded": ("Content-Encoding: gzip\r\n", gzip.compress(image("8")) + b"\n"),
         "/plain": ("Content-Encoding: gzip\r\n", image("3")),
         "/odd": ("Content-Encoding: utf-8\r\n", image("4")),
+        "/named": ("Content-Encoding: deflate\r\n", image("9")),
         "/brotli": ("Content-Encoding: br\r\n", image("5")),
         "/bomb": ("Content-Encoding: gzip\r\n", bomb),
     }
     found = ends([f"http://here{path}" for path in ("/secret", *list(answers)[1:])], answers)
     assert found == [
         ("refused", "robots.txt"),
-        *[("kept", "")] * 4,
+        *[("kept", "")] * 8,
         ("dead", "Content-Encoding br"),
         ("refused", "over 100,000 bytes"),
     ]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "raw"])
+def test_a_compressed_body_that_is_cut_is_asked_for_again(coding: str) -> None:
+    """An image, whose beginning would be taken for all of it, and a robots.txt."""
+    bits = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS, "raw": -zlib.MAX_WBITS}[coding]
+    header = f"Content-Encoding: {'gzip' if coding == 'gzip' else 'deflate'}\r\n"
+    body = zlib.compress(image("1") + bytes(1_000), wbits=bits)
+    for path in ("/1.png", "/robots.txt"):
+        with pytest.raises(Retry) as caught:
+            ends(["http://here/1.png"], {"/1.png": ("", image("1")), path: (header, body[:-10])})
+        assert caught.value.reason == "connection lost"
+
+
+def test_a_robots_txt_in_a_coding_that_is_not_known_is_asked_for_once() -> None:
+    asked: list[str] = []
+    answers = {"/robots.txt": ("Content-Encoding: br\r\n", b"..."), "/1.png": ("", image("1"))}
+    urls = ["http://here/1.png", "http://here/2.png"]
+    assert ends(urls, answers, asked=asked) == [("refused", "robots.txt compressed")] * 2
+    assert asked == ["/robots.txt"]
 
 
 def test_a_compressed_robots_txt_is_read_up_to_its_limit() -> None:
