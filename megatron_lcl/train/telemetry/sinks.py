@@ -67,8 +67,8 @@ class WeightsAndBiases:
     def __init__(self, run: Path, config: Config) -> None:
         import wandb
 
-        # a thread that no one expects to ask would wait for an answer on the terminal
-        if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False):
+        # else it would ask on the terminal, from a thread, while the run goes on
+        if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled") and not wandb.login(prompt=False):
             raise UserError("no API key: give one by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline")
 
         def begin(known: str | None) -> tuple[Any, str]:

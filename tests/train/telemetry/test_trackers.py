@@ -344,7 +344,7 @@ def test_weights_and_biases_is_told_how_a_run_ends() -> None:
     assert codes == [1, 0]
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize("mode", ["online", "run", "offline"])
 def test_weights_and_biases_asks_for_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """On a terminal it would ask, in a thread; and its end has a limit, as the process's own waits for it."""
     begun: list[dict[str, Any]] = []
@@ -360,7 +360,7 @@ def test_weights_and_biases_asks_for_no_key(tmp_path: Path, monkeypatch: pytest.
         Settings=lambda **given: given,
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    if mode == "online":
+    if mode != "offline":
         with pytest.raises(UserError, match="no API key: give one by `wandb login` or WANDB_API_KEY"):
             WeightsAndBiases(tmp_path, config_of("wandb"))
         assert not begun
