@@ -11,7 +11,9 @@ import asyncio
 import base64
 import errno
 import functools
+import gzip
 import hashlib
+import io
 import re
 import socket
 import time
@@ -61,8 +63,9 @@ _DIRECTIVES_WITH_VALUES = ("unavailable_after", "max-snippet", "max-image-previe
 _LOCAL_NAMES = ("localhost", "local", "internal")
 _RULE = re.compile(r"(dis)?allow\s*:")
 """a line behind which an agent begins another group"""
-_TOO_LONG = Protego.parse("User-agent: *\nDisallow: /")
-"""stands for a robots.txt of more than MAX_RULES"""
+_TOO_LONG, _ENCODED = (Protego.parse("User-agent: *\nDisallow: /") for _ in range(2))
+"""stand for a robots.txt of more than MAX_RULES, and for one whose Content-Encoding is not known"""
+_UNKNOWN_CODINGS = ("br", "zstd", "compress")
 _NOT_FOUND = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 
@@ -180,7 +183,8 @@ class Client:
             self._check_name(target)
             rules = await self._rules(target)
             if rules is not None and not rules.can_fetch(str(target), self._agent):
-                raise _Given("refused", "robots.txt too long" if rules is _TOO_LONG else "robots.txt")
+                odd = " too long" if rules is _TOO_LONG else " compressed" if rules is _ENCODED else ""
+                raise _Given("refused", f"robots.txt{odd}")
             async with self._get(target) as response:
                 if opted_out(response.headers.getall("X-Robots-Tag", ()), self._agent):
                     raise _Given("refused", "X-Robots-Tag")
@@ -222,7 +226,9 @@ class Client:
                 size += len(chunk)
                 if size > limit:
                     break
-        body = b"" if size > limit else _inflated(b"".join(chunks), response.headers, limit)
+        body = b"" if size > limit else b"".join(chunks)
+        if "Content-Encoding" in response.headers:  # few have one; to inflate much takes long
+            body = await asyncio.to_thread(_inflated, body, response.headers, limit)
         if max(size, len(body)) > limit:
             raise _Given("refused", f"over {limit:,} bytes")
         return body
@@ -272,6 +278,8 @@ class Client:
                                 raise Retry(f"robots.txt: status {response.status}", min(wait, MAX_WAIT))
                             if response.status != 200:
                                 return None
+                            if _coding(response.headers) in _UNKNOWN_CODINGS:
+                                return _ENCODED
                             text = _inflated(await _beginning(response, MAX_ROBOTS), response.headers, MAX_ROBOTS)
                             rules = _parsed_rules(text[:MAX_ROBOTS].decode(errors="replace"))
                             if delay := rules.crawl_delay(self._agent):
@@ -311,6 +319,8 @@ def _named_errors(proxy: str) -> Iterator[None]:
     """What aiohttp raises as what it means for the URL. proxy: its address, without credentials."""
     try:
         yield
+    except UserError:  # named already, as by the robots.txt of the host; it is a ValueError, too
+        raise
     except aiohttp.ClientProxyConnectionError:
         raise ProxyError(_says(proxy, "no connection")) from None
     except aiohttp.ClientHttpProxyError as error:
@@ -335,7 +345,7 @@ def _named_errors(proxy: str) -> Iterator[None]:
         raise Retry("no connection", reached=False) from None
     except aiohttp.ConnectionTimeoutError:
         raise Retry("no connection", reached=False) from None
-    except ValueError:  # aiohttp's InvalidURL; UnicodeError of a name that cannot be looked up, as of http://a..b
+    except ValueError:  # InvalidURL; of a name: UnicodeError as it is looked up (a..b), ssl's own of it (.host)
         raise _Given("dead", "not a URL", reached=None) from None
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
         raise Retry("connection lost") from None
@@ -385,20 +395,51 @@ async def _beginning(response: aiohttp.ClientResponse, limit: int) -> bytes:
     return bytes(content[:limit])
 
 
+def _coding(headers: Mapping[str, str]) -> str:
+    return headers.get("Content-Encoding", "").strip().lower()
+
+
 def _inflated(body: bytes, headers: Mapping[str, str], limit: int) -> bytes:
     """A body without its Content-Encoding, of no more than `limit` + 1 bytes: some send gzip to whom asks for identity.
 
-    What is no coding (utf-8, binary, none) is sent by mistake and says nothing.
+    What is no coding (utf-8, binary, none) is sent by mistake and says nothing. Retry where the body is cut; what is
+    as long as the limit may have been cut by the reader.
     """
-    coding = headers.get("Content-Encoding", "").strip().lower()
-    if coding in ("br", "zstd", "compress"):
+    coding = _coding(headers)
+    if coding in _UNKNOWN_CODINGS:
         raise _Given("dead", f"Content-Encoding {coding}")
-    if coding not in ("gzip", "x-gzip", "deflate"):
-        return body
     try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, limit + 1)
+        if coding in ("gzip", "x-gzip", "deflate") and body.startswith(b"\x1f\x8b"):
+            return _gunzipped(body, limit)
+        return _undeflated(body, limit) if coding == "deflate" else body
     except zlib.error:
         return body  # compressed in name alone
+    except EOFError:
+        raise Retry("connection lost") from None
+
+
+def _gunzipped(body: bytes, limit: int) -> bytes:
+    """All members of a gzip file (RFC 1952, 2.2), up to `limit` + 1 bytes; what follows them is ignored."""
+    found, stream = bytearray(), gzip.GzipFile(fileobj=io.BytesIO(body))
+    try:
+        while len(found) <= limit and (piece := stream.read1(limit + 1 - len(found))):
+            found += piece
+    except gzip.BadGzipFile:
+        pass
+    except EOFError:
+        if len(body) < limit:  # else it is the beginning of a robots.txt
+            raise
+    return bytes(found)
+
+
+def _undeflated(body: bytes, limit: int) -> bytes:
+    """By zlib's format, or, as some send it, without its header (RFC 9110, 8.4.1.2)."""
+    has_header = body[:1] and body[0] & 15 == zlib.DEFLATED and int.from_bytes(body[:2], "big") % 31 == 0
+    stream = zlib.decompressobj(zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
+    found = stream.decompress(body, limit + 1)
+    if not stream.eof and len(found) <= limit and len(body) < limit:
+        raise EOFError
+    return found
 
 
 def _basic(login: str) -> str:

@@ -11,7 +11,7 @@ from megatron_lcl.train.telemetry.sinks import Sink
 WAITING = 1_000
 """lines that may wait; one of a large model takes some 8 kB"""
 START_SECONDS = 30.0
-"""for which a start waits for the tracker's own: loader processes, which are forked, then find nothing half imported"""
+"""for which a start waits for the tracker's own: loader processes are then not forked while its thread is busy"""
 END_SECONDS = 60.0
 """for which an end waits for what is not sent yet; well below `guard.timeout`"""
 
@@ -19,8 +19,8 @@ END_SECONDS = 60.0
 class Feed(threading.Thread):
     """A sink, fed in order. What waits when the process ends is lost.
 
-    begin: begins the tracker's run, in the thread. failed: told there, once, by what the tracker has failed; it gets
-    no more.
+    begin: begins the tracker's run, in the thread. failed: told once, by either thread, by what the tracker has failed;
+    it gets no more.
     """
 
     def __init__(self, begin: Callable[[], Sink], failed: Callable[[Exception], None]) -> None:
@@ -29,6 +29,7 @@ class Feed(threading.Thread):
         self._lines: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(WAITING)
         self._begun = threading.Event()
         self._run_failed = False
+        self._left_alone, self._telling = False, threading.Lock()
 
     def start(self) -> None:
         """Returns when the tracker's run has begun, or does not soon."""
@@ -45,22 +46,32 @@ class Feed(threading.Thread):
                 sink.write(*line)
             sink.close(self._run_failed)
         except Exception as error:  # noqa: BLE001 whatever it is, a run does not end for want of a tracker
-            self._failed(error)
+            self._leave_alone(error)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Numbers of a step, by name. TimeoutError where too many lines wait."""
-        self._put((step, numbers))
+        """Numbers of a step, by name."""
+        if not self._left_alone:
+            self._put((step, numbers))
 
     def close(self, failed: bool) -> None:
-        """No more come; returns when all are sent. failed: whether the run has. TimeoutError where that takes long."""
+        """No more come; returns when all are sent, or that takes long. failed: whether the run has."""
         self._run_failed = failed
         self._put(None)
-        self.join(END_SECONDS)
-        if self.is_alive():
-            raise TimeoutError(f"its server has not answered for {END_SECONDS:g} s")
+        with self._telling:  # else the process might end before it is told
+            left_alone = self._left_alone
+        if not left_alone:
+            self.join(END_SECONDS)
+            if self.is_alive():
+                self._leave_alone(TimeoutError(f"its server has not answered for {END_SECONDS:g} s"))
 
     def _put(self, line: tuple[int, Mapping[str, float]] | None) -> None:
         try:
             self._lines.put_nowait(line)
         except queue.Full:
-            raise TimeoutError(f"{WAITING:,} lines wait for its server") from None
+            self._leave_alone(TimeoutError(f"{WAITING:,} lines wait for its server"))
+
+    def _leave_alone(self, error: Exception) -> None:
+        with self._telling:
+            if not self._left_alone:
+                self._left_alone = True
+                self._failed(error)

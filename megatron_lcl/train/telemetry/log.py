@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
 import time
@@ -89,14 +90,16 @@ class Telemetry:
         self.last_step = first_step
         """the last one done"""
         self._file: Any = None
-        self._trackers: dict[str, Feed] = {}
+        self._trackers: list[Feed] = []
         if not is_first:
             return
         self._open(first_step)
         for name in config.train.trackers:
-            begin, failed = partial(TRACKERS[name], run, config), partial(self._leave_alone, name)
-            self._trackers[name] = feed = Feed(begin, failed)
-            feed.start()
+            with contextlib.suppress(Exception):  # the thread says it
+                importlib.import_module(name)  # not in the thread: a process that is forked meanwhile would hang in it
+            begin, failed = partial(TRACKERS[name], run, config), partial(self._left_alone, name)
+            self._trackers.append(Feed(begin, failed))
+            self._trackers[-1].start()
 
     def _open(self, step: int) -> None:
         self._run.mkdir(parents=True, exist_ok=True)
@@ -214,15 +217,12 @@ class Telemetry:
         if written:
             self._fault = ""
         numbers = _numbers(values)
-        for name, tracker in list(self._trackers.items()) if numbers else ():
-            try:
-                tracker.write(values["step"], numbers)
-            except TimeoutError as error:
-                self._leave_alone(name, error)
+        for tracker in self._trackers if numbers else ():
+            tracker.write(values["step"], numbers)
 
-    def _leave_alone(self, name: str, error: Exception) -> None:
-        if self._trackers.pop(name, None):  # else that has been said: this is also called by the tracker's thread
-            self.say(f"{name} gets no more metrics: {' '.join(str(error).split())}; metrics.jsonl has them all")
+    def _left_alone(self, name: str, error: Exception) -> None:
+        why = " ".join(str(error).split()) or type(error).__name__
+        self.say(f"{name} gets no more metrics: {why}; metrics.jsonl has them all")
 
     def bad_images(self, step: int, number: int, reasons: list[str]) -> None:
         """Images that did not decode up to a step, since this was said last; the first, the tenth, … of all also to
@@ -266,11 +266,8 @@ class Telemetry:
             if self.num_without_pairs > 1:
                 self.say(f"{self.num_without_pairs} steps had no pair: no image was compared with a text in them")
             self._close()
-            for name, tracker in list(self._trackers.items()):
-                try:
-                    tracker.close(failed=value is not None and not isinstance(value, Stopped | Interrupted))
-                except TimeoutError as error:
-                    self._leave_alone(name, error)
+            for tracker in self._trackers:
+                tracker.close(failed=value is not None and not isinstance(value, Stopped | Interrupted))
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,8 +25,11 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 
 logger = logging.getLogger(__name__)
+FINISH_SECONDS = 50.0
+"""for which W&B sends at the end what is not sent yet; less than `feed.END_SECONDS`"""
 IDS = "trackers.json"
 _FOLDER = "folder"
+_IDS_LOCK = threading.Lock()
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 """what to install for each tracker"""
 
@@ -63,6 +67,10 @@ class WeightsAndBiases:
     def __init__(self, run: Path, config: Config) -> None:
         import wandb
 
+        # else it would ask on the terminal, from a thread, while the run goes on
+        if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled") and not wandb.login(prompt=False):
+            raise UserError("no API key: give one by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline")
+
         def begin(known: str | None) -> tuple[Any, str]:
             found = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "megatron-lcl"),
@@ -71,6 +79,8 @@ class WeightsAndBiases:
                 id=known,
                 resume="allow" if known else None,
                 config=to_dict(config),
+                # also bounds what W&B does as the process ends, which else waits for its server as long as that takes
+                settings=wandb.Settings(finish_timeout=FINISH_SECONDS, finish_timeout_raises=True),
             )
             return found, found.id
 
@@ -110,9 +120,9 @@ class MLflow:
         self._client.update_run(self._run_id, "RUNNING")
         try:  # artifacts may lie elsewhere than metrics, where this machine may not write
             artifacts = urlparse(self._client.get_run(self._run_id).info.artifact_uri)
-            place = Path(url2pathname(artifacts.path))
+            place = Path(url2pathname(artifacts.path)).resolve()
             # files of a run folder that was moved since still name the place where it was, which would be made again
-            is_moved = not os.environ.get("MLFLOW_TRACKING_URI") and not place.is_relative_to(run.absolute())
+            is_moved = not os.environ.get("MLFLOW_TRACKING_URI") and not place.is_relative_to(run.resolve())
             if artifacts.scheme != "file" or not is_moved:
                 self._client.log_text(self._run_id, json.dumps(to_dict(config), indent=1), "config.json")
         except Exception as error:  # noqa: BLE001 of whatever the store of artifacts needs
@@ -146,8 +156,8 @@ def check_trackers(config: Config) -> None:
 def _with_id(run: Path, name: str, begin: Callable[[str | None], tuple[Any, str]]) -> Any:
     """What `begin` gives for the tracker's run that is known of a run folder, or a new one, which then is known."""
     found, number = begin(_own(run).get(name))
-    # read again: another tracker may have begun meanwhile
-    replace_text(run / IDS, json.dumps({**_own(run), name: number, _FOLDER: str(run.resolve())}))
+    with _IDS_LOCK:  # read again: another tracker may have begun meanwhile, in its own thread
+        replace_text(run / IDS, json.dumps({**_own(run), name: number, _FOLDER: str(run.resolve())}))
     return found
 
 
@@ -160,7 +170,10 @@ def _is_copy(run: Path) -> bool:
     """Whether a run folder is the copy of another one that is still there and writes to the same trackers' runs."""
     known = _known(run)
     other = Path(known.pop(_FOLDER, run))
-    theirs = {} if not other.exists() or other.samefile(run) else _known(other)
+    try:
+        theirs = {} if other.samefile(run) else _known(other)
+    except OSError:  # not there, or not to be entered
+        theirs = {}
     return any(theirs.get(name) == number for name, number in known.items())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,5 +23,13 @@ def test_a_folder_is_no_column(tmp_path: Path) -> None:
 
 def test_no_other_module_reads_tables_by_pyarrow() -> None:
     root = Path(tables.__file__).parents[2]
-    users = [file for file in root.rglob("*.py") if "pq.read_table" in file.read_text(encoding="utf-8")]
+    found = re.compile(r"\b(pq|pyarrow\.parquet)\.read_table\b|from pyarrow\.parquet import .*\bread_table\b")
+    for text in (
+        "pq.read_table(file)",
+        "pyarrow.parquet.read_table(file)",
+        "from pyarrow.parquet import a, read_table",
+    ):
+        assert found.search(text)
+    assert not found.search("from megatron_lcl.data.corpus.tables import read_table")
+    users = [file for file in root.rglob("*.py") if found.search(file.read_text(encoding="utf-8"))]
     assert [file.relative_to(root) for file in users] == [Path("data/corpus/tables.py")]

@@ -1,9 +1,11 @@
-"""Names that cannot be looked up, long headers, bodies that come compressed."""
+"""Names that cannot be looked up, long headers, bodies that come compressed, faults of this machine and its proxy."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
+import socket
 import zlib
 from collections.abc import Mapping
 
@@ -13,8 +15,10 @@ from data.fetch.faulty_server import image
 pytest.importorskip("aiohttp")
 pytest.importorskip("protego")
 
-from megatron_lcl.data.fetch.client import MAX_ROBOTS, Client
+from megatron_lcl.data.fetch import client
+from megatron_lcl.data.fetch.client import MAX_ROBOTS, Client, ProxyError, Retry
 from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.errors import UserError
 
 Answers = Mapping[str, tuple[str, bytes]]
 """by path: the header's lines, the body"""
@@ -22,11 +26,22 @@ NO_NAMES = ("a..b", ".host", f"{'x' * 64}.example", "x" * 300)
 NOT_A_URL = ("dead", "not a URL")
 
 
-def ends(urls: list[str], answers: Answers, proxied: bool = False, max_bytes: int = 100_000) -> list[tuple[str, str]]:
-    """What becomes of URLs, in which `here` stands for a server that gives `answers`; proxied: it is the proxy."""
+def ends(
+    urls: list[str],
+    answers: Answers,
+    proxied: bool = False,
+    max_bytes: int = 100_000,
+    asked: list[str] | None = None,
+) -> list[tuple[str, str]]:
+    """What becomes of URLs, in which `here` stands for a server that gives `answers`; proxied: it is the proxy.
+
+    asked: gets the paths that are asked for.
+    """
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         method, target, _ = (await reader.readuntil(b"\r\n\r\n")).decode().split(" ", 2)
+        if asked is not None:
+            asked.append(target)
         headers, body = answers.get("/" + target.split("/")[-1], ("", b""))
         status = "302 Found" if "Location" in headers else "200 OK" if body or method == "CONNECT" else "404 Not Found"
         head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{headers}\r\n"
@@ -84,18 +99,42 @@ def test_bodies_that_come_compressed() -> None:
         "/robots.txt": ("Content-Encoding: gzip\r\n", gzip.compress(b"User-agent: *\nDisallow: /secret")),
         "/zipped": ("Content-Encoding: GZIP\r\n", gzip.compress(image("1"))),
         "/deflated": ("Content-Encoding: deflate\r\n", zlib.compress(image("2"))),
+        "/raw": ("Content-Encoding: deflate\r\n", zlib.compress(image("6"), wbits=-zlib.MAX_WBITS)),
+        "/members": ("Content-Encoding: x-gzip\r\n", b"".join(gzip.compress(image("7")[k:][:99]) for k in (0, 99))),
+        "/padded": ("Content-Encoding: gzip\r\n", gzip.compress(image("8")) + b"\n"),
         "/plain": ("Content-Encoding: gzip\r\n", image("3")),
         "/odd": ("Content-Encoding: utf-8\r\n", image("4")),
+        "/named": ("Content-Encoding: deflate\r\n", image("9")),
         "/brotli": ("Content-Encoding: br\r\n", image("5")),
         "/bomb": ("Content-Encoding: gzip\r\n", bomb),
     }
     found = ends([f"http://here{path}" for path in ("/secret", *list(answers)[1:])], answers)
     assert found == [
         ("refused", "robots.txt"),
-        *[("kept", "")] * 4,
+        *[("kept", "")] * 8,
         ("dead", "Content-Encoding br"),
         ("refused", "over 100,000 bytes"),
     ]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "raw"])
+def test_a_compressed_body_that_is_cut_is_asked_for_again(coding: str) -> None:
+    """An image, whose beginning would be taken for all of it, and a robots.txt."""
+    bits = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS, "raw": -zlib.MAX_WBITS}[coding]
+    header = f"Content-Encoding: {'gzip' if coding == 'gzip' else 'deflate'}\r\n"
+    body = zlib.compress(image("1") + bytes(1_000), wbits=bits)
+    for path in ("/1.png", "/robots.txt"):
+        with pytest.raises(Retry) as caught:
+            ends(["http://here/1.png"], {"/1.png": ("", image("1")), path: (header, body[:-10])})
+        assert caught.value.reason == "connection lost"
+
+
+def test_a_robots_txt_in_a_coding_that_is_not_known_is_asked_for_once() -> None:
+    asked: list[str] = []
+    answers = {"/robots.txt": ("Content-Encoding: br\r\n", b"..."), "/1.png": ("", image("1"))}
+    urls = ["http://here/1.png", "http://here/2.png"]
+    assert ends(urls, answers, asked=asked) == [("refused", "robots.txt compressed")] * 2
+    assert asked == ["/robots.txt"]
 
 
 def test_a_compressed_robots_txt_is_read_up_to_its_limit() -> None:
@@ -103,3 +142,30 @@ def test_a_compressed_robots_txt_is_read_up_to_its_limit() -> None:
     text = rules + b"#" * (MAX_ROBOTS - len(rules)) + b"\nDisallow: /b\n"
     answers = {"/robots.txt": ("Content-Encoding: gzip\r\n", gzip.compress(text)), "/b": ("", image("1"))}
     assert ends(["http://here/a", "http://here/b"], answers) == [("refused", "robots.txt"), ("kept", "")]
+
+
+def test_a_proxy_that_goes_away_before_a_robots_txt_ends_the_command() -> None:
+    """Else the rest of the list would be dead."""
+
+    async def fetch(proxy: str) -> None:
+        async with Client(Settings(proxy=f"http://{proxy}")) as fetching:
+            await fetching.fetch("http://host.example/1.png")
+
+    with socket.socket() as closed:  # bound and not listening
+        closed.bind(("127.0.0.1", 0))
+        proxy = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ProxyError, match=rf"the proxy {proxy} refuses \(no connection\)"):
+            asyncio.run(fetch(proxy))
+
+
+def test_too_many_open_files_at_a_robots_txt_end_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def fetch() -> None:
+        async with Client(Settings()) as fetching:
+            await fetching.fetch("http://127.0.0.1:9/1.png")
+
+    monkeypatch.setattr(client, "public_socket", no_more)
+    with pytest.raises(UserError, match="too many open files: raise `ulimit -n`"):
+        asyncio.run(fetch())

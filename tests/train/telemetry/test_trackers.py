@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.errors import RunError
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.objectives.base import COUNTS
 from megatron_lcl.train.resilience.signals import Stopped
 from megatron_lcl.train.result import StepResult
@@ -130,6 +132,53 @@ def test_the_copy_of_a_run_folder_has_a_run_of_its_own(tmp_path: Path) -> None:
     assert begun(moved)[0] == "run 8"
 
 
+def test_an_original_that_may_not_be_entered_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stat(path: Path, **given: Any) -> os.stat_result:
+        if path.is_relative_to("/home/another"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return os.stat(path, **given)
+
+    monkeypatch.setattr(Path, "stat", stat)  # root may enter all
+    (tmp_path / IDS).write_text('{"wandb": "run 8", "folder": "/home/another/run"}')
+    assert sinks._with_id(tmp_path, "wandb", lambda known: (known, str(known))) == "run 8"
+
+
+def test_trackers_that_begin_at_once_are_both_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, names = sinks.replace_text, ("wandb", "mlflow")
+    both = threading.Barrier(2)
+
+    def slowly(path: Path, text: str) -> None:
+        time.sleep(0.2)
+        replace(path, text)
+
+    def begin(known: str | None) -> tuple[None, str]:
+        both.wait(60)
+        return None, "1"
+
+    monkeypatch.setattr(sinks, "replace_text", slowly)
+    threads = [threading.Thread(target=sinks._with_id, args=(tmp_path, name, begin)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {*json.loads((tmp_path / IDS).read_text())} == {*names, "folder"}
+
+
+def test_mlflow_has_the_config_of_a_run_folder_that_is_reached_by_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for link in ("a", "b"):
+        (tmp_path / link).symlink_to(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    steps(tmp_path / "a", config_of("mlflow"), 0, 1)
+    (written,) = (tmp_path / "run/mlruns").glob("*/*/artifacts/config.json")
+    written.unlink()
+    steps(tmp_path / "b", config_of("mlflow"), 1, 2)
+    assert written.exists()
+
+
 def test_mlflow_writes_nothing_where_a_run_folder_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -169,7 +218,9 @@ def test_a_server_that_never_answers_holds_up_nothing(
     monkeypatch.setattr(feed, "START_SECONDS", 0.5)
     monkeypatch.setattr(feed, "END_SECONDS", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # so that its thread ends soon
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
         began = time.monotonic()
         steps(tmp_path, config_of("mlflow"), 0, 9)
@@ -183,7 +234,7 @@ def test_a_server_that_never_answers_holds_up_nothing(
 def test_a_tracker_that_falls_behind_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = threading.Event()
+    answers, asked = threading.Event(), threading.Event()
     got: list[int] = []
 
     class Slow:
@@ -191,16 +242,71 @@ def test_a_tracker_that_falls_behind_is_left_alone(
 
         def write(self, step: int, numbers: object) -> None:
             got.append(step)
+            asked.set()
             answers.wait(60)
 
         def close(self, failed: bool) -> None: ...
 
     monkeypatch.setitem(log.TRACKERS, "wandb", Slow)
     monkeypatch.setattr(feed, "WAITING", 3)
-    steps(tmp_path, config_of("wandb"), 0, 9)
+    with Telemetry(tmp_path, config_of("wandb"), True, 0) as telemetry:
+        for step in range(1, 10):
+            telemetry.write({"step": step, "loss": 1.0})
+            assert asked.wait(60)
     assert capsys.readouterr().out.count("wandb gets no more metrics: 3 lines wait for its server; metrics.jsonl") == 1
     assert got == [1]
     answers.set()
+
+
+def test_an_end_waits_until_it_is_said_that_a_tracker_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the process may end before its thread has said it."""
+    saying, said = threading.Event(), list[str]()
+
+    class Failing:
+        def __init__(self, run: Path, config: Config) -> None: ...
+
+        def write(self, step: int, numbers: object) -> None:
+            raise RuntimeError("the server is gone")
+
+        def close(self, failed: bool) -> None: ...
+
+    def slowly(_: object, message: str) -> None:
+        if message.startswith("mlflow"):
+            saying.set()
+            time.sleep(0.3)
+            said.append(message)
+
+    monkeypatch.setitem(log.TRACKERS, "mlflow", Failing)
+    monkeypatch.setattr(Telemetry, "say", slowly)
+    with Telemetry(tmp_path, config_of("mlflow"), True, 0) as telemetry:
+        telemetry.write({"step": 1, "loss": 1.0})
+        assert saying.wait(60)
+    assert said == ["mlflow gets no more metrics: the server is gone; metrics.jsonl has them all"]
+
+
+def test_a_trackers_package_is_imported_by_the_main_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Processes that are forked while another thread imports would wait for it for ever."""
+    by, load = list[threading.Thread](), importlib.import_module
+
+    def broken(name: str) -> ModuleType:
+        if name != "mlflow":
+            return load(name)
+        by.append(threading.current_thread())
+        raise ImportError(f"{name} needs another protobuf")
+
+    class Sink:
+        def __init__(self, run: Path, config: Config) -> None:
+            broken("mlflow")
+
+    monkeypatch.setitem(log.TRACKERS, "mlflow", Sink)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    steps(tmp_path, config_of("mlflow"), 0, 1)
+    assert by[0] is threading.main_thread()
+    assert capsys.readouterr().out.count("mlflow gets no more metrics: mlflow needs another protobuf; metrics") == 1
 
 
 def test_tensorboard_may_fail_by_any_error(
@@ -236,6 +342,31 @@ def test_weights_and_biases_is_told_how_a_run_ends() -> None:
     sink.close(True)
     sink.close(False)
     assert codes == [1, 0]
+
+
+@pytest.mark.parametrize("mode", ["online", "run", "offline"])
+def test_weights_and_biases_asks_for_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """On a terminal it would ask, in a thread; and its end has a limit, as the process's own waits for it."""
+    begun: list[dict[str, Any]] = []
+
+    def init(**given: Any) -> SimpleNamespace:
+        begun.append(given)
+        return SimpleNamespace(id="1", define_metric=lambda *_, **__: None)
+
+    fake = SimpleNamespace(
+        setup=lambda: SimpleNamespace(settings=SimpleNamespace(mode=mode)),
+        login=lambda prompt: prompt,
+        init=init,
+        Settings=lambda **given: given,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    if mode != "offline":
+        with pytest.raises(UserError, match="no API key: give one by `wandb login` or WANDB_API_KEY"):
+            WeightsAndBiases(tmp_path, config_of("wandb"))
+        assert not begun
+    else:
+        WeightsAndBiases(tmp_path, config_of("wandb"))
+        assert 0 < begun[0]["settings"]["finish_timeout"] < feed.END_SECONDS
 
 
 @pytest.mark.slow
