@@ -71,11 +71,8 @@ class ResumePoint:
     """whether kernels are still to be measured"""
     is_evaluated: bool = False
     """whether the evaluation after the last step has been made"""
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the checkpoint is one of the run's own."""
-        return self.folder is not None and self.folder.parent == Path(self.config.train.output) / CHECKPOINTS
+    is_own: bool = False
+    """whether the checkpoint was the run's own before this start, in its folder or as a copy in its mirror"""
 
 
 @dataclass(frozen=True)
@@ -239,6 +236,7 @@ def _from(
         choice,
         measure_kernels=config.train.measure_kernels and kept is None and not finished,
         is_evaluated=finished and has_last_evaluation(config),
+        is_own=is_own,
     )
 
 
