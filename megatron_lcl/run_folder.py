@@ -4,6 +4,7 @@ RUN/
     .lock                       there since before the config; see train/resilience/lock.py
     config.yaml                 the run's config
     metrics.jsonl               see train/telemetry/lines.py
+    metrics-DATE-TIME.jsonl     the same, set aside because checkpoints were gone; with it the results of evaluations
     plan.json                   of `plan --json`, where somebody puts it there; `report` shows it instead of its own
     profile/                    of `train --profile`; see train/telemetry/profile.py
     audit.jsonl                 see train/resilience/audit.py

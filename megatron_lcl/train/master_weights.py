@@ -1,4 +1,4 @@
-"""The float32 master weights that DeepSpeed keeps beside half-precision parameters."""
+"""The float32 master weights that DeepSpeed keeps beside half-precision parameters, and its optimizer's states."""
 
 from __future__ import annotations
 
@@ -61,10 +61,7 @@ def read_parameters(engine: Any, mesh: Mesh, state: str | None = None) -> dict[s
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:  # DeepSpeed links states once, when the first parameter group has some and the others none
-        engine.optimizer._hp_optimizer_states_linked = False
-        link()
+    _link_states(engine.optimizer)
     own = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
@@ -78,3 +75,28 @@ def read_parameters(engine: Any, mesh: Mesh, state: str | None = None) -> dict[s
         own[name] = full_tensor(value, parameter, mesh.tensor).float().cpu()
     everyone = mesh.pipeline.gather_objects(own)
     return {name: value for part in everyone for name, value in part.items()}
+
+
+def clear_moments(engine: Any, which: Callable[[str, torch.Size], bool]) -> None:
+    """Zeros for Adam's moments of some parameters that are trained, and for Muon's momentum.
+
+    which: whether of this one, by its name and its shape, with tensor parallelism that of the shard.
+    """
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    _link_states(engine.optimizer)
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad and which(name, getattr(parameter, "ds_shape", parameter.shape)):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if hasattr(parameter, "ds_tensor"):  # ZeRO-3: each process its shard
+                    safe_set_local_optimizer_state(parameter, torch.zeros_like(parameter.ds_tensor), moment)
+                else:
+                    safe_set_full_optimizer_state(parameter, torch.zeros_like(parameter), moment)
+
+
+def _link_states(optimizer: Any) -> None:
+    """Let DeepSpeed know where the states of each parameter are now."""
+    link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:  # it links them once, when the first parameter group has some and the others none
+        optimizer._hp_optimizer_states_linked = False
+        link()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, to_yaml
@@ -41,6 +42,8 @@ from megatron_lcl.train.resilience.lock import holder_of, lock_run_folder, sees_
 from megatron_lcl.train.resilience.signals import Signals
 from megatron_lcl.train.strategy import Choice, choose_strategy, with_choice
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -68,11 +71,8 @@ class ResumePoint:
     """whether kernels are still to be measured"""
     is_evaluated: bool = False
     """whether the evaluation after the last step has been made"""
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the checkpoint is one of the run's own."""
-        return self.folder is not None and self.folder.parent == Path(self.config.train.output) / CHECKPOINTS
+    is_own: bool = False
+    """whether the checkpoint was the run's own before this start, in its folder or as a copy in its mirror"""
 
 
 @dataclass(frozen=True)
@@ -129,24 +129,35 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
         local=max(memory.local for memory in everywhere),
     )
 
-    def decide() -> ResumePoint | str:
+    run = Path(config.train.output)
+
+    def lock() -> tuple[dict[str, Any], str]:
+        settings = check(config, mesh.world.size, everywhere[0].local)
+        until_end.enter_context(lock_run_folder(run))
+        check_space(config)  # again: it is there now, and others write too
+        return settings, holder_of(run)
+
+    settings, holder = _on_first(lock, config, mesh, signals)
+    _check_shared(config, mesh, hosts, holder)  # before anything is written there or claimed for the run
+    return _on_first(lambda: _resolve(config, settings, mesh.world.size, has), config, mesh, signals)
+
+
+def _on_first(action: Callable[[], T], config: Config, mesh: Mesh, signals: Signals) -> T:
+    """What the first process finds, on all; RunError on all where a user has something to mend."""
+    found: tuple[T | None, str | None] = None, None
+    if mesh.is_first:
         try:
-            settings = check(config, mesh.world.size, everywhere[0].local)
-            until_end.enter_context(lock_run_folder(Path(config.train.output)))
-            check_space(config)  # again: it is there now, and others write too
-            return _resolve(config, settings, mesh.world.size, has)
+            found = action(), None
         except UserError as error:
-            return str(error)
+            found = None, str(error)
         except OSError as error:
             if signals.received:  # it has ended the server of simulations, say
                 raise
-            return describe_os_error(error, config.train.output)
-
-    decision = mesh.world.broadcast_object(decide() if mesh.is_first else "")
-    if isinstance(decision, str):
-        raise RunError(decision)
-    _check_shared(Path(config.train.output), mesh, hosts)
-    return decision
+            found = None, describe_os_error(error, config.train.output)
+    result, fault = mesh.world.broadcast_object(found)
+    if fault is not None:
+        raise RunError(fault)
+    return result  # type: ignore[return-value]
 
 
 def _local_processes(hosts: list[str]) -> int:
@@ -155,13 +166,17 @@ def _local_processes(hosts: list[str]) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or hosts.count(node()))
 
 
-def _check_shared(run: Path, mesh: Mesh, hosts: list[str]) -> None:
-    """RunError on all processes where a machine does not see the run folder that the first process has locked."""
+def _check_shared(config: Config, mesh: Mesh, hosts: list[str], holder: str) -> None:
+    """RunError on all processes where a machine does not see the run folder that the first process has locked.
+
+    holder: what that process has written into the lock file.
+    """
     if len(set(hosts)) == 1:
         return
-    rank, holder = mesh.world.rank, mesh.world.broadcast_object(holder_of(run) if mesh.is_first else "")
+    run, guard, rank = Path(config.train.output), config.guard, mesh.world.rank
     one_of_each = hosts.index(hosts[rank]) == rank
-    sees = not one_of_each or sees_lock(run, holder)
+    # the watchdog, which has watched since the start, ends a process that has waited for half of its time or more
+    sees = not one_of_each or sees_lock(run, holder, max(guard.timeout, guard.long_timeout) / 3)
     if blind := [host for host, does in zip(hosts, mesh.world.gather_objects(sees), strict=True) if not does]:
         raise RunError(
             f"train.output = {run} is another folder on {', '.join(blind)} than on {hosts[0]}, where the run's first "
@@ -223,6 +238,7 @@ def _from(
         choice,
         measure_kernels=config.train.measure_kernels and kept is None and not finished,
         is_evaluated=finished and has_last_evaluation(config),
+        is_own=is_own,
     )
 
 

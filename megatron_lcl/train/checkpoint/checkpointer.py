@@ -46,8 +46,9 @@ from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checkpoint.state import FROZEN, PARTITION_DIMS, State, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restricted
+from megatron_lcl.train.master_weights import clear_moments
+from megatron_lcl.train.optimizer import muon_parts
 from megatron_lcl.train.optimizers.pieces import partitions_of
-from megatron_lcl.train.optimizers.tensorwise import Tensorwise, drop_momentum_of_muon
 from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.resilience.faults import is_distributed
 
@@ -329,10 +330,10 @@ class Checkpointer:
         stepped_by = self._peers.broadcast_object(load(folder / CONFIG).optimizer.name if first else "")
         if weight is not None and weight.known:
             rescale_moments(optimizer.optimizer, weight.value)
-        if isinstance(optimizer.optimizer, Tensorwise):
-            optimizer.optimizer.clear_unused()
         if stepped_by == "muon" and self.config.optimizer.name != "muon":
-            drop_momentum_of_muon(optimizer.optimizer)
+            # beside no second moment, or one that AdamW left long before, Muon's momentum gives steps without bound
+            model = self.config.model
+            clear_moments(engine, lambda name, shape: muon_parts(name, shape, model, per_head=False) > 0)
         if (folder / RNG / self._rng_file()).exists():
             set_random_state(torch.load(folder / RNG / self._rng_file(), weights_only=True))
         return said

@@ -79,14 +79,6 @@ class Tensorwise(torch.optim.Optimizer):
         """Of how many tensors a sum travels, by partition: those whose updates are clipped."""
         return [len(names) for names in self._stable.values()]
 
-    def clear_unused(self) -> None:
-        """Zeros for Muon's second moments, which AdamW may have left in a checkpoint: by them `drop_momentum_of_muon`
-        knows later what Muon has stepped."""
-        for flat, pieces in self._pieces.items():
-            if (second := self.state.get(flat, {}).get("exp_avg_sq")) is not None:
-                for piece in (piece for piece in pieces if self._is(piece, "muon")):
-                    piece.of(second).zero_()
-
     def _is(self, piece: Piece, algorithm: Algorithm) -> bool:
         return self._rules[piece.name].algorithm == algorithm
 
@@ -207,14 +199,3 @@ class Tensorwise(torch.optim.Optimizer):
     def _put(self, values: torch.Tensor, new: torch.Tensor) -> None:
         """New values in place of those before, in a step that is to change something."""
         values.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, values, new))
-
-
-def drop_momentum_of_muon(optimizer: torch.optim.Optimizer) -> None:
-    """What Muon has stepped begins anew with AdamW: no momentum where there is no second moment.
-
-    AdamW's count of steps has left no bias to correct, so a momentum of many steps over the root of (1 - beta2) g²
-    would be unbounded. The first step without it is (1 - beta1) / sqrt(1 - beta2) learning rates.
-    """
-    for state in optimizer.state.values():
-        if "exp_avg_sq" in state:
-            state["exp_avg"].masked_fill_(state["exp_avg_sq"] == 0, 0.0)

@@ -71,12 +71,12 @@ def holder_of(run: Path) -> str:
     return (run / LOCK).read_text(encoding="utf-8")  # opened anew: NFS then asks its server
 
 
-def sees_lock(run: Path, holder: str) -> bool:
+def sees_lock(run: Path, holder: str, at_most: float) -> bool:
     """Whether this machine sees the lock file of a process of another one: that both call the same folder so.
 
-    holder: what `holder_of` gives there. Waits up to SEEN_SECONDS.
+    holder: what `holder_of` gives there. Waits up to SEEN_SECONDS, but not longer than `at_most` seconds.
     """
-    deadline = time.monotonic() + SEEN_SECONDS
+    deadline = time.monotonic() + min(SEEN_SECONDS, at_most)
     while True:
         with contextlib.suppress(OSError):
             if holder_of(run) == holder:

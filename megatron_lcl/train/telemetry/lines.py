@@ -38,7 +38,8 @@ def keep_lines_before(path: Path, step: int) -> None:
 
 
 def set_metrics_aside(run: Path) -> str:
-    """Rename metrics.jsonl, of a run that finds no checkpoint of its own, where it tells of one that was complete.
+    """Rename metrics.jsonl, of a run that finds no checkpoint of its own, where it tells of one that was complete; and
+    with it the results of evaluations, which would not be made again once it says that they were.
 
     The folder of checkpoints may have been removed to begin anew, or may be gone for a while. What there is to say; ""
     where nothing was renamed.
@@ -50,10 +51,15 @@ def set_metrics_aside(run: Path) -> str:
             saved = max((values["step"] for values in found if values and "checkpoint_bytes" in values), default=0)
     if not saved:
         return ""
-    aside = path.rename(path.with_name(time.strftime("metrics-%Y%m%d-%H%M%S.jsonl", time.gmtime())))
+    stamp, renamed = time.strftime("%Y%m%d-%H%M%S", time.gmtime()), []
+    for old in (run / name for name in (EXAMPLES, HELDOUT, LABELED, METRICS)):  # the last one decides, and goes last
+        with contextlib.suppress(FileNotFoundError):
+            renamed.append(old.rename(old.with_stem(f"{old.stem}-{stamp}")))
+    *results, aside = renamed
+    with_them = f", results of evaluations in {', '.join(file.name for file in results)}" if results else ""
     return (
         f"{METRICS} tells of a checkpoint of step {saved}, and {run / CHECKPOINTS} has none: its lines are now in "
-        f"{aside}"
+        f"{aside}{with_them}"
     )
 
 
@@ -63,7 +69,8 @@ def remove_results_after(run: Path, step: int) -> None:
         found: Any = None
         with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is for its reader to name
             found = json.loads((run / names[-1]).read_text(encoding="utf-8"))
-        if isinstance(found, dict) and (found.get("step") or 0) > step:
+        of_step = found.get("step") if isinstance(found, dict) else None
+        if isinstance(of_step, int) and of_step > step:
             for name in names:
                 (run / name).unlink(missing_ok=True)
 

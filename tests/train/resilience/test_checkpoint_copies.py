@@ -112,13 +112,19 @@ def test_a_run_goes_on_from_the_copy(
     said = train(second, *words, code=2, size=1, **fleet_options())
     assert f"the copy {place}/step-00000012 is later than {own.with_name('step-00000008')}" in said
     shutil.rmtree(own.parent)
-    train(second, *words, **fleet_options())
+    before = losses(second)
+    assert "its lines are now in" not in train(second, *words, **fleet_options())
     assert verify(own) == []
+    assert losses(second) == before, "the copies are the same run's"
     for scheme, folder in (("s3", place), ("http", readable_by_all(s3, place))):
         run, resume = tmp_path / scheme, f"{folder}/step-00000008"
         said = train(run, "--config", config_file, "--checkpoint.resume", resume, **fleet_options())
         assert "going on from" in said
         assert losses(run) == [line for line in undisturbed if line[0] > 8], "to the last bit"
+    shutil.rmtree(run / CHECKPOINTS)
+    said = train(run, "--config", config_file, "--checkpoint.resume", resume, **fleet_options())
+    assert "metrics.jsonl tells of a checkpoint of step 12" in said, "what was fetched is another run's"
+    assert len(list(run.glob("metrics-*.jsonl"))) == 1
 
 
 @pytest.mark.slow

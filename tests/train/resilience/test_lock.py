@@ -22,6 +22,7 @@ from fleet import Fleet, alive, last_step, losses, train
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import LOCK
+from megatron_lcl.train import resume_point
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.resilience import lock
 from megatron_lcl.train.resilience.lock import lock_run_folder
@@ -93,23 +94,35 @@ def test_a_file_system_without_locks_is_no_obstacle(
     assert capfd.readouterr().err.count("cannot be locked (Function not implemented)") == 1
 
 
-def apart(rank: int, places: str, seconds: float) -> None:
-    """Each process is another machine's, where the same name is of another folder."""
+def apart(rank: int, places: str, unreadable: bool) -> None:
+    """Each process is another machine's, where the same name is of another folder.
+
+    unreadable: nor can the first one read what it has written.
+    """
     place = Path(places) / str(rank)
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
     os.chdir(place)
     os.environ["SLURMD_NODENAME"] = f"node-{rank}"
-    lock.SEEN_SECONDS = seconds
+    if unreadable:
+        resume_point.holder_of = stale  # type: ignore[assignment]
+
+
+def stale(run: Path) -> str:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(run / LOCK))
 
 
 @pytest.mark.slow
 def test_machines_that_do_not_share_the_run_folder_are_named(config_file: str, tmp_path: Path) -> None:
-    """Before anything is trained, of which nothing could be saved."""
+    """Before anything is written or claimed for the run, and before the watchdog ends the machine that waits."""
     command = ["train", "--config", config_file, "--train.output", "run"]
-    said = train(tmp_path / "run", command=command, code=2, plant=apart, planted=(str(tmp_path / "places"), 1.0))
+    command += ["--guard.timeout", "30", "--guard.long_timeout", "30"]
+    places = tmp_path / "places"
+    said = train(tmp_path / "run", command=command, code=2, plant=apart, planted=(str(places), False))
     assert "train.output = run is another folder on node-1 than on node-0, " in said
     assert "name a folder that all nodes share" in said
-    assert not (tmp_path / "places" / "0" / "run" / "metrics.jsonl").exists()
+    assert [file.name for file in (places / "0" / "run").iterdir()] == [LOCK]
+    said = train(tmp_path / "run", command=command, code=2, plant=apart, planted=(str(places), True))
+    assert "Stale file handle" in said
 
 
 def test_a_lock_file_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,10 +136,12 @@ def test_a_lock_file_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch
             file.write_text("process 7 on another" if now[0] < 50 else "process 8 on another")
 
     monkeypatch.setattr(lock, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
-    assert lock.sees_lock(tmp_path, "process 8 on another")
+    assert lock.sees_lock(tmp_path, "process 8 on another", 1200)
     assert 50 <= now[0] < 51
-    assert not lock.sees_lock(tmp_path, "process 9 on another")
+    assert not lock.sees_lock(tmp_path, "process 9 on another", 1200)
     assert 120 <= now[0] < 122
+    assert not lock.sees_lock(tmp_path, "process 9 on another", 20)
+    assert 140 <= now[0] < 143, "the watchdog would end it"
 
 
 def refused(*_: Any) -> None:

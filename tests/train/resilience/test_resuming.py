@@ -48,11 +48,14 @@ def test_from_a_named_checkpoint_into_a_new_folder(
 
 @pytest.mark.slow
 def test_metrics_outlive_checkpoints_that_are_gone(config_file: str, tmp_path: Path) -> None:
-    """A link to storage that is not mounted is refused. Without the folder the run begins anew, and the lines of before
-    keep the place to which they are moved."""
+    """A link to storage that is not mounted is refused. Without the folder the run begins anew; the lines of before,
+    and what evaluations have left, keep the place to which they are moved."""
     run, words = tmp_path / "run", ["--config", config_file, "--train.steps", "5"]
     train(run, *words)
     before, trained = (run / "metrics.jsonl").read_text(), losses(run)
+    evaluated = [run / f"{name}.json" for name in ("heldout_examples", "heldout", "labeled")]
+    for file in evaluated:
+        file.write_text(result := json.dumps({"step": 5}))
     shutil.move(run / "checkpoints", tmp_path / "unmounted")
     (run / "checkpoints").symlink_to(tmp_path / "scratch")
     said = train(run, *words, code=2)
@@ -62,14 +65,20 @@ def test_metrics_outlive_checkpoints_that_are_gone(config_file: str, tmp_path: P
     said = train(run, *words)
     (aside,) = run.glob("metrics-*.jsonl")
     assert f"metrics.jsonl tells of a checkpoint of step 5, and {run / 'checkpoints'} has none: " in said
-    assert f"its lines are now in {aside}" in said
+    kept = [aside.with_name(aside.name.replace("metrics", file.stem)).with_suffix(".json") for file in evaluated]
+    assert f"its lines are now in {aside}, results of evaluations in {', '.join(file.name for file in kept)}\n" in said
     assert aside.read_text() == before
+    assert [file.read_text() for file in kept] == 3 * [result]
+    assert not any(file.exists() for file in evaluated)
     assert losses(run) == trained
     shutil.rmtree(run / "checkpoints")
     (tmp_path / "unmounted").rename(run / "checkpoints")
     aside.replace(run / "metrics.jsonl")
+    for file, back in zip(kept, evaluated, strict=True):
+        file.replace(back)
     assert "its lines are now" not in train(run, *words)
     assert (run / "metrics.jsonl").read_text().startswith(before)
+    assert all(file.exists() for file in evaluated)
 
 
 @pytest.mark.slow

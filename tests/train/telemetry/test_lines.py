@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_lcl.run_folder import METRICS
-from megatron_lcl.train.telemetry.lines import keep_lines_before, measured_after
+from megatron_lcl.train.telemetry.lines import (
+    keep_lines_before,
+    measured_after,
+    remove_results_after,
+    set_metrics_aside,
+)
 
 
 def line(step: int, length: int = 1_000, **values: object) -> bytes:
@@ -67,3 +72,32 @@ def test_what_was_measured_after_a_step(tmp_path: Path) -> None:
     )
     assert measured_after(tmp_path, 2) == {"step", "text", "loss", "labeled"}
     assert measured_after(tmp_path, 3) == set()
+
+
+@pytest.mark.parametrize(("step", "stays"), [("3", False), ("2", True), ("null", True), ('"3"', True)])
+def test_results_of_later_steps_go(step: str, stays: bool, tmp_path: Path) -> None:
+    """What names no step, or was damaged, stays for its reader to name."""
+    files = [tmp_path / f"{name}.json" for name in ("heldout", "heldout_examples", "labeled")]
+    for file in files:
+        file.write_text(f'{{"step": {step}}}')
+    remove_results_after(tmp_path, 2)
+    assert [file.exists() for file in files] == 3 * [stays]
+
+
+@pytest.mark.parametrize("names", [[], ["heldout_examples", "heldout", "labeled"], ["labeled"]])
+def test_metrics_of_a_run_without_its_checkpoints(names: list[str], tmp_path: Path) -> None:
+    """With them the results that they say were measured, all by one time."""
+    files = [tmp_path / f"{name}.json" for name in names]
+    for file in files:
+        file.write_text(file.stem)
+    (tmp_path / METRICS).write_bytes(line(1))
+    assert set_metrics_aside(tmp_path) == "", "no checkpoint was complete"
+    (tmp_path / METRICS).write_bytes(written := line(1) + line(2, checkpoint_bytes=9))
+    said = set_metrics_aside(tmp_path)
+    (aside,) = tmp_path.glob("metrics-*.jsonl")
+    time = aside.stem.removeprefix("metrics-")
+    assert {file.name for file in tmp_path.iterdir()} == {aside.name, *(f"{name}-{time}.json" for name in names)}
+    assert aside.read_bytes() == written
+    assert [(tmp_path / f"{name}-{time}.json").read_text() for name in names] == names
+    results = ", ".join(f"{name}-{time}.json" for name in names)
+    assert said.endswith(f"its lines are now in {aside}" + (f", results of evaluations in {results}" if names else ""))
