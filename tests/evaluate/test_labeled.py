@@ -200,7 +200,6 @@ def test_classes_without_names_are_not_classified_by_them(folder: Path, tmp_path
     assert (opened().tasks, opened().left_out) == (("knn", "zero-shot"), "")
 
 
-@pytest.mark.slow
 def test_ids_in_place_of_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """ImageNet's folders have them; `evaluate` and training ask for a photo of each class's name."""
     names = ["n01440764", "n01443537", "mill"]
@@ -223,6 +222,7 @@ def test_ids_in_place_of_names_are_told(tmp_path: Path, caplog: pytest.LogCaptur
     assert len(caplog.messages) == 2
 
 
+@pytest.mark.slow
 def test_tasks_and_data_must_fit_each_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
         (("--evaluate.labeled", "null"), "or labeled images: --evaluate.labeled DIR"),
