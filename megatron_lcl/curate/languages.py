@@ -15,7 +15,7 @@ from megatron_lcl.errors import UserError
 
 _LINGUA = "lingua-language-detector"
 _DIGITS = 6
-"""of a probability: lingua adds in another order in every call, which changes the last ones"""
+"""of a probability: the last digits of lingua's vary from call to call, also within one process"""
 _EXTRA = "`pip install megatron-lcl[curate]`"
 
 

@@ -7,6 +7,7 @@ command again recognizes the finished corpus, and any number of processes do the
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections import deque
@@ -38,7 +39,7 @@ from megatron_lcl.curate.passes import (
     threshold_text,
     thresholds_of,
 )
-from megatron_lcl.curate.settings import Settings, as_recipe, rules_of
+from megatron_lcl.curate.settings import PERPLEXITY, Settings, as_recipe, rules_of
 from megatron_lcl.curate.write import groups, shards_folder, write
 from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, names_of, read_manifest
 from megatron_lcl.data.corpus.drops import Drops
@@ -63,6 +64,7 @@ from megatron_lcl.data.prepare.unfinished import (
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
+from megatron_lcl.machine import num_cores
 
 SAMPLES_FILE = "removed-samples.jsonl"
 """of the corpus: a few removals of each rule, with what was removed"""
@@ -73,6 +75,7 @@ _RULES = 4
 """version of what is written for the same corpus and thresholds; with evaluation sets EVALUATION_RULES"""
 _WORK_VERSION = 3
 """version of the layout of unfinished work"""
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -160,7 +163,9 @@ def curate(
     encoder = models.check(settings.models, keep=workers == 1)
     if output is None:
         remedy = "a dry run works in the folder for temporary files: set TMPDIR to one with more"
-        with tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-") as folder, clear_errors(Path(folder), remedy):
+        with clear_errors(Path(tempfile.gettempdir()), remedy):
+            temporary = tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-")
+        with temporary as folder, clear_errors(Path(folder), remedy):
             work = Work(source, settings, joins, Path(folder))
             _, counted = _decide(work, task_bytes, workers, None, progress)
             return _curated(None, source, work, counted)
@@ -292,6 +297,7 @@ def _decide(
 ) -> tuple[list[Range], Counted]:
     """Both passes, with the joins between them; the ranges, and what was removed."""
     tasks = ranges(work.corpus, task_bytes)
+    _tell_idle_cores(work.settings, workers, len(tasks))
     with waiting_for_others(work.folder / "lock"):
         for number, join in enumerate(work.joins):
             if not work.prepared(number).exists():
@@ -305,6 +311,18 @@ def _decide(
     for of_task in _each(decide, "documents", work, tasks, workers, job, progress):
         counted.merge(of_task)
     return tasks, counted
+
+
+def _tell_idle_cores(settings: Settings, workers: int, num_ranges: int) -> None:
+    """Models compute in one thread of a process, so that a machine works as far as there are processes with a range."""
+    fields = {rule.field for section in ("text", "document") for rule in rules_of(settings, section)}
+    used, cores = min(workers, num_ranges), num_cores()
+    if (settings.models.asks or fields & {*PERPLEXITY}) and used < cores:
+        remedy = f"; --workers {min(cores, num_ranges)} uses more" if used < min(cores, num_ranges) else ""
+        logger.warning(
+            "models compute on %d of %d cores, in one thread of each process: --workers %d, %d range%s of documents%s",
+            *(used, cores, workers, num_ranges, "" if num_ranges == 1 else "s", remedy),
+        )
 
 
 def _each(

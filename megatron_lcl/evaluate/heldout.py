@@ -57,6 +57,8 @@ from megatron_lcl.parallel.mesh import Axis, Mesh
 
 _TOKENS = 4096
 """token slots of a forward pass outside of a run"""
+_DIGITS = 6
+"""of a cosine similarity, to which it is the same whatever batches were encoded together"""
 
 TASKS: tuple[EvaluationTask, ...] = get_args(EvaluationTask)
 
@@ -234,12 +236,14 @@ class HeldOutEvaluation:
         counts = (number[mine] for number in (right, right_inside, inside))
         rows = torch.stack([*(x.double() for x in (forward, backward, among, *counts)), image_loss + text_loss], 1)
         rows_N = data.gather_ragged(rows, sizes).cpu()
-        # equal ranks in the corpus's order: that of the rows follows from the number of replicas
-        order = np.lexsort([key.cpu().numpy() for key in (row, part, document, rows_N[:, 0])])
+        # equal ranks and similarities in the corpus's order: that of the rows follows from the number of replicas
+        in_order = np.lexsort([key.cpu().numpy() for key in (row, part, document)])
+        order = in_order[rows_N[:, 0].numpy()[in_order].argsort(kind="stable")]
         quantiles = torch.linspace(0, num_pairs - 1, min(num_examples, num_pairs)).round().long()
         chosen = order[quantiles.numpy()].tolist()
+        texts_in_order = texts[torch.from_numpy(in_order).to(device)]
         own_nearest = {
-            i: (image[i - offset] @ texts.t()).topk(min(3, num_pairs)).indices.tolist()
+            i: in_order[_nearest(image[i - offset], texts_in_order)].tolist()
             for i in chosen
             if offset <= i < offset + len(image)
         }
@@ -256,6 +260,13 @@ class HeldOutEvaluation:
         own = {i: self.packs.pair(origins[i - offset]) for i in needed if offset <= i < offset + len(origins)}
         pairs = {i: pair for theirs in data.gather_objects(own) for i, pair in theirs.items()}
         return [Example(pairs[i], rank, tuple(pairs[j] for j in near)) for i, rank, near in picked]
+
+
+def _nearest(image: torch.Tensor, texts: torch.Tensor) -> np.ndarray:
+    """Indices of the three of texts [N, D] that an image [D] is most similar to, of equal ones the first. Rounded,
+    since the last bits of a text's features differ with the batch that it was encoded in."""
+    similarity = (image @ texts.t()).double().cpu().numpy().round(_DIGITS)
+    return (-similarity).argsort(kind="stable")[:3]
 
 
 def _numbered(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,7 +300,7 @@ class _Origin:
     content: int
     """beginning of the hash of the image's bytes"""
     part: int
-    """of the document, by which its sequences are ordered"""
+    """number of the sequence among those that its document is divided into"""
     row: int
     """of its `<soi>` in the sequence"""
     tokens: np.ndarray

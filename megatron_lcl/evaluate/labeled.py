@@ -85,7 +85,7 @@ def open_labeled(config: Config) -> LabeledSets:
     if "zero-shot" in tasks and not trained:
         raise UserError(f"{why_untrained(config, 'retrieval')} what zero-shot measures; remove that task")
     if not tasks or "zero-shot" in tasks:
-        test.check_names()
+        test.need_names()
     train = None
     if "knn" in tasks:
         train, test = with_training(own.labeled, "train", test)

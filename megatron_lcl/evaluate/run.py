@@ -95,7 +95,8 @@ def evaluate(
     if _NEED_CAPTIONS & set(tasks):
         test.need_captions()
     if "zero-shot" in tasks:
-        test.check_names()
+        test.need_names()
+        test.warn_of_ids()
     for spec in specs:
         check_trained(spec, tasks)
         if progress and (said := untrained_pool(spec, tasks)):

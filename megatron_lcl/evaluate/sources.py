@@ -107,6 +107,8 @@ class ImageSet:
     """[N] a part of the data set that each image is in, whose captions are also measured alone (NoCaps)"""
     numbered: bool = False
     """whether nothing gives the classes names: `classes` are then their numbers"""
+    names_from: str = ""
+    """what gives them, a file or `class_names`; empty: the classes' folders are called so"""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -148,18 +150,21 @@ class ImageSet:
                 )
         return self.classes
 
-    def check_names(self) -> None:
-        """`need_names`, with a warning where most are ids of WordNet, as ImageNet's folders have in place of names."""
-        names = self.need_names()
+    def warn_of_ids(self) -> None:
+        """A warning where most classes' names are ids of WordNet, as ImageNet's folders have in place of names."""
+        names = self.classes
         ids = list(filter(_SYNSET.fullmatch, names))
         if 2 * len(ids) > len(names):
             logger.warning(
-                "%s: %s of %s class names are WordNet ids, and zero-shot asks for %r: rename the folders, or give "
-                "evaluate --class-names FILE, with a name for each folder, in their alphabetical order",
+                "%s: %s of %s class names are WordNet ids, and zero-shot asks for %r; give the classes names: %s",
                 self.name,
                 f"{len(ids):,}",
                 f"{len(names):,}",
                 self.templates[0].replace("{c}", ids[0]),
+                f"in {self.names_from}"
+                if self.names_from
+                else "rename the folders (evaluate: or give --class-names FILE, a name a line for each folder, in the "
+                "order of `LC_ALL=C ls`)",
             )
 
     def need_captions(self) -> tuple[tuple[str, ...], ...]:
@@ -180,7 +185,7 @@ def open_images(
 ) -> ImageSet:
     """The images of `path`, whichever layout it has.
 
-    * a folder of class folders, `path/[split/]CLASS/*.jpg` (class names are the folders', in alphabetical order);
+    * a folder of class folders, `path/[split/]CLASS/*.jpg` (class names are the folders', by code points);
     * a WebDataset in CLIP_benchmark's layout: `path/[split/]*.tar` with `.cls` or `.txt` beside each image,
       `classnames.txt` and `zeroshot_classification_templates.txt` in `path`, or above it where `path` is the folder of
       a split;
@@ -227,7 +232,10 @@ def open_images(
     if bad:
         at = _place(_beside(path, _TEMPLATES) if templates is None else templates, bad[0])
         raise UserError(f"{at}the template {bad[0]!r} has no {{c}} for the class name")
-    return replace(found, classes=tuple(names), templates=tuple(chosen), numbered=numbered)
+    names_from = found.names_from
+    if class_names is not None:
+        names_from = str(class_names) if isinstance(class_names, str | Path) else "class_names"
+    return replace(found, classes=tuple(names), templates=tuple(chosen), numbered=numbered, names_from=names_from)
 
 
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
@@ -330,14 +338,15 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
     for kind, values in (("labels", labels), ("captions", captions)):
         if values and len(values) != len(blobs):
             raise UserError(f"{tars[0].parent} has {len(blobs)} images but {len(values)} {kind}")
-    templates = _beside(root, _TEMPLATES)
+    templates, names = _beside(root, _TEMPLATES), _beside(root, *_NAMES)
     return ImageSet(
         str(tars[0].parent),
         tuple(blobs),
         np.array(labels) if labels else None,
-        tuple(_lines(_beside(root, *_NAMES))) if labels else (),  # without a list of names they are numbers
+        tuple(_lines(names)) if labels else (),  # without a list of names they are numbers
         tuple(captions) if captions and all(captions) else None,
         tuple(_lines(templates)) if templates else (_DEFAULT_TEMPLATE,),
+        names_from=str(names or ""),
     )
 
 

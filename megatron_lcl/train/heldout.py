@@ -51,7 +51,9 @@ def check_heldout(config: Config) -> None:
                 f"of {', '.join(CORPUS_TASKS if name == 'corpus' else LABELED_TASKS)}, or remove evaluate.{name}"
             )
     if own.labeled is not None:
-        open_labeled(config)
+        sets = open_labeled(config)
+        if "zero-shot" in sets.tasks:
+            sets.test.warn_of_ids()  # here alone: the run opens them again
     if own.corpus is None:
         return
     check_tasks(config, corpus_tasks(config))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
+import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +112,28 @@ def test_refusals_are_one_line(
     assert said.format(out=out, source=source) in lines[0]
     assert printed == "", "before the work"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_read_or_written_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of the source is not said to be the folder that is written."""
+    shard, out = str(source / "shard-00000.bin"), tmp_path / "out"
+
+    def fails(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), shard)
+
+    monkeypatch.setattr("megatron_lcl.curate.run.judge", fails)
+    for words in (["--dry-run"], ["--output", str(out)]):
+        assert main(["curate", str(source), *words]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == f"megatron-lcl curate: {shard}: Permission denied"
+    (tmp_path / "file").touch()
+    assert main(["curate", str(source), "--output", str(tmp_path / "file" / "out")]) == 2
+    assert f"cannot write {tmp_path / 'file' / 'out'}: Not a directory" in capsys.readouterr().err
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    assert main(["curate", str(source), "--dry-run"]) == 2
+    assert f"cannot write {tmp_path / 'file'}: Not a directory" in capsys.readouterr().err
 
 
 def test_rules_stand_anywhere(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

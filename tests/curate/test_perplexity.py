@@ -125,7 +125,10 @@ def test_texts_wait_for_the_model_in_order(monkeypatch: pytest.MonkeyPatch) -> N
     assert scored == [["bbbb", "ccccc"], ["eeee", "ffffff"]]
 
 
-def test_texts_and_documents_out_of_bounds_are_removed(tmp_path: Path) -> None:
+def test_texts_and_documents_out_of_bounds_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("megatron_lcl.curate.run.num_cores", lambda: 2)
     folder = save_model(tmp_path / "model")
     source = write(tmp_path, [Document((Text(text), Image(picture(k)))) for k, text in enumerate(TEXTS)])
     values = [expected(folder, text, 24) for text in TEXTS]
@@ -133,6 +136,7 @@ def test_texts_and_documents_out_of_bounds_are_removed(tmp_path: Path) -> None:
     of_texts = {"text.max_perplexity": str(high * 0.99), "document.min_perplexity": str(low * 1.01)}
     settings = read_settings(overrides={**of_texts, "perplexity.model": str(folder)})
     curate(source, tmp_path / "out", settings)
+    assert "models compute on 1 of 2 cores" in caplog.text
     table = pq.read_table(tmp_path / "out" / "removed.parquet").to_pylist()
     found = {(row["document"], row["item"], row["rule"]): row["value"] for row in table}
     assert found == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,16 +169,21 @@ def test_what_cannot_be_measured_is_refused(folder: Path, overrides: dict[str, s
     assert "\n" not in str(refused.value)
 
 
+def write_tar(folder: Path, seed: int = 0) -> None:
+    """A WebDataset of an image of each of three classes."""
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for label in range(3):
+            for name, data in (("png", picture(label, seed + label)), ("cls", b"%d" % label)):
+                member = tarfile.TarInfo(f"{label}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
 def test_classes_without_names_are_not_classified_by_them(folder: Path, tmp_path: Path) -> None:
     """Of a WebDataset without names zero-shot is not chosen; asked for it is refused; with names it is measured."""
     for split, seed in (("train", 0), ("test", 9)):
         (tmp_path / split).mkdir()
-        with tarfile.open(tmp_path / split / "0.tar", "w") as tar:
-            for label in range(3):
-                for name, data in (("png", picture(label, seed + label)), ("cls", b"%d" % label)):
-                    member = tarfile.TarInfo(f"{label}.{name}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        write_tar(tmp_path / split, seed)
 
     def config(**more: str) -> configs.Config:
         own = {"evaluate.labeled": str(tmp_path), **{f"evaluate.{name}": value for name, value in more.items()}}
@@ -200,29 +206,47 @@ def test_classes_without_names_are_not_classified_by_them(folder: Path, tmp_path
     assert (opened().tasks, opened().left_out) == (("knn", "zero-shot"), "")
 
 
-@pytest.mark.slow
 def test_ids_in_place_of_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """ImageNet's folders have them; `evaluate` and training ask for a photo of each class's name."""
     names = ["n01440764", "n01443537", "mill"]
     for name in names:
         (tmp_path / "test" / name).mkdir(parents=True)
         (tmp_path / "test" / name / "0.jpg").write_bytes(jpeg(0))
-    told = "2 of 3 class names are WordNet ids, and zero-shot asks for 'a photo of a n01440764.': rename the folders"
-    knn = configs.Config(evaluate=configs.Evaluate(labeled=str(tmp_path), tasks=("knn",)))
+    told = (
+        f"{tmp_path / 'test'}: 2 of 3 class names are WordNet ids, and zero-shot asks for 'a photo of a n01440764.'; "
+    )
+    told += "give the classes names: "
+    rename = "rename the folders (evaluate: or give --class-names FILE, a name a line for each folder, in the order of "
+
+    def training(task: Any) -> configs.Config:
+        own = configs.Evaluate(labeled=str(tmp_path), tasks=(task,))
+        return configs.Config(evaluate=own, train=configs.Train(evaluate_every=1))
+
     with pytest.raises(UserError, match="train"):
-        open_labeled(knn)
+        check_heldout(training("knn"))
     assert not caplog.messages, "k-NN asks for no names"
-    open_labeled(configs.Config(evaluate=configs.Evaluate(labeled=str(tmp_path), tasks=("zero-shot",))))
-    assert told in caplog.messages[0]
+    check_heldout(training("zero-shot"))
+    assert caplog.messages.pop() == f"{told}{rename}`LC_ALL=C ls`)"
+    caplog.clear()
+    open_labeled(training("zero-shot"))
+    assert not caplog.messages, "the run, which does it next, does not repeat it"
     with pytest.raises(UserError, match="there is no"):
         evaluate([str(tmp_path / "model")], ["zero-shot"], tmp_path)
-    assert told in caplog.messages[1]
-    open_images(tmp_path, class_names=["mill", "tench", "goldfish"]).check_names()
-    (tmp_path / "test" / names[0]).rename(tmp_path / "test" / "tench")
-    open_images(tmp_path).check_names()
+    assert caplog.messages == [f"{told}{rename}`LC_ALL=C ls`)"]
+    caplog.clear()
+    (file := tmp_path / "classnames.txt").write_text("\n".join(names))
+    open_images(tmp_path, class_names=file).warn_of_ids()
+    for folder in (tmp_path / "test").iterdir():
+        shutil.rmtree(folder)
+    write_tar(tmp_path / "test")
+    open_images(tmp_path).warn_of_ids()
+    assert caplog.messages == [f"{told}in {file}"] * 2
+    file.write_text("mill\ntench\nn01443537")
+    open_images(tmp_path).warn_of_ids()
     assert len(caplog.messages) == 2
 
 
+@pytest.mark.slow
 def test_tasks_and_data_must_fit_each_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
         (("--evaluate.labeled", "null"), "or labeled images: --evaluate.labeled DIR"),

@@ -15,8 +15,9 @@ from megatron_lcl.compiled import compiled
 from megatron_lcl.data.prepare.sorting import sorted_rows
 
 LIMIT = 64
-"""A row is compared with the first so many of its key, in order: where boilerplate gives one key to many rows, to
-compare all pairs would take the square of their number. numba compiles it in."""
+"""A row is compared with the first so many rows of its key, in order: where boilerplate gives one key to many rows, to
+compare all pairs would take the square of their number. Of rows with the same content the joins give a key to the first
+only (`join.same_content`), so these are so many contents. numba compiles the number in."""
 MEMORY = 1 << 30
 """bytes that sorting the keys may take"""
 _BYTES_OF_ROW = 48

@@ -62,7 +62,7 @@ def join_documents(
     everything = [*against, *files]
     rows, starts = gather(everything, ("document", "digest", "signature", "shingles"), scratch)
     digest, signature, shingles = rows["digest"], rows["signature"], rows["shingles"]
-    parent, new = same_content(digest, scratch, memory)
+    parent, first_of_content = same_content(digest, scratch, memory)
     num = signature.shape[1]
     if settings.threshold is not None:
         bands, per_band = choose_bands(settings.threshold, num)
@@ -75,7 +75,7 @@ def join_documents(
         for own in band_keys:
 
             def keys(start: int, stop: int, own: np.ndarray = own) -> tuple[np.ndarray, np.ndarray]:
-                found = start + np.flatnonzero(new[start:stop] & (shingles[start:stop] > 0))
+                found = start + np.flatnonzero(first_of_content[start:stop] & (shingles[start:stop] > 0))
                 return own[found], found
 
             for group in equal_keys(keys, len(digest), scratch / "keys", memory):
@@ -109,7 +109,7 @@ def join_images(
     rows, first_image = gather(everything, ("digest", "hash", "detail"), scratch)
     placed, starts = gather(everything, ("document", "item", "image"), scratch)
     digest, long = rows["digest"], rows["hash"][:, 2:]
-    parent, new = same_content(digest, scratch, memory)
+    parent, first_of_content = same_content(digest, scratch, memory)
     if settings.max_bits is not None:
         short = new_array(scratch / "short.npy", np.uint32, (len(digest), 2))  # contiguous: each choice reads all
         for start, stop in blocks(0, len(digest)):
@@ -120,7 +120,9 @@ def join_images(
             mask = kept.view(np.uint32)
 
             def keys(start: int, stop: int, mask: np.ndarray = mask) -> tuple[np.ndarray, np.ndarray]:
-                found = np.flatnonzero(new[start:stop] & (rows["detail"][start:stop] >= settings.min_detail))
+                found = np.flatnonzero(
+                    first_of_content[start:stop] & (rows["detail"][start:stop] >= settings.min_detail)
+                )
                 return _key(short[start:stop][found] & mask), start + found
 
             for group in equal_keys(keys, len(digest), scratch / "keys", memory):
@@ -234,7 +236,7 @@ def same_content(digest: np.ndarray, scratch: Path, memory: int) -> tuple[np.nda
     """Clusters of rows with the same digest, uint32 [N, 4]: int64 [N], mapped, for `clusters.find` and `unite`; and
     which rows are the first with theirs, bool [N], mapped. Only these are compared with others: what stands in the
     corpus often, or in many ranges, is one of the first `clusters.LIMIT` of a key only once."""
-    new = new_array(scratch / "new.npy", np.bool_, (len(digest),))
+    first = new_array(scratch / "first-of-content.npy", np.bool_, (len(digest),))
     parent = new_array(scratch / "parent.npy", np.int64, (len(digest),))
     for start, stop in blocks(0, len(digest)):
         parent[start:stop] = np.arange(start, stop)
@@ -245,8 +247,8 @@ def same_content(digest: np.ndarray, scratch: Path, memory: int) -> tuple[np.nda
     for group in equal_keys(keys, len(digest), scratch / "keys", memory):
         unite_alike(*group, digest, False, 0, parent)
     for start, stop in blocks(0, len(digest)):
-        new[start:stop] = parent[start:stop] == np.arange(start, stop)
-    return parent, new
+        first[start:stop] = parent[start:stop] == np.arange(start, stop)
+    return parent, first
 
 
 @compiled

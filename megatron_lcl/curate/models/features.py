@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_lcl.compiled import compiled
 from megatron_lcl.curate.documents import NOTHING, Gone, Range
-from megatron_lcl.curate.duplicates.clusters import MEMORY, unite
+from megatron_lcl.curate.duplicates.clusters import MEMORY, find, unite
 from megatron_lcl.curate.duplicates.facts import Facts, shown_images
 from megatron_lcl.curate.duplicates.join import Places, Removals, gather, removals_of, rows_shown, same_content
 from megatron_lcl.curate.models.encoder import load
@@ -25,6 +25,8 @@ from megatron_lcl.errors import UserError
 
 _BATCH = 32
 _BLOCK = 2048
+_ROUNDING = 1e-4
+"""by which a product of float32 may differ from the cosine, and more: it differs by 1e-6 or so"""
 
 
 @one_thread()
@@ -97,12 +99,12 @@ def join_features(
     for start in range(0, len(feature), _BLOCK):
         block = feature[start : start + _BLOCK]
         for other in range(0, start + 1, _BLOCK):
-            alike = np.nonzero(block @ feature[other : other + _BLOCK].T >= settings.min_cosine)
-            _unite_pairs(parent, start + alike[0], other + alike[1])
+            near = np.nonzero(block @ feature[other : other + _BLOCK].T >= settings.min_cosine - _ROUNDING)
+            _unite_pairs(parent, feature, start + near[0], other + near[1], settings.min_cosine)
 
     def value(one: int, other: int) -> float:
         same = (digest[one] == digest[other]).all()
-        return 1.0 if same else float(feature[one] @ feature[other])
+        return 1.0 if same else _cosine(feature[one], feature[other])
 
     shown = rows_shown(placed["image"], first_image, starts, scratch)
     spots = Places(everything, len(against), starts, placed["document"], placed["item"], shown)
@@ -142,6 +144,18 @@ def read_head(head: str | None) -> tuple[np.ndarray, float]:
 
 
 @compiled
-def _unite_pairs(parent: np.ndarray, rows: np.ndarray, others: np.ndarray) -> None:
-    for k in range(len(rows)):
-        unite(parent, rows[k], others[k])
+def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """Of two features, added in their order: BLAS adds in one that follows from its threads and the blocks' sizes."""
+    total = 0.0
+    for k in range(len(one)):
+        total += np.float64(one[k]) * np.float64(other[k])
+    return total
+
+
+@compiled
+def _unite_pairs(
+    parent: np.ndarray, feature: np.ndarray, rows: np.ndarray, others: np.ndarray, min_cosine: float
+) -> None:
+    for row, other in zip(rows, others):  # noqa: B905 - numba knows no `strict`
+        if find(parent, row) != find(parent, other) and _cosine(feature[row], feature[other]) >= min_cosine:
+            unite(parent, row, other)

@@ -138,10 +138,14 @@ def clear_up(folder: Path) -> None:
 
 @contextmanager
 def clear_errors(folder: Path, remedy: str = "free some and run the same command again") -> Iterator[None]:
-    """A full disk, or a folder that cannot be written, as one line. remedy: of a full disk."""
+    """A full disk, or a folder that cannot be written, as one line. remedy: of a full disk. An error that names a file
+    outside of the folder is of the input, and stays as it is."""
     try:
         yield
     except OSError as error:
+        named = [os.fsdecode(n) for n in (error.filename, error.filename2) if n is not None and not isinstance(n, int)]
+        if named and not any(Path(name).absolute().is_relative_to(folder.absolute()) for name in named):
+            raise
         if is_full(error):
             raise UserError(f"no space left for {folder}, {free_space(folder)}; {remedy}") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):

@@ -241,17 +241,45 @@ def test_how_a_corpus_is_divided_decides_on_no_image(
         of_rows = [number_of[digest.tobytes()] for digest in found["digest"]]
         return {**found, "hash": hashes[of_rows], "detail": np.full(len(of_rows), 9, np.float32)}
 
+    check_divisions([[b"%d" % k for k, _ in document] for document in shown], facts, join_images, rule)
+
+
+def test_what_stands_often_hides_no_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have one key; the last two are alike, and before them one content stands often."""
+    shown = [0, 0, 0, 1, 2]
+    signatures = np.array([[0, 7, 7, 7], [0, 1, 1, 1], [0, 1, 1, 1]], np.uint32)
+    monkeypatch.setattr(joins, "choose_bands", lambda *_: (1, 1))
+
+    def facts(corpus: Corpus, task: Range, rule: Any) -> dict[str, np.ndarray]:
+        found = document_facts(corpus, task, DocumentDuplicates(threshold=None))
+        rows = [shown[document] for document in found["document"]]
+        return {**found, "signature": signatures[rows], "shingles": np.ones(len(rows), np.int32)}
+
+    rule = DocumentDuplicates(threshold=0.5, permutations=4, action="keep-one")
+    ((places, _, matched),) = check_divisions([[f"text {k}"] for k in shown], facts, join_documents, rule)
+    assert places == [(1, -1), (2, -1), (4, -1)]
+    assert matched == ["document 0", "document 0", "document 3"]
+
+
+def check_divisions(
+    documents: Sequence[Sequence[Any]], facts: Any, join: Any, rule: Any
+) -> list[tuple[list[tuple[int, int]], list[float], list[str]]]:
+    """Places, values and matches that are removed where a row is compared with two of its key, which are the same
+    however the corpus is cut into shards and tasks."""
     results = []
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(clusters, "LIMIT", 2)
+        patch.setattr(joins, "_DIFFERING", 0)  # one choice of bytes in place of 70
         patch.setattr(joins, "unite_alike", unite_alike.py_func)  # numba has compiled the limit in
+        corpora = {shards: make_corpus(Path(folder) / f"{shards}", documents, shards) for shards in (1, 2)}
         for shards, size in ((1, 99), (1, 1), (2, 2)):
             root = Path(folder) / f"{shards}-{size}"
-            corpus = make_corpus(root / "corpus", [[b"%d" % k for k, _ in document] for document in shown], shards)
+            files = facts_of(corpora[shards], facts, root / "facts", size, rule)
             (root / "scratch").mkdir()
-            found = list(join_images(facts_of(corpus, facts, root / "facts", size, rule), rule, root / "scratch"))
+            found = list(join(files, rule, root / "scratch"))
             results.append([(removed(r), r.value.tolist(), [m.partition(": ")[2] for m in r.matched]) for r in found])
     assert results[1:] == results[:1] * 2
+    return results[0]
 
 
 def test_a_manifest_is_not_read_for_each_file_of_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from data.corpora import jpeg, write_corpus
 from safetensors.numpy import save_file
 
 from megatron_lcl.curate.documents import Range
+from megatron_lcl.curate.models import features
 from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.curate.models.features import feature_facts, join_features, join_scores
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore
@@ -58,6 +59,35 @@ def test_features_within_an_angle_are_duplicates(size: int, tmp_path: Path) -> N
     assert found.matched[1] == f"{tmp_path / 'other'}: document 1, piece 0"
     cosines = np.cos(np.deg2rad([8, 4, 16, 1]))  # the second to last is connected by the image between
     np.testing.assert_allclose(found.value, cosines, atol=1e-6)
+
+
+class Rounded(np.ndarray):
+    """Its products are too large, as another number of threads or another size of the blocks may make them."""
+
+    def __matmul__(self, other: Any) -> Any:
+        return np.asarray(self) @ np.asarray(other) + 1e-6
+
+
+def test_how_a_product_is_rounded_decides_on_no_duplicate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, files = by_hand(tmp_path / "corpus", [0, 60, 8], 99)
+    with np.load(files[0]) as facts:
+        one, other = facts["feature"][[0, 2]].astype(np.float64)
+    cosine = float(one @ other)
+    found = []
+    for k in range(2):  # as it is, and with the other rounding
+        for least in (cosine - 1e-9, cosine + 1e-9):
+            (scratch := tmp_path / f"{k}-{least}").mkdir()
+            found += [list(join_features(files, FeatureDuplicates(least), scratch))]
+        gather = features.gather
+
+        def rounded(*given: Any, gather: Any = gather) -> Any:
+            rows, starts = gather(*given)
+            return {name: rows[name].view(Rounded) if name == "feature" else rows[name] for name in rows}, starts
+
+        monkeypatch.setattr(features, "gather", rounded)
+    assert [[(r.document.tolist(), r.value.tolist()) for r in parts] for parts in found] == [
+        [([2], [np.float32(cosine)])], [],
+    ] * 2  # fmt: skip
 
 
 @pytest.mark.parametrize("format", ["npz", "safetensors"])

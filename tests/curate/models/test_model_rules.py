@@ -126,6 +126,23 @@ def test_all_rules_of_features_encode_each_image_once(
     )
 
 
+def test_cores_that_stay_idle_are_told(
+    source: Path, encoder: tuple[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("megatron_lcl.curate.run.num_cores", lambda: 2)
+    curate(source, None, read_settings(overrides={"text.min_words": "1"}))
+    assert caplog.messages == [], "no rule asks a model"
+    for task_bytes, told in ((100, "3 ranges of documents; --workers 2 uses more"), (1 << 25, "1 range of documents")):
+        curate(source, None, rules(encoder, duplicates="keep-one"), task_bytes=task_bytes)
+        assert caplog.messages.pop() == (
+            f"models compute on 1 of 2 cores, in one thread of each process: --workers 1, {told}"
+        )
+        caplog.clear()
+    monkeypatch.setattr("megatron_lcl.curate.run.num_cores", lambda: 1)
+    curate(source, None, rules(encoder, duplicates="keep-one"))
+    assert caplog.messages == []
+
+
 def test_manifests_are_not_read_again_for_each_task_of_an_encoder(
     source: Path, encoder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
