@@ -62,7 +62,7 @@ class RunPage:
     """The page about a run folder, which may still be growing."""
 
     def __init__(self, run: Path) -> None:
-        """UserError where `run` is not a run folder, or a line of its metrics is damaged."""
+        """UserError where `run` is not a run folder."""
         if not (run / CONFIG).is_file():
             raise UserError(f"{run} is not a run folder: it has no {CONFIG}")
         self.run = run
@@ -74,9 +74,9 @@ class RunPage:
         """Whether the run has written anything since the last call, which is taken in."""
         return self.metrics.read()
 
-    def render(self, folder: Path | None = None, live: float = 0.0) -> str:
-        """The page. folder: where it lies, from which links start; None: nothing is linked. live: seconds between two
-        looks at what has changed, for a page that is served; 0: it stays as it is."""
+    def render(self, folder: Path | None = None, live: bool = False) -> str:
+        """The page. folder: where it lies, from which links start; None: nothing is linked. live: for a page that is
+        served, and follows what changes."""
         run, metrics = self.run, self.metrics
         config = self.config = configs.load(run / CONFIG)  # which a run that goes on may have written anew
         root = Path(__file__).resolve().parents[2]

@@ -66,7 +66,7 @@ class Run:
 
     @classmethod
     def of(cls, folder: Path, metrics: Metrics | None = None) -> Run:
-        """metrics: those read so far. UserError where it is no run folder, or its files are damaged."""
+        """metrics: those read so far. UserError where it is no run folder, or its config is damaged."""
         settings = fields.flat(configs.to_dict(configs.resolved(configs.load(folder / CONFIG))))
         return cls(folder, settings, metrics or Metrics.of(folder))
 
@@ -189,7 +189,7 @@ class RunsPage:
     """The page about several runs, which may still be growing."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """UserError where there is no run, or a line of one's metrics is damaged."""
+        """UserError where there is no run."""
         self.paths = paths
         self._metrics = {folder: Metrics.of(folder) for folder in find_runs(paths)}
 
@@ -200,7 +200,7 @@ class RunsPage:
         read = [metrics.read() for metrics in self._metrics.values()]  # of all of them
         return any(read) or known.keys() != self._metrics.keys()
 
-    def render(self, folder: Path | None = None, live: float = 0.0) -> str:
+    def render(self, folder: Path | None = None, live: bool = False) -> str:
         """The page; as `page.RunPage.render`."""
         # configs anew: a run that goes on may have written its own again
         runs = [Run.of(folder, metrics) for folder, metrics in self._metrics.items()]

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from megatron_lcl.errors import UserError
 from megatron_lcl.report.events import Event, Events, audited
 from megatron_lcl.report.follow import ReadSoFar
 from megatron_lcl.report.slowest import Slowest
@@ -136,6 +135,10 @@ class Metrics:
     _clock: float | None = None
     """of the last line"""
     slowest: Slowest = field(default_factory=Slowest)
+    num_damaged: int = 0
+    """lines of metrics.jsonl that are no JSON object, and are passed over"""
+    first_damaged: int = 0
+    """number of the first such line"""
     _phase: object = None
     """number of the last phase that a line told of"""
     _events: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
@@ -146,7 +149,7 @@ class Metrics:
 
     @classmethod
     def of(cls, run: Path) -> Metrics:
-        """UserError where a line is damaged."""
+        """All that is there."""
         metrics = cls(run)
         metrics.read()
         return metrics
@@ -163,11 +166,23 @@ class Metrics:
                 setattr(self, name, value)
         before = self._read.num_lines, self._audit_read.num_lines
         for raw in self._read.new_lines(metrics):
-            self._take(_parsed(raw, metrics, self._read.num_lines))
+            if (line := _parsed(raw)) is None:
+                self.num_damaged += 1
+                self.first_damaged = self.first_damaged or self._read.num_lines
+            else:
+                self._take(line)
         for raw in self._audit_read.new_lines(audit):
             if event := audited(raw):
                 self._audited[event.kind].add(event)
         return is_cut or (self._read.num_lines, self._audit_read.num_lines) != before
+
+    @property
+    def damage(self) -> str:
+        """What is missing here of metrics.jsonl; empty: nothing."""
+        if not self.num_damaged:
+            return ""
+        lines = f"{self.num_damaged:,} damaged line{'s' if self.num_damaged > 1 else ''}"
+        return f"{self.run / METRICS}: {lines} passed over (the first is line {self.first_damaged:,})"
 
     @property
     def events(self) -> Mapping[str, Events]:
@@ -256,14 +271,13 @@ def _as_now(line: Mapping[str, Any]) -> Mapping[str, Any]:
     return changed | over_ranks(line)
 
 
-def _parsed(raw: bytes, path: Path, number: int) -> Mapping[str, Any]:
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    """None: it is damaged."""
     try:
+        line = msgspec.json.decode(raw)
+    except ValueError:  # also of NaN and Infinity, which Python writes
         try:
-            line = msgspec.json.decode(raw)
-        except msgspec.DecodeError:  # NaN and Infinity, which Python writes
             line = json.loads(raw)
-    except ValueError as error:
-        raise UserError(
-            f"{path}, line {number} is damaged ({error}); delete this line, and the others are read"
-        ) from None
-    return line if isinstance(line, dict) else {}
+        except ValueError:
+            return None
+    return line if isinstance(line, dict) else None

@@ -1,7 +1,7 @@
 """`report --watch`: the page on this machine's loopback address, which follows the run while it is written.
 
     GET /          the page
-    GET /parts     as JSON: `page`, a hash that is the same as long as the same runs are served by the same release;
+    GET /parts     as JSON: `page`, a hash of what lies outside of its parts, and of the paths that it is about;
                    `parts`, by id a hash of what each says; `error`, why it no longer follows, or "";
                    with an ETag: 304 where nothing has changed
     GET /part/ID   the inside of a part: of a section, of the head, of the links to the sections
@@ -18,7 +18,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +32,8 @@ from megatron_lcl.report.runs import RunsPage, find_runs
 HOST = "127.0.0.1"
 EVERY = 2.0
 """seconds between two looks of the page"""
+LIMIT = 30.0
+"""seconds of silence after which a browser says that there is no answer"""
 PATIENCE = 5
 """looks of the page for which an error is not told: a file that is just being written is read at the next"""
 _PART = re.compile(r'(<(section|header|nav) id="([\w-]+)"[^>]*>)(.*?)</\2>', re.DOTALL)
@@ -44,75 +48,121 @@ class Page(Protocol):
 
     def changed(self) -> bool: ...
 
-    def render(self, folder: Path | None = None, live: float = 0.0) -> str: ...
+    def render(self, folder: Path | None = None, live: bool = False) -> str: ...
+
+
+@dataclass(frozen=True)
+class Made:
+    """A page as it was made."""
+
+    text: str
+    parts: Mapping[str, str]
+    """by id, what is inside"""
+    known: Mapping[str, object]
+    """`page` and `parts` of what /parts says"""
+
+    @classmethod
+    def of(cls, text: str, paths: Sequence[Path]) -> Made:
+        whose = [str(path.absolute()) for path in paths]
+        parts = {name: inside for _, _, name, inside in _PART.findall(text)}
+        frame = _hash(json.dumps([whose, _PART.sub(r"\1", text)]))
+        return cls(text, parts, {"page": frame, "parts": {name: _hash(inside) for name, inside in parts.items()}})
 
 
 class Watch:
-    """A page that is made again when its runs have written something, or others have begun beside them."""
+    """A page that is made again when its runs have written something, or others have begun beside them.
 
-    def __init__(self, paths: Sequence[Path], every: float = EVERY) -> None:
-        """paths: of runs, or of folders of runs. every: seconds between two looks."""
-        self._paths, self._every = paths, every
-        self._lock = threading.Lock()
+    One thread at a time looks at the runs and makes the page, however many ask for it; a request starts it where none
+    is at work and it is time, waits for it for a third of `limit`, and is answered with the page that was made last.
+    """
+
+    _made: Made
+
+    def __init__(self, paths: Sequence[Path], every: float = EVERY, limit: float = LIMIT) -> None:
+        """Makes the page. paths: of runs, or of folders of runs. every: seconds between two looks at them. limit:
+        seconds after which a silent server, or a look that does not end, is told of.
+
+        UserError or OSError where there is no page to be made.
+        """
+        self._paths, self._every, self._limit = paths, every, limit
         self._page: Page | None = None
         self._alone: Path | None = None
         """the run that the page is about; None: it is about several"""
         self._seen: object = None
         self._stale = True
         """what was taken in is not yet on the page"""
-        self._text = ""
-        self._parts: dict[str, str] = {}
-        self._frame = ""
-        """a hash of what lies outside of the parts, and of whose page it is"""
         self._failing: tuple[float, str] | None = None
-        """since when it is not to be made again, by time.monotonic, and why now"""
+        """since when the page is not to be made again, by time.monotonic, and why now"""
+        self._lock = threading.Lock()
+        """of whoever starts a look"""
+        self._idle = threading.Event()
+        """no look is at work"""
+        self._idle.set()
+        self._took = 0.0
+        """seconds of the last look that made a page"""
+        self._began = time.monotonic()
+        self._update()
+        self._ended = time.monotonic()
 
     def page(self) -> str:
-        """The whole page; it knows what each of its parts says. UserError or OSError where it was never to be made."""
-        with self._lock:
-            self._update()
-            known = {"page": self._frame, "parts": self._digests()}
-            return self._text.replace("const known = null;", f"const known = {json.dumps(known)};", 1)
+        """The whole page; it knows what each of its parts says."""
+        made = self._latest()
+        known = {**made.known, "every": round(1000 * self._every), "limit": round(1000 * self._limit)}
+        return made.text.replace("const known = null;", f"const known = {json.dumps(known)};", 1)
 
     def state(self) -> dict[str, object]:
-        """What /parts says; errors as `page`."""
-        with self._lock:
-            self._update()
-            since, error = self._failing or (0.0, "")
-            is_told = self._failing is not None and time.monotonic() - since >= PATIENCE * self._every
-            return {"page": self._frame, "parts": self._digests(), "error": error if is_told else ""}
+        """What /parts says."""
+        return {**self._latest().known, "error": self._error()}
 
     def part(self, name: str) -> str | None:
-        """A part's inside, as it was last looked at."""
+        """A part's inside, as it was last made."""
+        return self._made.parts.get(name)
+
+    def _latest(self) -> Made:
         with self._lock:
-            return self._parts.get(name)
+            if self._idle.is_set() and time.monotonic() >= self._ended + self._every:
+                self._idle.clear()
+                self._began = time.monotonic()
+                threading.Thread(target=self._look, daemon=True).start()
+        self._idle.wait(self._limit / 3)  # so that a browser, which is more patient, has an answer
+        return self._made
 
-    def _digests(self) -> dict[str, str]:
-        return {name: _hash(text) for name, text in self._parts.items()}
+    def _error(self) -> str:
+        """Why the page does not follow; empty: it does, or may only be late."""
+        now, longest, failing = time.monotonic(), max(self._limit, 2 * self._took), self._failing
+        if not self._idle.is_set() and now - self._began > longest:
+            return f"making it anew takes longer than {round(longest, 1):g} s"
+        return failing[1] if failing and now - failing[0] >= PATIENCE * self._every else ""
 
-    def _update(self) -> None:
+    def _look(self) -> None:
         try:
-            found = find_runs(self._paths)
-            files = [_files_of(run) for run in found]
-            alone = found[0] if len(found) == 1 else None
-            if self._page is None or alone != self._alone:
-                self._page, self._alone = RunPage(alone) if alone else RunsPage(self._paths), alone
-                self._stale = True
-            self._stale = self._page.changed() or files != self._seen or self._stale
-            text = self._page.render(live=self._every) if self._stale else self._text
-        except (UserError, OSError) as error:
-            if not self._text:
-                raise
+            self._update()
+            self._failing = None
+        except Exception as error:  # noqa: BLE001 - whatever it is, the page says it
             # what was shown stays; of what was taken in until the error, no later look says that it is new
             self._stale = True
-            since, _ = self._failing or (time.monotonic(), "")
-            self._failing = since, str(error)
-            return
-        if text is not self._text:
-            self._parts = {name: inside for _, _, name, inside in _PART.findall(text)}
-            whose = [str(path.absolute()) for path in self._paths]
-            self._frame = _hash(json.dumps([whose, _PART.sub(r"\1", text)]))
-        self._text, self._seen, self._stale, self._failing = text, files, False, None
+            since, before = self._failing or (time.monotonic(), "")
+            is_expected = isinstance(error, UserError | OSError)
+            said = str(error) if is_expected else f"a fault of the program, {type(error).__name__}: {error}"
+            if not is_expected and said != before:
+                traceback.print_exc()
+            self._failing = since, said
+        finally:
+            self._ended = time.monotonic()
+            self._idle.set()
+
+    def _update(self) -> None:
+        found = find_runs(self._paths)
+        files = [_files_of(run) for run in found]
+        alone = found[0] if len(found) == 1 else None
+        if self._page is None or alone != self._alone:
+            self._page, self._alone = RunPage(alone) if alone else RunsPage(self._paths), alone
+            self._stale = True
+        self._stale = self._page.changed() or files != self._seen or self._stale
+        if self._stale:
+            self._made = Made.of(self._page.render(live=True), self._paths)
+            self._took = time.monotonic() - self._began
+        self._seen, self._stale = files, False
 
 
 def _hash(text: str) -> str:
@@ -130,25 +180,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(403, "this page is served to this machine alone\n")
             return
         watch, path = self.server.watch, self.path
-        try:
-            if path == "/":
-                self._answer(200, watch.page(), "text/html")
-            elif path == "/parts":
-                text = json.dumps(watch.state())
-                tag = f'"{_hash(text)}"'
-                if self.headers.get("If-None-Match") == tag:
-                    self._answer(304, "", tag=tag)
-                else:
-                    self._answer(200, text, "application/json", tag)
-            elif path.startswith("/part/") and (part := watch.part(path.removeprefix("/part/"))) is not None:
-                self._answer(200, part, "text/html")
+        if path == "/":
+            self._answer(200, watch.page(), "text/html")
+        elif path == "/parts":
+            text = json.dumps(watch.state())
+            tag = f'"{_hash(text)}"'
+            if self.headers.get("If-None-Match") == tag:
+                self._answer(304, "", tag=tag)
             else:
-                self._answer(404, "there is no such page\n")
-        except (UserError, OSError) as error:
-            self._answer(503, f"{error}\n")
-        except Exception as error:
-            self._answer(500, f"{type(error).__name__}: {error}\n")
-            raise
+                self._answer(200, text, "application/json", tag)
+        elif path.startswith("/part/") and (part := watch.part(path.removeprefix("/part/"))) is not None:
+            self._answer(200, part, "text/html")
+        else:
+            self._answer(404, "there is no such page\n")
 
     do_HEAD = do_GET
 
@@ -194,7 +238,6 @@ def serve(paths: Sequence[Path], port: int = 0) -> None:
     UserError where there is no run, or the port is taken.
     """
     watch = Watch(paths)
-    watch.state()
     try:
         server = _Server(port, watch)
     except (OSError, OverflowError) as error:

@@ -12,9 +12,10 @@ import pytest
 from report.browser import Browser
 from report.conftest import STEPS, line, write_lines
 from report.test_browser import point_at
-from report.test_serve import grow, serving
+from report.test_serve import Held, grow, serving
 
-from megatron_lcl.report.serve import Watch
+from megatron_lcl.report.page import RunPage
+from megatron_lcl.report.serve import Watch, _Handler
 
 pytestmark = pytest.mark.slow
 LIVE = "(document.getElementById('live')?.textContent ?? '')"
@@ -70,7 +71,7 @@ def test_a_tab_goes_over_to_the_run_that_is_served_at_its_address(tmp_path: Path
     with serving(a) as (served, _):
         browser.open(url(served.port))
         browser.evaluate("window.same = true; document.querySelector('#settings').scrollIntoView()")
-    browser.wait_for(f"{LIVE}.endsWith('the command that follows the run has ended')")
+    browser.wait_for(f"{LIVE}.endsWith('no connection: the command has ended, or the tunnel to it')")
     box = browser.evaluate(
         "(({top, bottom}) => [top, bottom])(document.getElementById('live').getBoundingClientRect())"
     )
@@ -88,23 +89,56 @@ def test_a_tab_goes_over_to_the_run_that_is_served_at_its_address(tmp_path: Path
 
 
 def test_the_page_says_why_it_does_not_follow(run: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> Any:
+    def fail(page: RunPage) -> Any:
         raise RuntimeError("of the program")
 
-    with serving(run) as (served, watch):
+    looks, states = Held(monkeypatch, RunPage, "changed"), Held(monkeypatch, Watch, "state")
+    with serving(run, limit=1.5) as (served, watch):
+        watch._took = 0.1
         browser.open(url(served.port))
         run.rename(run.with_name("moved"))
         browser.wait_for(f"{LIVE}.includes('up to date: {run} is neither a run folder')")
         run.with_name("moved").rename(run)
         browser.wait_for(f"{LIVE} === 'This page follows the run.'")
-        with watch._lock:  # as where a file system does not answer
+        with looks.holding():  # as where a file system does not answer
+            browser.wait_for(f"{LIVE}.endsWith('takes longer than 1.5 s')")
+        browser.wait_for(f"{LIVE} === 'This page follows the run.'")
+        with states.holding():
             browser.wait_for(f"{LIVE}.endsWith('no answer for 1.5 s')")
         browser.wait_for(f"{LIVE} === 'This page follows the run.'")
-        state = watch.state
-        monkeypatch.setattr(watch, "state", fail)
-        browser.wait_for(f"{LIVE}.includes('/parts is 500 RuntimeError: of the program')")
-        monkeypatch.setattr(watch, "state", state)
+        with monkeypatch.context() as patch:
+            patch.setattr(RunPage, "changed", fail)
+            browser.wait_for(f"{LIVE}.endsWith('a fault of the program, RuntimeError: of the program')")
         browser.wait_for(f"{LIVE} === 'This page follows the run.'")
+        with monkeypatch.context() as patch:
+            patch.setattr(Watch, "part", lambda *_: None)
+            grow(run, STEPS + 1)
+            browser.wait_for(f"{LIVE}.includes('is 404 there is no such page')")
+        browser.wait_for(f"{LIVE} === 'This page follows the run.'")
+
+
+def test_an_answer_that_is_long_in_coming_is_waited_for(
+    run: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as long as the page waits where nothing comes."""
+    answer = _Handler._answer
+
+    def slowly(handler: _Handler, status: int, text: str, kind: str = "text/plain", tag: str = "") -> None:
+        if not handler.path.startswith("/part/"):
+            return answer(handler, status, text, kind, tag)
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body := text.encode())))
+        handler.end_headers()
+        for piece in range(12):
+            time.sleep(0.2)
+            handler.wfile.write(body[piece * len(body) // 12 : (piece + 1) * len(body) // 12])
+
+    with serving(run, limit=1.2) as (served, _):
+        browser.open(url(served.port))
+        monkeypatch.setattr(_Handler, "_answer", slowly)
+        with (run / "audit.jsonl").open("a") as file:
+            file.write(json.dumps({"event": "stopped", "step": 7, "signal": 15, "saved": 7}) + "\n")
+        browser.wait_for("document.querySelector('#events').textContent.includes('signal 15')")
 
 
 def test_a_part_that_was_not_had_is_asked_for_again(
@@ -122,7 +156,7 @@ def test_a_part_that_was_not_had_is_asked_for_again(
         grow(run, STEPS + 1)
         browser.wait_for(f"{STEP} === '{STEPS + 1}'")
         browser.wait_for(f"{LIVE} === 'This page follows the run.'")
-        assert asked.count("curves") == 3
+        assert asked.count("curves") >= 3
 
 
 def test_the_reader_stays_where_he_is_at_each_update(run: Path, browser: Browser) -> None:
@@ -176,6 +210,19 @@ def test_a_group_of_charts_that_comes_before_others_opens_and_closes_none(tmp_pa
             file.write("".join(json.dumps(line(n) | {"checkpoint_bytes": n}) + "\n" for n in (4, 5, 6)))
         browser.wait_for(f"{summaries}.length > 1")
         assert browser.evaluate(summaries) == [["Checkpoints", False], ["What the steps read", True]]
+
+
+def test_what_the_reader_has_closed_stays_closed(run: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    render = RunPage.render
+    monkeypatch.setattr(RunPage, "render", lambda *a, **k: render(*a, **k).replace("<details>", "<details open>"))
+    is_open = "document.querySelector('#curves details').open"
+    with serving(run) as (served, _):
+        browser.open(url(served.port))
+        assert browser.evaluate(is_open)
+        browser.evaluate(f"{is_open} = false")
+        grow(run, STEPS + 1)
+        browser.wait_for(f"document.querySelector('#curves').textContent.includes('{STEPS + 1} steps')")
+        assert not browser.evaluate(is_open)
 
 
 def test_selected_text_stays_until_it_is_let_go(run: Path, browser: Browser) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_lcl.errors import UserError
 from megatron_lcl.report import series
 from megatron_lcl.report.events import MAX_EVENTS, MAX_STRETCHES, Event, Events, audited, newest, numbers
 from megatron_lcl.report.series import MAX_BUCKETS, MAX_METRICS, Metrics, Series
@@ -178,9 +177,10 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
     assert metrics.series["chance_accuracy"].last == 0.25, "earlier versions did not write it"
     assert {"on", "words", "skipped", "phase", "step", "time", "num_bad_images_since"}.isdisjoint(metrics.series)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write("{damaged}\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 12 is damaged \(.*\); delete this line"):
-        Metrics.of(tmp_path)
+        file.write('{damaged}\n[1]\n{"step": 8, "loss": NaN}\n')
+    metrics = Metrics.of(tmp_path)
+    assert metrics.damage == f"{tmp_path / 'metrics.jsonl'}: 2 damaged lines passed over (the first is line 12)"
+    assert metrics.last_step == 8
 
 
 def test_names_and_events_without_end_are_bounded(tmp_path: Path) -> None:

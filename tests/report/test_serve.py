@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from report.browser import Browser
 from report.conftest import STEPS, line, write_lines
 
 from megatron_lcl.cli import main
-from megatron_lcl.report.serve import PATIENCE, Watch, _Server
+from megatron_lcl.report.page import RunPage
+from megatron_lcl.report.serve import LIMIT, PATIENCE, Watch, _Handler, _Server
 
 
 class Client:
@@ -58,9 +59,9 @@ class Server(_Server):
 
 
 @contextlib.contextmanager
-def serving(*paths: Path, port: int = 0) -> Iterator[tuple[Client, Watch]]:
+def serving(*paths: Path, port: int = 0, every: float = 0.1, limit: float = LIMIT) -> Iterator[tuple[Client, Watch]]:
     """A server in this process, whose page looks ten times a second."""
-    watch = Watch(paths, every=0.1)
+    watch = Watch(paths, every, limit)
     server = Server(port, watch)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -75,8 +76,8 @@ def serving(*paths: Path, port: int = 0) -> Iterator[tuple[Client, Watch]]:
 
 @pytest.fixture
 def served(run: Path) -> Iterator[Client]:
-    """A server on a copy of the run."""
-    with serving(run) as (client, _):
+    """A server on a copy of the run, which looks at it at each request."""
+    with serving(run, every=0) as (client, _):
         yield client
 
 
@@ -92,7 +93,9 @@ def test_what_has_changed_is_told_and_nothing_else(served: Client, run: Path) ->
     status, headers, text = served.get("/parts")
     assert status == 200
     tag, before = headers["etag"], json.loads(text)
-    assert (before.pop("error"), before) == ("", json.loads(re.findall(r"const known = (.*);", page)[0]))
+    known = json.loads(re.findall(r"const known = (.*);", page)[0])
+    assert before.pop("error") == ""
+    assert known == before | {"every": 0, "limit": 30_000}
     assert served.get("/parts", If_None_Match=tag)[0::2] == (304, "")
     grow(run, STEPS + 1)
     status, headers, text = served.get("/parts", If_None_Match=tag)
@@ -122,6 +125,7 @@ def test_an_error_that_lasts_is_told_beside_what_was_shown(run: Path, fault: str
     with serving(run) as (served, _):
         before = json.loads(served.get("/parts")[2])
         said = spoil()
+        time.sleep(0.1)
         assert json.loads(served.get("/parts")[2]) == before, "at first a file may be in the making"
         time.sleep(PATIENCE * 0.1)
         after = json.loads(served.get("/parts")[2])
@@ -131,13 +135,98 @@ def test_an_error_that_lasts_is_told_beside_what_was_shown(run: Path, fault: str
 
 def test_what_was_read_before_an_error_is_shown_after_it(tmp_path: Path) -> None:
     a, b = (write_lines(tmp_path / f"s/{n}", [line(1), line(2)], n) for n in range(2))
-    watch = Watch([tmp_path / "s"])
-    watch.page()
+    watch = Watch([tmp_path / "s"], every=0)
     grow(a, 77)
-    with (b / "metrics.jsonl").open("a") as file:
-        file.write("{damaged}\n")
+    config = (b / "config.yaml").read_text()
+    (b / "config.yaml").write_text("{damaged")
     assert "77" not in page_section(watch.page(), "runs")
-    assert "77" in page_section(watch.page(), "runs"), "the damaged line is passed over"
+    (b / "config.yaml").write_text(config)
+    assert "77" in page_section(watch.page(), "runs")
+
+
+def test_damaged_lines_are_told_at_each_look_and_those_after_them_are_read(tmp_path: Path) -> None:
+    a = write_lines(tmp_path / "s/a", [line(1), line(2)])
+    watch = Watch([tmp_path / "s"], every=0)
+    with (a / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo\n')
+    said = f"{a / 'metrics.jsonl'}: 1 damaged line passed over (the first is line 3)"
+    for _ in range(2):
+        assert said in watch.page()
+    write_lines(tmp_path / "s/b", [line(1), line(2)], 1)
+    assert "2 runs of" in watch.page(), "a second run, with which all is read anew"
+    with (a / "metrics.jsonl").open("a") as file:
+        file.write("[4]\n")
+    grow(a, 77)
+    for _ in range(2):
+        assert said.replace("1 damaged line ", "2 damaged lines ") in watch.page()
+        assert "77" in page_section(watch.page(), "runs")
+
+
+class Held:
+    """A method that waits, once it is told to, until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        self.go, self.calls = threading.Event(), 0
+        self.go.set()
+        method = getattr(owner, name)
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            assert self.go.wait(240)
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, held)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        self.go.clear()
+        try:
+            yield
+        finally:
+            self.go.set()
+
+
+def test_a_page_that_is_long_in_the_making_is_made_once_and_meanwhile_the_last_is_served(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renders = Held(monkeypatch, RunPage, "render")
+    with serving(run, limit=0.3) as (served, _):
+        first = json.loads(served.get("/parts")[2])
+        with renders.holding():
+            for step in range(3):  # which a look each would show
+                time.sleep(0.1)
+                grow(run, STEPS + step)
+                assert json.loads(served.get("/parts")[2])["parts"] == first["parts"]
+                assert f"<b>{STEPS}</b>of {STEPS} steps" in served.get("/")[2]
+                assert f"<b>{STEPS}</b>of {STEPS} steps" in served.get("/part/status")[2]
+            assert renders.calls == 2, "the first, and one for all who asked since"
+        eventually(lambda: f"<b>{STEPS + 2}</b>of" in served.get("/")[2])
+
+
+def test_a_look_that_does_not_end_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Held(monkeypatch, RunPage, "changed")
+    with serving(run, limit=0.3) as (served, watch):
+        watch._took = 0.1  # which makes half a second no longer than usual, however busy this machine was
+        with looks.holding():
+            time.sleep(0.1)
+            eventually(lambda: "takes longer than 0.3 s" in json.loads(served.get("/parts")[2])["error"])
+        eventually(lambda: not json.loads(served.get("/parts")[2])["error"])
+
+
+def test_many_tabs_cause_one_look_in_the_time_between_two(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Held(monkeypatch, RunPage, "changed")
+    watch = Watch([run], every=3600)
+    for step in range(5):
+        grow(run, STEPS + step)
+        watch.state()
+    assert looks.calls == 1
+
+
+def eventually(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def page_section(page: str, name: str) -> str:
@@ -150,7 +239,7 @@ def test_a_page_is_known_by_whose_it_is_and_not_by_how_far_they_are(tmp_path: Pa
         return state["page"], state["parts"]["head"], text  # type: ignore[index]
 
     a, sweep = write_lines(tmp_path / "s/a", [line(1), line(2)], 0), tmp_path / "s"
-    watch = Watch([sweep])
+    watch = Watch([sweep], every=0)
     one = known()
     assert "Vision encoder" in one[2]
     (a / "config.yaml").write_text((a / "config.yaml").read_text().replace("lr: 1.0\n", "lr: 7.0\n", 1))
@@ -177,24 +266,50 @@ def test_a_folder_whose_name_is_no_utf8_is_served(run: Path) -> None:
         assert json.loads(served.get("/parts")[2])["error"] == ""
 
 
-def test_a_fault_of_the_program_is_told_here_and_there(
+def test_a_fault_of_the_program_is_told_here_once_and_there_until_it_is_mended(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(run) as (served, watch):
-        monkeypatch.setattr(watch, "state", lambda: {}["no such key"])
-        assert served.get("/parts")[0::2] == (500, "KeyError: 'no such key'\n")
-    said = ""
-    for _ in range(600):  # its thread goes on for a moment after the answer
-        said += capfd.readouterr().err
-        if "KeyError: 'no such key'" in said:
-            return
-        time.sleep(0.1)
-    raise AssertionError(said)
+    changed, keys = RunPage.changed, iter(("no such key", "no such key", "another"))
+
+    def fails(page: RunPage) -> bool:
+        changed(page)  # what has been taken in is not to be lost
+        return {}[next(keys)]  # type: ignore[no-any-return,call-overload]
+
+    watch = Watch([run], every=0.001)
+    monkeypatch.setattr(RunPage, "changed", fails)
+    grow(run, 77)
+    grow(run, STEPS + 1)
+    for _ in range(3):
+        time.sleep(PATIENCE * 0.001)
+        state = watch.state()
+    assert state["error"] == "a fault of the program, KeyError: 'another'"
+    said = capfd.readouterr().err
+    assert said.count("Traceback") == 2
+    assert (said.count("KeyError: 'no such key'"), said.count("KeyError: 'another'")) == (1, 1)
+    monkeypatch.setattr(RunPage, "changed", changed)
+    time.sleep(0.001)
+    assert f"<b>{STEPS + 1}</b>of {STEPS} steps" in watch.page()
+    assert watch.state()["error"] == ""
+
+
+def test_what_a_stalled_reader_had_is_not_followed_by_another_answer(
+    served: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Handler, "timeout", 1.0)
+    monkeypatch.setattr(Watch, "page", lambda watch: "x" * 50_000_000)
+    with socket.create_connection(("127.0.0.1", served.port), 60) as raw:
+        raw.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n\r\n".encode())
+        time.sleep(1.5)  # the server has given up; an answer that tells of it would wait for half a second more
+        had = b""
+        while chunk := raw.recv(1 << 20):
+            had += chunk
+    assert had.count(b"HTTP/1.1 ") == 1
+    assert len(had) < 50_000_000
 
 
 def test_a_run_that_goes_on_has_its_new_settings_beside_the_others(tmp_path: Path) -> None:
     a, b = (write_lines(tmp_path / f"s/{n}", [line(1), line(2)], n) for n in range(2))
-    watch = Watch([a, b])
+    watch = Watch([a, b], every=0)
     assert "lr 1 " in watch.page()
     config = (a / "config.yaml").read_text()
     (a / "config.yaml").write_text(config.replace("lr: 1.0\n", "lr: 7.0\n", 1))
