@@ -85,7 +85,7 @@ class Ratios(NamedTuple):
 
 
 def ratios(ours: list[Measured], peer: list[Measured]) -> Ratios:
-    """Medians over pairs of runs, which are neighbours in time."""
+    """Medians over pairs of runs, which are neighbors in time."""
     pairs = [[a / b for a, b in zip(mine, other, strict=True)] for mine, other in zip(ours, peer, strict=True)]
     return Ratios(*(statistics.median(column) for column in list(zip(*pairs, strict=True))[:3]))
 

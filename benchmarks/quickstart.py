@@ -6,8 +6,8 @@ Runs the script as a newcomer would, with a virtual environment of its own, and 
 one small run says little; and with each seed on the pages alone, by the config that the quickstart takes where it has
 no emoji, on the same corpus of pages: what retrieval among the held-out pages gains or loses by the blend.
 
-Beside it stands what the documents allow: kernel ridge regression from an image's pixels (12×12 RGB and a colour
-histogram) to the tf-idf of the 40 words before it, on the same split, at every strength of regularisation, the best of
+Beside it stands what the documents allow: kernel ridge regression from an image's pixels (12×12 RGB and a color
+histogram) to the tf-idf of the 40 words before it, on the same split, at every strength of regularization, the best of
 which is chosen on the held-out pairs themselves and so flatters it. Exit code 1 where ten minutes or 4 GiB are
 exceeded.
 """
@@ -69,7 +69,7 @@ class PeakMemory:
 
 
 def pairs(corpus: Path) -> tuple[np.ndarray, list[list[str]]]:
-    """Of every image with text before it in its document: pixels and colours [N, F]; the 40 words before it."""
+    """Of every image with text before it in its document: pixels and colors [N, F]; the 40 words before it."""
     pixels, words = [], []
     for document in megatron_lcl.open_corpus(corpus):
         before: list[str] = []

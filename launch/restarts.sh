@@ -75,7 +75,7 @@ start_again() {
 requeue() {
   local without=${2:-}
   trap '' TERM # which Slurm sends at once
-  # a job that was cancelled, or that Slurm itself puts back into the queue, is not running any more
+  # a job that was canceled, or that Slurm itself puts back into the queue, is not running any more
   [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ] || return 0
   echo "--- $(date -Is): $1; back into the queue${without:+, without $(paste -sd ' ' <<<"$without")}"
   scontrol requeue "$job" || return 0

@@ -37,7 +37,7 @@ from megatron_lcl.losses.kernels import triton_fault
 PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 """(q, k, v [R, H, K], cu_seqlens, max_seqlen) → [R, H, K]: causal attention inside each sequence, softmax(q·k/√K) v.
 
-`cu_seqlens` [C+1] int32: row where each sequence starts, then the end of the last; equal neighbours are empty
+`cu_seqlens` [C+1] int32: row where each sequence starts, then the end of the last; equal neighbors are empty
 sequences, and no row lies outside. `max_seqlen` bounds the longest.
 """
 

@@ -28,7 +28,7 @@ class Features(NamedTuple):
 
 
 def check_images(size: int) -> torch.Tensor:
-    """Normalised images [4, 3, size, size], the same on every machine: noise of four scales, from pixels to blobs."""
+    """Normalized images [4, 3, size, size], the same on every machine: noise of four scales, from pixels to blobs."""
     generator = torch.Generator().manual_seed(0)
     scales = [size, max(size // 4, 2), max(size // 16, 2), 2]
     noise = [torch.randint(256, (1, 3, scale, scale), generator=generator).float() for scale in scales]

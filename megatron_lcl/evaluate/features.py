@@ -56,7 +56,7 @@ class Shapes:
 
     @classmethod
     def of(cls, encoder: Encoder) -> Shapes:
-        """From one grey image."""
+        """From one gray image."""
         picture = io.BytesIO()
         Image.new("RGB", (64, 64), (127, 127, 127)).save(picture, "PNG")
         features = encoder.encode(encoder.prepare(picture.getvalue())[None])

@@ -133,7 +133,7 @@ def _choose(
     for strength in tqdm(strengths, unit="strengths", desc="linear probe", disable=not progress):
         classifier = fit_linear(x[kept], labels[kept], num_classes, strength, settings.max_iterations, device)
         held.append((classifier.logits(x[held_out]).argmax(1) == labels[held_out]).mean())
-    return strengths[int(np.argmax(held))]  # the strongest regularisation among equals
+    return strengths[int(np.argmax(held))]  # the strongest regularization among equals
 
 
 class AttentiveProbe(nn.Module):

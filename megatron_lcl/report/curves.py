@@ -105,14 +105,14 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
             Spec("held-out bits a token", ("heldout/bits_per_token",)),
             Spec("held-out contrastive loss (nats)", ("heldout/contrastive_loss",)),
             Spec(
-                "labelled images: accuracy (%)",
+                "labeled images: accuracy (%)",
                 ("labeled/knn_accuracy", "labeled/zero_shot_accuracy", "labeled/zero_shot_mean_per_class_recall"),
                 ("k-NN", "zero-shot", "zero-shot, mean of the classes"),
                 {"labeled/chance": "chance"},
                 in_percent=True,
             ),
             Spec(
-                "labelled images: zero-shot, top 5 (%)",
+                "labeled images: zero-shot, top 5 (%)",
                 ("labeled/zero_shot_accuracy_top_5",),
                 levels={"labeled/chance_top_5": "chance"},
                 in_percent=True,
@@ -120,7 +120,7 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
             Spec(
                 "seconds of an evaluation",
                 ("heldout/seconds", "labeled/seconds"),
-                ("held-out documents", "labelled images"),
+                ("held-out documents", "labeled images"),
             ),
         ),
     ),

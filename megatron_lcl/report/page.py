@@ -86,7 +86,7 @@ class RunPage:
         has = {
             "names": gallery if (gallery := read_gallery(run)) else None,
             "heldout": evaluation,
-            "labelled": (labeled := read_json(run / LABELED)),
+            "labeled": (labeled := read_json(run / LABELED)),
             "curves": (drawn := groups(metrics.series, metrics.last_step, events)),
             "plan": (beside_plan := list(_beside_plan(planned, metrics))),
             "slowest": (slowest := list(metrics.slowest.rows())),
@@ -166,7 +166,7 @@ class RunPage:
 SECTIONS = {
     "names": "Pictures and names",
     "heldout": "Held-out documents",
-    "labelled": "Labelled images",
+    "labeled": "Labeled images",
     "curves": "Curves",
     "plan": "Plan",
     "slowest": "Slowest processes",

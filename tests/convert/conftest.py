@@ -37,7 +37,7 @@ def model() -> LCL:
 
 @pytest.fixture(scope="session")
 def photograph() -> Callable[[Path], Path]:
-    """Writes a smooth colour picture, 150 x 100."""
+    """Writes a smooth color picture, 150 x 100."""
 
     def write(path: Path) -> Path:
         x, y = np.meshgrid(np.linspace(0, 6, 150), np.linspace(0, 5, 100))

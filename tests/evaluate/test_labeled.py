@@ -144,7 +144,7 @@ def test_a_run_measures_what_evaluate_measures(
     assert (recorded["step"], recorded["images"], recorded["train_images"]) == (3, 18, 24)
     assert (recorded["neighbors"], recorded["prompts"]) == (3, list(PROMPTS))
     page = write_report(run).read_text(encoding="utf-8")
-    assert "labelled images" in page
+    assert "labeled images" in page
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ _PACKAGES = {"hf": "transformers", "timm": "timm", "open_clip": "open_clip"}
 
 
 def picture() -> np.ndarray:
-    """Another colour in each corner, uint8 [SIZE, SIZE, 3]."""
+    """Another color in each corner, uint8 [SIZE, SIZE, 3]."""
     y, x = np.mgrid[0 : 1 : SIZE * 1j, 0 : 1 : SIZE * 1j]
     return np.stack([255 * x, 255 * y, 200 * x * y], -1).round().astype(np.uint8)
 
@@ -52,7 +52,7 @@ def transparent() -> tuple[bytes, np.ndarray]:
 
 
 def sixteen_bits() -> tuple[bytes, np.ndarray]:
-    """Grey levels of 16 bits; Pillow's own conversion cuts them off at 255."""
+    """Gray levels of 16 bits; Pillow's own conversion cuts them off at 255."""
     gray, out = picture()[..., 0], io.BytesIO()
     Image.fromarray(gray.astype(np.uint16) * 257).save(out, "PNG")
     return out.getvalue(), np.stack([gray] * 3, -1)

@@ -176,9 +176,9 @@ def test_every_evaluation_of_an_untrained_model_of_ours(
     model = f"random:{runs / 'clip' / 'config.yaml'}"
     common = ["evaluate", "--model", model, "--tokenizer", str(runs / "words.model")]
     common += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
-    labelled = ["--task", "zero-shot", "--task", "knn", "--task", "linear-probe", "--task", "attentive-probe"]
+    labeled = ["--task", "zero-shot", "--task", "knn", "--task", "linear-probe", "--task", "attentive-probe"]
     quick = ["--linear-probe.strengths", "1", "--attentive-probe.epochs", "1", "--attentive-probe.seeds", "0"]
-    assert main([*common, "--data", str(folder), *labelled, *quick]) == 0
+    assert main([*common, "--data", str(folder), *labeled, *quick]) == 0
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 4
     captioned = ["--data", str(tmp_path / "coco.json"), "--images", str(folder)]
     short = ["--captioning.max-tokens", "3"]

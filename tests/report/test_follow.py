@@ -58,10 +58,10 @@ def test_links_to_sections_come_with_them(run: Path, browser: Browser) -> None:
     with serving(run) as (served, _):
         browser.open(url(served.port))
         links = "Array.from(document.querySelectorAll('nav a'), (e) => e.textContent)"
-        assert "Labelled images" not in browser.evaluate(links)
+        assert "Labeled images" not in browser.evaluate(links)
         browser.evaluate("window.same = document.querySelector('nav a[href=\"#curves\"]'); window.same.focus()")
         (run / "later").rename(run / "labeled.json")
-        browser.wait_for(f"{links}.includes('Labelled images')")
+        browser.wait_for(f"{links}.includes('Labeled images')")
         assert browser.evaluate("document.activeElement === window.same"), "a link keeps the focus"
 
 

@@ -44,9 +44,9 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     assert [kind for kind, *_ in kinds] == ["skipped", "rewind", "phase", "resumed", "stragglers", "stragglers"]
     assert kinds[0][1:] == ("step skipped", "the loss is nan")
     assert kinds[1][2] == "back to step 50, without the packs of the steps between"
-    assert "80.0 %</b>k-NN accuracy" in section(page, "labelled")
+    assert "80.0 %</b>k-NN accuracy" in section(page, "labeled")
     assert "chance 2.5 %" in section(page, "status")
-    assert "chance 10 %: 8.0 times" in section(page, "labelled")
+    assert "chance 10 %: 8.0 times" in section(page, "labeled")
     settings = section(page, "settings")
     assert re.search(r"<code>train.steps</code></td><td>200</td>.*default 1000", settings)
     assert "<code>train.log_every</code>" not in settings.partition("<details>")[0], "it is the default"
@@ -55,7 +55,7 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     for empty in ("names", "heldout", "retrieval"):
         assert section(page, empty) == ""
         assert f'href="#{empty}"' not in page
-    for title in ("labelled images: accuracy (%)", "held-out recall@10 (%)", "gradient norm by part", "effective rank"):
+    for title in ("labeled images: accuracy (%)", "held-out recall@10 (%)", "gradient norm by part", "effective rank"):
         assert title in section(page, "curves")
     assert 'class="mark phase"' in section(page, "curves")
     assert not re.search(r"""(?:src|href)=["'](?:https?:)?//|@import|url\(""", page), "self-contained"
@@ -158,7 +158,7 @@ def test_a_run_that_has_just_begun_has_a_page(run: Path) -> None:
     page = write_report(run).read_text()
     assert "nothing is written yet" in page
     assert "<svg" not in page
-    for empty in ("curves", "events", "labelled", "profile"):
+    for empty in ("curves", "events", "labeled", "profile"):
         assert section(page, empty) == ""
     (run / "config.yaml").unlink()
     with pytest.raises(UserError, match="is not a run folder"):

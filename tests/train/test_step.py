@@ -178,7 +178,7 @@ def test_five_steps_equal_the_reference(name: str, shared: Path) -> None:
 
 @pytest.mark.slow
 def test_in_bfloat16_the_log_scale_trains_in_float32(shared: Path) -> None:
-    """Rounded to bfloat16 it would stand still: a step moves it by a tenth of the distance between two neighbours."""
+    """Rounded to bfloat16 it would stand still: a step moves it by a tenth of the distance between two neighbors."""
     file = str(shared / "reference" / "lcl_tiny.safetensors")
     results = run_processes(five_steps, 2, file, 1, "retain", [[[0], [2]], [[1], []]], "bfloat16")
     expected = load_file(file)["traj"]

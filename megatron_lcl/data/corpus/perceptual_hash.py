@@ -14,7 +14,7 @@ def perceptual_hash(image: Pillow.Image, side: int = 8, margin: float = 0.0) -> 
     """bool [side²]: whether a coefficient of the side x side lowest of the cosine transform is above their median, by
     more than a margin (in the scale of scipy's `dct`: white noise of one level gives coefficients of 8·side levels).
 
-    Of 4·side x 4·side grey pixels; the same bits as `phash` of the library ImageHash with `hash_size=side` (Zauner,
+    Of 4·side x 4·side gray pixels; the same bits as `phash` of the library ImageHash with `hash_size=side` (Zauner,
     "Implementation and benchmarking of perceptual image hash functions", 2010).
     """
     size = _OVERSAMPLING * side

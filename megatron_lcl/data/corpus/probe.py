@@ -115,7 +115,7 @@ def upright(image: Pillow.Image) -> Pillow.Image:
 
 
 def eight_bits(image: Pillow.Image) -> Pillow.Image:
-    """Grey levels of 16 bits, whole numbers or floats as 8-bit grey; other pictures as they are.
+    """Gray levels of 16 bits, whole numbers or floats as 8-bit gray; other pictures as they are.
 
     Levels above 255 are of 16 bits, floats of at most 1 are shares of white.
     """

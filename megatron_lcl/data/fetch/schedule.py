@@ -112,7 +112,7 @@ class Schedule(Generic[Part]):
         return jobs
 
     async def run(self) -> None:
-        """Until no part is left, and no turn. Raises what an attempt raised; then the others are cancelled."""
+        """Until no part is left, and no turn. Raises what an attempt raised; then the others are canceled."""
         loop = asyncio.get_running_loop()
         parts_left = True
         try:

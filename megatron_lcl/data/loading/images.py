@@ -1,7 +1,7 @@
 """Encoded image → uint8 RGB square, as the model sees it.
 
 Training: JPEG scaled while it is decoded, then one resize of the crop. Evaluation: CLIP's preprocessing, bit for bit
-(Pillow's bicubic resize of the shorter side, centre crop).
+(Pillow's bicubic resize of the shorter side, center crop).
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def decode_train(
 
 
 def decode_eval(data: bytes | memoryview, size: int) -> np.ndarray:
-    """Shorter side to `size`, centre crop: uint8 [3, size, size], equal to CLIP's Resize(bicubic) and CenterCrop.
+    """Shorter side to `size`, center crop: uint8 [3, size, size], equal to CLIP's Resize(bicubic) and CenterCrop.
 
-    Of a picture over 64 times as long as it is wide only the centre is resized, and equal up to rounding. BadImage if
+    Of a picture over 64 times as long as it is wide only the center is resized, and equal up to rounding. BadImage if
     the image does not decode.
     """
     image = decode_rgb(bytes(data))
@@ -89,7 +89,7 @@ def decode_eval(data: bytes | memoryview, size: int) -> np.ndarray:
 
 def decode_bounded(data: bytes) -> PIL.Image.Image:
     """As `decode_rgb`, for a transform that resizes the whole picture; of one over 64 times as long as it is wide, the
-    centre."""
+    center."""
     image = decode_rgb(data)
     short, long = sorted(image.size)
     if long <= _MAX_ASPECT * short:
@@ -115,7 +115,7 @@ def _span(first: int, num: int, resized: int, side: int) -> tuple[tuple[int, int
 def crop_box(
     width: int, height: int, draw: Callable[[], float], scale: Sequence[float], ratio: Sequence[float]
 ) -> tuple[int, int, int, int]:
-    """Left, top, width, height of a random crop, by torchvision's rule: ten tries, then the largest centred one."""
+    """Left, top, width, height of a random crop, by torchvision's rule: ten tries, then the largest centered one."""
     for _ in range(10):
         area = width * height * (scale[0] + draw() * (scale[1] - scale[0]))
         low, high = math.log(ratio[0]), math.log(ratio[1])

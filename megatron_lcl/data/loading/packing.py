@@ -28,7 +28,7 @@ def max_sequences(tokens_per_pack: int, captions: bool = False) -> int:
 def choose_images_per_pack(
     images_per_token: float, tokens_per_pack: int, sequences_per_token: float = 0.0, captions: bool = False
 ) -> int:
-    """I such that tokens and images fill up together as well as an integer allows: the fuller of the two neighbours.
+    """I such that tokens and images fill up together as well as an integer allows: the fuller of the two neighbors.
 
     With r images to T tokens in the corpus, I >= r leaves image slots empty (r/I used), I < r token slots (I/r used).
     Where S sequences of the mean length are fewer than T tokens, r is of as many tokens as they have.

@@ -5,7 +5,7 @@ out.
 Two images are near-duplicates where one of three agrees, all computed on the image composited on white:
 
 * 16x16 RGB thumbnails differ by less than 11 levels (root mean square);
-* difference hashes (64 bits: is a pixel of a 9x8 grey thumbnail darker than its right neighbour) differ in at most 5;
+* difference hashes (64 bits: is a pixel of a 9x8 gray thumbnail darker than its right neighbor) differ in at most 5;
 * 32x32 maps of edge strength correlate by more than 0.75, which also sees through changed colors and contrast.
 
 All three compare whole numbers whose sums float32 has exactly, so that every processor finds the same; those of edges

@@ -26,7 +26,7 @@ def draws(seed: int = 0) -> Callable[[], float]:
 
 
 def picture(width: int = 300, height: int = 200) -> PIL.Image.Image:
-    """Smooth, coloured, and different in each corner."""
+    """Smooth, colored, and different in each corner."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     pixels = np.stack([255 * x, 255 * y, 127 + 127 * np.sin(9 * x * y + 4 * x)], -1)
     return PIL.Image.fromarray(pixels.astype(np.uint8))
@@ -61,9 +61,9 @@ def test_of_a_thin_picture_the_centre_is_resized_as_if_all_of_it_were(
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     data = encode(PIL.Image.fromarray(pixels), "PNG")
     monkeypatch.setattr(images, "_MAX_ASPECT", 1)
-    centre = decode_eval(data, 64)
+    center = decode_eval(data, 64)
     monkeypatch.setattr(images, "_MAX_ASPECT", 1000)
-    difference = np.abs(centre.astype(int) - decode_eval(data, 64))
+    difference = np.abs(center.astype(int) - decode_eval(data, 64))
     assert difference.max() <= 1
     assert difference.mean() < 0.001
 
@@ -71,7 +71,7 @@ def test_of_a_thin_picture_the_centre_is_resized_as_if_all_of_it_were(
 @pytest.mark.parametrize("length", [60_000, 60_001, 2_000_000])
 @pytest.mark.parametrize("tall", [False, True])
 def test_a_picture_of_one_row_of_pixels(length: int, tall: bool) -> None:
-    """Levels that rise by 50 a pixel at its centre, as they then do in its one pixel that 224 x 224 are made of."""
+    """Levels that rise by 50 a pixel at its center, as they then do in its one pixel that 224 x 224 are made of."""
     row = np.clip(50 * (np.arange(length) - length // 2) + 128, 0, 255).astype(np.uint8)
     data = encode(PIL.Image.fromarray(row[:, None] if tall else row[None]), "PNG")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -110,7 +110,7 @@ def test_crop_boxes_have_torchvision_s_distribution() -> None:
     ours = np.array([crop_box(300, 200, draws(s), scale, ratio) for s in range(4000)])[:, [1, 0, 3, 2]]
     np.testing.assert_allclose(ours.mean(0), theirs.mean(0), rtol=0.05)
     np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.06)
-    assert crop_box(1000, 10, draws(), (0.9, 1.0), ratio) == (493, 0, 13, 10)  # nothing fits: the largest, centred
+    assert crop_box(1000, 10, draws(), (0.9, 1.0), ratio) == (493, 0, 13, 10)  # nothing fits: the largest, centered
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

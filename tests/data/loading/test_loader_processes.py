@@ -1,4 +1,4 @@
-"""Loader processes: killed, without shared memory, with errors, signalled, and left by a run that has failed."""
+"""Loader processes: killed, without shared memory, with errors, signaled, and left by a run that has failed."""
 
 from __future__ import annotations
 

@@ -379,8 +379,8 @@ def test_bad_input_leaves_nothing_but_the_list_of_it(
 def test_missing_input_and_unknown_option(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         run(tmp_path, "jsonl", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no option 'colour'"):
-        run(tmp_path, "jsonl", source, options={"colour": 1})
+    with pytest.raises(ValueError, match="no option 'color'"):
+        run(tmp_path, "jsonl", source, options={"color": 1})
     with pytest.raises(ValueError, match="no tokenizer at"):
         preprocess("jsonl", source, tmp_path / "out", tokenizer=tmp_path / "nowhere.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
