@@ -14,6 +14,6 @@ command -v nvidia-smi >/dev/null || unbound "$first" "no nvidia-smi" "$@"
 bus=$(nvidia-smi --id="${visible[task]:-$task}" --query-gpu=pci.bus_id --format=csv,noheader) || unbound true "nvidia-smi finds no GPU ${visible[task]:-$task}" "$@"
 printf -v bus '%04x:%s' "0x${bus%%:*}" "${bus#*:}" # 00000000:1B:00.0 is 0000:1b:00.0 to Linux
 node=$(cat "/sys/bus/pci/devices/${bus,,}/numa_node" 2>/dev/null || echo -1)
-[ "$node" -ge 0 ] || unbound "$first" "the NUMA node of GPU $bus is unknown" "$@"
+[ "$node" -ge 0 ] || unbound true "the NUMA node of GPU $bus is unknown" "$@"
 command -v numactl >/dev/null || { echo "numa.sh: numactl is not installed on $(uname -n) (or in its container); install it, or unset TASK_PREFIX" >&2 && exit 2; }
 exec numactl --all --cpunodebind="$node" --preferred="$node" -- "$@"

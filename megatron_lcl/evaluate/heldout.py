@@ -57,8 +57,8 @@ from megatron_lcl.parallel.mesh import Axis, Mesh
 
 _TOKENS = 4096
 """token slots of a forward pass outside of a run"""
-_DIGITS = 6
-"""of a cosine similarity, to which it is the same whatever batches were encoded together"""
+_EQUAL = 1e-5
+"""cosine similarities that are as near are taken for equal: their last bits differ with the batches"""
 
 TASKS: tuple[EvaluationTask, ...] = get_args(EvaluationTask)
 
@@ -263,10 +263,12 @@ class HeldOutEvaluation:
 
 
 def _nearest(image: torch.Tensor, texts: torch.Tensor) -> np.ndarray:
-    """Indices of the three of texts [N, D] that an image [D] is most similar to, of equal ones the first. Rounded,
-    since the last bits of a text's features differ with the batch that it was encoded in."""
-    similarity = (image @ texts.t()).double().cpu().numpy().round(_DIGITS)
-    return (-similarity).argsort(kind="stable")[:3]
+    """Indices of the three of texts [N, D] that an image [D] is most similar to, of equal ones the first."""
+    similarity, found = (image @ texts.t()).double().cpu().numpy(), []
+    for _ in range(min(3, len(similarity))):
+        found.append(int((similarity >= similarity.max() - _EQUAL).argmax()))
+        similarity[found[-1]] = -np.inf
+    return np.array(found)
 
 
 def _numbered(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

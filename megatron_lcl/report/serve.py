@@ -165,6 +165,9 @@ class Watch:
         self._seen, self._stale = files, False
 
 
+_PIECE = 1 << 16
+
+
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
@@ -210,7 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
         if self.command != "HEAD" and status != 304:
-            self.wfile.write(body)
+            for at in range(0, len(body), _PIECE):  # a write has `timeout` seconds for all that it is given
+                self.wfile.write(body[at : at + _PIECE])
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: a line for each look of the page would be a line every two seconds."""

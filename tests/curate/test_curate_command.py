@@ -120,14 +120,23 @@ def test_what_cannot_be_read_or_written_is_named(
     """A file of the source is not said to be the folder that is written."""
     shard, out = str(source / "shard-00000.bin"), tmp_path / "out"
 
-    def fails(*_: object) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), shard)
+    def raising(error: OSError) -> Callable[..., None]:
+        def fails(*_: object) -> None:
+            raise error
 
-    monkeypatch.setattr("megatron_lcl.curate.run.judge", fails)
+        return fails
+
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), shard)
+    monkeypatch.setattr("megatron_lcl.curate.run.judge", raising(denied))
     for words in (["--dry-run"], ["--output", str(out)]):
         assert main(["curate", str(source), *words]) == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert said == f"megatron-lcl curate: {shard}: Permission denied"
+    with monkeypatch.context() as patch:
+        full, above = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "new")), tmp_path / "new/out"
+        patch.setattr("megatron_lcl.curate.run.judge", raising(full))
+        assert main(["curate", str(source), "--output", str(above)]) == 2
+        assert f"no space left for {above}" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main(["curate", str(source), "--output", str(tmp_path / "file" / "out")]) == 2
     assert f"cannot write {tmp_path / 'file' / 'out'}: Not a directory" in capsys.readouterr().err

@@ -295,16 +295,40 @@ def test_a_fault_of_the_program_is_told_here_once_and_there_until_it_is_mended(
 def test_what_a_stalled_reader_had_is_not_followed_by_another_answer(
     served: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    answer, given_up = _Handler._answer, threading.Event()
+
+    def answered(*arguments: Any, **options: Any) -> None:
+        try:
+            answer(*arguments, **options)
+        finally:
+            given_up.set()
+
     monkeypatch.setattr(_Handler, "timeout", 1.0)
+    monkeypatch.setattr(_Handler, "_answer", answered)
     monkeypatch.setattr(Watch, "page", lambda watch: "x" * 50_000_000)
     with socket.create_connection(("127.0.0.1", served.port), 60) as raw:
         raw.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n\r\n".encode())
-        time.sleep(1.5)  # the server has given up; an answer that tells of it would wait for half a second more
+        assert given_up.wait(60)
+        time.sleep(0.5)  # for an answer that tells of it
         had = b""
         while chunk := raw.recv(1 << 20):
             had += chunk
     assert had.count(b"HTTP/1.1 ") == 1
     assert len(had) < 50_000_000
+
+
+def test_a_slow_reader_gets_all_of_it(served: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In more time than a connection may be silent."""
+    monkeypatch.setattr(_Handler, "timeout", 1.0)
+    monkeypatch.setattr(Watch, "page", lambda watch: "x" * 50_000_000)
+    with socket.create_connection(("127.0.0.1", served.port), 60) as raw:
+        raw.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n\r\n".encode())
+        had = 0
+        while had < 50_000_000:
+            chunk = raw.recv(1 << 20)
+            assert chunk, f"ended after {had:,} bytes"
+            had += len(chunk)
+            time.sleep(len(chunk) / 20_000_000)
 
 
 def test_a_run_that_goes_on_has_its_new_settings_beside_the_others(tmp_path: Path) -> None:

@@ -11,9 +11,7 @@ import asyncio
 import base64
 import errno
 import functools
-import gzip
 import hashlib
-import io
 import re
 import socket
 import time
@@ -65,6 +63,8 @@ _RULE = re.compile(r"(dis)?allow\s*:")
 """a line behind which an agent begins another group"""
 _TOO_LONG, _ENCODED = (Protego.parse("User-agent: *\nDisallow: /") for _ in range(2))
 """stand for a robots.txt of more than MAX_RULES, and for one whose Content-Encoding is not known"""
+_GZIP = b"\x1f\x8b"
+"""how a gzip file begins"""
 _UNKNOWN_CODINGS = ("br", "zstd", "compress")
 _NOT_FOUND = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
@@ -226,10 +226,12 @@ class Client:
                 size += len(chunk)
                 if size > limit:
                     break
-        body = b"" if size > limit else b"".join(chunks)
+        if size > limit:
+            raise _Given("refused", f"over {limit:,} bytes")
+        body = b"".join(chunks)
         if "Content-Encoding" in response.headers:  # few have one; to inflate much takes long
             body = await asyncio.to_thread(_inflated, body, response.headers, limit)
-        if max(size, len(body)) > limit:
+        if len(body) > limit:
             raise _Given("refused", f"over {limit:,} bytes")
         return body
 
@@ -408,38 +410,30 @@ def _inflated(body: bytes, headers: Mapping[str, str], limit: int) -> bytes:
     coding = _coding(headers)
     if coding in _UNKNOWN_CODINGS:
         raise _Given("dead", f"Content-Encoding {coding}")
-    try:
-        if coding in ("gzip", "x-gzip", "deflate") and body.startswith(b"\x1f\x8b"):
-            return _gunzipped(body, limit)
-        return _undeflated(body, limit) if coding == "deflate" else body
-    except zlib.error:
-        return body  # compressed in name alone
-    except EOFError:
-        raise Retry("connection lost") from None
-
-
-def _gunzipped(body: bytes, limit: int) -> bytes:
-    """All members of a gzip file (RFC 1952, 2.2), up to `limit` + 1 bytes; what follows them is ignored."""
-    found, stream = bytearray(), gzip.GzipFile(fileobj=io.BytesIO(body))
-    try:
-        while len(found) <= limit and (piece := stream.read1(limit + 1 - len(found))):
-            found += piece
-    except gzip.BadGzipFile:
-        pass
-    except EOFError:
-        if len(body) < limit:  # else it is the beginning of a robots.txt
-            raise
-    return bytes(found)
-
-
-def _undeflated(body: bytes, limit: int) -> bytes:
-    """By zlib's format, or, as some send it, without its header (RFC 9110, 8.4.1.2)."""
-    has_header = body[:1] and body[0] & 15 == zlib.DEFLATED and int.from_bytes(body[:2], "big") % 31 == 0
-    stream = zlib.decompressobj(zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
-    found = stream.decompress(body, limit + 1)
-    if not stream.eof and len(found) <= limit and len(body) < limit:
-        raise EOFError
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        return body
+    found, left = b"", body
+    while (
+        left and len(found) <= limit and (not found or left.startswith(_GZIP))
+    ):  # a gzip file may have several members
+        try:
+            stream = zlib.decompressobj(_window(left, coding))
+            found += stream.decompress(left, limit + 1 - len(found))
+        except zlib.error:
+            return body  # compressed in name alone, or damaged
+        if not stream.eof and len(found) <= limit and len(body) < limit:  # else it is the beginning of a robots.txt
+            raise Retry("connection lost")
+        left = stream.unused_data
     return found
+
+
+def _window(body: bytes, coding: str) -> int:
+    """zlib's `wbits` for a gzip file (RFC 1952), for zlib's format, or, as some send it, for deflate without a header
+    (RFC 9110, 8.4.1.2)."""
+    if body.startswith(_GZIP) or coding != "deflate":
+        return 16 + zlib.MAX_WBITS
+    has_header = body[0] & 15 == zlib.DEFLATED and int.from_bytes(body[:2], "big") % 31 == 0
+    return zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
 
 
 def _basic(login: str) -> str:

@@ -210,12 +210,13 @@ def preprocess(
             hold_out = (held_out_fraction, seed) if held_out is not None else None
             return choose(importer, tasks, known, hold_out, vocab_size, more_texts, workers, bars)
 
-        with _work_folder(last, last_side, job) as scratch:
+        chooses = given is None or held_out is not None
+        with _work_folder(last, last_side, job, chooses) as scratch:
             with waiting_for_others(work / "lock"):
                 chosen = None
                 if not is_finished_corpus(last, last_side, _WORK_VERSION):  # by others, since the first look
                     importer.prepare(work)
-                    chosen = Chosen(given) if given is not None and held_out is None else kept(work, scratch, choice)
+                    chosen = kept(work, scratch, choice) if chooses or given is None else Chosen(given)
             if chosen is not None:
                 for folder in finished:
                     _check_chosen(folder, chosen)
@@ -297,12 +298,15 @@ def _texts_in_recipe(texts: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _work_folder(folder: Path, recipe: Mapping[str, Any], job: tuple[int, int] | None) -> Iterator[Path]:
+def _work_folder(
+    folder: Path, recipe: Mapping[str, Any], job: tuple[int, int] | None, chooses: bool = False
+) -> Iterator[Path]:
     """A scratch folder in the folder of unfinished work, which is claimed for the recipe.
 
     The work goes once the corpus is finished, and where the last process in it fails and nothing was finished: else a
-    command with other options would be refused. Where a run fails that is no job and can use nothing, what was finished
-    goes too. What fails because another process has finished and cleared up is no error.
+    command with other options would be refused. That of a job goes only where it could not choose (chooses: it is to),
+    since others use what is prepared. Where a run fails that is no job and can use nothing, what was finished goes too.
+    What fails because another process has finished and cleared up is no error.
     """
     work = folder / WORK
     created = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -314,7 +318,10 @@ def _work_folder(folder: Path, recipe: Mapping[str, Any], job: tuple[int, int] |
         if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
             clear_dead(work)
             has_finished = any(work.glob("part-*")) or (work / CHOSEN).exists()
-            useless = not has_finished or (job is None and isinstance(error, Unusable))
+            if job is None:
+                useless = not has_finished or isinstance(error, Unusable)
+            else:
+                useless = not has_finished and chooses and isinstance(error, UserError)
             if useless and not is_used(work):
                 remove_work(folder, created)
             raise

@@ -139,12 +139,13 @@ def clear_up(folder: Path) -> None:
 @contextmanager
 def clear_errors(folder: Path, remedy: str = "free some and run the same command again") -> Iterator[None]:
     """A full disk, or a folder that cannot be written, as one line. remedy: of a full disk. An error that names a file
-    outside of the folder is of the input, and stays as it is."""
+    neither in the folder nor above it is of the input, and stays as it is."""
     try:
         yield
     except OSError as error:
         named = [os.fsdecode(n) for n in (error.filename, error.filename2) if n is not None and not isinstance(n, int)]
-        if named and not any(Path(name).absolute().is_relative_to(folder.absolute()) for name in named):
+        ours, places = folder.absolute(), [Path(name).absolute() for name in named]
+        if places and not any(path.is_relative_to(ours) or ours.is_relative_to(path) for path in places):
             raise
         if is_full(error):
             raise UserError(f"no space left for {folder}, {free_space(folder)}; {remedy}") from None

@@ -68,7 +68,8 @@ class WeightsAndBiases:
         import wandb
 
         # else it would ask on the terminal, from a thread, while the run goes on
-        if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled") and not wandb.login(prompt=False):
+        sends = wandb.setup().settings.mode not in ("offline", "dryrun", "disabled") and wandb.run is None
+        if sends and not wandb.login(prompt=False, verify=False):  # `init` is who asks the server
             raise UserError("no API key: give one by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline")
 
         def begin(known: str | None) -> tuple[Any, str]:

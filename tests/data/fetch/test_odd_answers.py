@@ -107,14 +107,28 @@ def test_bodies_that_come_compressed() -> None:
         "/named": ("Content-Encoding: deflate\r\n", image("9")),
         "/brotli": ("Content-Encoding: br\r\n", image("5")),
         "/bomb": ("Content-Encoding: gzip\r\n", bomb),
+        "/long": ("Content-Encoding: deflate\r\n", bytes(200_000)),
     }
     found = ends([f"http://here{path}" for path in ("/secret", *list(answers)[1:])], answers)
     assert found == [
         ("refused", "robots.txt"),
         *[("kept", "")] * 8,
         ("dead", "Content-Encoding br"),
-        ("refused", "over 100,000 bytes"),
+        *[("refused", "over 100,000 bytes")] * 2,
     ]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_an_empty_robots_txt_allows_all(coding: str) -> None:
+    answers = {"/robots.txt": (f"Content-Encoding: {coding}\r\n", b""), "/1.png": ("", image("1"))}
+    assert ends(["http://here/1.png"], answers) == [("kept", "")]
+
+
+def test_a_damaged_body_is_no_image() -> None:
+    """Whose checksum is another: it has been inflated by then."""
+    body = bytearray(gzip.compress(image("1")))
+    body[-8] ^= 1
+    assert ends(["http://here/1.png"], {"/1.png": ("Content-Encoding: gzip\r\n", bytes(body))}) != [("kept", "")]
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "raw"])

@@ -20,6 +20,7 @@ from megatron_lcl.data.prepare import train_tokenizer
 from megatron_lcl.data.prepare.holdout import Grouping
 from megatron_lcl.data.prepare.preprocess import WORK, preprocess
 from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
 
 Contents = dict[str, dict[str, bytes]]
 
@@ -136,6 +137,23 @@ def test_a_job_that_could_not_choose_leaves_no_claim(
     monkeypatch.undo()
     run(source, tmp_path, (0, 2))
     assert run(source, tmp_path, (1, 2)) == expected
+
+
+def test_what_is_prepared_stays_where_a_job_fails_in_its_first_task(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the other jobs, and for the same one again."""
+
+    def fail(*_: Any) -> Any:
+        raise UserError("a worker process ended; run the same command again")
+
+    monkeypatch.setattr(preprocess_module, "run_task", fail)
+    with pytest.raises(UserError, match="run the same command again"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer="clip", task_bytes=1, job=(0, 2))
+    assert (tmp_path / "out" / WORK / "recipe.json").exists()
+    with pytest.raises(UserError, match="run the same command again"):
+        preprocess("jsonl", source, tmp_path / "alone", tokenizer="clip", task_bytes=1)
+    assert not (tmp_path / "alone").exists()
 
 
 def test_of_two_that_choose_at_once_both_take_the_first_choice(

@@ -355,7 +355,8 @@ def test_weights_and_biases_asks_for_no_key(tmp_path: Path, monkeypatch: pytest.
 
     fake = SimpleNamespace(
         setup=lambda: SimpleNamespace(settings=SimpleNamespace(mode=mode)),
-        login=lambda prompt: prompt,
+        run=None,
+        login=lambda prompt, verify: prompt or verify,
         init=init,
         Settings=lambda **given: given,
     )
