@@ -196,14 +196,14 @@ def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memo
         restored = source.restore(run)
     try:
         point = _from(run, config, settings, processes, has, is_own)
-        if mirror:  # not before: a start that is refused leaves the place to others
-            mirror.claim(config.train.output, owner)
-        return point
     except UserError as error:
         if not (source and restored):
             raise
         shutil.rmtree(restored)  # it does not fit this run, which is not to find it as its own
         raise UserError(str(error).replace(str(restored), f"{source.store.url}/{restored.name}")) from None
+    if mirror:  # not before: a start that is refused leaves the place to others
+        mirror.claim(config.train.output, owner)
+    return point
 
 
 def _from(
