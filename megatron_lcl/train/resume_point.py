@@ -15,7 +15,7 @@ from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.storage.store import url_of
-from megatron_lcl.errors import RunError, UserError, describe_os_error
+from megatron_lcl.errors import RunError, UserError, complain, describe_os_error
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train.changes import BlendChange, Changes, changes_since
@@ -41,6 +41,7 @@ from megatron_lcl.train.resilience.faults import node
 from megatron_lcl.train.resilience.lock import holder_of, lock_run_folder, sees_lock
 from megatron_lcl.train.resilience.signals import Signals
 from megatron_lcl.train.strategy import Choice, choose_strategy, with_choice
+from megatron_lcl.train.telemetry.lines import set_metrics_aside
 
 T = TypeVar("T")
 
@@ -71,8 +72,6 @@ class ResumePoint:
     """whether kernels are still to be measured"""
     is_evaluated: bool = False
     """whether the evaluation after the last step has been made"""
-    is_own: bool = False
-    """whether the checkpoint was the run's own before this start, in its folder or as a copy in its mirror"""
 
 
 @dataclass(frozen=True)
@@ -193,6 +192,7 @@ def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memo
     restored = mirror.restore(run) if mirror else None
     is_own = bool(checkpoint.list_checkpoints(run))  # what the run goes on from, if anything
     if not is_own and (source := resumed(config.checkpoint.resume)):
+        _set_metrics_aside(run)  # before: should this start not come to its end, the next one finds the checkpoint here
         restored = source.restore(run)
     try:
         point = _from(run, config, settings, processes, has, is_own)
@@ -203,7 +203,15 @@ def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memo
         raise UserError(str(error).replace(str(restored), f"{source.store.url}/{restored.name}")) from None
     if mirror:  # not before: a start that is refused leaves the place to others
         mirror.claim(config.train.output, owner)
+    if not is_own:
+        _set_metrics_aside(run)
     return point
+
+
+def _set_metrics_aside(run: Path) -> None:
+    """As `set_metrics_aside`, and say so, once for all: a later start finds nothing to say."""
+    if aside := set_metrics_aside(run):
+        complain(f"megatron-lcl: {aside}")
 
 
 def _from(
@@ -238,7 +246,6 @@ def _from(
         choice,
         measure_kernels=config.train.measure_kernels and kept is None and not finished,
         is_evaluated=finished and has_last_evaluation(config),
-        is_own=is_own,
     )
 
 

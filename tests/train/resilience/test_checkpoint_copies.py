@@ -20,7 +20,7 @@ from megatron_lcl.config import Checkpoint, Config
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest, verify
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, METRICS
 from megatron_lcl.train import resume_point
 from megatron_lcl.train.checkpoint.folder import list_checkpoints
 from megatron_lcl.train.checkpoint.mirror import RUN, Mirror
@@ -200,7 +200,9 @@ def test_a_copy_writes_nothing_outside_of_its_folder(
     assert list((run / CHECKPOINTS).iterdir()) == []
 
 
-def test_a_url_to_go_on_from(s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_to_go_on_from(
+    s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a run folder that was copied whole, or one checkpoint; what does not fit the run is not left to it."""
     for step in (4, 8):
         folder = saved(tmp_path / "steps", step)
@@ -237,6 +239,17 @@ def test_a_url_to_go_on_from(s3: Proxy, place: str, tmp_path: Path, monkeypatch:
         with pytest.raises(UserError, match=f"{place}/{CHECKPOINTS}/step-00000008 is of another model"):
             resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))
         assert list((tmp_path / "other" / CHECKPOINTS).iterdir()) == []
+    (tmp_path / "other" / CONFIG).write_text(configs.to_yaml(config("other", place)))
+    (metrics := tmp_path / "other" / METRICS).write_text('{"step": 12, "checkpoint_bytes": 9}\n')
+    monkeypatch.setattr(resume_point, "_from", killed)
+    for _ in range(2):  # at the second start what was fetched is the run's own
+        with pytest.raises(KeyboardInterrupt):
+            resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))
+        assert not metrics.exists(), "they are another run's"
+    assert len(list(metrics.parent.glob("metrics-*.jsonl"))) == 1
+    assert capsys.readouterr().err.count("metrics.jsonl tells of a checkpoint of step 12") == 1
+    shutil.rmtree(list_checkpoints(tmp_path / "other")[0])
+    (tmp_path / "other" / CONFIG).unlink()
     (tmp_path / "other" / CHECKPOINTS / "model.ckpt").touch()
     with pytest.raises(UserError, match="holds other files and no config"):
         resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))
