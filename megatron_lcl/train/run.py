@@ -85,7 +85,7 @@ def _train(config: Config, signals: Signals) -> Path:
             watchdog.telling(),
             blaming(signals),
         ):
-            point = resolve_resume_point(config, mesh, until_end, signals)
+            point = resolve_resume_point(config, mesh, until_end, signals, watchdog)
             kernels = None
             if point.config.train.compile or (point.measure_kernels and compile_fault(point.config) is None):
                 start_compilers()
