@@ -15,7 +15,7 @@ from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.storage.store import url_of
-from megatron_lcl.errors import RunError, UserError, describe_os_error
+from megatron_lcl.errors import RunError, UserError, complain, describe_os_error
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train.changes import BlendChange, Changes, changes_since
@@ -40,7 +40,9 @@ from megatron_lcl.train.memory import Memory, available, slots_of
 from megatron_lcl.train.resilience.faults import node
 from megatron_lcl.train.resilience.lock import holder_of, lock_run_folder, sees_lock
 from megatron_lcl.train.resilience.signals import Signals
+from megatron_lcl.train.resilience.watchdog import Watchdog
 from megatron_lcl.train.strategy import Choice, choose_strategy, with_choice
+from megatron_lcl.train.telemetry.lines import set_metrics_aside
 
 T = TypeVar("T")
 
@@ -71,8 +73,6 @@ class ResumePoint:
     """whether kernels are still to be measured"""
     is_evaluated: bool = False
     """whether the evaluation after the last step has been made"""
-    is_own: bool = False
-    """whether the checkpoint was the run's own before this start, in its folder or as a copy in its mirror"""
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,13 @@ def open_origin(folder: Path | None, config: Config, is_own: bool) -> Origin:
     return Origin(folder, progress, previous, ledger, finished)
 
 
-def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack, signals: Signals) -> ResumePoint:
+def resolve_resume_point(
+    config: Config, mesh: Mesh, until_end: contextlib.ExitStack, signals: Signals, watchdog: Watchdog
+) -> ResumePoint:
     """Decided by the first process for all, which also finds what is wrong: RunError on all.
 
-    until_end: takes the first process's lock on the run folder. signals: an OSError after one is no user's.
+    until_end: takes the first process's lock on the run folder. signals: an OSError after one is no user's. watchdog:
+    watches this process.
     """
     hosts = mesh.world.gather_objects(node())
     everywhere = mesh.world.gather_objects(available(_local_processes(hosts)))
@@ -138,7 +141,8 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
         return settings, holder_of(run)
 
     settings, holder = _on_first(lock, config, mesh, signals)
-    _check_shared(config, mesh, hosts, holder)  # before anything is written there or claimed for the run
+    # before anything is written there or claimed for the run
+    _check_shared(config, mesh, hosts, holder, watchdog.left())
     return _on_first(lambda: _resolve(config, settings, mesh.world.size, has), config, mesh, signals)
 
 
@@ -166,17 +170,16 @@ def _local_processes(hosts: list[str]) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or hosts.count(node()))
 
 
-def _check_shared(config: Config, mesh: Mesh, hosts: list[str], holder: str) -> None:
+def _check_shared(config: Config, mesh: Mesh, hosts: list[str], holder: str, at_most: float) -> None:
     """RunError on all processes where a machine does not see the run folder that the first process has locked.
 
-    holder: what that process has written into the lock file.
+    holder: what that process has written into the lock file. at_most: seconds for which to wait until that is seen.
     """
     if len(set(hosts)) == 1:
         return
-    run, guard, rank = Path(config.train.output), config.guard, mesh.world.rank
+    run, rank = Path(config.train.output), mesh.world.rank
     one_of_each = hosts.index(hosts[rank]) == rank
-    # the watchdog, which has watched since the start, ends a process that has waited for half of its time or more
-    sees = not one_of_each or sees_lock(run, holder, max(guard.timeout, guard.long_timeout) / 3)
+    sees = not one_of_each or sees_lock(run, holder, at_most)
     if blind := [host for host, does in zip(hosts, mesh.world.gather_objects(sees), strict=True) if not does]:
         raise RunError(
             f"train.output = {run} is another folder on {', '.join(blind)} than on {hosts[0]}, where the run's first "
@@ -193,17 +196,26 @@ def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memo
     restored = mirror.restore(run) if mirror else None
     is_own = bool(checkpoint.list_checkpoints(run))  # what the run goes on from, if anything
     if not is_own and (source := resumed(config.checkpoint.resume)):
+        _set_metrics_aside(run)  # before: should this start not come to its end, the next one finds the checkpoint here
         restored = source.restore(run)
     try:
         point = _from(run, config, settings, processes, has, is_own)
-        if mirror:  # not before: a start that is refused leaves the place to others
-            mirror.claim(config.train.output, owner)
-        return point
     except UserError as error:
         if not (source and restored):
             raise
         shutil.rmtree(restored)  # it does not fit this run, which is not to find it as its own
         raise UserError(str(error).replace(str(restored), f"{source.store.url}/{restored.name}")) from None
+    if mirror:  # not before: a start that is refused leaves the place to others
+        mirror.claim(config.train.output, owner)
+    if not is_own:
+        _set_metrics_aside(run)
+    return point
+
+
+def _set_metrics_aside(run: Path) -> None:
+    """As `set_metrics_aside`, and say so, once for all: a later start finds nothing to say."""
+    if aside := set_metrics_aside(run):
+        complain(f"megatron-lcl: {aside}")
 
 
 def _from(
@@ -238,7 +250,6 @@ def _from(
         choice,
         measure_kernels=config.train.measure_kernels and kept is None and not finished,
         is_evaluated=finished and has_last_evaluation(config),
-        is_own=is_own,
     )
 
 

@@ -53,7 +53,6 @@ from megatron_lcl.train.result import PendingResult, StepResult, read_results
 from megatron_lcl.train.resume_point import ResumePoint, ledger_from, resolve_resume_point
 from megatron_lcl.train.telemetry import Telemetry
 from megatron_lcl.train.telemetry.bad_image_log import BadImageLog
-from megatron_lcl.train.telemetry.lines import set_metrics_aside
 from megatron_lcl.train.telemetry.meter import StepMeter
 from megatron_lcl.train.telemetry.profile import Profile
 
@@ -86,7 +85,7 @@ def _train(config: Config, signals: Signals) -> Path:
             watchdog.telling(),
             blaming(signals),
         ):
-            point = resolve_resume_point(config, mesh, until_end, signals)
+            point = resolve_resume_point(config, mesh, until_end, signals, watchdog)
             kernels = None
             if point.config.train.compile or (point.measure_kernels and compile_fault(point.config) is None):
                 start_compilers()
@@ -97,10 +96,7 @@ def _train(config: Config, signals: Signals) -> Path:
             engine = build_engine(module, config, mesh, point.deepspeed)
             set_timeouts(timeout_of(config.guard))  # also in the groups of DeepSpeed
             run = Path(config.train.output)
-            aside = set_metrics_aside(run) if mesh.is_first and not point.is_own else ""
             telemetry = until_end.enter_context(Telemetry(run, config, mesh.is_first, point.progress.step))
-            if aside:
-                telemetry.say(aside)
             checkpoints = until_end.enter_context(Checkpointer(engine, config, mesh, run))
             watchdog.leave_out(checkpoints.background_group)
             if kernels:

@@ -1,7 +1,7 @@
 """Copies of a run's checkpoints in object storage (`checkpoint.mirror`).
 
     s3://bucket/run/step-00001000/…   the files that the checkpoint's manifest names, then manifest.json
-    s3://bucket/run/run.json          the `train.output` of the run whose copies these are, as its last command gave it
+    s3://bucket/run/run.json          the run whose copies these are, as its last start noted it (`Owner`)
 
 A checkpoint is written to the run folder first, as always, and copied once it is complete there. An object is whole or
 not there, and the manifest is put last, so a copy with a manifest is complete; it is deleted manifest first.
@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
-from megatron_lcl.config import Checkpoint, load
+from megatron_lcl.config import Checkpoint
 from megatron_lcl.convert.remote import pinned
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
@@ -29,6 +31,36 @@ from megatron_lcl.train.checkpoint.folder import SMALL, list_checkpoints, step_o
 
 RUN = "run.json"
 _OUTPUT = "train.output"
+
+
+class Owner(NamedTuple):
+    """A run, as `RUN` tells of it. Where an earlier version, or a person, wrote that, only `output` is known."""
+
+    output: str
+    """its `train.output`, as the command gave it"""
+    host: str = ""
+    """the machine on which it was started last"""
+    folder: str = ""
+    """its run folder there: absolute, without links"""
+    inode: int = 0
+    """of that: a folder that is renamed keeps it, and a copy, or what another disk has at that place, has its own"""
+
+    @classmethod
+    def of(cls, output: str) -> Owner:
+        """The run of this process; its folder is there."""
+        folder = os.path.realpath(output)
+        return cls(output, socket.gethostname(), folder, os.stat(folder).st_ino)
+
+    @classmethod
+    def from_json(cls, value: dict[str, object]) -> Owner:
+        """TypeError, KeyError or AttributeError where it says no run."""
+        inode = value.get("inode", 0)
+        if not isinstance(inode, int):
+            raise TypeError
+        return cls(_text(value[_OUTPUT]), _text(value.get("host", "")), _text(value.get("folder", "")), inode)
+
+    def to_json(self) -> str:
+        return json.dumps({_OUTPUT: self.output, "host": self.host, "folder": self.folder, "inode": self.inode})
 
 
 class Mirror:
@@ -56,20 +88,20 @@ class Mirror:
         manifests = self.store.head([f"{name}/{MANIFEST}" for name in copies])
         return [name for name, manifest in zip(copies, manifests, strict=True) if manifest]
 
-    def owner(self) -> str | None:
-        """The `train.output` of the run whose copies are here; of copies without RUN, as earlier versions made them,
-        that of the newest one's config. None: there is no copy, or that is not known.
+    def owner(self) -> Owner | None:
+        """The run whose copies are here; of copies without RUN, as earlier versions made them, the `train.output` of
+        the newest one's config. None: there is no copy, or that is not known.
 
         UserError where what should say it is damaged, or is somebody else's file.
         """
         name = RUN
         try:
             if self.store.exists(RUN):
-                return _text(json.loads(self.store.get(RUN))[_OUTPUT])
+                return Owner.from_json(json.loads(self.store.get(RUN)))
             for copy in self.complete()[-1:]:
                 if self.store.exists(name := f"{copy}/{CONFIG}"):
                     train = yaml.safe_load(self.store.get(name)).get("train", {})
-                    return None if "output" not in train else _text(train["output"])
+                    return None if "output" not in train else Owner(_text(train["output"]))
         except StorageError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
@@ -80,25 +112,28 @@ class Mirror:
             ) from None
         return None
 
-    def check_owner(self, output: str) -> str | None:
+    def check_owner(self, output: str) -> Owner | None:
         """The owner (`owner`), which is the run with this `train.output`, or nobody yet. UserError where the copies
         here are another run's, which this one would go on from and delete.
 
-        The text counts: the same command goes on with them on another machine. On this one another text of the same
+        The text counts: the same command goes on with them on another machine. On the owner's another text of the same
         folder does too, and that of a folder that has been renamed.
         """
         owner = self.owner()
-        if owner is None or Path(owner) == Path(output) or _is_same(owner, output) or self._has_moved(owner, output):
+        if owner is None or Path(owner.output) == Path(output):
             return owner
-        raise self._not_of(owner, output)
+        is_here = owner.host == socket.gethostname()
+        if _is_same(owner.folder if is_here else owner.output, output) or (is_here and self._has_moved(owner, output)):
+            return owner
+        raise self._not_of(owner.output, output)
 
-    def _has_moved(self, owner: str, output: str) -> bool:
-        """Whether a run folder is the owner's under another name: it has the newest copy, it was last started as the
-        owner, which a branch was not, and there is none at the former name, as there is where it was copied."""
-        run, newest = Path(output), self.complete()[-1:]
-        if os.path.lexists(owner) or not (run / CONFIG).is_file() or load(run / CONFIG).train.output != owner:
+    def _has_moved(self, owner: Owner, output: str) -> bool:
+        """Whether a run folder is the owner's, of this machine, under another name: there is none at the former name,
+        this one has its inode, and the newest copy. (A folder that is deleted leaves its inode to a new one.)"""
+        if os.path.lexists(owner.folder) or not os.path.exists(output) or os.stat(output).st_ino != owner.inode:
             return False
-        return any(self.has(folder) for folder in list_checkpoints(run) if folder.name in newest)
+        newest = self.complete()[-1:]
+        return any(self.has(folder) for folder in list_checkpoints(Path(output)) if folder.name in newest)
 
     def _not_of(self, owner: str, output: str) -> UserError:
         url, note = self.store.url, f"{self.store.url}/{RUN}"
@@ -113,16 +148,18 @@ class Mirror:
             f"{json.dumps({_OUTPUT: output}, ensure_ascii=False)} to {note}"
         )
 
-    def claim(self, output: str, former: str | None = None) -> None:
-        """Note that the copies here are those of the run with this `train.output`; once nothing else can refuse it.
+    def claim(self, output: str, former: Owner | None = None) -> None:
+        """Note that the copies here are those of the run with this `train.output`, whose folder is there; once nothing
+        else can refuse it.
 
         former: what `check_owner` has given. UserError where another run has been noted since. Of two that do so at
         once both may believe it: whoever is not noted then finds that before it copies (`check_owner`).
         """
-        if (owner := self.owner()) not in (former, output):
+        this = Owner.of(output)
+        if (owner := self.owner()) not in (former, this):
             self.check_owner(output)
-        if owner != output or not self.store.exists(RUN):
-            self.store.put(RUN, json.dumps({_OUTPUT: output}).encode())
+        if owner != this:
+            self.store.put(RUN, this.to_json().encode())
             self.check_owner(output)
 
     def has(self, folder: Path) -> bool:

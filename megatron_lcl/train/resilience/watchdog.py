@@ -169,6 +169,11 @@ class Watchdog:
         the main thread does not wait for them. Who is behind in them holds up nobody."""
         self._left_out = group
 
+    def left(self) -> float:
+        """Seconds that the main thread may still wait in what it does, and have the others hear of it in time."""
+        since, limit = self._since
+        return limit - (self._now() - since) - 3 * self.publish_period
+
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
         """The others know of an error inside at once, and wait: what this process then leaves may take long, above all

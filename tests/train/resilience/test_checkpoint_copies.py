@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_checkpoints import saved
 from fleet import Fleet, losses, train
 from s3_fixtures import readable_by_all
 from s3_server import Proxy
@@ -19,9 +20,8 @@ from megatron_lcl.config import Checkpoint, Config
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest, verify
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, METRICS
 from megatron_lcl.train import resume_point
-from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
 from megatron_lcl.train.checkpoint.folder import list_checkpoints
 from megatron_lcl.train.checkpoint.mirror import RUN, Mirror
 from megatron_lcl.train.memory import Memory
@@ -138,17 +138,6 @@ def test_a_run_goes_on_without_copies(s3: Proxy, config_file: str, undisturbed: 
     assert losses(tmp_path / "none") == []
 
 
-def saved(folder: Path, step: int) -> Path:
-    """What looks like a checkpoint."""
-    made = folder / f"step-{step:08d}"
-    (made / "state").mkdir(parents=True)
-    (made / "state" / "a.pt").write_bytes(bytes([step]) * 1000)
-    (made / "model.safetensors").write_bytes(bytes([step]) * 2000)
-    files = {name: fingerprint(made / name) for name in ("state/a.pt", "model.safetensors")}
-    (made / MANIFEST).write_text(manifest_text(files))
-    return made
-
-
 def test_a_copy_is_complete_or_not_there(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror, keep = Mirror(place), Checkpoint(keep_last=2, keep_every=10)
     put, left = Store.put, [0]
@@ -188,149 +177,6 @@ def test_a_copy_is_complete_or_not_there(place: str, tmp_path: Path, monkeypatch
     assert not (tmp_path / "run" / CHECKPOINTS / "step-00000013").exists()
 
 
-def test_copies_are_of_one_run(place: str, tmp_path: Path) -> None:
-    """Another run would go on from them, whatever it is to resume, and delete them. The own one may be elsewhere."""
-
-    def config(output: str, **fields: str) -> Config:
-        return configs.from_dict({"train": {"output": output}, "checkpoint": {"mirror": place, **fields}})
-
-    mirror, trunk = Mirror(place), config("runs/trunk")
-    folder = saved(tmp_path, 4)
-    mirror.upload(folder, None)
-    assert mirror.owner() is None, "nothing says whose it is"
-    mirror.upload(with_config(folder, trunk), None)
-    said = f"{place} has the copies of the run with train.output = runs/trunk, and this one has .*cooled: give"
-    for known in ("by the copy's config, as of earlier versions", "by what was noted"):
-        for output in ("runs/trunk", "runs/trunk/"):
-            mirror.check_owner(output)
-        with pytest.raises(UserError, match=said) as refusal:
-            mirror.check_owner("runs/cooled")
-        assert "delete" not in str(refusal.value), "on a new machine there may be no other checkpoints"
-        with pytest.raises(UserError, match=said):
-            resume_point._resolve(config(str(tmp_path / "cooled"), resume=str(folder)), {}, 1, Memory(0, ""))
-        assert mirror.complete() == [folder.name], known
-        mirror.claim("runs/trunk")
-    remedy = str(refusal.value).partition("if this is that run under another name, write ")[2].rpartition(" to ")
-    assert remedy[2] == f"{place}/{RUN}"
-    Store(place).put(RUN, remedy[0].encode())
-    assert mirror.check_owner("runs/cooled") == "runs/cooled"
-    Mirror(f"{place}/new").claim("runs/a")
-    with pytest.raises(UserError, match=rf"of the run with train\.output = runs/a, .* delete {place}/new/{RUN}"):
-        Mirror(f"{place}/new").claim("runs/b")  # before either has a checkpoint
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        *((RUN, content) for content in (b"[]", b"\xff", b"{", b'{"train.output": null}', b'{"name": "run"}')),
-        *((f"step-00000004/{CONFIG}", content) for content in (b"[]", b"\xff", b"{", b"train:", b"train: {output: 5}")),
-    ],
-)
-def test_copies_that_do_not_say_whose_they_are(place: str, tmp_path: Path, name: str, content: bytes) -> None:
-    Mirror(place).upload(saved(tmp_path, 4), None)
-    Store(place).put(name, content)
-    with pytest.raises(UserError, match=rf"{place}/{name} does not say of which run .* to {place}/{RUN}, with"):
-        Mirror(place).check_owner("runs/a")
-
-
-def with_config(folder: Path, config: Config) -> Path:
-    """That checkpoint with the config of its run."""
-    (folder / CONFIG).write_text(configs.to_yaml(config))
-    files = {**read_manifest(folder), CONFIG: fingerprint(folder / CONFIG)}
-    (folder / MANIFEST).write_text(manifest_text(files))
-    return folder
-
-
-def test_a_run_keeps_its_copies_under_another_name(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a folder that has been renamed, or by another path to it; a copy of it, and a branch, are other runs."""
-    monkeypatch.chdir(tmp_path)
-    mirror = Mirror(place)
-
-    def begin(output: str) -> str | None:
-        """As a start does, which fits the run."""
-        (tmp_path / output).mkdir(parents=True, exist_ok=True)
-        config = configs.from_dict({"train": {"output": output}, "checkpoint": {"mirror": place}})
-        written = lambda run, config, *_: (run / CONFIG).write_text(configs.to_yaml(config))  # noqa: E731
-        monkeypatch.setattr(resume_point, "_from", written)
-        resume_point._resolve(config, {}, 1, Memory(0, ""))
-        return mirror.owner()
-
-    def fits(run: Path, config: Config, *_: Any) -> None:
-        (run / CONFIG).write_text(configs.to_yaml(config))
-
-    monkeypatch.setattr(resume_point, "_from", fits)
-    assert begin("runs/lcl") == "runs/lcl"
-    trunk = configs.from_dict({"train": {"output": "runs/lcl"}})
-    newest = with_config(saved(tmp_path / "runs" / "lcl" / CHECKPOINTS, 4), trunk)
-    mirror.upload(newest, None)
-    Path("link").symlink_to("runs/lcl")
-    for output in (str(tmp_path / "runs" / "lcl"), "link", "runs/lcl"):
-        assert begin(output) == output
-    shutil.copytree("runs/lcl", "copied")
-    with pytest.raises(UserError, match=r"of the run with train\.output = runs/lcl, and this one has"):
-        begin("copied")
-    shutil.move("runs/lcl", "runs/final")
-    (branch := Path("branch") / CHECKPOINTS).mkdir(parents=True)
-    shutil.copytree(Path("runs", "final", CHECKPOINTS, newest.name), branch / newest.name)
-    Path("branch", CONFIG).write_text(configs.to_yaml(configs.replace(trunk, train__output="branch")))
-    changed = shutil.copytree(Path("runs/final"), Path("changed"))
-    with_config(changed / CHECKPOINTS / newest.name, configs.replace(trunk, train__steps=5))
-    for output in ("branch", "changed", "empty"):
-        with pytest.raises(UserError, match=r"of the run with train\.output = runs/lcl, and this one has"):
-            begin(output)
-    assert begin("runs/final") == "runs/final"
-
-
-def test_a_start_that_is_refused_leaves_the_place_to_others(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def config(run: str) -> Config:
-        return configs.from_dict({"train": {"output": str(tmp_path / run)}, "checkpoint": {"mirror": place}})
-
-    def refused(*_: Any) -> None:
-        raise UserError("no room for the model")
-
-    monkeypatch.setattr(resume_point, "_from", refused)
-    with pytest.raises(UserError, match="no room"):
-        resume_point._resolve(config("a"), {}, 1, Memory(0, ""))
-    assert Mirror(place).owner() is None
-
-    def another_begins(*_: Any) -> None:
-        Mirror(place).claim("runs/quicker")
-
-    monkeypatch.setattr(resume_point, "_from", another_begins)
-    with pytest.raises(UserError, match=r"of the run with train\.output = runs/quicker, which has none there yet"):
-        resume_point._resolve(config("b"), {}, 1, Memory(0, ""))
-    put = Store.put
-
-    def overtaken(self: Store, name: str, content: bytes | Path) -> None:
-        put(self, name, content)
-        put(self, name, b'{"train.output": "runs/slower"}')
-
-    monkeypatch.setattr(Store, "put", overtaken)
-    with pytest.raises(UserError, match=r"of the run with train\.output = runs/slower"):
-        Mirror(f"{place}/other").claim("runs/b")
-
-
-def test_nothing_is_copied_over_the_copies_of_another_run(place: str, tmp_path: Path) -> None:
-    """Of two that began at once both may have believed that the place is theirs."""
-    run = tmp_path / "run"
-    checkpointer = object.__new__(Checkpointer)
-    checkpointer.config = configs.from_dict({"train": {"output": str(run)}, "checkpoint": {"mirror": place}})
-    checkpointer._reached = 4
-    folder, mirror = saved(run / CHECKPOINTS, 4), Mirror(place)
-    Mirror(place).claim("runs/other")
-    said = checkpointer._copy(folder, None)
-    assert (
-        f"the run with train.output = runs/other, which has none there yet, and this one has train.output = {run}"
-        in said
-    )
-    assert mirror.complete() == []
-    Store(place).delete([RUN])
-    assert checkpointer._copy(folder, None) == ""
-    assert mirror.complete() == [folder.name]
-
-
 @pytest.mark.parametrize("absolute", [True, False])
 def test_a_copy_writes_nothing_outside_of_its_folder(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
@@ -354,7 +200,9 @@ def test_a_copy_writes_nothing_outside_of_its_folder(
     assert list((run / CHECKPOINTS).iterdir()) == []
 
 
-def test_a_url_to_go_on_from(s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_to_go_on_from(
+    s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a run folder that was copied whole, or one checkpoint; what does not fit the run is not left to it."""
     for step in (4, 8):
         folder = saved(tmp_path / "steps", step)
@@ -391,6 +239,17 @@ def test_a_url_to_go_on_from(s3: Proxy, place: str, tmp_path: Path, monkeypatch:
         with pytest.raises(UserError, match=f"{place}/{CHECKPOINTS}/step-00000008 is of another model"):
             resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))
         assert list((tmp_path / "other" / CHECKPOINTS).iterdir()) == []
+    (tmp_path / "other" / CONFIG).write_text(configs.to_yaml(config("other", place)))
+    (metrics := tmp_path / "other" / METRICS).write_text('{"step": 12, "checkpoint_bytes": 9}\n')
+    monkeypatch.setattr(resume_point, "_from", killed)
+    for _ in range(2):  # at the second start what was fetched is the run's own
+        with pytest.raises(KeyboardInterrupt):
+            resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))
+        assert not metrics.exists(), "they are another run's"
+    assert len(list(metrics.parent.glob("metrics-*.jsonl"))) == 1
+    assert capsys.readouterr().err.count("metrics.jsonl tells of a checkpoint of step 12") == 1
+    shutil.rmtree(list_checkpoints(tmp_path / "other")[0])
+    (tmp_path / "other" / CONFIG).unlink()
     (tmp_path / "other" / CHECKPOINTS / "model.ckpt").touch()
     with pytest.raises(UserError, match="holds other files and no config"):
         resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from megatron_lcl.parallel.mesh import Axis, Pending
 from megatron_lcl.train.launch import WATCHED
 from megatron_lcl.train.resilience import watchdog as watchdogs
+from megatron_lcl.train.resilience.lock import SEEN_SECONDS
 from megatron_lcl.train.resilience.watchdog import Watchdog, suspects
 
 
@@ -214,6 +215,19 @@ class Process:
             while not wait(0.0):
                 pass
         return next(filter(None, faults), None)
+
+
+@pytest.mark.parametrize(("long_timeout", "room"), [(90.0, True), (30.0, False)])
+def test_time_that_is_left_to_wait(monkeypatch: pytest.MonkeyPatch, long_timeout: float, room: bool) -> None:
+    """At the start, where there is room, as long as another machine may not see a new lock file; then no hang is seen,
+    and not much later one is."""
+    process = Process(monkeypatch)
+    process.watchdog = watchdog = Watchdog(Axis(rank=2, size=3), 30.0, long_timeout, store=process)  # type: ignore[arg-type]
+    assert (watchdog.left() > SEEN_SECONDS) is room
+    assert process.run(5.0) is None
+    assert process.run(watchdog.left()) is None
+    assert -watchdog.period <= watchdog.left() <= 0
+    assert process.run(10 * watchdog.period) is not None
 
 
 @pytest.mark.parametrize("fails", [False, True])
