@@ -99,4 +99,4 @@ def test_an_index_that_another_machine_replaces(cache: Path, monkeypatch: pytest
     with monkeypatch.context() as patched:
         patched.setattr(IndexDataCacheFile, "_load_index", stale)
         assert hits() == 0
-    assert hits() == 1
+    assert [hits(), hits()] == [0, 1]
