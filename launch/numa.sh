@@ -5,15 +5,17 @@
 set -eu
 IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-}"
 task=${LOCAL_RANK:-${SLURM_LOCALID:-0}}
-[ "$task" = 0 ] && first=true || first=false # of the machine: it speaks for all
-unbound() { # whether to say why, why, and the command
-  ! "$1" || echo "numa.sh: $2 on $(uname -n); unbound" >&2
-  exec "${@:3}"
+unbound() { # why, and the command
+  echo "numa.sh: $1 on $(uname -n); unbound" >&2
+  exec "${@:2}"
 }
-command -v nvidia-smi >/dev/null || unbound "$first" "no nvidia-smi" "$@"
-bus=$(nvidia-smi --id="${visible[task]:-$task}" --query-gpu=pci.bus_id --format=csv,noheader) || unbound true "nvidia-smi finds no GPU ${visible[task]:-$task}" "$@"
+if ! command -v nvidia-smi >/dev/null; then
+  [ "$task" = 0 ] || exec "$@" # the first task says it for the machine
+  unbound "no nvidia-smi" "$@"
+fi
+bus=$(nvidia-smi --id="${visible[task]:-$task}" --query-gpu=pci.bus_id --format=csv,noheader) || unbound "nvidia-smi finds no GPU ${visible[task]:-$task}" "$@"
 printf -v bus '%04x:%s' "0x${bus%%:*}" "${bus#*:}" # 00000000:1B:00.0 is 0000:1b:00.0 to Linux
 node=$(cat "/sys/bus/pci/devices/${bus,,}/numa_node" 2>/dev/null || echo -1)
-[ "$node" -ge 0 ] || unbound true "the NUMA node of GPU $bus is unknown" "$@"
+[ "$node" -ge 0 ] || unbound "the NUMA node of GPU $bus is unknown" "$@"
 command -v numactl >/dev/null || { echo "numa.sh: numactl is not installed on $(uname -n) (or in its container); install it, or unset TASK_PREFIX" >&2 && exit 2; }
 exec numactl --all --cpunodebind="$node" --preferred="$node" -- "$@"

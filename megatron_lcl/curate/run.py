@@ -65,6 +65,7 @@ from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.machine import num_cores
+from megatron_lcl.units import counted
 
 SAMPLES_FILE = "removed-samples.jsonl"
 """of the corpus: a few removals of each rule, with what was removed"""
@@ -119,8 +120,8 @@ class Curated:
         for r in self.rules:
             counts = [f"{count:,}" if count else "" for count in (r.texts, r.images, r.documents)]
             rows.append([r.rule, r.threshold, *counts, f"{r.share(self.before):.2%}"])
-        for title, counted in (("before", self.before), ("after", self.after)):
-            rows.append([title, "", *(f"{counted[name]:,}" for name in ("texts", "images", "documents")), ""])
+        for title, sums in (("before", self.before), ("after", self.after)):
+            rows.append([title, "", *(f"{sums[name]:,}" for name in ("texts", "images", "documents")), ""])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for row in rows:
@@ -320,8 +321,8 @@ def _tell_idle_cores(settings: Settings, workers: int, num_ranges: int) -> None:
     if (settings.models.asks or fields & {*PERPLEXITY}) and used < cores:
         remedy = f"; --workers {min(cores, num_ranges)} uses more" if used < min(cores, num_ranges) else ""
         logger.warning(
-            "models compute on %d of %d cores, in one thread of each process: --workers %d, %d range%s of documents%s",
-            *(used, cores, workers, num_ranges, "" if num_ranges == 1 else "s", remedy),
+            "models compute on %d of %d cores, in one thread of each process: --workers %d, %s of documents%s",
+            *(used, cores, workers, counted(num_ranges, "range"), remedy),
         )
 
 

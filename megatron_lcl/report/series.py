@@ -23,6 +23,7 @@ from megatron_lcl.report.slowest import Slowest
 from megatron_lcl.run_folder import METRICS
 from megatron_lcl.train.resilience.audit import AUDIT
 from megatron_lcl.train.telemetry.stragglers import over_ranks
+from megatron_lcl.units import counted
 
 MAX_BUCKETS = 400
 """stretches of a curve: more than a chart has pixels"""
@@ -181,7 +182,7 @@ class Metrics:
         """What is missing here of metrics.jsonl; empty: nothing."""
         if not self.num_damaged:
             return ""
-        lines = f"{self.num_damaged:,} damaged line{'s' if self.num_damaged > 1 else ''}"
+        lines = counted(self.num_damaged, "damaged line")
         return f"{self.run / METRICS}: {lines} passed over (the first is line {self.first_damaged:,})"
 
     @property

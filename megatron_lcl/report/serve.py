@@ -34,6 +34,8 @@ EVERY = 2.0
 """seconds between two looks of the page"""
 LIMIT = 30.0
 """seconds of silence after which a browser says that there is no answer"""
+_PIECE = 1 << 16
+"""bytes that are written at once: each write has the connection's `timeout` for all that it is given"""
 PATIENCE = 5
 """looks of the page for which an error is not told: a file that is just being written is read at the next"""
 _PART = re.compile(r'(<(section|header|nav) id="([\w-]+)"[^>]*>)(.*?)</\2>', re.DOTALL)
@@ -165,9 +167,6 @@ class Watch:
         self._seen, self._stale = files, False
 
 
-_PIECE = 1 << 16
-
-
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
@@ -213,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
         if self.command != "HEAD" and status != 304:
-            for at in range(0, len(body), _PIECE):  # a write has `timeout` seconds for all that it is given
+            for at in range(0, len(body), _PIECE):
                 self.wfile.write(body[at : at + _PIECE])
 
     def log_message(self, format: str, *args: object) -> None:

@@ -220,10 +220,10 @@ def check_corpora(ledger: Ledger, config: Config) -> None:
 def check_readable(ledger: Ledger, config: Config, consumed: int) -> None:
     """The corpora that the window of documents is of in which a run goes on behind `consumed` packs can be opened:
     where they are by now, or where they were."""
-    now = {open_corpus(corpus.path, config.data.cache).fingerprint for corpus in config.data.corpora}
-    for corpus in _with_recorded_states(ledger, config, consumed).read_at(consumed):
+    index = PackIndex(config.data, ledger)
+    for corpus in _with_recorded_states(index, consumed).read_at(consumed):
         wanted = corpus["fingerprint"]
-        if wanted not in now and not any(_is_at(path, wanted, config) for path in ledger.paths_of(wanted)):
+        if index.corpus(wanted) is None:
             raise UserError(
                 f"this run is in a window of documents of {corpus['path']} (fingerprint {wanted}), which is gone, has "
                 "changed or may not be read, and reads that to its end also with --data.allow-change; put it back "
@@ -231,16 +231,9 @@ def check_readable(ledger: Ledger, config: Config, consumed: int) -> None:
             )
 
 
-def _with_recorded_states(ledger: Ledger, config: Config, consumed: int) -> Ledger:
-    """A ledger with the states of the first segment that the cache's records say, too: checkpoints of earlier versions
-    have none, but the packs are found by these as well."""
+def _with_recorded_states(index: PackIndex, consumed: int) -> Ledger:
+    """An index's ledger with the states of the first segment that the cache's records say, too: checkpoints of earlier
+    versions have none, but the packs are found by these as well."""
+    ledger = index.ledger
     last = min([ledger.locate(consumed), *(segment.first_pack - 1 for segment in ledger.segments()[1:])])
-    return replace(ledger, states=(*ledger.states, *PackIndex(config.data, ledger).ledger_at(last).states))
-
-
-def _is_at(path: str, wanted: str, config: Config) -> bool:
-    """Whether the corpus with this fingerprint is in a folder."""
-    try:
-        return open_corpus(path, config.data.cache).fingerprint == wanted
-    except (UserError, PermissionError):
-        return False
+    return replace(ledger, states=(*ledger.states, *index.ledger_at(last).states))

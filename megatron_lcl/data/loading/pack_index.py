@@ -20,6 +20,7 @@ packed first, cut as the segment's settings say; the entries of such a chunk are
 from __future__ import annotations
 
 import bisect
+import contextlib
 import errno
 import json
 import math
@@ -208,31 +209,35 @@ class PackIndex:
     def source(self, wanted: str) -> Source:
         """The corpus with this fingerprint, looked for where config and ledger say."""
         if wanted not in self._sources:
-            paths = [*(c.path for c in self._data.corpora), *self.ledger.paths_of(wanted)]
-            for path in paths:
-                try:
-                    if path not in self._corpora:
-                        self._corpora[path] = open_corpus(path, self._data.cache)
-                    if self._corpora[path].fingerprint != wanted:
-                        continue
-                except (UserError, PermissionError):
-                    continue
-                s = self.segment.settings
-                self._sources[wanted] = open_source(
-                    self._corpora[path],
-                    self._data,
-                    s["num_patches"],
-                    s["context_length"],
-                    s["images_per_pack"],
-                    _sequences(s),
-                    version=s["version"],
-                )
-                break
-            else:
+            corpus, s = self.corpus(wanted), self.segment.settings
+            if corpus is None:
+                places = ", ".join(self._places(wanted))
                 raise UserError(
-                    f"a corpus that this run uses (fingerprint {wanted}) is at none of {', '.join(paths)}; put it back"
+                    f"a corpus that this run uses (fingerprint {wanted}) is at none of {places}; put it back"
                 )
+            self._sources[wanted] = open_source(
+                corpus,
+                self._data,
+                s["num_patches"],
+                s["context_length"],
+                s["images_per_pack"],
+                _sequences(s),
+                version=s["version"],
+            )
         return self._sources[wanted]
+
+    def corpus(self, wanted: str) -> Corpus | None:
+        """The corpus with this fingerprint; None: it is nowhere where config and ledger say, or may not be read."""
+        for path in self._places(wanted):
+            with contextlib.suppress(UserError, PermissionError):
+                if path not in self._corpora:
+                    self._corpora[path] = open_corpus(path, self._data.cache)
+                if self._corpora[path].fingerprint == wanted:
+                    return self._corpora[path]
+        return None
+
+    def _places(self, wanted: str) -> list[str]:
+        return [*(c.path for c in self._data.corpora), *self.ledger.paths_of(wanted)]
 
     def _entries(self, chunk: Chunk, local: int) -> np.ndarray:
         while True:

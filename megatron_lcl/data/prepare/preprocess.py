@@ -210,13 +210,13 @@ def preprocess(
             hold_out = (held_out_fraction, seed) if held_out is not None else None
             return choose(importer, tasks, known, hold_out, vocab_size, more_texts, workers, bars)
 
-        chooses = given is None or held_out is not None
-        with _work_folder(last, last_side, job, chooses) as scratch:
+        no_choice = Chosen(given) if given is not None and held_out is None else None
+        with _work_folder(last, last_side, job, chooses=no_choice is None) as scratch:
             with waiting_for_others(work / "lock"):
                 chosen = None
                 if not is_finished_corpus(last, last_side, _WORK_VERSION):  # by others, since the first look
                     importer.prepare(work)
-                    chosen = kept(work, scratch, choice) if chooses or given is None else Chosen(given)
+                    chosen = no_choice or kept(work, scratch, choice)
             if chosen is not None:
                 for folder in finished:
                     _check_chosen(folder, chosen)
