@@ -22,7 +22,8 @@ from megatron_lcl.train.resilience.start import REQUEUE, SIGNALS
 SLOW = """
 import os, pathlib, time
 pathlib.Path(os.environ["MARK"] + str(os.getpid())).touch()
-time.sleep(60)
+for _ in range(600):  # a signal that comes before a sleep does not end it
+    time.sleep(0.1)
 """
 
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS")

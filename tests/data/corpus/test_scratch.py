@@ -79,7 +79,8 @@ from megatron_lcl.data.corpus.scratch import whole_folder
 with whole_folder(Path(sys.argv[1])) as folder:
     (folder / "file").touch()
     print(folder.parent, flush=True)
-    time.sleep(600)
+    while True:  # a signal that comes before a sleep does not end it
+        time.sleep(0.1)
 """
 REMOVES = """
 import os, shutil, signal, sys

@@ -12,16 +12,18 @@ from fleet import train
 from processes import run_processes
 
 from megatron_lcl.config import Guard
-from megatron_lcl.parallel.mesh import Axis, set_timeouts
+from megatron_lcl.parallel.mesh import Axis, connect_on_demand, set_timeouts
 from megatron_lcl.train.resilience.watchdog import timeout_of
 
 
 def late(rank: int) -> str:
     """The first process comes two seconds after the time that was allowed before; in another group it does not come."""
+    connect_on_demand()
     dist.init_process_group("gloo")
     other = Axis.of_group(dist.new_group(backend="gloo"))
     world = Axis.of_group(dist.group.WORLD)
-    world.barrier()
+    for axis in (world, other):
+        axis.barrier()  # they have met: gloo does not end by itself to wait for a connection
     set_timeouts(1.0)
     if rank == 1:
         with pytest.raises(RuntimeError, match="Timed out"):
