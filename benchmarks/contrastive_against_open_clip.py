@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from loss_measure import exit_unless
+from claims import exit_unless
 from open_clip.loss import ClipLoss
 
 from megatron_lcl.losses.contrastive import contrastive_loss

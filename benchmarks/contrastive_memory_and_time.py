@@ -16,7 +16,8 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from loss_measure import Measured, exit_unless, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
+from claims import exit_unless
+from loss_measure import Measured, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
 
 from megatron_lcl.losses import contrastive
 from megatron_lcl.losses.contrastive import contrastive_loss

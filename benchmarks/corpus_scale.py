@@ -1,6 +1,7 @@
 """Workers, memory, opening, and names of documents. Claims: two workers at least 1.7 times one; under 600 MiB a worker
 at 1e5 and 1e6 segments; a corpus of 1,000,000 documents opens, and gives its first and last, in under 1 s and 200 MiB
 of private memory; the names of 1,000,000 documents take under 10 bytes each where they are files and places in them.
+Exit code 1 if one of them does not hold.
 
     python benchmarks/corpus_scale.py workers|memory|open|names [--tokenizer clip|FILE.model]
 """
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from claims import exit_unless
 
 from megatron_lcl.data.corpus.corpus_manifest import FORMAT_VERSION, write_manifest
 from megatron_lcl.data.corpus.drops import Drops
@@ -86,6 +88,7 @@ def workers(folder: Path, arguments: argparse.Namespace) -> None:
     print(
         f"ratio {ratio:.2f}; two idle cores needed, other processes on this machine now: load {os.getloadavg()[0]:.1f}"
     )
+    exit_unless({"two workers at least 1.7 times one": ratio >= 1.7})
 
 
 def cpu_seconds() -> float:
@@ -95,12 +98,16 @@ def cpu_seconds() -> float:
 
 
 def memory(folder: Path, arguments: argparse.Namespace) -> None:
+    claims = {}
     for num_segments in (100_000, 1_000_000):
         source = folder / f"in-{num_segments}"
         write_source(source, num_segments, 1)
         command = [sys.executable, __file__, "memory", "--one", str(source), str(folder / f"out-{num_segments}")]
         result = subprocess.run([*command, arguments.tokenizer], check=True, capture_output=True, text=True)
-        print(f"{num_segments:>10,} segments  peak {float(result.stdout.split()[-1]):>7.0f} MiB")
+        most = float(result.stdout.split()[-1])
+        print(f"{num_segments:>10,} segments  peak {most:>7.0f} MiB")
+        claims[f"{num_segments:,} segments: under 600 MiB"] = most < 600
+    exit_unless(claims)
 
 
 def opening(folder: Path, arguments: argparse.Namespace) -> None:
@@ -126,9 +133,9 @@ def opening(folder: Path, arguments: argparse.Namespace) -> None:
     documents = corpus[0], corpus[len(corpus) - 1]
     seconds = time.perf_counter() - start
     assert all(len(document.items) == 3 for document in documents)
-    print(
-        f"{len(corpus):,} documents: first and last in {seconds:.3f} s, {private() - before:.0f} MiB of private memory"
-    )
+    taken = private() - before
+    print(f"{len(corpus):,} documents: first and last in {seconds:.3f} s, {taken:.0f} MiB of private memory")
+    exit_unless({"opens in under 1 s": seconds < 1, "and under 200 MiB": taken < 200})
 
 
 def names(folder: Path, _: argparse.Namespace) -> None:
@@ -140,6 +147,7 @@ def names(folder: Path, _: argparse.Namespace) -> None:
         f"https://www.{rng.choice(words)}.com/{rng.choice(words)}/{'-'.join(rng.choices(words, k=4))}"
         for _ in range(num)
     ]
+    claims = {}
     for what, made in (
         ("jsonl: file and first byte", [f"part-{k // 50_000:05d}.jsonl@{offsets[k]}" for k in range(num)]),
         ("parquet: file and row", [f"train-{k // 50_000:05d}-of-00020.parquet:{k % 50_000}" for k in range(num)]),
@@ -162,6 +170,9 @@ def names(folder: Path, _: argparse.Namespace) -> None:
             f"{written - start:>8.2f} s to write{1e3 * (opened - written):>8.2f} ms to read the last"
             f"{searched - opened:>8.2f} s to search"
         )
+        if what.startswith(("jsonl", "parquet", "tar: file and key")):
+            claims[f"{what}: under 10 bytes a document"] = size < 10 * num
+    exit_unless(claims)
 
 
 def private() -> float:

@@ -8,7 +8,7 @@ A document has six paragraphs of about 55 words, every tenth of which some rule 
 JPEGs of 224 pixels, one in twenty of them in more than ten places. Megabytes are those of token ids and images. CPU
 time is that of one process without its imports, which are printed as `start`; the peak of memory is with them, without
 the pages of the corpus that it maps. The claims: documents a second do not fall with their number, memory does not
-grow with it.
+grow with it (`claims.flat`); else the exit code is 1.
 
 datatrove reads JSON lines of the same texts, applies its rules of the same kind (repetition of characters, words and
 n-grams, number of words, special characters, stop words: Gopher's) to whole documents, and writes JSON lines; it is
@@ -34,6 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from claims import exit_unless, flat
 from PIL import Image as Pillow
 
 WORDS_A_PARAGRAPH, PARAGRAPHS, IMAGES = (30, 80), 6, 3
@@ -164,8 +165,10 @@ def measured(command: list[str]) -> tuple[float, float]:
     return used.ru_utime + used.ru_stime, peak / 1024
 
 
-def rates(name: str, command: list[str], outputs: Path, inputs: str, num: int, megabytes: float, repeats: int) -> float:
-    """Print a line; returns documents a second of CPU, the median."""
+def rates(
+    name: str, command: list[str], outputs: Path, inputs: str, num: int, megabytes: float, repeats: int
+) -> tuple[float, float]:
+    """Print a line; returns documents a second of CPU, the median, and the peak of memory in MiB."""
     start, _ = measured(command)
     runs = [measured([*command, inputs, str(outputs / f"{name}-{k}")]) for k in range(repeats)]
     seconds = statistics.median(seconds for seconds, _ in runs) - start
@@ -174,7 +177,7 @@ def rates(name: str, command: list[str], outputs: Path, inputs: str, num: int, m
         f"{num:>9,}  {name:<22}{num / seconds:>12,.0f}/s{megabytes / seconds:>10,.1f} MB/s{peak:>9,.0f} MiB"
         f"   start {start:.1f} s", flush=True,
     )  # fmt: skip
-    return num / seconds
+    return num / seconds, peak
 
 
 def main() -> None:
@@ -185,14 +188,16 @@ def main() -> None:
     parser.add_argument("--nemo-curator", metavar="PYTHON")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    claims: dict[str, bool] = {}
     print("documents                        documents a second of CPU, MB, peak of memory")
     for images, sizes in ((True, options.documents), (False, options.text_documents)):
+        found = {}
+        name = "ours, with images" if images else "ours, text only"
         for num in sizes:
             with tempfile.TemporaryDirectory() as folder:
                 root = Path(folder)
                 megabytes = write(root, num, images)
-                name = "ours, with images" if images else "ours, text only"
-                ours = rates(
+                found[num] = ours, _ = rates(
                     name, [sys.executable, "-c", OURS], root, str(root / "corpus"), num, megabytes, options.repeats
                 )
                 peers = (("datatrove", options.datatrove, PEER), ("NeMo Curator", options.nemo_curator, NEMO))
@@ -200,8 +205,10 @@ def main() -> None:
                     if python and not images:
                         (root / "peer.py").write_text(program)
                         command = [python, str(root / "peer.py")]
-                        theirs = rates(peer, command, root, str(root / "json"), num, megabytes, options.repeats)
+                        theirs, _ = rates(peer, command, root, str(root / "json"), num, megabytes, options.repeats)
                         print(f"{'':>11}ours / {peer}: {ours / theirs:.2f}", flush=True)
+        claims |= flat(name, found)
+    exit_unless(claims)
 
 
 if __name__ == "__main__":

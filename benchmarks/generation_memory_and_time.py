@@ -16,8 +16,9 @@ import functools
 from collections.abc import Callable
 
 import torch
+from claims import exit_unless
 from generation_peers import peers
-from loss_measure import Measured, exit_unless, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
+from loss_measure import Measured, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
 
 from megatron_lcl.losses.generation import generation_loss
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from loss_measure import exit_unless
+from claims import exit_unless
 
 from megatron_lcl.losses.generation import generation_loss
 

@@ -4,7 +4,8 @@
                                    [--datatrove PYTHON]
 
 A document is a text of about 40 words, an image of its own (a JPEG), and, where the format is not one of pairs, another
-text. Claims: documents a second do not fall with their number, memory does not grow with it. Megabytes are those of the
+text. Claims: documents a second do not fall with their number, memory does not grow with it (`claims.flat`); else the
+exit code is 1. Megabytes are those of the
 input, images included; CPU seconds are those of `preprocess`, with tokenizing and checking of images, without imports.
 100,000 documents are 1.5 GB a format (`mint1t`, whose images are uncompressed TIFF frames, ten times that), removed
 before the next.
@@ -35,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from claims import exit_unless, flat
 from PIL import Image as Pillow
 
 from megatron_lcl.data.prepare.preprocess import preprocess
@@ -304,7 +306,9 @@ def main() -> None:
         parser.error(f"no such format: {', '.join(sorted(unknown))}")
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'format':<22}{'documents':>10}{'input, MB':>11}{'documents/s':>13}{'MB/s':>8}{'peak, MiB':>11}")
+    claims: dict[str, bool] = {}
     for format in arguments.formats or WRITERS:
+        rates = {}
         for num in arguments.documents:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
                 folder = Path(name)
@@ -324,10 +328,14 @@ def main() -> None:
                 for what, command in runs.items():
                     seconds, found, peak = measured(command)
                     assert found == num, (what, found)
+                    if what == format:
+                        rates[num] = num / seconds, peak
                     print(
                         f"{what:<22}{num:>10,}{size:>11.1f}{num / seconds:>13,.0f}{size / seconds:>8.1f}{peak:>11.0f}",
                         flush=True,
                     )
+        claims |= flat(format, rates)
+    exit_unless(claims)
 
 
 if __name__ == "__main__":

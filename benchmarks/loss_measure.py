@@ -90,12 +90,6 @@ def ratios(ours: list[Measured], peer: list[Measured]) -> Ratios:
     return Ratios(*(statistics.median(column) for column in list(zip(*pairs, strict=True))[:3]))
 
 
-def exit_unless(claims: dict[str, bool]) -> None:
-    """Exit code 1 if a claim does not hold, which is named."""
-    if failed := [claim for claim, holds in claims.items() if not holds]:
-        sys.exit("claims that do not hold: " + "; ".join(failed))
-
-
 def row(name: str, runs: list[Measured]) -> str:
     seconds, cpu, mebibytes, loss = (statistics.median(values) for values in zip(*runs, strict=True))
     return f"{name:<28}{seconds:>9.2f} s{cpu:>9.2f} CPU s{mebibytes:>9.0f} MiB   loss {loss:.6f}"

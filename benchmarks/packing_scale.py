@@ -5,6 +5,8 @@ Documents are resampled from real MMC4 annotations (a shard `docs_*.jsonl`, CLIP
 segments, image matches and similarities. One shard of 100,000 documents is written and linked as often as needed, so
 the whole path is measured: reading the corpus, selection, shuffling, blending, packing, writing the index.
 
+Claim: 10 million documents, or fewer, take under 60 s and under 2 GiB, mapped files included; else the exit code is 1.
+
     python benchmarks/packing_scale.py docs_no_face_shard_151_v3.jsonl [--tokens 2048] [--documents 100000 1000000]
 """
 
@@ -22,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from claims import exit_unless
 
 SHARD = 100_000
+DOCUMENTS, SECONDS, MEBIBYTES = 10_000_000, 60, 2048
 
 
 def write_corpus(folder: Path, annotations: Path, num_documents: int, image: bytes = b"-") -> None:
@@ -131,6 +135,7 @@ def main() -> None:
         "documents      I   sizes s   packs s   total s   s per 10^6   peak MiB       packs   tokens   images"
         "   sizes MB  chunks MB   going on: s  chunks MB"
     )
+    claims = {}
     with tempfile.TemporaryDirectory() as temporary:
         for number, num_documents in enumerate([SHARD, *arguments.documents]):  # the first run compiles
             folder = Path(temporary) / f"corpus{number}"
@@ -146,6 +151,10 @@ def main() -> None:
                     f"  {r['sizes_mb']:9.1f}  {r['chunks_mb']:9.1f}  {r['going_on']:12.2f}  {r['going_on_mb']:9.1f}",
                     flush=True,
                 )
+            if number and num_documents <= DOCUMENTS:
+                claims[f"{num_documents:,} documents in under {SECONDS} s"] = total < SECONDS
+                claims[f"{num_documents:,} documents in under {MEBIBYTES:,} MiB"] = r["peak"] < MEBIBYTES
+    exit_unless(claims)
 
 
 if __name__ == "__main__":

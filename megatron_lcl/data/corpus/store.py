@@ -321,7 +321,7 @@ class Corpus(Sequence[Document]):
     @cached_property
     def kinds(self) -> tuple[Kind, ...]:
         """The kind of each shard's documents."""
-        return kinds.of_shards(self.manifest, self.shard)
+        return kinds.of_shards(self.manifest, self.open_shard)
 
     @property
     def num_shards(self) -> int:
@@ -331,14 +331,18 @@ class Corpus(Sequence[Document]):
         """Shard `k`, opened on first use, and again if MAX_OPEN others have been opened since."""
         shard = self._shards.get(k)
         if shard is None:
-            self._check_sizes(shard_files(k, has_names(self.manifest, k)))
-            shard = self._shards[k] = Shard(self.path, k, self.remote)
+            shard = self._shards[k] = self.open_shard(k)
             _opened.append((weakref.ref(self), k))
             while len(_opened) > MAX_OPEN:
                 of, first = _opened.popleft()
                 if (corpus := of()) is not None:
                     corpus._shards.pop(first, None)  # its files stay mapped for whoever uses them
         return shard
+
+    def open_shard(self, k: int) -> Shard:
+        """Shard `k`, opened for this caller alone: its files are mapped as long as the caller keeps it."""
+        self._check_sizes(shard_files(k, has_names(self.manifest, k)))
+        return Shard(self.path, k, self.remote)
 
     def check_sizes(self) -> None:
         """UserError where a file is missing, or does not have the size that it was written with. Reads none."""

@@ -26,9 +26,11 @@ from no_locks import without_locks
 from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.corpus.remote import user_cache
+from megatron_lcl.data.corpus.store import Shard
 from megatron_lcl.data.loading import cache as cache_module
 from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index as pack_index
+from megatron_lcl.data.loading import source as source_module
 from megatron_lcl.data.loading.cache import Use, build_and_open, build_once, trim
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
 from megatron_lcl.data.loading.rules import INTERLEAVED
@@ -44,20 +46,41 @@ def test_shards_are_measured_at_once(make_corpus: MakeCorpus, tmp_path: Path, mo
     """One process measures while all others wait: of three billion documents, half an hour by one core."""
     documents = random_documents(40, 3)
     whole, parts = (make_corpus(f"{n} shards", documents, num_shards=n) for n in (1, 4))
-    pieces, together = Source.pieces, threading.Barrier(4, timeout=60)
+    pieces_of, together = source_module.pieces_of, threading.Barrier(4, timeout=60)
 
-    def together_of(source: Source, k: int) -> Any:
+    def together_of(shard: Shard) -> Any:
         together.wait()
-        return pieces(source, k)
+        return pieces_of(shard)
 
     def sources() -> Iterator[Source]:
-        for corpus, method in ((whole, pieces), (parts, together_of)):
-            monkeypatch.setattr(Source, "pieces", method)
+        for corpus, function in ((whole, pieces_of), (parts, together_of)):
+            monkeypatch.setattr(source_module, "pieces_of", function)
             yield open_source(corpus, Data(cache=str(tmp_path / "cache")), P, CONTEXT, 7)
 
     one, four = sources()
     assert one.tokens.tolist() == four.tokens.tolist()
     assert one.images.tolist() == four.images.tolist()
+
+
+def test_a_shard_is_mapped_no_longer_than_it_is_measured(
+    make_corpus: MakeCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is mapped counts as the process's memory: of ten million documents 1.5 GiB."""
+    corpus, measure, mapped = make_corpus("c", random_documents(40, 3), num_shards=4), source_module.measure, []
+
+    def shards_mapped() -> int:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return len({line.split()[-1] for line in lines if f"{corpus.path}/tokens-" in line and line.endswith(".idx")})
+
+    def measured(*arguments: Any) -> None:
+        measure(*arguments)
+        mapped.append(shards_mapped())
+
+    monkeypatch.setattr(source_module, "_THREADS", 1)
+    monkeypatch.setattr(source_module, "measure", measured)
+    open_source(corpus, Data(cache=str(tmp_path / "cache")), P, CONTEXT, 7)
+    assert mapped == [1, 1, 1, 1]
+    assert shards_mapped() == 0
 
 
 # --- states ------------------------------------------------------------------------------------------------------
