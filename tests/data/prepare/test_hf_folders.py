@@ -261,3 +261,15 @@ def test_what_is_bad(tmp_path: Path) -> None:
         state.write_bytes(content)
         with pytest.raises(UserError, match=message):
             create("hf", tmp_path / "in", None, {})
+
+
+def test_a_column_name_that_is_not_utf8(tmp_path: Path) -> None:
+    """Such a file is a damaged one, be it the first."""
+    save_to_disk(PAIRS, tmp_path / "in")
+    first = min((tmp_path / "in").glob("*.arrow"))
+    raw = first.read_bytes()
+    at = raw.rindex(b"caption", 0, raw.index(b"text 0"))  # behind the metadata, which name it too
+    first.write_bytes(raw[:at] + b"\xe3" + raw[at + 1 :])
+    found, drops = documents_of(create("hf", tmp_path / "in", None, {}))
+    assert plain(found) == EXPECTED[4:]
+    assert drops.bad_counts == {"document: damaged or truncated Arrow file, the rows after it are lost": 1}
