@@ -34,7 +34,7 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     row_group_units,
     some_columns,
 )
-from megatron_lcl.data.prepare.importers.sources import ImagesByName, ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, ImageSource, as_text, its_id, text_item
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
@@ -53,6 +53,7 @@ class HfImporter(ImagesByName, FilesImporter):
         "folder that Hugging Face's `save_to_disk` wrote, or its .parquet or .arrow files with an Image column and a "
         "text column (each may be a list); images in the columns, else by their path in --images"
     )
+    rules = 2
     suffixes = (".parquet", ".arrow")
     reads_objects = True
 
@@ -168,7 +169,9 @@ class HfImporter(ImagesByName, FilesImporter):
             several = texts if isinstance(texts, list) and texts else [texts]
             for number, text in enumerate(several):
                 label = f"{name}#{number}" if len(several) > 1 else name
-                items = [item for item in (self._image(images, near, label, drops), _text(text, label, drops)) if item]
+                items = [
+                    item for item in (self._image(images, near, label, drops), text_item(text, label, drops)) if item
+                ]
                 lost = int(not isinstance(items[0], Image))
                 together = {"group": name} if len(several) > 1 else {}
                 yield Document(tuple(items), name=label, metadata={**about, **together, "lost_images": lost})
@@ -184,7 +187,7 @@ class HfImporter(ImagesByName, FilesImporter):
         for image, text in positions:
             if image is not None and text is not None:
                 drops.bad("text", "both image and text at one position", name, sample=str(text))
-            item = _text(text, name, drops) if image is None else self._image(image, near, name, drops)
+            item = text_item(text, name, drops) if image is None else self._image(image, near, name, drops)
             read += [item] if item else []
         lost = sum(image is not None for image, _ in positions) - sum(isinstance(item, Image) for item in read)
         yield Document(tuple(read), name=name, metadata={**about, "lost_images": lost})
@@ -192,6 +195,7 @@ class HfImporter(ImagesByName, FilesImporter):
     def _image(self, value: Any, near: tuple[str], name: str, drops: Drops) -> Image | None:
         """None, and counted, where there are no bytes."""
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        path = as_text(path, name, drops)
         if isinstance(data, bytes):
             return Image(data, name=str(path or name))
         try:
@@ -207,10 +211,6 @@ class HfImporter(ImagesByName, FilesImporter):
         found = Path(path)
         below = [str(found.relative_to(root)) for root in self._image_roots if found.is_relative_to(root)]
         return [*(below if found.is_absolute() else [path]), found.name]
-
-
-def _text(value: Any, name: str, drops: Drops) -> Text:
-    return text_item(decoded(value, name, drops) if isinstance(value, bytes) else value, name, drops)
 
 
 # --- which columns -----------------------------------------------------------------------------------------------

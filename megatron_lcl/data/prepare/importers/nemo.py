@@ -18,7 +18,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, Row, Rows, column_values, read_rows
-from megatron_lcl.data.prepare.importers.sources import decoded, text_item
+from megatron_lcl.data.prepare.importers.sources import as_text, text_item
 from megatron_lcl.errors import UserError
 
 _BATCH = 16
@@ -29,6 +29,7 @@ class NemoImporter(ParquetImporter):
     """A parquet file or a folder of them. A document belongs to the row group in which it begins."""
 
     kind = "natural"
+    rules = 2
     reads = (
         ".parquet of NeMo Curator: a row for each text and image, with columns sample_id, position, modality, "
         "text_content and binary_content (the image's bytes)"
@@ -88,13 +89,13 @@ def _document(rows: list[Row], name: str, drops: Drops) -> Document:
     items = tuple(_items(values, name, drops))
     lost = sum(modality == "image" for _, _, modality, *_ in values)
     lost -= sum(isinstance(item, Image) for item in items)
-    return Document(items, name=name, metadata={"id": _text(values[0][0], name, drops), "lost_images": lost})
+    return Document(items, name=name, metadata={"id": str(as_text(values[0][0], name, drops)), "lost_images": lost})
 
 
 def _items(rows: list[list[Any]], name: str, drops: Drops) -> Iterator[Text | Image]:
     for _, position, modality, text, data in rows:
         if modality == "text":
-            yield text_item(decoded(text, name, drops) if isinstance(text, bytes) else text, name, drops)
+            yield text_item(text, name, drops)
         elif modality == "image":
             if isinstance(data, bytes) and data:
                 yield Image(data, name=f"position {position}")
@@ -102,7 +103,3 @@ def _items(rows: list[list[Any]], name: str, drops: Drops) -> Iterator[Text | Im
                 drops.bad("image", "no bytes in binary_content (materialize the images first)", f"{name}: {position}")
         elif modality != "metadata":
             drops.left_out("text", "modality that is neither text nor image", name, sample=str(modality))
-
-
-def _text(sample: Any, name: str, drops: Drops) -> str:
-    return decoded(sample, name, drops) if isinstance(sample, bytes) else str(sample)

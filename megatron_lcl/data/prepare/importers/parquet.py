@@ -17,7 +17,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, Rows, read_rows
-from megatron_lcl.data.prepare.importers.sources import ImagesByName, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, its_id, text_item
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 
@@ -71,7 +71,7 @@ class ObelicsImporter(ImagesByName, ParquetImporter):
         items: list[Text | Image] = []
         number = 0
         for position, (url, text) in enumerate(zip(images, texts, strict=True)):
-            url, text = (decoded(x, name, drops) if isinstance(x, bytes) else x for x in (url, text))
+            url, text = (as_text(value, name, drops) for value in (url, text))
             if url is not None and text is not None:
                 drops.bad("text", "both image and text at one position", name, sample=str(text))
             if url is None:
@@ -84,7 +84,9 @@ class ObelicsImporter(ImagesByName, ParquetImporter):
                 drops.bad("image", str(error), f"{name}: {str(url)[:200]}")
             number += 1
         lost = number - sum(isinstance(item, Image) for item in items)
-        return Document(tuple(items), name=name, metadata={**its_id(_record(about)), "lost_images": lost})
+        return Document(
+            tuple(items), name=name, metadata={**its_id(_record(as_text(about, name, drops))), "lost_images": lost}
+        )
 
     def _candidates(self, url: str, file: Path, row: int, position: int, number: int) -> list[str]:
         raw = url.encode(errors="replace")

@@ -134,16 +134,23 @@ def read_rows(
 
 
 def column_values(column: pa.Array) -> list[Any]:
-    """The column's rows; where a string of a list is not UTF-8, all as bytes, and where another is not, none."""
+    """The column's rows; a string that is not UTF-8, be it in a list or a struct, as bytes."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        kind = column.type
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            return column.cast(pa.large_list(pa.large_binary())).to_pylist()
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            return column.cast(pa.large_binary()).to_pylist()
-        return [None] * len(column)
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        pass
+    if isinstance(scalar, pa.StructScalar):
+        return {name: _value(field) for name, field in scalar.items()}
+    if isinstance(scalar, pa.ListScalar):
+        return [_value(item) for item in scalar.values]
+    return _value(scalar.value) if isinstance(scalar, pa.DictionaryScalar) else scalar.as_buffer().to_pybytes()
 
 
 def missing_columns(names: Sequence[str], needed: Sequence[str]) -> str:

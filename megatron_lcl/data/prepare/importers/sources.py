@@ -209,8 +209,18 @@ def decoded(raw: bytes, name: str, drops: Drops) -> str:
         return raw.decode(errors="replace")
 
 
+def as_text(value: Any, name: str, drops: Drops) -> Any:
+    """A value of a table: bytes, as a string is that is not UTF-8, `decoded`; any other as it is."""
+    return decoded(value, name, drops) if isinstance(value, bytes) else value
+
+
 def text_item(value: object, name: str, drops: Drops) -> Text:
-    """A Text; an empty one, which keeps its place among the texts and is counted here, where `value` is not a text."""
+    """A Text; an empty one, which keeps its place among the texts and is counted here, where `value` is not a text.
+
+    Bytes are UTF-8, as `decoded` reads it.
+    """
+    if isinstance(value, bytes):
+        value = decoded(value, name, drops)
     if isinstance(value, str) and value.strip():
         return Text(value)
     if isinstance(value, str):

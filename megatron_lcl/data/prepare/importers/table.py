@@ -26,7 +26,7 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     row_group_units,
     some_columns,
 )
-from megatron_lcl.data.prepare.importers.sources import ImagesByName, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, decoded, its_id, text_item
 from megatron_lcl.data.prepare.importers.url_keys import UrlKeys, key_names
 from megatron_lcl.errors import UserError
 
@@ -165,7 +165,7 @@ class TableImporter(ImagesByName, LinesImporter):
             count_damage(unit, row, stop, name, drops)
 
     def _document(self, row: dict[str, Any], file: Path, name: str, drops: Drops) -> Document:
-        values = {key: decoded(value, name, drops) if isinstance(value, bytes) else value for key, value in row.items()}
+        values = {key: as_text(value, name, drops) for key, value in row.items()}
         items: list[Text | Image] = []
         image = values[self.image]
         try:
