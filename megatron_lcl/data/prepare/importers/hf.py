@@ -26,12 +26,10 @@ from megatron_lcl.data.prepare.importers.hf_files import of_data_set, of_split
 from megatron_lcl.data.prepare.importers.row_groups import (
     DAMAGE,
     column_values,
-    count_damage,
-    missing_columns,
-    open_parquet,
+    columns_to_read,
     opened,
-    read_rows,
     row_group_units,
+    rows_of_unit,
     some_columns,
 )
 from megatron_lcl.data.prepare.importers.sources import ImagesByName, ImageSource, as_text, its_id, text_item
@@ -40,6 +38,8 @@ from megatron_lcl.errors import UserError
 
 _TEXTS = ("text", "texts", "caption", "captions", "sentences", "alt_text", "description", "title", "prompt")
 """names of columns of texts, the likeliest first"""
+_ABOUT = ("url", "id")
+"""columns that say what a row is called"""
 _BATCH = 16
 """rows read at once: each may hold many large images"""
 _MAPPED_BYTES = 32 << 20
@@ -111,55 +111,15 @@ class HfImporter(ImagesByName, FilesImporter):
         return units
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
-        file, group, first, stop = unit.payload
-        name, row, near = self.found.name(file), first, (self.stem(file),)
-        try:
-            if file.suffix != ".parquet":
-                for row, named in self._arrow_rows(file, name, drops):
-                    yield from self._documents(named, near, f"{name}:{row}", drops)
-                return
-            with open_parquet(file, group) as source:
-                if (columns := self._columns(source.schema_arrow.names, name, drops)) is None:
-                    return
-                for row, values in read_rows(source, [group], first, columns, _BATCH):
-                    yield from self._documents(dict(zip(columns, values, strict=True)), near, f"{name}:{row}", drops)
-                    row += 1
-        except DAMAGE:
-            if file.suffix == ".parquet":
-                count_damage(unit, row, stop, name, drops)
-            else:
-                drops.bad("document", "damaged or truncated Arrow file, the rows after it are lost", f"{name}:{row}")
-
-    def _columns(self, names: list[str], name: str, drops: Drops) -> list[str] | None:
-        """Those to read; None, and counted, where the file lacks one."""
-        if fault := missing_columns(names, [self.image, self.text]):
-            drops.bad("document", fault, name)
-            return None
-        return [self.image, self.text, *(column for column in ("url", "id") if names.count(column) == 1)]
-
-    def _arrow_rows(self, file: Path, name: str, drops: Drops) -> Iterator[tuple[int, dict[str, Any]]]:
-        row = num_bytes = 0
-        source, give_back = _source(file)
-        with source, _open_stream(source) as stream:
-            if (columns := self._columns(stream.schema.names, name, drops)) is None:
-                return
-            for batch in stream:
-                batch = batch.select(columns)
-                try:
-                    batch.validate(full=True)  # else a wrong length leads outside the file
-                except DAMAGE:
-                    drops.bad("document", "lost in a damaged Arrow file", f"{name}:{row}", max(1, len(batch)))
-                    row += len(batch)
-                    continue
-                for start in range(0, len(batch), _BATCH):
-                    part = batch.slice(start, _BATCH)
-                    for values in zip(*(column_values(part[column]) for column in columns), strict=True):
-                        yield row, dict(zip(columns, values, strict=True))
-                        row += 1
-                    num_bytes += part.nbytes
-                    if num_bytes > _MAPPED_BYTES:  # else all that was read counts as memory of this process
-                        give_back()
-                        num_bytes = 0
+        file = unit.payload[0]
+        name, near, needed = self.found.name(file), (self.stem(file),), [self.image, self.text]
+        rows = (
+            rows_of_unit(unit, name, needed, drops, _ABOUT.__contains__, _BATCH)
+            if file.suffix == ".parquet"
+            else _arrow_rows(file, name, needed, drops)
+        )
+        for row, values in rows:
+            yield from self._documents(values, near, f"{name}:{row}", drops)
 
     def _documents(self, row: dict[str, Any], near: tuple[str], name: str, drops: Drops) -> Iterator[Document]:
         """One, or of one image with several texts one each."""
@@ -211,6 +171,37 @@ class HfImporter(ImagesByName, FilesImporter):
         found = Path(path)
         below = [str(found.relative_to(root)) for root in self._image_roots if found.is_relative_to(root)]
         return [*(below if found.is_absolute() else [path]), found.name]
+
+
+# --- Arrow files -------------------------------------------------------------------------------------------------
+
+
+def _arrow_rows(file: Path, name: str, needed: list[str], drops: Drops) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `rows_of_unit` has those of parquet."""
+    row = num_bytes = 0
+    try:
+        source, give_back = _source(file)
+        with source, _open_stream(source) as stream:
+            columns = columns_to_read(stream.schema.names, needed, _ABOUT.__contains__, name, drops)
+            for batch in stream if columns else ():
+                batch = batch.select(columns)
+                try:
+                    batch.validate(full=True)  # else a wrong length leads outside the file
+                except DAMAGE:
+                    drops.bad("document", "lost in a damaged Arrow file", f"{name}:{row}", max(1, len(batch)))
+                    row += len(batch)
+                    continue
+                for start in range(0, len(batch), _BATCH):
+                    part = batch.slice(start, _BATCH)
+                    for values in zip(*(column_values(part[column]) for column in columns), strict=True):
+                        yield row, dict(zip(columns, values, strict=True))
+                        row += 1
+                    num_bytes += part.nbytes
+                    if num_bytes > _MAPPED_BYTES:  # else all that was read counts as memory of this process
+                        give_back()
+                        num_bytes = 0
+    except DAMAGE:
+        drops.bad("document", "damaged or truncated Arrow file, the rows after it are lost", f"{name}:{row}")
 
 
 # --- which columns -----------------------------------------------------------------------------------------------

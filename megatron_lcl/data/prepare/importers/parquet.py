@@ -6,17 +6,17 @@ At each position exactly one of the two is not null. The images are URLs; their 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import pyarrow.parquet as pq
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, Rows, read_rows
+from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, rows_of_unit
 from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, its_id, text_item
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
@@ -57,11 +57,12 @@ class ObelicsImporter(ImagesByName, ParquetImporter):
         self.image_name = image_name
         self.look_in(images)
 
-    def documents_of_rows(self, source: pq.ParquetFile, unit: Unit, drops: Drops) -> Rows:
-        file, group, first, _ = unit.payload
-        about = [_ABOUT] if source.schema_arrow.names.count(_ABOUT) == 1 else []
-        for row, (images, texts, *page) in read_rows(source, [group], first, [*self.needed, *about]):
-            yield row + 1, self._document(images, texts, page[0] if page else None, file, row, drops)
+    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        file = unit.payload[0]
+        for row, values in rows_of_unit(unit, self.found.name(file), self.needed, drops, _ABOUT.__eq__):
+            document = self._document(values["images"], values["texts"], values.get(_ABOUT), file, row, drops)
+            if document is not None:
+                yield document
 
     def _document(self, images: Any, texts: Any, about: Any, file: Path, row: int, drops: Drops) -> Document | None:
         name = f"{self.found.name(file)}:{row}"
