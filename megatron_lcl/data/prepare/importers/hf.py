@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.document import Document, Image
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
@@ -32,7 +32,14 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     rows_of_unit,
     some_columns,
 )
-from megatron_lcl.data.prepare.importers.sources import ImagesByName, ImageSource, as_text, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import (
+    ImagesByName,
+    ImageSource,
+    as_text,
+    interleaved,
+    its_id,
+    text_item,
+)
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
@@ -137,20 +144,14 @@ class HfImporter(ImagesByName, FilesImporter):
                 yield Document(tuple(items), name=label, metadata={**about, **together, "lost_images": lost})
             return
         if not isinstance(texts, list):
-            positions = [*((image, None) for image in images if image is not None), (None, texts)]
-        elif len(images) == len(texts):
-            positions = list(zip(images, texts, strict=True))
-        else:
+            images = [*(image for image in images if image is not None), None]
+            texts = [*[None] * (len(images) - 1), texts]
+        if len(images) != len(texts):
             drops.bad("document", "lists of images and texts are not of one length", name, sample=str(texts))
             return
-        read: list[Text | Image] = []
-        for image, text in positions:
-            if image is not None and text is not None:
-                drops.bad("text", "both image and text at one position", name, sample=str(text))
-            item = text_item(text, name, drops) if image is None else self._image(image, near, name, drops)
-            read += [item] if item else []
-        lost = sum(image is not None for image, _ in positions) - sum(isinstance(item, Image) for item in read)
-        yield Document(tuple(read), name=name, metadata={**about, "lost_images": lost})
+        found = (self._image(image, near, name, drops) for image in images if image is not None)
+        read, lost = interleaved(images, texts, found, name, drops)
+        yield Document(read, name=name, metadata={**about, "lost_images": lost})
 
     def _image(self, value: Any, near: tuple[str], name: str, drops: Drops) -> Image | None:
         """None, and counted, where there are no bytes."""

@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 import msgspec
 
-from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.document import Document, Image
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, rows_of_unit
-from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, interleaved, its_id
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 
@@ -69,25 +69,19 @@ class ObelicsImporter(ImagesByName, ParquetImporter):
         if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
             drops.bad("document", "images and texts are not lists of one length", name, sample=str(texts))
             return None
-        items: list[Text | Image] = []
-        number = 0
-        for position, (url, text) in enumerate(zip(images, texts, strict=True)):
-            url, text = (as_text(value, name, drops) for value in (url, text))
-            if url is not None and text is not None:
-                drops.bad("text", "both image and text at one position", name, sample=str(text))
-            if url is None:
-                items.append(text_item(text, name, drops))
-                continue
+        items, lost = interleaved(images, texts, self._images(images, file, row, name, drops), name, drops)
+        record = _record(as_text(about, name, drops))
+        return Document(items, name=name, metadata={**its_id(record), "lost_images": lost})
+
+    def _images(self, urls: list[Any], file: Path, row: int, name: str, drops: Drops) -> Iterator[Image | None]:
+        given = ((position, str(as_text(url, name, drops))) for position, url in enumerate(urls) if url is not None)
+        for number, (position, url) in enumerate(given):
             try:
-                data = self.images.read(self._candidates(str(url), file, row, position, number), near=(file.stem,))
-                items.append(Image(data, name=str(url)))
+                data = self.images.read(self._candidates(url, file, row, position, number), near=(file.stem,))
+                yield Image(data, name=url)
             except BadImage as error:
-                drops.bad("image", str(error), f"{name}: {str(url)[:200]}")
-            number += 1
-        lost = number - sum(isinstance(item, Image) for item in items)
-        return Document(
-            tuple(items), name=name, metadata={**its_id(_record(as_text(about, name, drops))), "lost_images": lost}
-        )
+                drops.bad("image", str(error), f"{name}: {url[:200]}")
+                yield None
 
     def _candidates(self, url: str, file: Path, row: int, position: int, number: int) -> list[str]:
         raw = url.encode(errors="replace")
