@@ -132,7 +132,7 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
         ("coco", "hf", "jsonl", "mint1t", "mmc4", "obelics", "omnicorpus", "table", "webdataset"), 1
     )
     expected |= {
-        "`hf` with `--images`": str(1 + more["hf"]),
+        "`hf` with `--images`": str(first["hf"] + more["hf"]),
         "`webdataset` with compressed tars": str(1 + more["webdataset"]),
         "`mint1t` with compressed tars": f"+ {more['mint1t']}",
         IMAGES_IN_TARS: "+ 1",

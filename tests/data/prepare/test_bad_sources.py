@@ -10,7 +10,6 @@ import pickle
 import random
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from data import writers
-from data.helpers import TOKENIZER, corpus_of, encoded, mutate
+from data.helpers import TOKENIZER, corpus_of, encoded
 from data.writers import picture
 from PIL import Image as Pillow
 
@@ -32,7 +31,6 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.importers import create, sorted_runs, sources
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
-from megatron_lcl.data.prepare.verify import verify
 
 # --- MMC4 --------------------------------------------------------------------------------------------------------
 
@@ -415,80 +413,3 @@ def test_what_importers_of_rows_drop(tmp_path: Path) -> None:
             rows.append({"images": images, "texts": texts})
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "in/a.parquet", row_group_size=7)
         check_counts("obelics", tmp_path, (given[0], given[1], given[2]))
-
-
-# --- fuzz --------------------------------------------------------------------------------------------------------
-
-DOCUMENTS = [
-    Document((Text(f"text {k}"), Image(picture(k), "", 0.5, 0), Text("more"), Image(picture(k + 1), "", 0.25, 1)))
-    for k in range(12)
-]
-PLAIN = [Document(tuple(Image(i.data) if isinstance(i, Image) else i for i in d.items)) for d in DOCUMENTS]
-WRITE: dict[str, Callable[[Path], Path | None]] = {
-    "jsonl": lambda folder: writers.write_jsonl(DOCUMENTS, folder / "in"),
-    "jsonl.gz": lambda folder: _write_compressed(folder / "in", ".gz", gzip.compress),
-    "jsonl.zst": lambda folder: _write_compressed(folder / "in", ".zst", zstandard.ZstdCompressor().compress),
-    "mmc4": lambda folder: writers.write_mmc4(DOCUMENTS, folder / "in", folder / "images"),
-    "obelics": lambda folder: writers.write_parquet(PLAIN, folder / "in", folder / "images", False),
-    "omnicorpus": lambda folder: writers.write_parquet(PLAIN, folder / "in", folder / "images", True),
-    "mint1t": lambda folder: writers.write_mint1t(PLAIN, folder / "in"),
-    "webdataset": lambda folder: writers.write_webdataset([Document((d.images[0], d.texts[0])) for d in PLAIN],
-                                                          folder / "in"),
-    "html": lambda folder: _write_html(folder / "in"),
-}  # fmt: skip
-
-
-def _write_compressed(folder: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
-    writers.write_jsonl(DOCUMENTS, folder)
-    plain = folder / "documents.jsonl"
-    plain.with_suffix(".jsonl" + suffix).write_bytes(compress(plain.read_bytes()))
-    plain.unlink()
-
-
-def _write_html(folder: Path) -> None:
-    folder.mkdir()
-    for k in range(12):
-        (folder / f"{k}.png").write_bytes(picture(k, 80, 70))
-        page = f"<html><body><h1>{k}</h1><p>Some <b>text</b> {k}<img src='{k}.png'>after<pre>a\n b</pre></body></html>"
-        (folder / f"{k}.html").write_text(page)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("format", WRITE)
-def test_mutated_input_never_crashes_and_counts_add_up(
-    format: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    WRITE[format](tmp_path)
-    format = format.split(".")[0]
-    originals = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    images = tmp_path / "images" if (tmp_path / "images").exists() else None
-    rounds = 400 if request.config.getoption("--soak") else 25
-    for seed in range(rounds):
-        rng = random.Random(f"{format} {seed}")
-        for path, raw in originals.items():
-            path.write_bytes(mutate(raw, rng) if rng.random() < 0.5 else raw)
-        importer, drops = create(format, tmp_path / "in", images, {}), Drops()
-        documents = [d for unit in importer.units() for d in importer.documents(unit, drops)]
-        yielded = sum(len(d.images) for d in documents), sum(bool(t.text) for d in documents for t in d.texts)
-        output = tmp_path / f"out-{seed}"
-        try:
-            summary = preprocess(
-                format, tmp_path / "in", output, images=images, tokenizer=TOKENIZER, max_bad_fraction=1
-            )
-        except ValueError as error:
-            if "no usable document" not in str(error):
-                raise
-            continue
-        counts, total = summary.counts, summary.drops
-        for kind, kept, given in (
-            ("image", counts["placements"], yielded[0]),
-            ("text", counts["pieces"] - counts["placements"], yielded[1]),
-            ("document", counts["documents"], len(documents)),
-        ):
-            dropped, before = (
-                sum(n for c in (d.bad_counts, d.left_out_counts) for key, n in c.items() if key.startswith(kind + ":"))
-                for d in (total, drops)
-            )
-            assert kept + dropped - before == given, (seed, kind)
-        assert not verify(output)

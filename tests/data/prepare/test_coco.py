@@ -96,10 +96,12 @@ def test_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (tmp_path / "in/b.json").write_text("{")
+    (tmp_path / "in/c.json").write_bytes(b'{"images": "x", "\xff": 1}')
     found, drops = documents_of(create("coco", tmp_path / "in", None, {}))
     assert plain(found) == [["a"], [""]]
     assert drops.bad_counts == {
         "document: no COCO captions: it is no JSON": 1,
+        "document: no COCO captions: Expected `array`, got `str` - at `$.images`": 1,
         "image: file missing": 1,
         "image: no name": 1,
         "text: caption of an image that is not listed": 1,

@@ -232,7 +232,7 @@ def test_paths_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gi
     found, drops = documents_of(importer)
     assert [[i.data for i in d.images] for d in found] == [[picture(1)], [picture(2)], [], []]
     assert drops.bad_counts == {"image: name leads outside the folder": 1, "image: file missing": 1}
-    assert [create("hf", tmp_path / "a.parquet", images, {}).rules for images in (None, ".")] == [1, 2]
+    assert [create("hf", tmp_path / "a.parquet", images, {}).rules for images in (None, ".")] == [2, 3]
 
 
 def test_what_is_bad(tmp_path: Path) -> None:
@@ -261,3 +261,34 @@ def test_what_is_bad(tmp_path: Path) -> None:
         state.write_bytes(content)
         with pytest.raises(UserError, match=message):
             create("hf", tmp_path / "in", None, {})
+
+
+def test_a_column_name_that_is_not_utf8(tmp_path: Path) -> None:
+    """Such a file is a damaged one, be it the first."""
+    save_to_disk(PAIRS, tmp_path / "in")
+    first = min((tmp_path / "in").glob("*.arrow"))
+    raw = first.read_bytes()
+    at = raw.rindex(b"caption", 0, raw.index(b"text 0"))  # behind the metadata, which name it too
+    first.write_bytes(raw[:at] + b"\xe3" + raw[at + 1 :])
+    found, drops = documents_of(create("hf", tmp_path / "in", None, {}))
+    assert plain(found) == EXPECTED[4:]
+    assert drops.bad_counts == {"document: damaged or truncated Arrow file, the rows after it are lost": 1}
+
+
+def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    """It costs its own image at most, and none whose bytes are there."""
+    paths = pa.array([f"{k}.png".encode() if k % 6 != 2 else b"\xff.png" for k in range(12)])
+    text = pa.StringArray.from_buffers(12, *paths.buffers()[1:])
+    images = pa.StructArray.from_arrays([pa.array([picture(k) if k < 6 else None for k in range(12)]), text],
+                                        fields=list(IMAGE))  # fmt: skip
+    data = pa.table({"image": images, "id": text, "text": [f"text {k}" for k in range(12)]})
+    pq.write_table(data, tmp_path / "a.parquet")
+    (tmp_path / "images").mkdir()
+    for k in range(12):
+        (tmp_path / f"images/{k}.png").write_bytes(picture(k))
+    found, drops = documents_of(create("hf", tmp_path / "a.parquet", tmp_path / "images", {}))
+    expected = [[(picture(k), None, None), f"text {k}"] for k in range(12)]
+    del expected[8][0]
+    assert plain(found) == expected
+    assert [d.metadata.get("id") for d in found] == [f"{k}.png" if k % 6 != 2 else None for k in range(12)]
+    assert drops.bad_counts == {"image: file missing": 1}

@@ -17,6 +17,7 @@ from data.writers import picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.importers import create
@@ -240,3 +241,38 @@ def test_corpora_with_images_in_tars_have_rules_of_their_own(tmp_path: Path) -> 
     source_of(tmp_path / "tars", {"0": {"1.png": picture(0)}})
     rules = [create("jsonl", tmp_path / "a.jsonl", tmp_path / name, {}).rules for name in ("folder", "tars")]
     assert rules == [1, 2]
+
+
+@pytest.mark.parametrize("format", ["hf", "hf.arrow", "jsonl", "obelics", "table"])
+def test_a_tar_that_cannot_be_read_ends_the_run(tmp_path: Path, format: str) -> None:
+    """It can be resumed when the disk is back; nothing is taken for damage of the table, and lost."""
+    source_of(tmp_path / "images", {"0": {f"{k}.png": picture(k) for k in range(4)}})
+    names, texts = [f"{k}.png" for k in range(4)], [f"text {k}" for k in range(4)]
+    (tmp_path / "in").mkdir()
+    options = {}
+    if format == "jsonl":
+        lines = (json.dumps({"items": [{"image": name}]}) for name in names)
+        (tmp_path / "in/a.jsonl").write_text("\n".join(lines))
+    elif format == "obelics":
+        lists = {"images": [[name] for name in names], "texts": pa.array([[None]] * 4, pa.list_(pa.string()))}
+        pq.write_table(pa.table(lists), tmp_path / "in/a.parquet")
+        options = {"image_name": "{row}"}
+    elif format == "table":
+        pq.write_table(pa.table({"path": names, "text": texts}), tmp_path / "in/a.parquet")
+    else:
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        data = pa.table({"image": pa.array([{"path": name} for name in names], kind), "text": texts})
+        if format == "hf":
+            pq.write_table(data, tmp_path / "in/a.parquet")
+        else:
+            with pa.OSFile(str(tmp_path / "in/a.arrow"), "wb") as file, pa.ipc.new_stream(file, data.schema) as writer:
+                writer.write_table(data)
+    (tmp_path / "work").mkdir()
+    importer, drops = create(format.split(".")[0], tmp_path / "in", tmp_path / "images", options), Drops()
+    importer.prepare(tmp_path / "work")
+    (unit,) = importer.units()
+    assert [len(document.images) for document in importer.documents(unit, drops)] == [1] * 4
+    (tmp_path / "images/0.tar").unlink()
+    with pytest.raises(OSError, match=r"0\.tar"):
+        list(importer.documents(unit, drops))
+    assert not drops.bad_counts

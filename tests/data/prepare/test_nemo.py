@@ -119,3 +119,32 @@ def test_other_columns_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert said in line
     assert "it has url, 'a b'. The format reads: .parquet" in line
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_strings_that_are_not_utf8(tmp_path: Path) -> None:
+    """They cost what they say, and no document beside them, be it in the same batch of rows or cut by it."""
+    documents = [Document((Text(f"a {k}"), Image(picture(k)), Text(f"b {k}"))) for k in range(9)]
+    rows = rows_of(documents)  # 4 each: batches of 16 and row groups of 18 cut some
+    schema = pa.schema([field.with_type(pa.binary()) if field.type == pa.string() else field for field in SCHEMA])
+    for row in rows:
+        row |= {key: row[key].encode() for key in ("sample_id", "modality", "text_content") if key in row}
+    for row in rows[16:20]:
+        row["sample_id"] = b"s\xff4"
+    rows[25]["text_content"] = b"a \xff"
+    rows[29]["modality"] = b"te\xfft"
+    data = pa.Table.from_pylist(rows, schema)
+    columns = [  # as a damaged file has them
+        pa.StringArray.from_buffers(len(column), *column.chunk(0).buffers()[1:], column.chunk(0).buffers()[0])
+        if field.type == pa.string() else column
+        for column, field in zip(data.columns, SCHEMA, strict=True)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), tmp_path / "a.parquet", row_group_size=18)
+    found, drops = documents_of(create("nemo", tmp_path, None, {}))
+    expected = plain(documents)
+    expected[6][0] = "a \ufffd"
+    del expected[7][0]
+    assert plain(found) == expected
+    assert [d.metadata["id"] for d in found] == [f"s\ufffd{k}" if k == 4 else f"s{k}" for k in range(9)]
+    assert drops.noted_counts == {"document: invalid UTF-8 replaced": 2}
+    assert drops.left_out_counts == {"text: modality that is neither text nor image": 1}
+    assert not drops.bad_counts

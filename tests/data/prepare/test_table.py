@@ -224,3 +224,14 @@ def test_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
                    workers=workers, task_bytes=1, max_bad_fraction=1)  # fmt: skip
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert len(open_corpus(tmp_path / "1")) == 12
+
+
+def test_a_column_twice(tmp_path: Path, pictures: Path) -> None:
+    """One that names the documents is not read, as nothing says which is meant."""
+    columns = {"path": [f"{k}.png" for k in range(4)], "caption": TEXTS, "id": list("abcd")}
+    data = pa.Table.from_arrays([*map(pa.array, columns.values()), pa.array(range(4))], [*columns, "id"])
+    pq.write_table(data, tmp_path / "a.parquet")
+    found, drops = documents_of(create("table", tmp_path / "a.parquet", pictures, {}))
+    assert plain(found) == expected()
+    assert "id" not in found[0].metadata
+    assert not drops.bad_counts

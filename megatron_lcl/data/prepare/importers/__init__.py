@@ -118,6 +118,7 @@ class Importer(ABC):
         """The unit's documents in order; what cannot be read is counted in `drops`, never raised.
 
         A Text of "" keeps its place among the texts (`matched_text` counts them), is not written, and was counted here.
+        Where images of a document were counted here as bad, its metadata have their number, as "lost_images".
         """
 
 

@@ -137,7 +137,7 @@ def _read(file: Path) -> _Captions | str:
     except msgspec.ValidationError as error:
         try:
             tree = msgspec.json.decode(raw)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             tree = None
         keys = f"; it has {some_columns(list(itertools.islice(tree, 100)))}" if isinstance(tree, dict) else ""
         return f"{error}{keys}"

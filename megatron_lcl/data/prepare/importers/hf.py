@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.document import Document, Image
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
@@ -26,20 +26,27 @@ from megatron_lcl.data.prepare.importers.hf_files import of_data_set, of_split
 from megatron_lcl.data.prepare.importers.row_groups import (
     DAMAGE,
     column_values,
-    count_damage,
-    missing_columns,
-    open_parquet,
+    columns_to_read,
     opened,
-    read_rows,
     row_group_units,
+    rows_of_unit,
     some_columns,
 )
-from megatron_lcl.data.prepare.importers.sources import ImagesByName, ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import (
+    ImagesByName,
+    ImageSource,
+    as_text,
+    interleaved,
+    its_id,
+    text_item,
+)
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
 _TEXTS = ("text", "texts", "caption", "captions", "sentences", "alt_text", "description", "title", "prompt")
 """names of columns of texts, the likeliest first"""
+_ABOUT = ("url", "id")
+"""columns that say what a row is called"""
 _BATCH = 16
 """rows read at once: each may hold many large images"""
 _MAPPED_BYTES = 32 << 20
@@ -53,6 +60,7 @@ class HfImporter(ImagesByName, FilesImporter):
         "folder that Hugging Face's `save_to_disk` wrote, or its .parquet or .arrow files with an Image column and a "
         "text column (each may be a list); images in the columns, else by their path in --images"
     )
+    rules = 2
     suffixes = (".parquet", ".arrow")
     reads_objects = True
 
@@ -110,55 +118,15 @@ class HfImporter(ImagesByName, FilesImporter):
         return units
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
-        file, group, first, stop = unit.payload
-        name, row, near = self.found.name(file), first, (self.stem(file),)
-        try:
-            if file.suffix != ".parquet":
-                for row, named in self._arrow_rows(file, name, drops):
-                    yield from self._documents(named, near, f"{name}:{row}", drops)
-                return
-            with open_parquet(file, group) as source:
-                if (columns := self._columns(source.schema_arrow.names, name, drops)) is None:
-                    return
-                for row, values in read_rows(source, [group], first, columns, _BATCH):
-                    yield from self._documents(dict(zip(columns, values, strict=True)), near, f"{name}:{row}", drops)
-                    row += 1
-        except DAMAGE:
-            if file.suffix == ".parquet":
-                count_damage(unit, row, stop, name, drops)
-            else:
-                drops.bad("document", "damaged or truncated Arrow file, the rows after it are lost", f"{name}:{row}")
-
-    def _columns(self, names: list[str], name: str, drops: Drops) -> list[str] | None:
-        """Those to read; None, and counted, where the file lacks one."""
-        if fault := missing_columns(names, [self.image, self.text]):
-            drops.bad("document", fault, name)
-            return None
-        return [self.image, self.text, *(column for column in ("url", "id") if names.count(column) == 1)]
-
-    def _arrow_rows(self, file: Path, name: str, drops: Drops) -> Iterator[tuple[int, dict[str, Any]]]:
-        row = num_bytes = 0
-        source, give_back = _source(file)
-        with source, _open_stream(source) as stream:
-            if (columns := self._columns(stream.schema.names, name, drops)) is None:
-                return
-            for batch in stream:
-                batch = batch.select(columns)
-                try:
-                    batch.validate(full=True)  # else a wrong length leads outside the file
-                except DAMAGE:
-                    drops.bad("document", "lost in a damaged Arrow file", f"{name}:{row}", max(1, len(batch)))
-                    row += len(batch)
-                    continue
-                for start in range(0, len(batch), _BATCH):
-                    part = batch.slice(start, _BATCH)
-                    for values in zip(*(column_values(part[column]) for column in columns), strict=True):
-                        yield row, dict(zip(columns, values, strict=True))
-                        row += 1
-                    num_bytes += part.nbytes
-                    if num_bytes > _MAPPED_BYTES:  # else all that was read counts as memory of this process
-                        give_back()
-                        num_bytes = 0
+        file = unit.payload[0]
+        name, near, needed = self.found.name(file), (self.stem(file),), [self.image, self.text]
+        rows = (
+            rows_of_unit(unit, name, needed, drops, _ABOUT.__contains__, _BATCH)
+            if file.suffix == ".parquet"
+            else _arrow_rows(file, name, needed, drops)
+        )
+        for row, values in rows:
+            yield from self._documents(values, near, f"{name}:{row}", drops)
 
     def _documents(self, row: dict[str, Any], near: tuple[str], name: str, drops: Drops) -> Iterator[Document]:
         """One, or of one image with several texts one each."""
@@ -168,30 +136,27 @@ class HfImporter(ImagesByName, FilesImporter):
             several = texts if isinstance(texts, list) and texts else [texts]
             for number, text in enumerate(several):
                 label = f"{name}#{number}" if len(several) > 1 else name
-                items = [item for item in (self._image(images, near, label, drops), _text(text, label, drops)) if item]
+                items = [
+                    item for item in (self._image(images, near, label, drops), text_item(text, label, drops)) if item
+                ]
                 lost = int(not isinstance(items[0], Image))
                 together = {"group": name} if len(several) > 1 else {}
                 yield Document(tuple(items), name=label, metadata={**about, **together, "lost_images": lost})
             return
         if not isinstance(texts, list):
-            positions = [*((image, None) for image in images if image is not None), (None, texts)]
-        elif len(images) == len(texts):
-            positions = list(zip(images, texts, strict=True))
-        else:
+            images = [*(image for image in images if image is not None), None]
+            texts = [*[None] * (len(images) - 1), texts]
+        if len(images) != len(texts):
             drops.bad("document", "lists of images and texts are not of one length", name, sample=str(texts))
             return
-        read: list[Text | Image] = []
-        for image, text in positions:
-            if image is not None and text is not None:
-                drops.bad("text", "both image and text at one position", name, sample=str(text))
-            item = _text(text, name, drops) if image is None else self._image(image, near, name, drops)
-            read += [item] if item else []
-        lost = sum(image is not None for image, _ in positions) - sum(isinstance(item, Image) for item in read)
-        yield Document(tuple(read), name=name, metadata={**about, "lost_images": lost})
+        found = (self._image(image, near, name, drops) for image in images if image is not None)
+        read, lost = interleaved(images, texts, found, name, drops)
+        yield Document(read, name=name, metadata={**about, "lost_images": lost})
 
     def _image(self, value: Any, near: tuple[str], name: str, drops: Drops) -> Image | None:
         """None, and counted, where there are no bytes."""
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        path = as_text(path, name, drops)
         if isinstance(data, bytes):
             return Image(data, name=str(path or name))
         try:
@@ -209,8 +174,35 @@ class HfImporter(ImagesByName, FilesImporter):
         return [*(below if found.is_absolute() else [path]), found.name]
 
 
-def _text(value: Any, name: str, drops: Drops) -> Text:
-    return text_item(decoded(value, name, drops) if isinstance(value, bytes) else value, name, drops)
+# --- Arrow files -------------------------------------------------------------------------------------------------
+
+
+def _arrow_rows(file: Path, name: str, needed: list[str], drops: Drops) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `rows_of_unit` has those of parquet."""
+    row = num_bytes = 0
+    try:
+        source, give_back = _source(file)
+        with source, _open_stream(source) as stream:
+            columns = columns_to_read(stream.schema.names, needed, _ABOUT.__contains__, name, drops)
+            for batch in stream if columns else ():
+                batch = batch.select(columns)
+                try:
+                    batch.validate(full=True)  # else a wrong length leads outside the file
+                except DAMAGE:
+                    drops.bad("document", "lost in a damaged Arrow file", f"{name}:{row}", max(1, len(batch)))
+                    row += len(batch)
+                    continue
+                for start in range(0, len(batch), _BATCH):
+                    part = batch.slice(start, _BATCH)
+                    for values in zip(*(column_values(part[column]) for column in columns), strict=True):
+                        yield row, dict(zip(columns, values, strict=True))
+                        row += 1
+                    num_bytes += part.nbytes
+                    if num_bytes > _MAPPED_BYTES:  # else all that was read counts as memory of this process
+                        give_back()
+                        num_bytes = 0
+    except DAMAGE:
+        drops.bad("document", "damaged or truncated Arrow file, the rows after it are lost", f"{name}:{row}")
 
 
 # --- which columns -----------------------------------------------------------------------------------------------
@@ -241,9 +233,12 @@ def _schema(file: Path) -> pa.Schema | None:
     """None for a damaged file."""
     try:
         if file.suffix == ".parquet":
-            return pq.read_schema(opened(file))
-        with _source(file)[0] as source, _open_stream(source) as stream:
-            return stream.schema
+            schema = pq.read_schema(opened(file))
+        else:
+            with _source(file)[0] as source, _open_stream(source) as stream:
+                schema = stream.schema
+        _ = schema.names  # decoded only here
+        return schema
     except DAMAGE:
         return None
 
@@ -265,8 +260,8 @@ def _is_image(field: pa.Field, schema: pa.Schema) -> bool:
             if isinstance(feature, dict) and "_type" in feature and "feature" not in feature:
                 return feature["_type"] == "Image"
             feature = feature[0] if isinstance(feature, list) else feature["feature"]
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError):
         pass
     kind = field.type.value_type if _is_list(field.type) else field.type
-    names = [kind.field(k).name for k in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-    return sorted(names) == ["bytes", "path"]
+    # looked up: to list the names of a damaged file's fields may raise
+    return pa.types.is_struct(kind) and kind.num_fields == 2 and min(map(kind.get_field_index, ("bytes", "path"))) >= 0

@@ -17,11 +17,11 @@ from typing import Any
 
 from PIL import Image as Pillow
 
-from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.document import Document, Image
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import DAMAGE, MAX_PIXELS, eight_bits
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.sources import decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import decoded, interleaved, its_id
 from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
 from megatron_lcl.errors import UserError
 
@@ -48,13 +48,11 @@ class Mint1tImporter(TarImporter):
             if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
                 drops.bad("document", "texts and images are not lists of one length", name, sample=str(texts))
                 continue
-            items = tuple(self._items(texts, images, sample, name, drops))
-            lost = sum(image is not None for image in images) - sum(isinstance(item, Image) for item in items)
+            found = self._images(images, sample, name, drops)
+            items, lost = interleaved(images, texts, found, name, drops)
             yield Document(items, name=name, metadata={**its_id(record), "lost_images": lost})
 
-    def _items(
-        self, texts: list[Any], images: list[Any], sample: dict[str, Any], name: str, drops: Drops
-    ) -> Iterator[Text | Image]:
+    def _images(self, images: list[Any], sample: dict[str, Any], name: str, drops: Drops) -> Iterator[Image | None]:
         num_images = sum(image is not None for image in images)
         frames: Iterator[bytes | None] = iter(())
         files = [_file(sample, image) for image in images if image is not None]
@@ -69,17 +67,11 @@ class Mint1tImporter(TarImporter):
             drops.bad("image", reason, f"{name}: {found} frames, {num_images} images", num_images or found or 1)
         elif found:
             frames = _frames(data)
-        for number, (text, image) in enumerate(zip(texts, images, strict=True)):
-            if text is not None and image is not None:
-                drops.bad("text", "both image and text at one position", name, sample=str(text))
-            if image is None:
-                yield text_item(text, name, drops)
-                continue
-            frame = next(frames, b"")
+        for position in (k for k, image in enumerate(images) if image is not None):
+            frame = next(frames, b"")  # empty where it was counted above
             if frame is None:
-                drops.bad("image", "truncated or damaged", f"{name}: position {number}")
-            elif frame:
-                yield Image(frame, name=f"{name}#{number}")
+                drops.bad("image", "truncated or damaged", f"{name}: position {position}")
+            yield Image(frame, name=f"{name}#{position}") if frame else None
 
 
 def _file(sample: dict[str, Any], image: Any) -> bytes:

@@ -17,8 +17,17 @@ import pyarrow.parquet as pq
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, Row, Rows, column_values, read_rows
-from megatron_lcl.data.prepare.importers.sources import decoded, text_item
+from megatron_lcl.data.prepare.importers.row_groups import (
+    DAMAGE,
+    ParquetImporter,
+    Row,
+    column_values,
+    count_damage,
+    missing_columns,
+    open_parquet,
+    read_rows,
+)
+from megatron_lcl.data.prepare.importers.sources import as_text, text_item
 from megatron_lcl.errors import UserError
 
 _BATCH = 16
@@ -29,6 +38,7 @@ class NemoImporter(ParquetImporter):
     """A parquet file or a folder of them. A document belongs to the row group in which it begins."""
 
     kind = "natural"
+    rules = 2
     reads = (
         ".parquet of NeMo Curator: a row for each text and image, with columns sample_id, position, modality, "
         "text_content and binary_content (the image's bytes)"
@@ -40,20 +50,30 @@ class NemoImporter(ParquetImporter):
             raise UserError("format nemo has its images in the parquet files; leave out --images")
         super().__init__(input)
 
-    def documents_of_rows(self, source: pq.ParquetFile, unit: Unit, drops: Drops) -> Rows:
-        file, group, first, stop = unit.payload
+    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        file, group, row, stop = unit.payload
         name = self.found.name(file)
+        try:
+            with open_parquet(file, group) as source:
+                if fault := missing_columns(source.schema_arrow.names, self.needed):
+                    drops.bad("document", fault, name)
+                    return
+                for sample in self._samples_of(source, unit):
+                    row = sample[-1][0] + 1
+                    if sample[0][1][0] is None:
+                        drops.bad("document", "a row without sample_id", f"{name}:{sample[0][0]}")
+                    else:
+                        yield _document(sample, f"{name}:{sample[0][0]}", drops)
+        except DAMAGE:
+            count_damage(unit, row, stop, name, drops)
+
+    def _samples_of(self, source: pq.ParquetFile, unit: Unit) -> Iterator[list[Row]]:
+        _, group, first, stop = unit.payload
         rows = read_rows(source, range(group, source.num_row_groups), first, self.needed, _BATCH)
         before = _last_sample(source, group)
         if before is not None:
             rows = itertools.dropwhile(lambda row: row[1][0] == before, rows)
-        for sample in _samples(rows, stop):
-            number = sample[0][0]
-            if sample[0][1][0] is None:
-                drops.bad("document", "a row without sample_id", f"{name}:{number}")
-                yield number + 1, None
-            else:
-                yield sample[-1][0] + 1, _document(sample, f"{name}:{number}", drops)
+        return _samples(rows, stop)
 
 
 def _samples(rows: Iterator[Row], stop: int) -> Iterator[list[Row]]:
@@ -88,13 +108,13 @@ def _document(rows: list[Row], name: str, drops: Drops) -> Document:
     items = tuple(_items(values, name, drops))
     lost = sum(modality == "image" for _, _, modality, *_ in values)
     lost -= sum(isinstance(item, Image) for item in items)
-    return Document(items, name=name, metadata={"id": _text(values[0][0], name, drops), "lost_images": lost})
+    return Document(items, name=name, metadata={"id": str(as_text(values[0][0], name, drops)), "lost_images": lost})
 
 
 def _items(rows: list[list[Any]], name: str, drops: Drops) -> Iterator[Text | Image]:
     for _, position, modality, text, data in rows:
         if modality == "text":
-            yield text_item(decoded(text, name, drops) if isinstance(text, bytes) else text, name, drops)
+            yield text_item(text, name, drops)
         elif modality == "image":
             if isinstance(data, bytes) and data:
                 yield Image(data, name=f"position {position}")
@@ -102,7 +122,3 @@ def _items(rows: list[list[Any]], name: str, drops: Drops) -> Iterator[Text | Im
                 drops.bad("image", "no bytes in binary_content (materialize the images first)", f"{name}: {position}")
         elif modality != "metadata":
             drops.left_out("text", "modality that is neither text nor image", name, sample=str(modality))
-
-
-def _text(sample: Any, name: str, drops: Drops) -> str:
-    return decoded(sample, name, drops) if isinstance(sample, bytes) else str(sample)

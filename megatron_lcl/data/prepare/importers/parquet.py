@@ -6,18 +6,18 @@ At each position exactly one of the two is not null. The images are URLs; their 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import pyarrow.parquet as pq
 
-from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.document import Document, Image
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, Rows, read_rows
-from megatron_lcl.data.prepare.importers.sources import ImagesByName, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, rows_of_unit
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, interleaved, its_id
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 
@@ -57,34 +57,31 @@ class ObelicsImporter(ImagesByName, ParquetImporter):
         self.image_name = image_name
         self.look_in(images)
 
-    def documents_of_rows(self, source: pq.ParquetFile, unit: Unit, drops: Drops) -> Rows:
-        file, group, first, _ = unit.payload
-        about = [_ABOUT] if source.schema_arrow.names.count(_ABOUT) == 1 else []
-        for row, (images, texts, *page) in read_rows(source, [group], first, [*self.needed, *about]):
-            yield row + 1, self._document(images, texts, page[0] if page else None, file, row, drops)
+    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        file = unit.payload[0]
+        for row, values in rows_of_unit(unit, self.found.name(file), self.needed, drops, _ABOUT.__eq__):
+            document = self._document(values["images"], values["texts"], values.get(_ABOUT), file, row, drops)
+            if document is not None:
+                yield document
 
     def _document(self, images: Any, texts: Any, about: Any, file: Path, row: int, drops: Drops) -> Document | None:
         name = f"{self.found.name(file)}:{row}"
         if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
             drops.bad("document", "images and texts are not lists of one length", name, sample=str(texts))
             return None
-        items: list[Text | Image] = []
-        number = 0
-        for position, (url, text) in enumerate(zip(images, texts, strict=True)):
-            url, text = (decoded(x, name, drops) if isinstance(x, bytes) else x for x in (url, text))
-            if url is not None and text is not None:
-                drops.bad("text", "both image and text at one position", name, sample=str(text))
-            if url is None:
-                items.append(text_item(text, name, drops))
-                continue
+        items, lost = interleaved(images, texts, self._images(images, file, row, name, drops), name, drops)
+        record = _record(as_text(about, name, drops))
+        return Document(items, name=name, metadata={**its_id(record), "lost_images": lost})
+
+    def _images(self, urls: list[Any], file: Path, row: int, name: str, drops: Drops) -> Iterator[Image | None]:
+        given = ((position, str(as_text(url, name, drops))) for position, url in enumerate(urls) if url is not None)
+        for number, (position, url) in enumerate(given):
             try:
-                data = self.images.read(self._candidates(str(url), file, row, position, number), near=(file.stem,))
-                items.append(Image(data, name=str(url)))
+                data = self.images.read(self._candidates(url, file, row, position, number), near=(file.stem,))
+                yield Image(data, name=url)
             except BadImage as error:
-                drops.bad("image", str(error), f"{name}: {str(url)[:200]}")
-            number += 1
-        lost = number - sum(isinstance(item, Image) for item in items)
-        return Document(tuple(items), name=name, metadata={**its_id(_record(about)), "lost_images": lost})
+                drops.bad("image", str(error), f"{name}: {url[:200]}")
+                yield None
 
     def _candidates(self, url: str, file: Path, row: int, position: int, number: int) -> list[str]:
         raw = url.encode(errors="replace")

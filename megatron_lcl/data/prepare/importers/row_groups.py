@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
@@ -22,7 +20,6 @@ _NAMED = 12
 """columns of a table that an error names"""
 Row = tuple[int, list[Any]]
 """(its number in the file, its values)"""
-Rows = Iterator[tuple[int, "Document | None"]]
 
 
 class ParquetImporter(FilesImporter):
@@ -51,26 +48,6 @@ class ParquetImporter(FilesImporter):
         for file in self.files:
             units += row_group_units(file, self.found.name(file))
         return units
-
-    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
-        file, group, first, stop = unit.payload
-        row = first
-        try:
-            with open_parquet(file, group) as source:
-                names = source.schema_arrow.names
-                if fault := missing_columns(names, self.needed):
-                    drops.bad("document", fault, self.found.name(file))
-                    return
-                for reached, document in self.documents_of_rows(source, unit, drops):
-                    row = reached
-                    if document is not None:
-                        yield document
-        except DAMAGE:
-            count_damage(unit, row, stop, self.found.name(file), drops)
-
-    @abstractmethod
-    def documents_of_rows(self, source: pq.ParquetFile, unit: Unit, drops: Drops) -> Rows:
-        """The unit's documents, or None for what was counted as bad, each with the number of the row behind it."""
 
 
 DAMAGE = (pa.ArrowException, OSError, ValueError)
@@ -122,6 +99,41 @@ def count_damage(unit: Unit, row: int, stop: int, name: str, drops: Drops) -> No
         drops.bad("document", "lost in a damaged parquet file", f"{name}:{row}", max(1, stop - row))
 
 
+def rows_of_unit(
+    unit: Unit,
+    name: str,
+    needed: Sequence[str],
+    drops: Drops,
+    more: Callable[[str], bool] = lambda column: False,
+    batch: int = _BATCH,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(its number, its values by column) of each row of a row group; what is damaged is counted.
+
+    more: which columns are read besides the needed ones. Documents are made outside of this, where an error that has
+    to do with other files, as those of images, is not taken for damage of the table.
+    """
+    file, group, first, stop = unit.payload
+    row = first
+    try:
+        with open_parquet(file, group) as source:
+            columns = columns_to_read(source.schema_arrow.names, needed, more, name, drops)
+            for row, values in read_rows(source, [group], first, columns, batch) if columns else ():
+                yield row, dict(zip(columns, values, strict=True))
+                row += 1
+    except DAMAGE:
+        count_damage(unit, row, stop, name, drops)
+
+
+def columns_to_read(
+    names: Sequence[str], needed: Sequence[str], more: Callable[[str], bool], name: str, drops: Drops
+) -> list[str]:
+    """The needed columns, then `more` of those that are there once; none, and counted, where a needed one is not."""
+    if fault := missing_columns(names, needed):
+        drops.bad("document", fault, name)
+        return []
+    return list(dict.fromkeys([*needed, *(column for column in names if more(column) and names.count(column) == 1)]))
+
+
 def read_rows(
     source: pq.ParquetFile, groups: Sequence[int], first: int, columns: Sequence[str], batch: int = _BATCH
 ) -> Iterator[Row]:
@@ -134,16 +146,23 @@ def read_rows(
 
 
 def column_values(column: pa.Array) -> list[Any]:
-    """The column's rows; where a string of a list is not UTF-8, all as bytes, and where another is not, none."""
+    """The column's rows; a string that is not UTF-8, be it in a list or a struct, as bytes."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        kind = column.type
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            return column.cast(pa.large_list(pa.large_binary())).to_pylist()
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            return column.cast(pa.large_binary()).to_pylist()
-        return [None] * len(column)
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        pass
+    if isinstance(scalar, pa.StructScalar):
+        return {name: _value(field) for name, field in scalar.items()}
+    if isinstance(scalar, pa.ListScalar):
+        return [_value(item) for item in scalar.values]
+    return _value(scalar.value) if isinstance(scalar, pa.DictionaryScalar) else scalar.as_buffer().to_pybytes()
 
 
 def missing_columns(names: Sequence[str], needed: Sequence[str]) -> str:

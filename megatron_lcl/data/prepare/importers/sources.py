@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megatron_lcl.data.corpus.document import Text
+from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Importer, files_signature
@@ -209,8 +209,18 @@ def decoded(raw: bytes, name: str, drops: Drops) -> str:
         return raw.decode(errors="replace")
 
 
+def as_text(value: Any, name: str, drops: Drops) -> Any:
+    """A value of a table: bytes, as a string is that is not UTF-8, `decoded`; any other as it is."""
+    return decoded(value, name, drops) if isinstance(value, bytes) else value
+
+
 def text_item(value: object, name: str, drops: Drops) -> Text:
-    """A Text; an empty one, which keeps its place among the texts and is counted here, where `value` is not a text."""
+    """A Text; an empty one, which keeps its place among the texts and is counted here, where `value` is not a text.
+
+    Bytes are UTF-8, as `decoded` reads it.
+    """
+    if isinstance(value, bytes):
+        value = decoded(value, name, drops)
     if isinstance(value, str) and value.strip():
         return Text(value)
     if isinstance(value, str):
@@ -218,6 +228,27 @@ def text_item(value: object, name: str, drops: Drops) -> Text:
     else:
         drops.bad("text", "null" if value is None else "not a string", name)
     return Text("")
+
+
+def interleaved(
+    images: Iterable[Any], texts: Iterable[Any], found: Iterable[Image | None], name: str, drops: Drops
+) -> tuple[tuple[Text | Image, ...], int]:
+    """(items, number of lost images) of two lists of one length, of which the image counts where neither is null.
+
+    found: what was read of each image that is not null; None where that was counted as bad.
+    """
+    items: list[Text | Image] = []
+    read = list(found)
+    rest = iter(read)
+    for image, text in zip(images, texts, strict=True):
+        if image is None:
+            items.append(text_item(text, name, drops))
+            continue
+        if text is not None:
+            drops.bad("text", "both image and text at one position", name, sample=str(as_text(text, name, drops)))
+        if (item := next(rest)) is not None:
+            items.append(item)
+    return tuple(items), read.count(None)
 
 
 def its_id(record: object) -> dict[str, Any]:

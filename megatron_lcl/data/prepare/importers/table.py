@@ -17,16 +17,13 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit, lines
 from megatron_lcl.data.prepare.importers.lines import LinesImporter, is_compressed, line_units, text_lines
 from megatron_lcl.data.prepare.importers.row_groups import (
-    DAMAGE,
     column_names,
-    count_damage,
     missing_columns,
-    open_parquet,
-    read_rows,
     row_group_units,
+    rows_of_unit,
     some_columns,
 )
-from megatron_lcl.data.prepare.importers.sources import ImagesByName, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, decoded, its_id, text_item
 from megatron_lcl.data.prepare.importers.url_keys import UrlKeys, key_names
 from megatron_lcl.errors import UserError
 
@@ -147,25 +144,15 @@ class TableImporter(ImagesByName, LinesImporter):
                 drops.bad("document", "another number of fields than columns", name, sample=" ".join(fields))
 
     def _parquet(self, unit: Unit, drops: Drops) -> Iterator[Document]:
-        file, group, first, stop = unit.payload
-        name, row = self.found.name(file), first
-        try:
-            with open_parquet(file, group) as source:
-                names = source.schema_arrow.names
-                if fault := missing_columns(names, [self.text, self.image]):
-                    drops.bad("document", fault, name)
-                    return
-                columns = list(
-                    dict.fromkeys([self.text, self.image, *(c for c in names if c.lower() in ("url", "id"))])
-                )
-                for row, values in read_rows(source, [group], first, columns, 1024):
-                    yield self._document(dict(zip(columns, values, strict=True)), file, f"{name}:{row}", drops)
-                    row += 1
-        except DAMAGE:
-            count_damage(unit, row, stop, name, drops)
+        file = unit.payload[0]
+        name, needed = self.found.name(file), [self.text, self.image]
+        for row, values in rows_of_unit(
+            unit, name, needed, drops, lambda column: column.lower() in ("url", "id"), 1024
+        ):
+            yield self._document(values, file, f"{name}:{row}", drops)
 
     def _document(self, row: dict[str, Any], file: Path, name: str, drops: Drops) -> Document:
-        values = {key: decoded(value, name, drops) if isinstance(value, bytes) else value for key, value in row.items()}
+        values = {key: as_text(value, name, drops) for key, value in row.items()}
         items: list[Text | Image] = []
         image = values[self.image]
         try:
