@@ -37,8 +37,8 @@ def connect_on_demand() -> None:
 def set_timeouts(seconds: float) -> None:
     """How long collectives begun from now on wait for other processes, in all groups that this process has by now.
 
-    Libraries make groups too, such as DeepSpeed, which takes no timeout for its own. Under gloo the first message between
-    two processes of a group waits for their connection (`connect_on_demand`), which no timeout ends.
+    Libraries make groups too, such as DeepSpeed, which takes no timeout for its own. Under gloo the first message
+    between two processes of a group waits for their connection (`connect_on_demand`), which no timeout ends.
     """
     groups: Any = dist.distributed_c10d._world.pg_names
     for group in list(groups):
