@@ -46,7 +46,7 @@ def moto() -> Iterator[int]:
 
 @dataclass
 class Request:
-    """One that came by."""
+    """A request that the server has answered."""
 
     method: str
     path: str

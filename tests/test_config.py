@@ -239,8 +239,8 @@ def test_fields_of_what_a_list_holds_are_documented_behind_it() -> None:
 
 
 def test_shipped_configs_load() -> None:
-    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-    assert files
+    files = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+    assert {"configs", "claim"} == {file.parent.name for file in files}
     for file in files:
         configs.load(file)
         title, *lines = file.read_text(encoding="utf-8").splitlines()

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_lcl"
-LIBRARIES = ("torch", "deepspeed", "submitit", "open_clip", "transformers", "timm", "webdataset", "pydantic", "numba")
 INTERNAL = ("deepspeed.runtime", "deepspeed.ops", "deepspeed.utils.groups", "deepspeed.utils.tensor_fragment")
 NOT_PRIVATE = {"_replace", "_fields", "_asdict", "_exit", "_current_frames"}
 """documented in spite of the underscore: of NamedTuple, os and sys"""
@@ -240,6 +239,7 @@ PARTS = [
     # others
     Part("submitit", "AutoExecutor._typed_parameters", "names and types of Slurm's parameters"),
     Part("submitit.slurm.slurm", "_make_sbatch_string", "names and types of Slurm's parameters", ("command", "folder")),
+    Part("huggingface_hub", "_CACHED_NO_EXIST", "told: the hub has said that a repository has no such file"),
     Part("open_clip.factory", "_get_hf_config", "config of a model on disk", ("model_id",)),
 ]
 
@@ -286,8 +286,8 @@ def private_uses(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
         for node in ast.walk(tree):
             for local, full in _imports(node):
                 imported[local] = full
-                private = any(part.startswith("_") for part in full.split("."))
-                if full.split(".")[0] in LIBRARIES and (private or full.startswith(INTERNAL)):
+                private = any(part.startswith("_") and not _is_ours(part) for part in full.split("."))
+                if not _of_package(full) and (private or full.startswith(INTERNAL)):
                     last = full.rpartition(".")[2]
                     uses[last if last.startswith("_") else full].add(file)
         for node in ast.walk(tree):
@@ -315,6 +315,10 @@ def private_uses(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
 
 def _is_ours(name: str) -> bool:
     return name.startswith("__") and name.endswith("__") and name != "__compatible_ops__"
+
+
+def _of_package(full: str) -> bool:
+    return full.split(".")[0] == PACKAGE.name
 
 
 def _imports(node: ast.AST) -> list[tuple[str, str]]:
@@ -346,7 +350,7 @@ def _resolve(text: str, imported: dict[str, str]) -> Any:
     first, _, rest = text.partition(".")
     full = imported.get(first, "") + (f".{rest}" if rest else "")
     module, _, name = full.rpartition(".")
-    if full.split(".")[0] not in LIBRARIES:
+    if not module or _of_package(full):
         return None
     try:
         return getattr(importlib.import_module(module), name, None)
@@ -370,10 +374,13 @@ def test_the_scan_sees_what_it_should() -> None:
     source = """
 from deepspeed.runtime.zero import stage3
 from torch.utils.data import _utils
+from any_library import _hidden_there
+from megatron_lcl.evaluate import _of_us
 engine._private = 1
 getattr(engine, "_hidden")
 self._own = 2
 self._own
 """
-    assert set(private_uses({"a.py": ast.parse(source)})) >= {"deepspeed.runtime.zero.stage3", "_utils", "_private"}
-    assert {"_hidden", "_own"} & private_uses({"a.py": ast.parse(source)}).keys() == {"_hidden"}
+    found = private_uses({"a.py": ast.parse(source)}).keys()
+    assert found >= {"deepspeed.runtime.zero.stage3", "_utils", "_hidden_there", "_private"}
+    assert {"_hidden", "_own", "_of_us"} & found == {"_hidden"}

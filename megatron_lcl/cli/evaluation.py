@@ -28,6 +28,11 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     what.add_argument("--data", metavar="PATH", help=images)
     sub.add_argument("--output", metavar="DIR", help="also write the results there")
     sub.add_argument("--average", metavar="NAME", help=_AVERAGE)
+    sub.add_argument("--processes", type=int, default=1, help="share images among so many (default: %(default)s)")
+    sub.add_argument(
+        "--device", dest="devices", action="append", metavar="DEVICE",
+        help="cpu, cuda:1 …; repeated, the processes take turns (default: every GPU, or cpu)",
+    )  # fmt: skip
 
     data = sub.add_argument_group("with --data")
     tasks = "zero-shot, retrieval, knn, linear-probe, attentive-probe, captioning; may be repeated"
@@ -45,12 +50,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         data.add_argument("--top-p", metavar="P", help="the same as --captioning.top-p"),
         data.add_argument("--seed", type=int, help="of intervals, probes and sampling (default: 0)"),
         data.add_argument("--cache", metavar="DIR", help=f"folder of features (default: {_CACHE})"),
-        data.add_argument("--processes", type=int, help="share images among so many (default: 1)"),
         data.add_argument("--batch-size", type=int, help="images of a forward pass (default: 64)"),
-        data.add_argument(
-            "--device", dest="devices", action="append", metavar="DEVICE",
-            help="cpu, cuda:1 …; repeated, the processes take turns (default: every GPU, or cpu)",
-        ),
     ]  # fmt: skip
     sub.set_defaults(of_data={flag.dest: flag.option_strings[0] for flag in flags})
 
@@ -104,11 +104,10 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
     if options.corpus:
         _evaluate_corpus(models, options)
         return
-    import torch
-
     from megatron_lcl.evaluate.results import table
     from megatron_lcl.evaluate.run import evaluate
     from megatron_lcl.evaluate.settings import describe, read_settings
+    from megatron_lcl.evaluate.workers import default_devices
 
     tasks = options.tasks or []
     given = {name: getattr(options, name) for name, *_ in describe() if getattr(options, name) is not None}
@@ -116,7 +115,6 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
         given.setdefault("captioning.top-p", options.top_p)
     if options.templates and "zero-shot" not in tasks:
         raise UserError("--templates goes with --task zero-shot")
-    devices = options.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     results = evaluate(
         models,
         tasks,
@@ -132,8 +130,8 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
         seed=options.seed or 0,
         cache=options.cache,
         batch_size=64 if options.batch_size is None else options.batch_size,
-        processes=1 if options.processes is None else options.processes,
-        devices=tuple(devices),
+        processes=options.processes,
+        devices=options.devices or default_devices(),
         skip_bad_images=bool(options.skip_bad_images),
     )
     print(table(results))
@@ -160,8 +158,9 @@ def _evaluate_corpus(models: list[str], options: argparse.Namespace) -> None:
             raise UserError(f"--corpus measures what LCL trains, and {model} is no LCL model; give --data and --task")
     if options.output and len(models) > 1:
         raise UserError("the results of one model fill --output; give one MODEL at a time, or no --output")
+    output = Path(options.output) if options.output else None
     for model in models:
-        print(evaluate_checkpoint(model, Path(options.corpus), Path(options.output) if options.output else None))
+        print(evaluate_checkpoint(model, Path(options.corpus), output, options.processes, options.devices or ()))
 
 
 def _import(options: argparse.Namespace, _rest: list[str]) -> None:

@@ -5,8 +5,8 @@ Reading: `load` (any LCL checkpoint: a run's, an imported one, a file in the ref
 the result with our model (`certificate`) and puts the folder in place whole (`folder`). `weights` is the one writer of
 safetensors files; `card` writes the model card, `pool` the attention pool's files.
 
-A format is a module with LIBRARY (what it needs), `write` (all files but the certificate) and `features` (what the
-library computes from them), listed in `export._FORMATS`.
+A format is a module as `export.Writer` describes it (LIBRARY, `check`, `write`, `features`), listed in
+`export._FORMATS` and, as a kind of folder, in `folder.EXPORTS`. `load` reads exports with the module's `read`.
 
 Imports config, data and model; other libraries only inside functions, after `libraries.require`. Begin with
 `load.load_model` and `export.export`.

@@ -6,15 +6,14 @@ import gc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.convert import hf, open_clip, timm
 from megatron_lcl.convert.card import Card, card_of
-from megatron_lcl.convert.certificate import check_images, compare, our_features
+from megatron_lcl.convert.certificate import Features, check_images, compare, our_features
 from megatron_lcl.convert.find import find_checkpoint, known_config
 from megatron_lcl.convert.folder import HAS_RUN, IMPORT, new_folder, write_record
 from megatron_lcl.convert.libraries import require, usual_defaults
@@ -25,7 +24,25 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.run_folder import CONFIG, WEIGHTS
 
-_FORMATS: dict[str, ModuleType] = {"hf": hf, "timm": timm, "open_clip": open_clip}
+
+class Writer(Protocol):
+    """What the module of a format has."""
+
+    @property
+    def LIBRARY(self) -> str:
+        """The library's package, as `libraries.require` takes it."""
+
+    def check(self, model: LCL) -> None:
+        """UserError where the format has no place for something of the model; asked on exports to any format."""
+
+    def write(self, model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
+        """All files but the certificate: the weights in `dtype`, the library's configs, and the model card."""
+
+    def features(self, folder: Path, size: int) -> Features:
+        """What the library computes of `check_images(size)`, from these files."""
+
+
+_FORMATS: dict[str, Writer] = {"hf": hf, "timm": timm, "open_clip": open_clip}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

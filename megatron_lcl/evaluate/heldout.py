@@ -11,12 +11,15 @@ during training no process waits for another to evaluate.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,19 +32,15 @@ from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus.remote import writable_cache
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch, batch_bytes
-from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
-from megatron_lcl.data.loading.sequential_index import SequentialIndex
 from megatron_lcl.data.loading.shared_memory import workers_with_room
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
+from megatron_lcl.evaluate.heldout_packs import Origin, Packs, slots_in_use
 from megatron_lcl.evaluate.heldout_results import (
-    CONTEXT_CHARACTERS,
     PICTURE,
     Example,
     HeldOut,
-    Pair,
     as_result,
     table,
     with_recalls,
@@ -49,8 +48,9 @@ from megatron_lcl.evaluate.heldout_results import (
 )
 from megatron_lcl.evaluate.results import make_output, write_picture
 from megatron_lcl.evaluate.retrieval import rank_own
-from megatron_lcl.evaluate.rules import heldout_data, heldout_rules
+from megatron_lcl.evaluate.rules import heldout_rules
 from megatron_lcl.evaluate.trained import why_untrained
+from megatron_lcl.evaluate.workers import Advance, check_workers, default_devices, in_processes
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.parallel.mesh import Axis, Mesh
@@ -67,17 +67,42 @@ Forward = Callable[[Sequence[PackedBatch] | None, int], Sequence[tuple[PackedBat
 micro-batches, on the process that reads for its replica, else None. Outputs are on the last pipeline stage only."""
 
 
-def evaluate_checkpoint(checkpoint: str | Path, corpus: Path, output: Path | None = None) -> str:
-    """`evaluate_heldout` of a run, a checkpoint or `random:CONFIG`, on CUDA where there is one; returns the table.
+@dataclass(frozen=True)
+class ModelSource:
+    """Makes the model of process i, with its run's config, for an evaluation by several processes."""
 
-    `output`: folder for the numbers and the examples as JSON, which the report shows, and for a picture.
+    spec: str
+    """of a checkpoint its folder, or `random:CONFIG`"""
+    devices: tuple[str, ...]
+    """process i takes the i-th, round and round"""
+
+    def __call__(self, number: int) -> tuple[LCL, Config]:
+        spec = parse_spec(self.spec)
+        if spec.seed is not None:
+            model, config = untrained_model(spec.name, spec.seed)
+        else:
+            model, config = load_model(Path(spec.name)), read_config(Path(spec.name))
+        return model.to(self.devices[number % len(self.devices)]).eval(), config
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    corpus: Path,
+    output: Path | None = None,
+    processes: int = 1,
+    devices: Sequence[str] = (),
+) -> str:
+    """`evaluate_heldout` of a run, a checkpoint or `random:CONFIG`; returns the table.
+
+    `output`: folder for the numbers and the examples as JSON, which the report shows, and for a picture. The i-th of
+    `processes` is on the i-th of `devices` (none: `default_devices`). UserError where they cannot be.
     """
-    spec, step = parse_spec(str(checkpoint)), None
-    if spec.seed is not None:
-        model, config = untrained_model(spec.name, spec.seed)
-    else:
-        folder = find_checkpoint(Path(checkpoint))
-        model, config, step = load_model(folder), read_config(folder), step_of(folder)
+    devices = tuple(devices or default_devices())
+    check_workers(processes, devices)
+    # once: a run may save another one meanwhile
+    folder = find_checkpoint(Path(checkpoint)) if parse_spec(str(checkpoint)).seed is None else None
+    source = ModelSource(str(folder or checkpoint), devices)
+    model, config = source(0)
     config = replace(config, data=replace(config.data, cache=writable_cache(config.data.cache)))
     tokenizer = open_corpus(corpus, config.data.cache).tokenizer
     if tokenizer.vocab_size != config.model.language.vocab_size:
@@ -87,10 +112,10 @@ def evaluate_checkpoint(checkpoint: str | Path, corpus: Path, output: Path | Non
         )
     if output is not None:
         make_output(output)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    result, examples = evaluate_heldout(model, config, corpus, step=step)
+    step = None if folder is None else step_of(folder)
+    result, examples = evaluate_heldout(model, config, corpus, step=step, source=source, processes=processes)
     if output is not None:
-        write_heldout(output, replace(result, average=None if spec.seed is not None else average_of(folder)), examples)
+        write_heldout(output, replace(result, average=None if folder is None else average_of(folder)), examples)
         write_picture([as_result(result, str(checkpoint))], output / PICTURE)
     return table(result)
 
@@ -102,26 +127,68 @@ def evaluate_heldout(
     num_examples: int = 8,
     progress: bool = True,
     step: int | None = None,
+    source: ModelSource | None = None,
+    processes: int = 1,
 ) -> tuple[HeldOut, list[Example]]:
-    """Measure `model`, of the run's `config`, on every document of `corpus`."""
+    """Measure `model`, of the run's `config`, on every document of `corpus`.
+
+    With `processes` > 1 each makes the model again by `source`, and encodes an equal part of the corpus; this one ranks
+    the pairs. The batches do not depend on the number of processes; the number of threads of each does, which may
+    change last bits.
+    """
+    device = next(model.parameters()).device
+    with _current(device):
+        evaluation = _of_model(model, config, corpus, Axis(), processes)
+        processes = min(processes, evaluation.num_batches)
+        if processes <= 1:
+            result, examples = evaluation.run(step, num_examples, intervals=True, progress=progress)
+        else:
+            assert source is not None, "this model cannot be made again in another process"
+            jobs = [partial(_encode_part, source, config, str(corpus), processes) for _ in range(processes)]
+            with tqdm(desc="evaluate", unit="batch", total=evaluation.num_batches, disable=not progress) as bar:
+                parts = [pickle.loads(part) for part in in_processes(jobs, bar)]
+            result, examples = evaluation.measure(_Encoded.joined(parts, device), step, num_examples, intervals=True)
+    return replace(result, dtype=str(next(model.parameters()).dtype).removeprefix("torch.")), examples
+
+
+def _encode_part(
+    source: ModelSource, config: Config, corpus: str, processes: int, number: int, _threads: int, advance: Advance
+) -> bytes:
+    """A pickled `_Encoded` of one of several processes. The collectives of its axis are never called: the first process
+    measures.
+
+    Pickled here: `multiprocessing` would leave tensors in shared memory, which may be small, of a process that ends.
+    """
+    model, _ = source(number)
+    with _current(next(model.parameters()).device):
+        evaluation = _of_model(model, config, corpus, Axis(rank=number, size=processes), processes)
+        return pickle.dumps(_Encoded.joined([evaluation.encode(advance)], "cpu"))
+
+
+def _of_model(model: LCL, config: Config, corpus: str | Path, data: Axis, processes: int) -> HeldOutEvaluation:
+    """By one whole model; processes: on this machine."""
     device = next(model.parameters()).device
     model.eval()
-    config = replace(config, data=replace(config.data, workers=_workers_with_room(config)))
+    config = replace(config, data=replace(config.data, workers=_workers_with_room(config, processes)))
 
     def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
         assert read is not None
         return [(batch, model.layers(batch.to(device))) for batch in read]
 
-    evaluation = HeldOutEvaluation(config, corpus, Mesh(Axis(), Axis()), forward, tokens=_TOKENS)
-    result, examples = evaluation.run(step, num_examples, intervals=True, progress=progress)
-    return replace(result, dtype=str(next(model.parameters()).dtype).removeprefix("torch.")), examples
+    return HeldOutEvaluation(config, corpus, Mesh(Axis(), data), forward, tokens=_TOKENS)
 
 
-def _workers_with_room(config: Config) -> int:
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """With it as the current one: Triton's kernels run there, and batches are pinned for it."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _workers_with_room(config: Config, processes: int) -> int:
     """The run's number of loader processes, or fewer, as shared memory has room for their micro-batches."""
     rules, size = heldout_rules(config.model), config.model.vision.image_size
     tokens, images = rules["sequence_tokens"], rules["sequence_images"]
-    return workers_with_room(config.data.workers, batch_bytes(max(1, _TOKENS // tokens), tokens, images, size))
+    batch = batch_bytes(max(1, _TOKENS // tokens), tokens, images, size)
+    return workers_with_room(config.data.workers, processes * batch)
 
 
 class HeldOutEvaluation:
@@ -151,7 +218,7 @@ class HeldOutEvaluation:
         self.rules = heldout_rules(config.model)
         self.micro_batch = max(1, tokens // self.rules["sequence_tokens"])
         """packs of a forward pass"""
-        self.packs = _Packs(config, self.corpus, mesh.data, self.micro_batch, at_once) if mesh.loads_data else None
+        self.packs = Packs(config, self.corpus, mesh.data, self.micro_batch, at_once) if mesh.loads_data else None
         self.num_batches, self.num_documents = mesh.model_parallel.broadcast_object(
             (len(self.packs.loader), self.packs.num_documents) if self.packs else (0, 0)
         )
@@ -164,26 +231,38 @@ class HeldOutEvaluation:
 
         Raises RunError, on every process, if the corpus has nothing for the tasks.
         """
-        mesh, packs = self.mesh, self.packs
+        total, hidden = self.num_batches, not (progress and self.mesh.is_first)
+        with tqdm(desc="evaluate", unit="batch", total=total, disable=hidden) as bar:
+            encoded = self.encode(bar.update)
+        return self.measure(encoded, step, num_examples, intervals)
+
+    @torch.no_grad()
+    def encode(self, advance: Advance) -> _Encoded:
+        """What the model makes of this replica's part of the corpus; `advance` is told of micro-batches."""
+        packs = self.packs
         if not self.num_batches:
             raise RunError(f"{self.corpus} has no document that the rules of evaluation leave; nothing can be measured")
-        own = _ReplicaOutputs()
-        origins: list[_Origin] = []
-        bad: list[str] = []
+        encoded = _Encoded()
         batches = iter(packs.loader if packs else ())
-        bar = tqdm(desc="evaluate", unit="batch", total=self.num_batches, disable=not (progress and mesh.is_first))
         for _ in range(0, self.num_batches, self.at_once):
             read = list(itertools.islice(batches, self.at_once)) if packs else None
             for batch in read or ():
                 assert packs is not None
-                origins += packs.origins(batch)
-                bad += [reason for _, reason in batch.bad_images]
+                encoded.origins += packs.origins(batch)
+                encoded.bad += [reason for _, reason in batch.bad_images]
             if read is not None:
-                read = [_slots_in_use(batch, "generation" in self.tasks) for batch in read]
+                read = [slots_in_use(batch, "generation" in self.tasks) for batch in read]
             for batch, out in self.forward(read, self.at_once):
-                own.add(batch, out)
-            bar.update(self.at_once)
-        bar.close()
+                encoded.add(batch, out)
+            advance(self.at_once)
+        return encoded
+
+    @torch.no_grad()
+    def measure(
+        self, own: _Encoded, step: int | None, num_examples: int, intervals: bool
+    ) -> tuple[HeldOut, list[Example]]:
+        """What `run` returns, of what this replica has encoded."""
+        mesh, packs, origins = self.mesh, self.packs, own.origins
         places = mesh.model_parallel.broadcast_object([(o.document, o.content, o.part, o.row) for o in origins])
 
         found: tuple[HeldOut, list[tuple[int, int, list[int]]]] | None = None
@@ -193,7 +272,7 @@ class HeldOutEvaluation:
         assert found is not None, "the first process of the last stage has it"
         result, picked = replace(found[0], step=step), found[1]
         if packs:
-            result = replace(result, bad_images=tuple(itertools.chain.from_iterable(mesh.data.gather_objects(bad))))
+            result = replace(result, bad_images=tuple(itertools.chain.from_iterable(mesh.data.gather_objects(own.bad))))
         if not result.pairs and not result.targets:
             undecodable = f" ({len(result.bad_images)} of its images do not decode)" if result.bad_images else ""
             raise RunError(
@@ -202,7 +281,7 @@ class HeldOutEvaluation:
         return result, self._examples(origins, picked)
 
     def _measure(
-        self, own: _ReplicaOutputs, places: list[tuple[int, int, int, int]], num_examples: int, intervals: bool
+        self, own: _Encoded, places: list[tuple[int, int, int, int]], num_examples: int, intervals: bool
     ) -> tuple[HeldOut, list[tuple[int, int, list[int]]]]:
         """The numbers; and of some pairs their index, the rank of their true context, and the nearest ones' indices.
 
@@ -250,7 +329,7 @@ class HeldOutEvaluation:
         nearest = {i: near for theirs in data.gather_objects(own_nearest) for i, near in theirs.items()}
         return with_recalls(result, rows_N.numpy(), intervals), [(i, int(rows_N[i, 0]), nearest[i]) for i in chosen]
 
-    def _examples(self, origins: list[_Origin], picked: list[tuple[int, int, list[int]]]) -> list[Example]:
+    def _examples(self, origins: list[Origin], picked: list[tuple[int, int, list[int]]]) -> list[Example]:
         """Examples at evenly spaced quantiles of the rank, best first: neither the best nor the worst alone."""
         if self.packs is None:
             return []
@@ -292,97 +371,13 @@ def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[Evalua
     return tuple(task for task in TASKS if task in (tasks or trained))
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """Where a pair came from; its context is not yet decoded."""
-
-    document: int
-    shard: int
-    image: int
-    content: int
-    """beginning of the hash of the image's bytes"""
-    part: int
-    """number of the sequence among those that its document is divided into"""
-    row: int
-    """of its `<soi>` in the sequence"""
-    tokens: np.ndarray
-
-
-class _Packs:
-    """This replica's part of a held-out corpus, and where each pair came from."""
-
-    def __init__(
-        self,
-        config: Config,
-        corpus: str,
-        data: Axis,
-        micro_batch: int,
-        at_once: int,
-    ) -> None:
-        vision, documents = config.model.vision, heldout_rules(config.model)["sequences"] == "documents"
-        self.loader = PackedLoader(
-            heldout_data(config, corpus),
-            num_placeholders=vision.num_patches,
-            image_size=vision.image_size,
-            context_length=config.model.language.context_length,
-            rank=data.rank,
-            world_size=data.size,
-            global_batch=data.size * micro_batch * at_once,
-            micro_batch=micro_batch,
-            train=False,
-            sequences=INTERLEAVED if documents else PAIRS,
-            pin_memory=torch.cuda.is_available(),
-        )
-        index = self.loader.reader.index
-        assert isinstance(index, SequentialIndex)
-        self.num_documents = index.num_documents
-        self._corpus = index.source.corpus
-        self._tokenizer = self._corpus.tokenizer
-
-    def origins(self, batch: PackedBatch) -> Iterator[_Origin]:
-        """Of the batch's pairs, in the order of their slots."""
-        tokens, soi = batch.tokens.numpy(), batch.image_soi.numpy()
-        pack_tokens, slots = len(tokens) // len(batch.packs), self.loader.images_per_pack
-        for b, pack in enumerate(batch.packs):
-            images = ((origin, image) for origin in self.loader.provenance(pack) for image in origin.images)
-            for origin, image in sorted(images, key=lambda both: both[1].slot):
-                if soi[b * slots + image.slot] >= 0:
-                    before = tokens[b * pack_tokens + origin.start : b * pack_tokens + image.soi]
-                    read = (before < self._tokenizer.sot) | (before == self._tokenizer.soi)
-                    text = before[read][-CONTEXT_CHARACTERS:]
-                    digest = self._corpus.shard(image.shard).image_xxh3[image.image].tobytes()
-                    content = int.from_bytes(digest[:8], "little", signed=True)
-                    yield _Origin(
-                        document=int(origin.document),
-                        shard=int(image.shard),
-                        image=int(image.image),
-                        content=content,
-                        part=int(origin.part),
-                        row=int(image.soi - origin.start),
-                        tokens=text.copy(),
-                    )
-
-    def pair(self, origin: _Origin) -> Pair:
-        """With its context as text."""
-        runs = np.split(origin.tokens, np.flatnonzero(origin.tokens == self._tokenizer.soi))
-        texts = [self._tokenizer.decode(run[run < self._tokenizer.sot]) for run in runs]
-        text = "\n".join(text for text in texts if text)
-        return Pair(origin.document, origin.shard, origin.image, text[-CONTEXT_CHARACTERS:])
-
-
-def _slots_in_use(batch: PackedBatch, with_targets: bool) -> PackedBatch:
-    """The batch without its empty image slots; a pack has as many as could fit a sequence, and most stay empty."""
-    used = batch.image_valid.nonzero()[:, 0]
-    if not len(used):  # one at least: a pipeline stage sends rows
-        used = torch.zeros(1, dtype=torch.int64)
-    slots = {name: getattr(batch, name)[used] for name in ("images", "image_start", "image_soi", "image_valid")}
-    return replace(batch, **slots, num_targets=batch.num_targets if with_targets else 0)
-
-
-class _ReplicaOutputs:
+class _Encoded:
     """What the model made of this replica's part of the corpus."""
 
     def __init__(self) -> None:
+        self.origins: list[Origin] = []
+        """of the pairs, and the reasons of images that do not decode; on the process that reads for its replica"""
+        self.bad: list[str] = []
         self.features: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.generation = torch.zeros(2, dtype=torch.float64)
         """sum of the negative log-likelihoods (nats), number of targets"""
@@ -409,3 +404,16 @@ class _ReplicaOutputs:
         assert self.features, "no micro-batch"
         image, text = zip(*self.features, strict=True)
         return torch.cat(image), torch.cat(text)
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Encoded], device: str | torch.device) -> _Encoded:
+        """Parts that processes have encoded, each with features, as one, on the device."""
+        whole = cls()
+        whole.origins = [origin for part in parts for origin in part.origins]
+        whole.bad = [reason for part in parts for reason in part.bad]
+        image, text = zip(*(part.stacked() for part in parts), strict=True)
+        whole.features = [(torch.cat([t.to(device) for t in image]), torch.cat([t.to(device) for t in text]))]
+        whole.generation = torch.stack([part.generation.to(device) for part in parts]).sum(0)
+        whole.scale, whole.bias = parts[0].scale, parts[0].bias
+        whole.num_images = sum(part.num_images for part in parts)
+        return whole

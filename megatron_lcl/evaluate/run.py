@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus.files import replace_text
@@ -27,6 +26,7 @@ from megatron_lcl.evaluate.retrieval import retrieval
 from megatron_lcl.evaluate.settings import Settings
 from megatron_lcl.evaluate.sources import ImageSet, open_images
 from megatron_lcl.evaluate.trained import check_trained, untrained_pool
+from megatron_lcl.evaluate.workers import check_workers
 from megatron_lcl.evaluate.zero_shot import accuracy, classify
 
 TASKS = ("zero-shot", "retrieval", "knn", "linear-probe", "attentive-probe", "captioning")
@@ -78,10 +78,9 @@ def evaluate(
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown or not tasks:
         raise UserError(f"unknown task {', '.join(unknown) or '(none given)'}; there are {', '.join(TASKS)}")
-    if batch_size < 1 or processes < 1:
-        raise UserError(f"batch size {batch_size} and {processes} processes; give numbers from 1")
-    for device in devices:
-        _check_device(device)
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}; give a number from 1")
+    check_workers(processes, devices)
     specs = [str(model) for model in models]
     settings = settings or Settings()
     if settings.zero_shot.prompts and templates is not None:
@@ -167,14 +166,6 @@ def _known(encoder: Encoder) -> tuple[Shapes, Callable[[int], Encoder]]:
     """What stays of an encoder that is loaded again later."""
     assert encoder.source is not None, "load_encoder sets it"
     return Shapes.of(encoder), encoder.source
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(f"the device {name!r} cannot be used ({said}); give cpu, or cuda:0 … of this machine") from None
 
 
 def _cached(

@@ -1,11 +1,12 @@
-"""Many images through an encoder: decoded ahead, in batches, in this process or in several."""
+"""Work of an evaluation in several processes; and many images through an encoder: decoded ahead, in batches."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice, pairwise
 from multiprocessing import get_context
 from typing import Any, TypeVar
@@ -24,6 +25,29 @@ from megatron_lcl.processes import NEVER_BEGAN
 T = TypeVar("T")
 Work = Callable[[Encoder, int, torch.Tensor], T]
 """(encoder, index of the first image, prepared images [N, 3, H, W]) → anything"""
+Advance = Callable[[int], object]
+"""what tells how many more are done"""
+Job = Callable[[int, int, Advance], T]
+"""(number of the process, its threads, advance) → anything"""
+
+
+def default_devices() -> list[str]:
+    """Every GPU, or the CPU where there is none."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def check_workers(processes: int, devices: Sequence[str]) -> None:
+    """UserError for a number of processes below 1, or a device that cannot be used."""
+    if processes < 1:
+        raise UserError(f"{processes} processes; give a number from 1")
+    for name in devices:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            said = str(error).splitlines()[0]
+            raise UserError(
+                f"the device {name!r} cannot be used ({said}); give cpu, or cuda:0 … of this machine"
+            ) from None
 
 
 def map_batches(
@@ -51,14 +75,21 @@ def map_batches(
                 bar.update(done)
             return results
         assert encoder.source is not None, "this encoder cannot be made again in another process"
-        return _in_processes(encoder.source, images, work, batch_size, processes, bar)
+        batches = -(-len(images) // batch_size)
+        bounds = [batch_size * (batches * i // processes) for i in range(processes + 1)]
+        jobs: list[Job[list[T]]] = [
+            partial(_encode, encoder.source, images[low:high], work, batch_size, low) for low, high in pairwise(bounds)
+        ]
+        return [result for part in in_processes(jobs, bar, ", or a smaller --batch-size") for result in part]
 
 
-def _in_processes(
-    source: Callable[[int], Encoder], images: Sequence[Blob], work: Work[T], batch_size: int, processes: int, bar: tqdm
-) -> list[T]:
-    batches = -(-len(images) // batch_size)
-    bounds = [batch_size * (batches * i // processes) for i in range(processes + 1)]
+def in_processes(jobs: Sequence[Job[T]], bar: tqdm, remedy: str = "") -> list[T]:
+    """What the jobs give, in order: each has a process of its own, and an equal number of the cores. They must pickle.
+
+    The first that fails ends the others, and its error is raised. remedy: against a want of memory, besides fewer
+    --processes.
+    """
+    processes = len(jobs)
     context = get_context("spawn")
     # without locks, which a process that is killed would keep: each counts for itself, and only this one says stop
     done, stop = context.Array("q", processes, lock=False), context.Value("b", lock=False)
@@ -67,11 +98,8 @@ def _in_processes(
         with holding_interrupts(ENDING):
             pool = until_end.enter_context(ProcessPoolExecutor(processes, context, _start, (begun, done, stop)))
             until_end.callback(setattr, stop, "value", 1)  # after an error or a signal the others need not go on
-            jobs: list[Future[list[T]]] = [
-                pool.submit(_process, source, i, processes, images[low:high], work, batch_size, low)
-                for i, (low, high) in enumerate(pairwise(bounds))
-            ]
-        waiting = set(jobs)
+            running = [pool.submit(_process, job, i, processes) for i, job in enumerate(jobs)]
+        waiting = set(running)
         while waiting:
             finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
             bar.update(sum(done) - bar.n)
@@ -84,10 +112,9 @@ def _in_processes(
                     raise UserError(
                         NEVER_BEGAN
                         if not begun.value
-                        else "a process that encodes was killed, perhaps out of memory; give fewer --processes, or a "
-                        "smaller --batch-size"
+                        else "a process that encodes was killed, perhaps out of memory; give fewer --processes" + remedy
                     ) from None
-        return [result for job in jobs for result in job.result()]
+        return [job.result() for job in running]
 
 
 _told: list[Any] = []
@@ -100,24 +127,37 @@ def _start(begun: Any, done: Any, stop: Any) -> None:
     _told[:] = done, stop
 
 
-def _process(
+class _Stopped(Exception):
+    """Another process has failed; nobody reads what this one gives."""
+
+
+def _process(job: Job[T], number: int, processes: int) -> T:
+    done, stop = _told
+
+    def advance(count: int) -> None:
+        done[number] += count
+        if stop.value:
+            raise _Stopped
+
+    threads = max(1, num_cores() // processes)
+    torch.set_num_threads(threads)
+    return job(number, threads, advance)
+
+
+def _encode(
     source: Callable[[int], Encoder],
-    number: int,
-    processes: int,
     images: Sequence[Blob],
     work: Work[T],
     batch_size: int,
     start: int,
+    number: int,
+    threads: int,
+    advance: Advance,
 ) -> list[T]:
-    done, stop = _told
-    threads = max(1, num_cores() // processes)
-    torch.set_num_threads(threads)
     results = []
     for count, result in run_batches(source(number), images, work, batch_size, start, threads):
         results.append(result)
-        done[number] += count
-        if stop.value:
-            break
+        advance(count)
     return results
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.errors import UserError
 from megatron_lcl.losses.contrastive import ContrastiveOutput, finish_contrastive_loss, start_gather
 from megatron_lcl.losses.group import HEADER
 from megatron_lcl.losses.sigmoid import SUMS, SigmoidOutput, finish_sigmoid_loss
@@ -94,6 +95,15 @@ class SigmoidContrast(Contrast):
 
     names = SIGMOID_METRICS[:-1]
     sigmoid = True
+
+    def __init__(self, step: StepInputs, weight: float) -> None:
+        """UserError where the model has no bias: `config` gives one to `objective.name: siglip` only."""
+        if step.logit_bias is None:
+            raise UserError(
+                "model.logit_bias is null, and the objective's sigmoid contrast needs a bias; set SigLIP's: "
+                "--model.logit_bias -10 --contrast.initial_log_scale 2.302585"
+            )
+        super().__init__(step, weight)
 
     def metrics(self) -> Mapping[str, torch.Tensor]:
         assert self.bias is not None

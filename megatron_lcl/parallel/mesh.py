@@ -1,6 +1,6 @@
 """Which process this is along each axis of parallelism, and the axis's collectives.
 
-One `Mesh` is handed around; there is no global state. Every collective of training and evaluation but the pipeline's
+One `Mesh` is handed around, and none is kept here. Every collective of training and evaluation but the pipeline's
 messages is a method of `Axis` (what measures or tests the network, in `plan` and `selftest`, calls torch's, too). All
 processes of an axis call it together, with tensors of one shape and dtype. No gradient flows through them: `mappings`
 has those with a gradient.

@@ -149,6 +149,21 @@ def test_all_rows_see_the_same_images_of_the_same_documents(
     assert len({tuple(rows[name].shares.items()) for name in ("lcl", "clip", "coca", "generation", "emu")}) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lcl", "combined"])
+def test_rows_are_planned_with_the_config_for_a_gpu(name: str, data: Path, tmp_path: Path) -> None:
+    """With its model's sizes as they are, and those that the row's phases put in their place."""
+    row = {row.name: row for part in PARTS.values() for row in part.rows}[name]
+    file = default_config().with_name("gpu.yaml")
+    found = plan(row, file, {}, data / "corpora", tmp_path / "cache", 2000)
+    run = found.member(tmp_path, name, 2000, 1e-3, 0).config
+    assert run.model.vision == configs.load(file).model.vision
+    assert run.model.language.width == 384
+    sizes = [phase.config.model.vision.image_size for phase in phases_of(run)]
+    assert sizes == ([32, 64, 64] if row.early else [64])
+    assert found.flops(2000) > 0
+
+
 def test_validation_and_test_share_nothing(data: Path, sets: Path) -> None:
     for name in claim_data.SETS:
         kinds = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from s3_fixtures import upload
 from s3_server import Proxy
 
 from megatron_lcl import LCL, open_corpus
+from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Data, Language, Model, Objective, Vision
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.document import Text
@@ -29,14 +31,14 @@ from megatron_lcl.data.loading import shared_memory
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate import heldout
+from megatron_lcl.evaluate import heldout, heldout_packs
 from megatron_lcl.evaluate.heldout import (
     HeldOutEvaluation,
     check_tasks,
     evaluate_checkpoint,
     evaluate_heldout,
 )
-from megatron_lcl.evaluate.heldout_results import Example, HeldOut, table
+from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT, Example, HeldOut, table
 from megatron_lcl.evaluate.retrieval import rank_own, retrieval_ranks
 from megatron_lcl.evaluate.rules import heldout_data
 from megatron_lcl.evaluate.zero_shot import by_texts
@@ -243,6 +245,40 @@ def test_three_processes_measure_what_one_does(folder: Path) -> None:
         assert all(e.pair.context for e in told)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_two_processes_of_the_command_measure_what_one_does(folder: Path, tmp_path: Path) -> None:
+    data = Data(workers=0, cache=str(tmp_path / "cache"))
+    (tmp_path / "run").mkdir()
+    save_checkpoint(own_model(), Config(model=TINY, data=data), tmp_path / "run")
+    found: dict[str, tuple[dict[str, Any], list[Any]]] = {}
+    for processes in ("1", "2"):
+        output = tmp_path / processes
+        words = ["evaluate", str(tmp_path / "run"), "--corpus", str(folder / "corpus"), "--output", str(output)]
+        assert main([*words, "--device", "cpu", "--processes", processes]) == 0
+        found[processes] = tuple(json.loads((output / name).read_text()) for name in (RESULT, EXAMPLES))  # type: ignore[assignment]
+    (one, examples), (two, same_examples) = found["1"], found["2"]
+    assert one["pairs"] > 20
+    assert one["bits_per_token"] > 0
+    intervals, same_intervals = one.pop("intervals"), two.pop("intervals")
+    assert two == {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in one.items()}
+    assert same_intervals == intervals
+    assert same_examples == examples
+
+
+def test_processes_and_devices_of_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(own_model(), Config(model=TINY), tmp_path)
+    words = ["evaluate", str(tmp_path), "--corpus", str(folder / "corpus")]
+    for more, said in (
+        (["--processes", "0"], "0 processes; give a number from 1"),
+        (["--device", "nowhere"], "the device 'nowhere' cannot be used"),
+        (["--batch-size", "2"], "--batch-size goes with --data"),
+        (["--seed", "2"], "--seed goes with --data"),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_tasks_are_those_that_the_objective_trains(folder: Path) -> None:
     assert check_tasks(Config(), ()) == ("retrieval", "generation")
     assert check_tasks(Config(), ("generation",)) == ("generation",)
@@ -355,7 +391,7 @@ def test_another_machine_than_the_runs(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: 1000)
     read = []
-    monkeypatch.setattr(heldout, "heldout_data", lambda *config: read.append(heldout_data(*config)) or read[-1])
+    monkeypatch.setattr(heldout_packs, "heldout_data", lambda *config: read.append(heldout_data(*config)) or read[-1])
     evaluate_checkpoint(tmp_path, folder / "corpus")
     assert [(data.workers, data.cache) for data in read] == [(0, None)]
     assert (tmp_path / "user" / "megatron_lcl").is_dir()

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import workers
 from megatron_lcl.evaluate.features import FeatureStore
-from megatron_lcl.evaluate.sources import FileBlob
 from megatron_lcl.processes import NEVER_BEGAN
 
 PROGRAM = """
@@ -85,8 +84,8 @@ def test_a_killed_evaluation_leaves_nothing(tmp_path: Path, signum: int) -> None
 
 
 @pytest.mark.timeout(60)
-def test_processes_that_never_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_never_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_start", Ends())
-    source: Any = print
+    job: Any = print
     with pytest.raises(UserError, match=re.escape(NEVER_BEGAN)):
-        workers._in_processes(source, [FileBlob(tmp_path)] * 4, source, 2, 2, tqdm(disable=True))
+        workers.in_processes([job, job], tqdm(disable=True))

@@ -100,7 +100,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("library", ["ours", "hf", "timm", "open_clip"])
 @pytest.mark.parametrize("size", [(1, 5000), (5001, 1), (2, 128)])
-def test_of_a_very_thin_picture_the_centre_is_resized(
+def test_of_a_very_thin_picture_the_center_is_resized(
     folder: Path, library: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a whole, one of 1 x 60,000 pixels would become one of 224 x 13,440,000."""

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from data.corpora import random_documents, write_corpus
 from PIL import Image
 
 from megatron_lcl import LCL, load_model
-from megatron_lcl.config import Config, Language, Model, Vision
+from megatron_lcl.cli import main
+from megatron_lcl.config import Config, Data, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
@@ -85,6 +88,78 @@ def test_texts(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert [r.task for r in results] == ["retrieval", "captioning"]
     captions = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
     assert [Path(c["image"]) for c in captions] == images
+
+
+def on_device(device: str, folder: Path, checkpoint: Path, output: Path) -> dict[str, Any]:
+    """What `evaluate` says on a device of all tasks, by task, and of held-out documents; and the captions."""
+    pytest.importorskip("pycocoevalcap")
+    images = sorted((folder / "test").rglob("*.png"))[::10]
+    entries = [
+        {"filename": str(path.relative_to(folder)), "split": "test", "sentences": [{"raw": path.parent.name}]}
+        for path in images
+    ]
+    output.mkdir()
+    (output / "coco.json").write_text(json.dumps({"images": entries}))
+    words = ["evaluate", str(checkpoint), "--device", device, "--tokenizer", str(checkpoint / "words.model")]
+    words += ["--cache", str(output / "cache")]
+    # one strength: of several a rounding could choose another
+    probes = ["--attentive-probe.epochs", "3", "--attentive-probe.seeds", "0", "--linear-probe.strengths", "[1]"]
+    for name, data, more, tasks in (
+        ("labels", folder, probes, ("zero-shot", "knn", "linear-probe", "attentive-probe")),
+        ("texts", output / "coco.json", ["--images", str(folder)], ("retrieval", "captioning")),
+    ):
+        named = [word for task in tasks for word in ("--task", task)]
+        assert main([*words, "--data", str(data), *more, *named, "--output", str(output / name)]) == 0
+    results = [
+        result for name in ("labels", "texts") for result in json.loads((output / name / "results.json").read_text())
+    ]
+    found = {result["task"]: {n: metric["value"] for n, metric in result["metrics"].items()} for result in results}
+    assert len(found) == 6
+    captions = (output / "texts" / "captions.jsonl").read_text().splitlines()
+    write_corpus(output / "corpus", random_documents(40, seed=5, mean_text=12.0))
+    model = LCL(Model(Vision(16, 8, 32, 1, 2, 64), Language(48, 517, 32, 1, 2, 64), 2))
+    (output / "run").mkdir()
+    save_checkpoint(model, Config(model.config, Data(workers=0, cache=str(output / "documents"))), output / "run")
+    for processes in ("1", "2"):
+        words = ["evaluate", str(output / "run"), "--device", device, "--corpus", str(output / "corpus")]
+        assert main([*words, "--processes", processes, "--output", str(output / f"heldout-{processes}")]) == 0
+        found[processes] = json.loads((output / f"heldout-{processes}" / "heldout.json").read_text())
+    return {**found, "captions": captions}
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_a_gpu_measures_what_the_cpu_does(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Both compute in float32 and add in other orders, so that features differ by 1e-6, or by 1e-3 where the device
+    rounds products to TF32. No loss changes by more; a share does by the images that lie between two classes as near:
+    allowed are 3 of 200 (probes, which add up their steps' differences, 6), 1 of 20 captions, and as many of the pairs
+    of the documents as are 1 of 20."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    expected = on_device("cpu", folder, checkpoint, tmp_path / "cpu")
+    found = on_device("cuda", folder, checkpoint, tmp_path / "cuda")
+    same_on_devices(found, expected)
+
+
+def same_on_devices(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """As `test_a_gpu_measures_what_the_cpu_does` says."""
+    assert found.keys() == expected.keys()
+    assert sum(a != b for a, b in zip(found["captions"], expected["captions"], strict=True)) <= 1
+    probe = 6 / 200
+    shares = {"zero-shot classification": 3 / 200, "k-NN": 3 / 200, "linear probe": probe, "attentive probe": probe}
+    for task, bound in {**shares, "retrieval": 1 / 10}.items():  # of 20 images, or of 10 texts
+        for name, value in expected[task].items():
+            wide = 5 if "per-class" in name else 1  # a class has 15 images at least
+            assert found[task][name] == pytest.approx(value, abs=wide * bound + 1e-9), (task, name)
+    for processes in ("1", "2"):
+        ours, theirs = found[processes], expected[processes]
+        assert theirs["pairs"] > 20
+        for name in ("documents", "pairs", "targets", "images", "rules", "dtype"):
+            assert ours[name] == theirs[name], name
+        for name in ("contrastive_loss", "bits_per_token"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+        for name in (name for name in theirs if "recall_at" in name):
+            assert ours[name] == pytest.approx(theirs[name], abs=1 / min(20, theirs["pairs"])), name
 
 
 def test_what_does_not_fit(folder: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Checkout:
         """What was asked of Python."""
         result = self.run(extras, environment)
         assert result.returncode == 0, result.stderr
-        return self._stop_requested()
+        return self._asked_of_python()
 
     def refused(self, **environment: str) -> str:
         """The one line that is said, with exit code 2."""
@@ -62,7 +62,7 @@ class Checkout:
             env={**os.environ, **ours, **(environment or {})},
         )
 
-    def _stop_requested(self) -> list[str]:
+    def _asked_of_python(self) -> list[str]:
         lines = self.asked.read_text().splitlines() if self.asked.exists() else []
         self.asked.unlink(missing_ok=True)
         return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading.rules import CAPTIONS, rules_for
 from megatron_lcl.data.loading.sequence import END, arrange, arranged_sizes
 from megatron_lcl.data.pages.replay import replay_html
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import evaluate_heldout
 from megatron_lcl.model.lcl import LCL
 
@@ -81,6 +83,14 @@ def test_siglip_is_its_equation(corpus: Corpus) -> None:
     assert said.metrics["contrastive"] == pytest.approx(float(expected.detach()), rel=1e-5)
     assert said.metrics["logit_bias"] == -10.0
     assert said.metrics["positive_similarity"] == pytest.approx(float((x * y).sum(1).mean()), rel=1e-5)
+
+
+def test_the_sigmoid_contrast_of_a_model_without_bias_is_refused(corpus: Corpus) -> None:
+    """As of an objective of another package, to which the config gives none."""
+    config = config_of(corpus, "siglip")
+    model = LCL(replace(config.model, logit_bias=None), seed=1)
+    with pytest.raises(UserError, match=r"logit_bias is null, .*--model.logit_bias -10 --contrast.initial_log_scale"):
+        step_of(config, model, list(loader_of(config)))
 
 
 def test_a_siglip_model_is_saved_exported_and_measured_with_its_bias(corpus: Corpus, tmp_path: Path) -> None:

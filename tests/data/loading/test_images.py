@@ -55,7 +55,7 @@ def test_evaluation_is_clip_s_preprocessing_bit_for_bit(size: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("size", [(4, 250), (250, 4), (40, 3001), (5000, 77), (70, 9000)])
-def test_of_a_thin_picture_the_centre_is_resized_as_if_all_of_it_were(
+def test_of_a_thin_picture_the_center_is_resized_as_if_all_of_it_were(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

@@ -15,7 +15,12 @@ from layouts import DECAY, LR, STEPS, Layout, config_of, gradient, run_layouts
 from processes import run_processes
 
 from megatron_lcl import LCL
+from megatron_lcl.config import Optimizer
+from megatron_lcl.config.optimizer import Muon as MuonSettings
+from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.train.optimizers.muon import newton_schulz
+from megatron_lcl.train.optimizers.pieces import Partition, Piece, Tensor
+from megatron_lcl.train.optimizers.tensorwise import Rule, Tensorwise
 from megatron_lcl.train.parts import called
 
 BETAS, EPS = (0.9, 0.98), 1e-6
@@ -174,6 +179,44 @@ def test_four_processes() -> None:
     expected = {name: truth(name) for _, name in OF_FOUR}
     for (layout, name), ours in zip(OF_FOUR, results, strict=True):
         compare(ours, expected[name], layout, name)
+
+
+RECORDED: dict[tuple[int, int], list[list[float]]] = {
+    (4, 6): [
+        [-0.03982897, 0.02092877, -0.02046885, 0.05436823, 0.01207392, -0.03577703],
+        [0.04203251, -0.00284781, -0.03337524, 0.02546940, -0.01877320, -0.05244213],
+        [0.02210245, -0.00786071, 0.05227818, 0.00778137, -0.02785052, 0.03978498],
+        [-0.00770002, -0.03717806, 0.02338734, -0.00442610, -0.05385491, 0.01209317],
+    ],
+    (6, 4): [
+        [-0.03807985, 0.02102082, -0.01828365, 0.05189699],
+        [0.01157385, -0.03403411, 0.04356164, -0.00765242],
+        [-0.03431303, 0.02690436, -0.01808486, -0.05356782],
+        [0.02126127, -0.01025959, 0.05178197, 0.00891611],
+        [-0.02682515, 0.03828020, -0.00889612, -0.03602397],
+        [0.02455297, -0.00669792, -0.05270493, 0.01343507],
+    ],
+}
+"""by shape: after the steps of `test_muon_steps_as_emerging_optimizers_does`, made by its version 0.3.0 (torch 2.11 on
+a CPU) with the arguments that are in `test_the_formula_is_that_of_emerging_optimizers`"""
+
+
+@pytest.mark.parametrize("shape", RECORDED)
+def test_muon_steps_as_emerging_optimizers_does(shape: tuple[int, int]) -> None:
+    """NVIDIA's package, of which numbers are kept, because it needs Python 3.12."""
+    order = torch.arange(24.0)
+    start = 0.01 * (7 * order % 11 - 5)
+    flat, piece = torch.nn.Parameter(start.clone()), Piece("0.matrix", 0, 24, 0)
+    group = {"params": [flat], "lr": LR, "weight_decay": DECAY}
+    settings = Optimizer(name="muon", muon=MuonSettings(dtype="float32"))
+    rules = {piece.name: Rule(Tensor(torch.Size(shape), None), "muon")}
+    optimizer = Tensorwise([group], settings, rules)
+    optimizer.attach([Partition(flat, [piece], [[piece]])], Mesh(ALONE, ALONE))
+    for step in range(3):
+        flat.grad = (5 + 2 * step) * order % 13 - 6
+        optimizer.step()
+    theirs = torch.tensor(RECORDED[shape]).flatten()
+    assert float((flat.detach() - theirs).norm()) < 1e-5 * float((theirs - start).norm())
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
