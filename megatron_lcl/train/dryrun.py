@@ -257,7 +257,9 @@ def _data(config: Config) -> Iterator[str]:
         for index in {0, len(corpus) - 1} if len(corpus) else ():
             corpus[index]  # its files can be read
         yield f"data        {entry.path} (weight {entry.weight:g}): {len(corpus):,} documents" + (
-            ", no pair for the contrast" if entry.path in nothing else ""
+            ", no pair for the contrast" + " in some phase" * bool(config.schedule.phases)
+            if entry.path in nothing
+            else ""
         )
 
 
