@@ -100,6 +100,14 @@ def test_the_short_one_leaves_nothing_out() -> None:
         assert (Case(data=2) in fitting) == (world > 1)
 
 
+def test_compiled_blocks_are_skipped_where_nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "compile_fault", lambda config: "no compiler" * config.train.compile or None)
+    lines: list[str] = []
+    assert selftest([Case(compiled=True)], say=lines.append) == []
+    assert lines[1:] == ["no compiler: its layouts are skipped", lines[-1]]
+    assert lines[-1].endswith("(1 skipped)")
+
+
 def test_in_the_same_precision_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [resolve_dtype(case.config()) for case in ALL] == [case.dtype for case in ALL]
