@@ -90,6 +90,8 @@ class Objective(ABC):
     all_features_first: ClassVar[bool]
     """its loss needs the features of all micro-batches before the first backward, as a contrast does"""
 
+    has_triton: ClassVar[bool] = True
+    """one of its terms has a loss with Triton kernels, as the contrast and generation have; a run says what it uses"""
     published: ClassVar[Mapping[str, float]] = {}
     """the fields of the config's `objective` that weight its terms, with the values for those that are not set"""
 

@@ -90,6 +90,7 @@ class SigLip(Clip):
     """
 
     metrics = (*generation.METRICS, *contrast.SIGMOID_METRICS)
+    has_triton = False  # and there are no targets
 
     def terms(self, step: StepInputs) -> Sequence[Term]:
         return [SigmoidContrast(step, 1.0), Generation(step, 0.0)]

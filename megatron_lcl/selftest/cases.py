@@ -70,6 +70,8 @@ class Case:
     """of the weights: exponential, by which lone images and texts are encoded, and a plain mean of the last steps"""
     options: bool = False
     """both encoders have drop path, LayerScale and QK-norm, and images have registers"""
+    compiled: bool = False
+    """blocks are compiled; in one process only, as what is sent is not counted then"""
 
     @property
     def processes(self) -> int:
@@ -82,6 +84,7 @@ class Case:
         name += f", phases with {self.phases} places" if self.phases else ""
         name += f", {self.optimizer}" * (self.optimizer != "adamw")
         name += ", frozen" * self.freeze + ", averages" * self.averages + ", model options" * self.options
+        name += ", compiled" * self.compiled
         return f"{name}, scale at its bound" if self.climbs else name
 
     @property
@@ -151,6 +154,7 @@ class Case:
                     "global_batch": self.global_batch * (2 if self.phases else 1),
                     "micro_batch": 2 if self.phases else 1,
                     "freeze": list(FROZEN) if self.freeze else [],
+                    "compile": self.compiled,
                     "dtype": self.dtype,  # the same on every device: it is what the bounds are for
                 },
                 "schedule": {"phases": PHASES, "batch_doublings": [2]} if self.phases else {},
@@ -178,12 +182,11 @@ CASES = (
     Case(dtype="bfloat16"),
     Case(pipeline=2, data=2, strategy="recompute", dtype="bfloat16"),
 )
-"""each axis, ZeRO stage, strategy, objective, optimizer and option at least once; on one GPU bfloat16 too, on two plain
-data parallelism"""
+"""each axis, ZeRO stage, strategy, loss, optimizer and option of the model at least once; on one GPU bfloat16 too, on
+two plain data parallelism"""
 MORE_CASES = (
     Case(pipeline=2),
     Case(data=2, strategy="recompute"),
-    Case(tensor=2, pipeline=2, strategy="recompute"),
     Case(tensor=2, data=2),
     Case(pipeline=2, data=2),
     Case(pipeline=2, data=2, strategy="recompute", climbs=True),
@@ -199,10 +202,15 @@ MORE_CASES = (
     Case(data=2, zero=3, strategy="recompute", optimizer="muon", averages=True),
     Case(data=2, zero=3, strategy="recompute", objective="siglip", options=True),
     Case(tensor=2, pipeline=2, objective="genlip"),
+    Case(tensor=2, objective="clip"),
+    Case(data=2, zero=3, objective="generation"),
+    Case(objective="siglip", options=True, dtype="bfloat16"),
+    Case(compiled=True),
     Case(tensor=2, dtype="bfloat16"),
+    Case(tensor=2, pipeline=2, strategy="recompute", dtype="bfloat16"),
     Case(data=2, zero=3, strategy="recompute", dtype="bfloat16"),
 )
-"""the rest of what goes with what"""
+"""the rest of what goes with what, the other objectives among it, and compiled blocks where there is a compiler"""
 
 
 def make_batches(config: Config, step: int) -> list[PackedBatch]:
@@ -312,12 +320,13 @@ def _pack(config: Config, make: Any, number: int, num_images: int, seed: int) ->
 def _documents(written: _Written, config: Config, num_images: int, draw: torch.Generator) -> None:
     """Two documents; the first image of the second one leads its document."""
     special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_placeholders
+    contrast = objectives.create(config).sequences.contrast
     for document, images in enumerate((num_images - num_images // 2, num_images // 2)):
         ids = [special.sot]
         for leads in [document == 1] * bool(images) + [False] * (images - 1):
             if not leads:
                 ids += _words(draw, special.sot)
-            written.image_soi.append(-1 if leads else written.rows + len(ids))
+            written.image_soi.append(written.rows + len(ids) if contrast and not leads else -1)
             written.image_start.append(written.rows + len(ids) + 1)
             ids += [special.soi, *[special.placeholder] * patches, special.eoi]
         ids += [*_words(draw, special.sot), special.eot]

@@ -20,6 +20,7 @@ from megatron_lcl.losses import contrastive_tiles, softmax_torch
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.losses.generation import generation_loss
 from megatron_lcl.losses.kernels import import_fault, triton_fault
+from megatron_lcl.losses.sigmoid import sigmoid_loss
 
 # Relative, of the norm of what a kernel gives, forward and gradients. Measured on CPU: in float32 at most 3e-7 and
 # 4e-7. Attention in bfloat16 rounds its result and its gradients (by 2⁻⁹ at most): 2.1e-3 and 3.4e-3; flash kernels
@@ -150,6 +151,9 @@ def _softmax_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: 
 def _losses(device: torch.device) -> Iterator[Kernel]:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     yield from _both_losses("torch", device, dtypes, contrastive_tiles, softmax_torch)
+    for dtype in dtypes:
+        inputs = [*_pairs(device, dtype), torch.tensor([-5.0], device=device)]
+        yield _compare(f"sigmoid loss torch, {_name(dtype)}", inputs, _sigmoid, _all_pairs, LOSSES[dtype])
     interpreted = device.type == "cpu"
     fault = triton_fault() if not interpreted else import_fault()
     if interpreted and not fault and os.environ.get("TRITON_INTERPRET") != "1":
@@ -167,14 +171,12 @@ def _both_losses(
     title: str, device: torch.device, dtypes: Sequence[torch.dtype], contrast: ModuleType, softmax: ModuleType
 ) -> Iterator[Kernel]:
     for dtype in dtypes:
-        image, text = (F.normalize(x, dim=1).to(dtype) for x in _draw(device, torch.float32, *[(70, 40)] * 2))
-        scale = torch.tensor([2.6], device=device)
 
         def contrastive(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
             return contrastive_loss(image, text, log_scale, kernels=contrast).loss
 
         yield _compare(
-            f"contrastive loss {title}, {_name(dtype)}", [image, text, scale], contrastive, _info_nce, LOSSES[dtype]
+            f"contrastive loss {title}, {_name(dtype)}", _pairs(device, dtype), contrastive, _info_nce, LOSSES[dtype]
         )
         # more than a block of the vocabulary, padding at its end
         hidden, weight = _draw(device, dtype, (20, 24), (5000, 24))
@@ -187,6 +189,22 @@ def _both_losses(
             return F.cross_entropy(hidden @ weight[:4990].t(), targets, reduction="sum")
 
         yield _compare(f"generation loss {title}, {_name(dtype)}", [hidden, weight], generation, entropy, LOSSES[dtype])
+
+
+def _pairs(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Features of images and of texts, of unit norm, and a log scale."""
+    features = (F.normalize(x, dim=1).to(dtype) for x in _draw(device, torch.float32, *[(70, 40)] * 2))
+    return [*features, torch.tensor([2.6], device=device)]
+
+
+def _sigmoid(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return sigmoid_loss(image, text, log_scale, bias).loss
+
+
+def _all_pairs(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The sigmoid loss as SigLIP's paper writes it."""
+    signs = 2 * torch.eye(len(image), dtype=image.dtype, device=image.device) - 1
+    return -F.logsigmoid(signs * (log_scale.exp() * image @ text.t() + bias)).sum() / len(image)
 
 
 def _info_nce(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:

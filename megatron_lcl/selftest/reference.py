@@ -24,7 +24,8 @@ from megatron_lcl.train.optimizers.pieces import tensors_of
 from megatron_lcl.train.optimizers.tensorwise import Rule
 from megatron_lcl.train.parts import called, freeze, frozen_parameters
 
-WEIGHTS = {"lcl": (1.0, 0.1), "coca": (2.0, 1.0), "emu": (1.0, 1.0), "siglip": (0.0, 1.0), "genlip": (1.0, 0.0)}
+WEIGHTS = {"lcl": (1.0, 0.1), "coca": (2.0, 1.0), "emu": (1.0, 1.0)}
+WEIGHTS |= dict.fromkeys(("clip", "siglip"), (0.0, 1.0)) | dict.fromkeys(("generation", "genlip"), (1.0, 0.0))
 """by objective: of generation, and of contrast or regression, as published"""
 
 

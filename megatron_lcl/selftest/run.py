@@ -31,6 +31,7 @@ from megatron_lcl.selftest.kernels import Kernel, KernelCase
 from megatron_lcl.selftest.reference import Trajectory, reference
 from megatron_lcl.selftest.worker import run_case
 from megatron_lcl.train.forks import forkserver
+from megatron_lcl.train.kernels import compile_fault
 from megatron_lcl.train.launch import is_launched, open_store
 from megatron_lcl.units import counted, listed
 
@@ -52,7 +53,7 @@ class Bounds:
     """of the bytes that a process sends, beside one byte"""
 
 
-# bfloat16 is compared with float32 in one process. Measured on CPU in four layouts: losses 2.3e-2 (the contrast's, of
+# bfloat16 is compared with float32 in one process. Measured on CPU in six layouts: losses 2.3e-2 (the contrast's, of
 # logits up to 14), norms 1.6e-2, gradient 2.5e-2, parameters 1.6e-3, one tensor 4.6e-2; key biases, whose gradients are
 # mathematically zero, 3.2e-5 of the whole. Two to three times that is allowed, six times for the last. A sum that is
 # missing or made twice is off by half of itself or more. More messages than in float32 are too small to be counted (see
@@ -62,7 +63,7 @@ BOUNDS = {
     "bfloat16": Bounds(losses=5e-2, gradient=5e-2, parameters=4e-3, one=0.15, floor=2e-4, sent=5e-3),
 }
 COMPILING = 5
-"""times the limit of a case takes that of the kernels on CUDA: some forty are compiled one after another"""
+"""times the limit of a case takes what is compiled: on CUDA some forty kernels one after another; blocks"""
 GRACE = 30.0
 """seconds beyond a case's time that the others' word on it is waited for, and, on the first process, their end"""
 
@@ -221,8 +222,8 @@ def selftest(
     """Run the cases that the processes at hand suffice for; the verdicts, on the first process.
 
     Without a launcher it starts the processes itself: four on a machine without CUDA, else one a device. Where no case
-    has as many processes as there are, one more case does, with so many replicas. timeout: seconds for a case; on
-    CUDA COMPILING times as many for that of the kernels. prepare: see `run_case`.
+    has as many processes as there are, one more case does, with so many replicas. timeout: seconds for a case;
+    COMPILING times as many for one with compiled blocks, and on CUDA for that of the kernels. prepare: see `run_case`.
     """
     if launched := is_launched():
         ranks, world = [int(os.environ["RANK"])], int(os.environ["WORLD_SIZE"])
@@ -249,7 +250,8 @@ def selftest(
         started, prefix = time.monotonic(), f"case {number}"
         of_case = dist.PrefixStore(prefix, store)
         mine = [rank for rank in ranks if rank < case.processes]
-        limit = timeout * (COMPILING if isinstance(case, KernelCase) and torch.cuda.is_available() else 1)
+        compiles = case.compiled if isinstance(case, Case) else torch.cuda.is_available()
+        limit = timeout * (COMPILING if compiles else 1)
         result, own_faults = _start(case, mine, of_case, (store.host, store.port, prefix), limit, prepare)
         faults, silent = _of_everyone(of_case, own_faults, ranks[0], starters, limit)
         if 0 in ranks:
@@ -286,8 +288,12 @@ def those_that_fit(cases: Sequence[Case | KernelCase], world: int) -> list[Case 
 
 
 def _lacks(case: Case | KernelCase) -> str:
-    """What this machine's devices lack for a case."""
-    if isinstance(case, KernelCase) or case.dtype == "float32" or not torch.cuda.is_available():
+    """What this machine or its devices lack for a case."""
+    if isinstance(case, KernelCase):
+        return ""
+    if case.compiled and (fault := compile_fault(case.config())):
+        return fault
+    if case.dtype == "float32" or not torch.cuda.is_available():
         return ""
     if all(torch.cuda.get_device_capability(i) >= CAPABILITY for i in range(torch.cuda.device_count())):
         return ""

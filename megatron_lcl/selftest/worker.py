@@ -143,8 +143,9 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
         stepper.objective = objectives.create(here)
         packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
         own = [joined(packs[n * size : (n + 1) * size]) for n in range(num)] if mesh.loads_data else None
-        # the last step's bytes are counted, without those of a look at it
-        with traffic if step == STEPS - 1 else contextlib.nullcontext():
+        # the last step's bytes are counted, without those of a look at it; not in one process, which sends none: blocks
+        # may be compiled there, which torch does not do under what counts
+        with traffic if step == STEPS - 1 and mesh.world.size > 1 else contextlib.nullcontext():
             batches = broadcast_batches(own, num, size, mesh, engine.device)
             pending = stepper.start(batches, case.lr(step), measure=step < STEPS - 1)
             averages.update(step + 1, pending.skipped)

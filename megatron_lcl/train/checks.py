@@ -135,18 +135,19 @@ def check_beginning(config: Config) -> None:
 
 
 def without_pairs(config: Config) -> tuple[str, ...]:
-    """The corpora that give the objective's contrast no pair; UserError where none gives any, in any phase."""
-    found: tuple[str, ...] = ()
+    """The corpora that give the objective's contrast no pair in some phase; UserError for a phase without any pair."""
+    found: dict[str, None] = {}
     for phase in phases_of(config):
         model, data = phase.config.model, phase.config.data
-        found = corpora_without_pairs(
+        paths = corpora_without_pairs(
             data,
             model.vision.num_placeholders,
             model.language.context_length,
             objectives.create(phase.config).sequences,
             config.objective.name,
         )
-    return found
+        found |= dict.fromkeys(paths)
+    return tuple(found)
 
 
 def check_output(run: Path, config: Config) -> None:

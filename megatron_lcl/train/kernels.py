@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_lcl import objectives
 from megatron_lcl.attention import Attention, load_fault
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
@@ -27,18 +28,21 @@ class Kernels:
 
     attention: str
     losses: str
+    blocks: str
     passed_over: tuple[str, ...]
-    float8: str = ""
-    """of blocks; empty: none"""
 
     def lines(self) -> list[str]:
         """The kernels in one line, then one for each that is skipped."""
-        blocks = f", blocks {self.float8}" if self.float8 else ""
-        return [f"attention {self.attention}, losses {self.losses}{blocks}", *self.passed_over]
+        return [f"attention {self.attention}, losses {self.losses}, blocks {self.blocks}", *self.passed_over]
 
     def facts(self) -> dict[str, Any]:
         """The same for metrics.jsonl."""
-        return {"attention": self.attention, "loss_kernels": self.losses, "kernels_passed_over": list(self.passed_over)}
+        return {
+            "attention": self.attention,
+            "loss_kernels": self.losses,
+            "blocks": self.blocks,
+            "kernels_passed_over": list(self.passed_over),
+        }
 
 
 def choose_kernels(config: Config) -> Kernels:
@@ -46,12 +50,19 @@ def choose_kernels(config: Config) -> Kernels:
     attention: Attention = choose_run_attention(config)
     losses, passed_over = "torch", attention.passed_over
     has_cuda = torch.cuda.is_available()
-    float8 = ("in float8" if has_cuda else "in float8, emulated") if config.train.float8 else ""
-    if has_cuda:
+    if has_cuda and objectives.objective_class(config.objective.name).has_triton:
         fault = triton_fault()
         losses = "torch" if fault else "triton"
         passed_over += (fault,) if fault else ()
-    return Kernels(attention.name, losses, passed_over, float8)
+    return Kernels(attention.name, losses, kernels_of_blocks(config, has_cuda), passed_over)
+
+
+def kernels_of_blocks(config: Config, has_cuda: bool) -> str:
+    """How the encoders' blocks are computed: `eager`, `compiled`, or `compiled in float8`. has_cuda: on the run's
+    devices, else float8 is emulated."""
+    if not config.train.compile:
+        return "eager"
+    return "compiled" + (" in float8" + " (emulated)" * (not has_cuda)) * config.train.float8
 
 
 def check_kernels(config: Config, elsewhere: bool) -> None:

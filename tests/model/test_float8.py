@@ -209,7 +209,7 @@ def test_what_is_refused(changes: dict[str, Any], said: str) -> None:
 
 def test_where_it_runs_is_checked_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(float8=True)
-    assert choose_kernels(config).lines()[0].endswith("losses torch, blocks in float8, emulated")
+    assert choose_kernels(config).lines()[0].endswith("losses torch, blocks compiled in float8 (emulated)")
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda _: None)
         with pytest.raises(

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from processes import run_processes
 
-from megatron_lcl import attention
+from megatron_lcl import attention, objectives
 from megatron_lcl.parallel.mesh import Axis, Mesh, Pending
 from megatron_lcl.selftest import reference, run, worker
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
@@ -86,13 +86,26 @@ def test_the_short_one_leaves_nothing_out() -> None:
             covered, known = {degree > 1 for degree in covered}, {degree > 1 for degree in known}
         elif field.name == "phases":  # which placeholders is the packs' business, whatever the layout
             covered, known = {bool(phases) for phases in covered}, {bool(phases) for phases in known}
-        elif field.name == "objective":  # the loss of captions is coca's as well
-            known -= {"genlip"}
+        elif field.name == "objective":
+            assert known == set(objectives.names())
+            known -= {"clip", "generation", "genlip"}  # their losses are those of lcl and coca
+        elif field.name == "compiled":  # it takes longest
+            assert known == {False, True}
+            assert all(case.processes == 1 for case in ALL if case.compiled)
+            known = {False}
         assert covered == known, field.name
     for world in (1, 2, 4):  # what most runs are, on any number of GPUs
         fitting = [case for case in those_that_fit(CASES, world) if isinstance(case, Case)]
         assert "bfloat16" in {case.dtype for case in fitting}
         assert (Case(data=2) in fitting) == (world > 1)
+
+
+def test_compiled_blocks_are_skipped_where_nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "compile_fault", lambda config: "no compiler" * config.train.compile or None)
+    lines: list[str] = []
+    assert selftest([Case(compiled=True)], say=lines.append) == []
+    assert lines[1:] == ["no compiler: its layouts are skipped", lines[-1]]
+    assert lines[-1].endswith("(1 skipped)")
 
 
 def test_in_the_same_precision_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,8 +248,17 @@ def test_a_planted_fault_is_found(fault: Callable[[int], None], case: Case, foun
 
 
 def compute_wrongly(rank: int) -> None:
-    """One attention looks ahead, one Triton kernel is off by two percent."""
+    """One attention looks ahead; the sigmoid loss's gradient of images and one Triton kernel are off by 2 %."""
     from megatron_lcl import attention
+    from megatron_lcl.losses import sigmoid
+
+    tiles = sigmoid.loss_and_gradients
+
+    def off(*arguments: Any) -> Any:
+        parts = tiles(*arguments)
+        return parts._replace(image=parts.image * 1.02)
+
+    sigmoid.loss_and_gradients = off
 
     def not_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
         heads = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -256,8 +278,9 @@ def test_a_wrong_kernel_is_found() -> None:
     (verdict,) = selftest([KernelCase()], prepare=compute_wrongly, timeout=PATIENCE, say=lines.append)
     wrong = {fault.split(":")[0] for fault in verdict.faults}
     expected = {"attention per_sequence, float32", "attention per_sequence, bfloat16"}
+    dtypes = ("float32", "bfloat16", "float16")
+    expected |= {f"sigmoid loss torch, {dtype}" for dtype in dtypes}
     if importlib.util.find_spec("triton"):
-        dtypes = ("float32", "bfloat16", "float16")
         expected |= {f"generation loss triton, interpreted, {dtype}" for dtype in dtypes}
     assert wrong == expected
     rows = lines[-2].splitlines()

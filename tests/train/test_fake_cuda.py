@@ -15,6 +15,7 @@ from fake_cuda import CUDA, Place, Watch, fake_cuda, fake_processes
 from processes import run_processes
 
 from megatron_lcl import config as configs
+from megatron_lcl import objectives
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses import contrastive
 from megatron_lcl.losses.kernels import triton_fault
@@ -191,6 +192,9 @@ def test_steps_go_through(made: Any) -> None:
             assert not found.faults, (name, listed(found.faults))
             if triton_fault() is None:
                 assert set(found.kernels) == set(KERNELS) - set(WITHOUT_KERNELS.get(name, ())), name
+                if name != "pipeline, first stage":  # its log says so too, of the whole run
+                    objective = (LAYOUTS | LAST_STAGE)[name].get("objective", "lcl")
+                    assert bool(found.kernels) == objectives.objective_class(objective).has_triton, name
 
 
 def test_the_host_waits_where_the_numbers_are_read_and_nowhere_else(made: Any) -> None:

@@ -21,12 +21,14 @@ from hypothesis import strategies as st
 from launch.conftest import tiny  # noqa: F401 - a fixture
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from megatron_lcl import attention
+from megatron_lcl import attention, objectives
 from megatron_lcl.attention import Adaptive, choose_attention, find_fault, flex_mask, group_by_length
 from megatron_lcl.cli import main
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses import contrastive, contrastive_tiles, generation, kernels, softmax_torch
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
+from megatron_lcl.selftest.cases import Case
+from megatron_lcl.train import kernels as choice
 from megatron_lcl.train.kernels import Kernels, describe
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -241,8 +243,8 @@ def test_by_config(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path
         found = "is not installed" if torch.version.cuda and how else "needs a CUDA device, not cpu"
         assert line.endswith(f"flash_attn {found}; set train.attention to auto")
     assert main(["train", "--dry-run", *run, "--train.attention", "dense"]) == 0
-    losses = "triton" if torch.version.cuda else "torch"
-    assert f"\nkernels     attention dense, losses {losses}\n" in capsys.readouterr().out
+    said = "attention dense" + (" and losses chosen on the run's devices" if torch.version.cuda else ", losses torch")
+    assert f"\nkernels     {said}, blocks eager\n" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
@@ -260,8 +262,10 @@ def test_the_dry_run_imports_what_is_installed(
     run = ["train", "--dry-run", "--nodes", "2", "--processes", "4", *tiny]
     assert main(run) == 0
     lines = capsys.readouterr().out.splitlines()
-    at = lines.index("kernels     attention auto, chosen on the run's devices")
+    at = lines.index("kernels     attention auto and losses chosen on the run's devices, blocks eager")
     assert "flash_attn is installed but does not load (ImportError: flash_attn_2_cuda.so: undefined" in lines[at + 1]
+    assert main([*run, "--train.compile", "true", "--train.measure_kernels", "true"]) == 0
+    assert "devices, blocks compiled, or what is measured to be faster\n" in capsys.readouterr().out
     assert main([*run, "--train.attention", "flash_attn"]) == 2
     assert "does not load" in capsys.readouterr().err
 
@@ -312,19 +316,33 @@ def test_our_kernels_have_no_atomics() -> None:
         assert not re.search(r"\.atomic_", source.read_text(encoding="utf-8"))
 
 
+def test_a_loss_without_triton_kernels_is_said_to_be_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU; and that Triton fails is then no news. `test_fake_cuda.py` has what is launched."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choice, "choose_run_attention", lambda _: choose_attention(CPU, torch.float32))
+    for fault, losses in ((None, "triton"), ("triton is not installed", "torch")):
+        monkeypatch.setattr(choice, "triton_fault", lambda fault=fault: fault)
+        for objective in objectives.names():
+            found = choice.choose_kernels(Case(objective=objective).config())
+            plain = objective == "siglip"
+            assert found.losses == ("torch" if plain else losses), objective
+            assert found.passed_over == (() if plain or not fault else (fault,)), objective
+
+
 class FourProcesses(Axis):
     """An axis on which one process has other kernels."""
 
     def gather_objects(self, value: Any) -> list[Any]:
-        return [value, value, Kernels("dense", "triton", ("flash_attn is too new",)), value]
+        return [value, value, Kernels("dense", "triton", "eager", ("flash_attn is too new",)), value]
 
 
 def test_processes_with_other_kernels_are_named() -> None:
-    ours = Kernels("flash_attn", "triton", ())
-    assert list(describe(ours, Mesh(ALONE, ALONE))) == ["kernels: attention flash_attn, losses triton"]
+    ours = Kernels("flash_attn", "triton", "compiled", ())
+    line = "kernels: attention flash_attn, losses triton, blocks compiled"
+    assert list(describe(ours, Mesh(ALONE, ALONE))) == [line]
     assert list(describe(ours, Mesh(FourProcesses(), ALONE))) == [
-        "kernels on processes 0, 1, 3: attention flash_attn, losses triton",
-        "kernels on process 2: attention dense, losses triton",
+        "kernels on processes 0, 1, 3: attention flash_attn, losses triton, blocks compiled",
+        "kernels on process 2: attention dense, losses triton, blocks eager",
         "flash_attn is too new",
     ]
 

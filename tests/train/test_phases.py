@@ -22,6 +22,7 @@ from megatron_lcl.convert.find import find_checkpoint, read_config
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.evaluate.heldout import evaluate_heldout
+from megatron_lcl.train import checks
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checks import check_phases
 from megatron_lcl.train.layout import num_micro_batches
@@ -253,6 +254,15 @@ def test_what_any_phase_trains_may_be_evaluated() -> None:
     assert objectives.trained_by(config_of(train__steps=10, objective__contrastive_weight=0)) == ("generation",)
     both = config_of(train__steps=10, objective__contrastive_weight=0, schedule__phases=phases)
     assert objectives.trained_by(both) == ("retrieval", "generation")
+
+
+def test_a_corpus_without_pairs_in_any_phase_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever phase comes last."""
+    lacking = {28: ("short",), 40: ("short", "long"), 64: ()}
+    monkeypatch.setattr(checks, "corpora_without_pairs", lambda _data, _patches, length, *_: lacking[length])
+    phases = '[{"steps": 2, "context_length": 28}, {"steps": 2, "context_length": 40}]'
+    config = config_of(train__steps=9, model__language__context_length=64, schedule__phases=phases)
+    assert checks.without_pairs(config) == ("short", "long")
 
 
 def test_the_global_batch_doubles() -> None:

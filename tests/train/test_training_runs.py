@@ -85,7 +85,8 @@ def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_a_run_leaves_metrics_and_checkpoints(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     (kernels,) = (line for line in lines if "attention" in line)
-    assert (kernels["step"], kernels["attention"], kernels["loss_kernels"]) == (0, "per_sequence", "torch")
+    expected = {"attention": "per_sequence", "loss_kernels": "torch", "blocks": "eager", "kernels_passed_over": []}
+    assert kernels.items() >= {"step": 0, **expected}.items()
     saves = [line for line in lines if "checkpoint_bytes" in line]
     assert [line["step"] for line in saves] == [2, 4]
     assert all(0 < line["checkpoint_stall_seconds"] < 60 for line in saves)
@@ -435,6 +436,13 @@ def test_a_run_measures_its_own_layers_and_keeps_its_kernels(config_file: Path, 
     assert not list(cache.glob("kernels-*.json"))
     train = configs.load(run / "config.yaml").train
     assert (train.attention, train.compile) == ("per_sequence", False)
+    run = tmp_path / "compiled"
+    fleet.train(run, *words, "--train.steps", "1", size=1, plant=plant_costs, planted=(0.5,))
+    said = fleet.train(run, *words, "--train.steps", "2", size=1, plant=plant_costs, planted=(2.0,))
+    assert "kernels measured" not in said
+    assert "kernels: attention per_sequence, losses torch, blocks compiled\n" in said
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["blocks"] for line in lines if "loss_kernels" in line] == ["compiled"] * 2
 
 
 @pytest.mark.slow

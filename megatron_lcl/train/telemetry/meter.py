@@ -99,7 +99,7 @@ class StepMeter:
             "checkpoint_wait_seconds": max(row["waited"] for row in of_ranks),
         }
         places = self._stragglers.places
-        data = [row["data"] for row, place in zip(spent, places, strict=True) if place.reads]
+        data = [row["data"] for row, place in zip(spent, places, strict=True) if place.loads_data]
         numbers["data_wait"] = sum(data) / len(data) / seconds
         if len(data) > 1:
             numbers["data_wait_max"] = max(data) / seconds

@@ -17,7 +17,7 @@ from megatron_lcl.train.telemetry.clock import WORK, Phase
 
 NOTABLE = 0.1
 """part of a step by which a process must be behind the others for a line on the console"""
-IN_A_ROW = 3
+CONSECUTIVE = 3
 """lines of metrics after which that is said"""
 LISTED = 64
 """processes up to which a line has a number of each"""
@@ -37,7 +37,7 @@ class Place(NamedTuple):
     """its rank in its replica"""
 
     @property
-    def reads(self) -> bool:
+    def loads_data(self) -> bool:
         """Whether it reads the batches of its replica (`Mesh.loads_data`)."""
         return self.in_replica == 0
 
@@ -116,7 +116,7 @@ class Stragglers:
             self._behind = (-1, 0)
         else:
             self._behind = (found.rank, lines + 1 if rank == found.rank else 1)
-        if self._behind[1] != IN_A_ROW:
+        if self._behind[1] != CONSECUTIVE:
             return found, None
         return found, (
             f"process {found.rank} (node {self.places[found.rank].node}) is behind the others by {found.lag:.3g} s a "

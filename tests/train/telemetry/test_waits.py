@@ -166,13 +166,54 @@ def test_only_a_logged_step_is_read_and_once() -> None:
                 assert deepspeed == [0, 0, 0], (layout, steps)
 
 
-def waits_on_cuda() -> tuple[list[str], list[str], float]:
-    """What torch says of two steps, the second one logged; of reading it; and the seconds of all phases."""
+OUTER = ("/torch/", "/deepspeed/accelerator/", "/warnings.py")
+"""files whose callers wait"""
+
+
+@contextlib.contextmanager
+def functions_that_wait() -> Iterator[list[str]]:
+    """Names of the functions in which the host waits while inside: where torch warns of it, and for the whole device,
+    of which it does not warn."""
+    found: list[str] = []
+
+    def note(*_: Any, **__: Any) -> None:
+        frames = [f for f in traceback.extract_stack() if f.name not in ("note", "warned")]
+        found.append([f.name for f in frames if not any(outer in f.filename for outer in OUTER)][-1])
+
+    def warned(message: Warning | str, *_: Any, **__: Any) -> None:
+        if "synchronizing" in str(message):
+            note()
+
+    with warnings.catch_warnings(), patch.object(torch.cuda, "synchronize", note):
+        warnings.simplefilter("always")
+        warnings.showwarning = warned
+        yield found
+
+
+def test_functions_that_wait_are_named() -> None:
+    """As torch warns on CUDA, and where DeepSpeed calls the accelerator of CUDA."""
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    def reads() -> None:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    def for_all() -> None:
+        CUDA_Accelerator().synchronize()
+
+    with functions_that_wait() as found:
+        for function in (reads, for_all, reads):
+            function()
+    assert found == ["reads", "for_all", "reads"]
+
+
+def waits_on_cuda(layout: dict[str, Any]) -> tuple[Counter[str], list[str], float]:
+    """The functions in which a step waits that is logged; those in which reading it does; the seconds of all phases."""
     from megatron_lcl.selftest.cases import Case, make_batches
     from megatron_lcl.train.broadcast_batches import broadcast_batches
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes, leave_processes
 
-    config = Case(dtype="bfloat16").config()
+    config = Case(**layout).config()
     mesh = init_processes(config)
     engine = build_engine(build_module(config, mesh), config, mesh)
     assert engine.device.type == "cuda"
@@ -182,33 +223,49 @@ def waits_on_cuda() -> tuple[list[str], list[str], float]:
     for logged in (False, True, False, False):  # the first ones compile and allocate
         batches = broadcast_batches(packs, len(packs), 1, mesh, engine.device)
         pending = stepper.start(batches, 1e-3, float("inf"), logged)
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as in_steps:
-        warnings.simplefilter("always")
-        for logged in (False, True):
+    found = []
+    for logged in (False, True):
+        with functions_that_wait() as in_step:
             pending = stepper.start(batches, 1e-3, float("inf"), logged)
-    with warnings.catch_warnings(record=True) as in_reading:
-        warnings.simplefilter("always")
+        found.append(Counter(in_step))
+    assert found[0] == found[1], found
+    with functions_that_wait() as in_reading:
         pending.read()
     torch.cuda.set_sync_debug_mode("default")
     seconds = sum(stepper.clock.take().values())
     leave_processes(others_wait=False)
-    return waits_of(in_steps), waits_of(in_reading), seconds
+    return found[1], in_reading, seconds
 
 
-def waits_of(found: list[warnings.WarningMessage]) -> list[str]:
-    """Where the host has waited, as torch warns of it."""
-    return [f"{w.filename}:{w.lineno}: {w.message}" for w in found if "synchronizing" in str(w.message)]
+BACKWARD = "independent_gradient_partition_epilogue"
+OF_GATHERS = ("_fetch_sub_module_impl", "_allgather_params_sequential", "__reduce_and_partition_ipg_grads", "wait")
+"""of ZeRO-3, in which it waits as often as it has modules"""
+LAYOUTS_ON_CUDA: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "ZeRO-1, bfloat16": ({"dtype": "bfloat16"}, {}),
+    "ZeRO-1, float32": ({}, {BACKWARD: 1}),
+    "ZeRO-2": ({"dtype": "bfloat16", "zero": 2}, {BACKWARD: 4}),
+    "ZeRO-3": (
+        {"dtype": "bfloat16", "zero": 3, "strategy": "recompute"},
+        {BACKWARD: 4, "_get_fp32_opt_state_partition": 4, "get_grad_norm_direct": 2},
+    ),
+}
+"""in one process, of four micro-batches: the waits of a step by DeepSpeed's function, as counted on the simulated
+device (test_fake_cuda.py) and as docs/metrics.md says"""
 
 
 @pytest.mark.gpu
-def test_on_cuda_a_step_does_not_synchronize(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under torch's own watch, which names the line that waits, ours or DeepSpeed's; in a process that has its GPU."""
+@pytest.mark.parametrize("name", LAYOUTS_ON_CUDA)
+def test_on_cuda_a_step_waits_where_the_documentation_says(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Under torch's own watch, in a process that has its GPU."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    layout, expected = LAYOUTS_ON_CUDA[name]
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        in_steps, in_reading, seconds = pool.submit(waits_on_cuda).result(timeout=300)
-    assert in_steps == []
-    assert len(in_reading) == 1, in_reading
+        in_step, in_reading, seconds = pool.submit(waits_on_cuda, layout).result(timeout=300)
+    of_gathers = OF_GATHERS if layout.get("zero") == 3 else ()
+    assert {function: number for function, number in in_step.items() if function not in of_gathers} == expected
+    assert in_reading == ["read_results"]
     assert seconds > 0
