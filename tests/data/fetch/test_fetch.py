@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from data.fetch.faulty_server import EXPECTED, LOGIN, WANTS_CREDENTIALS, image, requests_of, serving
-from data.fetch.stores import images_in
+from data.fetch.stores import images_in, read_rows
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("protego")
@@ -28,7 +28,6 @@ pytest.importorskip("protego")
 from megatron_lcl.cli import main
 from megatron_lcl.data.fetch.run import _process, fetch
 from megatron_lcl.data.fetch.settings import PROXY_LOGIN, Settings, Store
-from megatron_lcl.data.fetch.store import read_rows
 from megatron_lcl.data.prepare.importers.urls import url_key
 
 QUICK = Settings(

@@ -30,7 +30,8 @@ from megatron_lcl.data.loading import cache as cache_module
 from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading.cache import Use, build_and_open, build_once, trim
-from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
+from megatron_lcl.data.loading.ledger import Ledger, open_ledger
+from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.loading.source import Source, open_source
 from megatron_lcl.data.pages.replay import replay_html
