@@ -23,9 +23,9 @@ from megatron_lcl.convert import remote
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.convert.find import find_average
 from megatron_lcl.convert.folder import write_record
+from megatron_lcl.convert.manifest import fingerprint, manifest_text
 from megatron_lcl.data.corpus import remote as corpora
 from megatron_lcl.data.corpus import scratch
-from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.untrained import untrained_model

@@ -16,7 +16,7 @@ from small_corpus import make_corpus
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import pack_index
 from megatron_lcl.data.loading.ledger import Ledger

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_lcl.config import Checkpoint, Config, load
 from megatron_lcl.convert.find import checkpoints_in, export_kind, run_of
 from megatron_lcl.convert.folder import IMPORT, read_record
-from megatron_lcl.data.corpus.manifest import MANIFEST, Unread, verify
+from megatron_lcl.convert.manifest import MANIFEST, Unread, verify
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 
