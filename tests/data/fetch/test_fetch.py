@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -296,14 +297,10 @@ def test_a_worker_says_what_its_disk_cannot_take(tmp_path: Path, monkeypatch: py
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr("megatron_lcl.data.fetch.work.Worker", Full)
-    context = multiprocessing.get_context("fork")
-    reading, writing = context.Pipe(duplex=False)
-    process = context.Process(target=_process, args=(tmp_path, None, [0], QUICK, 1, None, None, writing))
-    process.start()
-    assert reading.poll(60)
-    assert reading.recv().startswith(f"{tmp_path}: Disk quota exceeded (")
-    process.join(60)
-    assert process.exitcode == 2
+    plan: Any = None
+    said = _process(tmp_path, plan, [0], QUICK, 1, None, None)
+    assert said is not None
+    assert said.startswith(f"{tmp_path}: Disk quota exceeded (")
 
 
 def refused(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
