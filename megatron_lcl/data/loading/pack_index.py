@@ -90,7 +90,7 @@ class _Entries:
     """The entries of a chunk, from files that stay open."""
 
     def __init__(self, folder: Path) -> None:
-        self._use = cache.Use(folder, cache.RECORD)
+        self._use = cache.using(folder, cache.RECORD)
         self._entries, self._offsets = (cache.Rows(folder / f"{name}.npy") for name in ("entries", "offsets"))
 
     def of(self, local: int) -> np.ndarray:
