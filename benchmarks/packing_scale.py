@@ -49,8 +49,7 @@ def write_corpus(folder: Path, annotations: Path, num_documents: int, image: byt
     writer = ShardWriter(folder, 0)
     for d in np.random.default_rng(0).integers(0, len(documents), SHARD):
         texts, images = documents[d]
-        for text in texts:
-            writer.add_text(np.frombuffer(text, np.int32))
+        writer.add_texts(texts)
         for similarity, matched in images:
             writer.add_image(image, 1, 1, "JPEG", similarity, matched)
         writer.end_document()
@@ -72,7 +71,8 @@ def write_corpus(folder: Path, annotations: Path, num_documents: int, image: byt
 def build(folder: str, cache: str, num_documents: int, tokens_per_pack: int, queue: Any) -> None:
     """One epoch's index, in a process of its own so that its peak memory is its own."""
     from megatron_lcl.config import Corpus, Data
-    from megatron_lcl.data.loading.pack_index import PackIndex, open_ledger
+    from megatron_lcl.data.loading.ledger import open_ledger
+    from megatron_lcl.data.loading.pack_index import PackIndex
 
     data = Data(corpora=(Corpus(folder),), tokens_per_pack=tokens_per_pack, cache=cache)
     started = time.perf_counter()

@@ -116,7 +116,7 @@ def output_folder(
 
     last, resumes: as `data.storage.upload.uploaded` has them. name: of the argument.
     """
-    from megatron_lcl.data.corpus.remote import user_cache
+    from megatron_lcl.data.corpus.cache_folders import user_cache
     from megatron_lcl.data.storage.store import url_of
     from megatron_lcl.data.storage.upload import uploaded
 

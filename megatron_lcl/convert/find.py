@@ -16,8 +16,8 @@ from pathlib import Path
 
 from megatron_lcl.config import Config, from_dict
 from megatron_lcl.convert.folder import EXPORTS, HAS_RUN, IMPORT, read_record
+from megatron_lcl.convert.manifest import MANIFEST
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
-from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_sections

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_lcl.convert.manifest import MANIFEST
 from megatron_lcl.data.corpus.files import hash_file
-from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.data.corpus.scratch import whole_folder
 
 CERTIFICATE = "certificate.json"

@@ -18,8 +18,8 @@ from megatron_lcl.convert import hf, timm
 from megatron_lcl.convert.find import average_of, export_kind, find_checkpoint, one_line, read_config
 from megatron_lcl.convert.folder import CERTIFICATE, IMPORT, read_record
 from megatron_lcl.convert.libraries import usual_defaults
+from megatron_lcl.convert.manifest import verify
 from megatron_lcl.data.corpus.files import hash_file
-from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, published_config, some

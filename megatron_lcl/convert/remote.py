@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from megatron_lcl.convert.folder import CERTIFICATE, EXPORTS, IMPORT, read_record
+from megatron_lcl.convert.manifest import MANIFEST, read_manifest
+from megatron_lcl.data.corpus.cache_folders import locked, make_room, user_cache
 from megatron_lcl.data.corpus.files import hash_file
-from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest
-from megatron_lcl.data.corpus.remote import locked, make_room, user_cache
 from megatron_lcl.data.corpus.scratch import clear_dead, put_in_place, scratch_folder
 from megatron_lcl.data.storage.names import is_within
 from megatron_lcl.data.storage.store import Store

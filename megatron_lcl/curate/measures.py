@@ -13,10 +13,13 @@ import string
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
+
+if TYPE_CHECKING:
+    from megatron_lcl.curate.languages import Context
 
 CHARACTERS_IN_RUN, WORDS_IN_RUN = 10, 5
 """character_repetition_length and word_repetition_length of OBELICS"""
@@ -88,22 +91,6 @@ def punctuation_ratio(text: str, least: int = 0) -> float:
     if 0 < len(found) < least:
         return 1.0
     return sum(map(_MARKS.__contains__, found)) / len(found) if found else 0.0
-
-
-class Context(Protocol):
-    """What measures of texts need besides the text."""
-
-    @property
-    def stop_words(self) -> Collection[str]: ...
-
-    @property
-    def flagged_words(self) -> Collection[str]: ...
-
-    @property
-    def language(self) -> Callable[[str], float]: ...
-
-    @property
-    def perplexities(self) -> Callable[[Sequence[str]], list[float]]: ...
 
 
 class Measured:

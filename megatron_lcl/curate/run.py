@@ -45,22 +45,14 @@ from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, names_of, r
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
-from megatron_lcl.data.corpus.scratch import clear_dead, is_used, put_in_place, scratch_folder, waiting_for_others
+from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.prepare.finish import assemble
 from megatron_lcl.data.prepare.preprocess import TASK_BYTES
 from megatron_lcl.data.prepare.preprocess_task import Part
-from megatron_lcl.data.prepare.unfinished import (
-    WORK,
-    claim,
-    clear_errors,
-    clear_up,
-    in_work_folder,
-    is_finished_corpus,
-    remove_work,
-)
+from megatron_lcl.data.prepare.unfinished import WORK, clear_errors, clear_up, is_finished_corpus, work_folder
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
@@ -187,27 +179,17 @@ def curate(
         return read_curated(output, reused=True)
     source.check_sizes()
     work = Work(source, settings, joins, output / WORK)
-    created = [path for path in (output, *output.parents) if not path.exists()]
-    try:
-        with clear_errors(output), in_work_folder(work.folder) as scratch:
-            claim(work.folder, recipe, _WORK_VERSION, scratch)
-            if not is_finished_corpus(output, recipe, _WORK_VERSION, ["names"]):  # by others, since the first look
-                tasks, counted = _decide(work, task_bytes, workers, job, progress)
-                parts = list(_each(write, "shards", work, groups(work, tasks), workers, job, progress))
-                with waiting_for_others(work.folder / "lock"):
-                    if not (output / MANIFEST).exists():
-                        _finish(output, work, recipe, tasks, parts, counted, scratch, workers)
-    except BaseException as error:
-        # the work folder may be gone: another process found all done, finished and cleared up
-        if not (isinstance(error, FileNotFoundError) and (output / MANIFEST).exists()):
-            clear_dead(work.folder)
-            useless = isinstance(error, _NothingLeft) or not any(work.folder.glob("judged-*"))
-            if useless and not is_used(work.folder):
-                remove_work(output, created)
-            raise
-    finally:
-        if (output / MANIFEST).exists():
-            clear_up(output)
+
+    def is_useless(error: BaseException) -> bool:
+        return isinstance(error, _NothingLeft) or not any(work.folder.glob("judged-*"))
+
+    with work_folder(output, recipe, _WORK_VERSION, is_useless) as scratch:
+        if not is_finished_corpus(output, recipe, _WORK_VERSION, ["names"]):  # by others, since the first look
+            tasks, counted = _decide(work, task_bytes, workers, job, progress)
+            parts = list(_each(write, "shards", work, groups(work, tasks), workers, job, progress))
+            with waiting_for_others(work.folder / "lock"):
+                if not (output / MANIFEST).exists():
+                    _finish(output, work, recipe, tasks, parts, counted, scratch, workers)
     return read_curated(output)
 
 

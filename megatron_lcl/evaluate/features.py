@@ -24,8 +24,8 @@ import xxhash
 from PIL import Image
 from tqdm import tqdm
 
+from megatron_lcl.data.corpus.cache_folders import user_cache
 from megatron_lcl.data.corpus.files import new_array
-from megatron_lcl.data.corpus.remote import user_cache
 from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
 from megatron_lcl.data.loading.images import DECODING
 from megatron_lcl.errors import UserError, nearest_folder

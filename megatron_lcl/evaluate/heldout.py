@@ -29,7 +29,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.convert.find import average_of, find_checkpoint, read_config, step_of
 from megatron_lcl.convert.load import load_model
-from megatron_lcl.data.corpus.remote import writable_cache
+from megatron_lcl.data.corpus.cache_folders import writable_cache
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch, batch_bytes
 from megatron_lcl.data.loading.shared_memory import workers_with_room

@@ -24,7 +24,7 @@ from megatron_lcl.convert.card import Card, Measured, card_of, is_hub_id, write_
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.convert.find import known_config, read_config
 from megatron_lcl.convert.folder import IMPORT, write_record
-from megatron_lcl.data.corpus.manifest import MANIFEST
+from megatron_lcl.convert.manifest import MANIFEST
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.results import Metric, Result, write_json

@@ -11,7 +11,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.config import Config
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.convert.folder import CERTIFICATE
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.storage.store import Store
 
 

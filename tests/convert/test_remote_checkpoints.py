@@ -23,9 +23,8 @@ from megatron_lcl.convert import remote
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.convert.find import find_average
 from megatron_lcl.convert.folder import write_record
-from megatron_lcl.data.corpus import remote as corpora
-from megatron_lcl.data.corpus import scratch
-from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text
+from megatron_lcl.convert.manifest import fingerprint, manifest_text
+from megatron_lcl.data.corpus import cache_folders, scratch
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
@@ -190,7 +189,7 @@ def test_machines_that_no_lock_keeps_apart_copy_at_once(run: str, cache: Path, m
                 others[0] = remote.local_copy(run)
 
     monkeypatch.setattr(Store, "fetch", fetched)
-    monkeypatch.setattr(corpora, "lock_descriptor", lambda *_, **__: True)
+    monkeypatch.setattr(cache_folders, "lock_descriptor", lambda *_, **__: True)
     assert remote.local_copy(run) == others[0]
     assert same(load_model(others[0]), random_model(seed=2))
     assert not list(cache.rglob("scratch-*"))

@@ -221,7 +221,7 @@ def write_pages(folder: Path, pages: list[Page]) -> Path:
         for text in page.texts:
             ids = TOKENIZER.encode(text)
             assert TOKENIZER.decode(ids) == text
-            writer.add_text(ids)
+            writer.add_texts([np.array(ids, np.int32).tobytes()])
         for width, height, format, similarity, copy in page.pictures:
             data = copy or f"the only {next(numbers)}"
             writer.add_image(data.encode(), width, height, format, similarity)

@@ -41,7 +41,7 @@ def write_corpus(
                 if isinstance(piece, tuple):
                     writer.add_image(piece[0], 40, 32, "JPEG", piece[1], piece[2])
                 else:
-                    writer.add_text(list(piece))
+                    writer.add_texts([np.array(piece, np.int32).tobytes()])
             writer.end_document(f"source-{d}.txt")
         written, counts = writer.finish()
         files.update(written)

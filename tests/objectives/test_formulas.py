@@ -233,7 +233,7 @@ def test_packs_too_small_for_a_pair() -> None:
 
 
 def test_a_run_does_not_go_on_with_other_sequences(corpus: Corpus) -> None:
-    from megatron_lcl.data.loading.pack_index import Ledger, open_ledger
+    from megatron_lcl.data.loading.ledger import Ledger, open_ledger
 
     data, patches, context = config_of(corpus, "coca").data, 4, 48
     ledgers = {name: open_ledger(data, patches, context, sequences=reads(name)) for name in ("coca", "clip", "lcl")}

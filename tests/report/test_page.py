@@ -13,7 +13,7 @@ from data.corpora import random_documents, write_corpus
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.convert.find import run_of
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.loading.ledger import open_run_ledger
 from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import DEVICES, assumed_rates

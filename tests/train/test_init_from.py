@@ -20,8 +20,8 @@ from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config, Corpus, Data
 from megatron_lcl.convert.export import import_checkpoint, save_checkpoint
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.convert.resolution import at_image_size
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.loading.ledger import open_ledger
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import pack_padded

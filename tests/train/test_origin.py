@@ -16,9 +16,10 @@ from small_corpus import make_corpus
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import pack_index
+from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
 from megatron_lcl.train import checks, dryrun
@@ -155,9 +156,9 @@ def test_what_was_read_is_looked_for_where_the_packs_look(
         check_readable(ledger, other, 4 * STEP)
 
 
-def open_ledger_of(folder: Path, config: Config) -> pack_index.Ledger:
+def open_ledger_of(folder: Path, config: Config) -> Ledger:
     progress = json.loads((folder / "progress.json").read_text())
-    previous = pack_index.Ledger.from_json(progress["ledger"])
+    previous = Ledger.from_json(progress["ledger"])
     return ledger_from(config, replace(Progress(0, 0, {}), step=progress["step"], packs=progress["packs"]), previous)
 
 

@@ -17,7 +17,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.cli.arguments import overrides_of
 from megatron_lcl.config import Config
-from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text
+from megatron_lcl.convert.manifest import fingerprint, manifest_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.report.runs import Run, find_runs, group, write_runs_report

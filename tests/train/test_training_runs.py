@@ -24,7 +24,7 @@ from train.resilience import fleet
 from megatron_lcl import config as configs
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.report.page import write_report
 from megatron_lcl.train import fastest

@@ -44,7 +44,7 @@ class EvaluationImages:
     UserError where there is no such set.
     """
 
-    def __init__(self, source: str | Path, split: str | None = None) -> None:
+    def __init__(self, source: str | Path) -> None:
         self._corpus = open_corpus(source) if is_corpus(source) else None
         if self._corpus is not None:
             counts = [shard["images"] for shard in self._corpus.manifest["shards"]]
@@ -52,7 +52,7 @@ class EvaluationImages:
             return
         from megatron_lcl.evaluate.sources import all_pictures  # imports torch
 
-        self._blobs: Sequence[Blob] = all_pictures(Path(source), split)
+        self._blobs: Sequence[Blob] = all_pictures(Path(source))
 
     def __len__(self) -> int:
         return len(self._blobs) if self._corpus is None else int(self._starts[-1])
@@ -68,21 +68,19 @@ class EvaluationImages:
 
 
 @functools.lru_cache(1)
-def open_set(source: str | Path, split: str | None = None) -> EvaluationImages:
+def open_set(source: str | Path) -> EvaluationImages:
     """An evaluation set, listed once for all of its tasks in a process."""
-    return EvaluationImages(source, split)
+    return EvaluationImages(source)
 
 
-def evaluation_facts(
-    source: str | Path, first: int, last: int, settings: Decontamination, split: str | None = None
-) -> Facts:
+def evaluation_facts(source: str | Path, first: int, last: int, settings: Decontamination) -> Facts:
     """Of the N images first … last-1 of an `EvaluationImages`:
 
     hash uint64 [N, V] and detailed bool [N, V] of its views; thumbnail uint8 [N, SIDE, SIDE] and color uint8
     [N, COLOR_SIDE, COLOR_SIDE, 2], its `Picture`; digest uint64 [N], XXH3 of its bytes; name. An image that does not
     decode has no detail, and is only found by its bytes.
     """
-    images = open_set(source, split)
+    images = open_set(source)
     num, views = last - first, len(COMPARED)
     hashes, detailed = np.zeros((num, views), np.uint64), np.zeros((num, views), bool)
     thumbnails, digests = np.zeros((num, SIDE, SIDE), np.uint8), np.zeros(num, np.uint64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,32 @@ def total(shards: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Sums of what is counted of shards (COUNTS); one that lacks a count has none of it."""
     shards = list(shards)
     return {name: sum(shard.get(name, 0) for shard in shards) for name in COUNTS}
+
+
+def manifest_of(
+    *,
+    source: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    drops: Mapping[str, Any],
+    shards: Sequence[Mapping[str, Any]],
+    files: Mapping[str, Any],
+    **more: Any,
+) -> dict[str, Any]:
+    """The manifest of a corpus whose files are written, with its version and counts.
+
+    tokenizer: `Tokenizer.entry`. drops: `Drops.to_dict`. shards: counts and kind of each, in order. files: size and
+    hash of each by its name. more: its recipe, and what else it is to say.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": source,
+        "tokenizer": tokenizer,
+        "counts": total(shards),
+        "drops": drops,
+        "shards": shards,
+        "files": dict(sorted(files.items())),
+        **more,
+    }
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -16,13 +16,9 @@ more room for what is read; none goes where there are no locks.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import shutil
 import tempfile
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -31,12 +27,13 @@ from typing import Any
 import xxhash
 from filelock import lock_descriptor
 
+from megatron_lcl.data.corpus.cache_folders import Use, locked, make_room, not_writable, user_cache
 from megatron_lcl.data.corpus.files import hash_file, replace_bytes, sync
-from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, clear_dead, lock_file, scratch_folder
-from megatron_lcl.data.storage.blocks import Blocks, Room, disk_use
+from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
+from megatron_lcl.data.storage.blocks import Blocks, Room
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import About, Store
-from megatron_lcl.errors import UserError, free_space, is_full
+from megatron_lcl.errors import UserError
 
 LIMIT = 100e9
 """bytes that the blocks of all corpora take, where no config says it"""
@@ -44,51 +41,7 @@ BATCH = 16
 """files that are copied at once"""
 RENEW_SECONDS = 3600.0
 """how often a process that reads from a folder sets its time: locks may not show that to other machines"""
-ELSEWHERE = {"--data.cache": ", or set data.cache to another folder"}
-"""what else to do about a cache folder, for UserError"""
 _PREFIX = "corpora-"
-
-
-def user_cache(given: str | Path | None = None) -> Path:
-    """`given` (a run's `data.cache`), or megatron_lcl in the user's cache folder. UserError where there is neither:
-    a container's user may have no home folder."""
-    try:
-        if given:
-            return Path(given).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lcl"
-    except RuntimeError:  # of Path
-        raise UserError(
-            f"there is no home folder for {given or 'the cache'}; set {'HOME' if given else 'XDG_CACHE_HOME'} to a "
-            "folder",
-            ELSEWHERE,
-        ) from None
-
-
-def writable_cache(given: str | None) -> str | None:
-    """`given` (a run's `data.cache`), or None where it cannot be written, as on another machine than the run's."""
-    if given is None:
-        return None
-    try:
-        user_cache(given).mkdir(parents=True, exist_ok=True)
-        return given if os.access(user_cache(given), os.W_OK) else None
-    except (OSError, UserError):
-        return None
-
-
-def not_writable(what: str, cache: Path, error: OSError) -> UserError:
-    """The error for a cache folder that cannot be written. what: what it is of, as far as the folder's name."""
-    said, remedy = str(error.strerror), "make it writable"
-    if is_full(error):
-        said, remedy = f"{said}, {free_space(cache)}", "make room there"
-    return UserError(f"{what} {cache} ({said}); {remedy}{or_default(cache)}", ELSEWHERE)
-
-
-def or_default(cache: Path) -> str:
-    """How a remedy goes on where the folder follows the user's cache folder."""
-    try:
-        return ", or set XDG_CACHE_HOME to another folder" if cache == user_cache() else ""
-    except UserError:
-        return ""
 
 
 @lru_cache(maxsize=64)  # a corpus does not change, and a run opens one often
@@ -122,20 +75,10 @@ class Remote:
             kept = self.folder / manifest_name
             if not kept.exists() or kept.read_bytes() != raw:  # damaged since
                 replace_bytes(self.folder / manifest_name, raw)
-            self._use = os.open(self.folder / manifest_name, os.O_RDONLY | os.O_CLOEXEC)
             os.utime(self.folder)
-            self._renewed = time.monotonic()
+            self._use = Use(self.folder, manifest_name, RENEW_SECONDS)
         except OSError as error:
             raise not_writable(f"{url} cannot be kept in", cache, error) from None
-        with contextlib.suppress(OSError):  # there are no locks, or another user's
-            fcntl.flock(self._use, fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-    def renew(self) -> None:
-        """Say that the folder is still used; to be called at every use."""
-        if time.monotonic() - self._renewed > RENEW_SECONDS:
-            self._renewed = time.monotonic()
-            with contextlib.suppress(OSError):  # deleted meanwhile, or another user's
-                os.utime(self.folder)
 
     def prepare(self, manifest: dict[str, Any]) -> None:
         """What all shards need on the disk, and the sizes of all objects; each once."""
@@ -148,7 +91,7 @@ class Remote:
             self.copy(small)
 
     def _clear(self, limit: float) -> bool:
-        return make_room(self.folder, limit - sum(info["size"] for info in self.files.values()))
+        return make_room(self.folder, limit - sum(info["size"] for info in self.files.values()), _PREFIX)
 
     @contextlib.contextmanager
     def _looked_up(self) -> Iterator[dict[str, About | None]]:
@@ -195,7 +138,7 @@ class Remote:
         if name not in self._blocks:
             about = self._objects[name]
             assert about is not None, name
-            self._blocks[name] = Blocks(self.store, name, *about, self.folder, self.room, self.renew)
+            self._blocks[name] = Blocks(self.store, name, *about, self.folder, self.room, self._use.renew)
         return self._blocks[name]
 
     def copy(self, names: Sequence[str]) -> None:
@@ -234,45 +177,3 @@ class Remote:
 
     def _other(self, name: str, found: str) -> UserError:
         return UserError(f"{self.url}/{name} is not the file that the manifest names ({found}); copy the corpus again")
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file, once no other process does; there may be none, or one on each machine: it saves work."""
-    with lock_file(path) as lock:
-        if lock is not None:
-            with contextlib.suppress(OSError):  # no locks here
-                lock_descriptor(lock, blocking=True)
-        yield
-
-
-def make_room(keep: Path, left: float, prefix: str = _PREFIX) -> bool:
-    """Delete folders beside `keep`, of a prefix, that nobody has used for a day until the others take up to `left`
-    bytes; whether any was."""
-    others = []
-    for folder in keep.parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):
-            if folder != keep and folder.is_dir():
-                others.append((folder.stat().st_mtime, folder, disk_use(folder)))
-    total = before = sum(size for *_, size in others)
-    for used, folder, size in sorted(others):
-        if total > left and time.time() - used > UNUSED_SECONDS and not _in_use(folder):
-            gone = keep.with_name(prefix + uuid.uuid4().hex)  # so that what is left of one is not taken for whole
-            with contextlib.suppress(OSError):
-                folder.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
-            if not folder.exists():  # of several processes that want room one has renamed it
-                total -= size
-    return total < before
-
-
-def _in_use(folder: Path) -> bool:
-    """Whether a process has the folder open, or that cannot be known: it would lose what it reads from."""
-    for path in folder.glob("*.json"):
-        try:
-            with open(path, "r+b") as file:  # NFS gives an exclusive lock only to who may write
-                if not lock_descriptor(file.fileno(), blocking=False):
-                    return True
-        except OSError:
-            return True
-    return False

@@ -97,12 +97,8 @@ class ShardWriter:
         """Bytes of tokens and images so far."""
         return self._tokens.num_bytes + self._images.num_bytes
 
-    def add_text(self, ids: Sequence[int] | np.ndarray) -> None:
-        """A text piece: its token ids, without special tokens."""
-        self._tokens.add(np.asarray(ids, np.int32), TEXT)
-
     def add_texts(self, pieces: list[bytes]) -> None:
-        """Several text pieces, given as the bytes of their int32 ids; faster than one by one."""
+        """Text pieces, each given as the bytes of its int32 token ids, without special tokens."""
         self._tokens.add_run(b"".join(pieces), [len(piece) // 4 for piece in pieces], TEXT)
 
     def add_text_documents(self, ids: bytes, lengths: list[int], counts: list[int], names: Iterable[str]) -> None:

@@ -122,9 +122,19 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """Equal for tokenizers that give equal ids."""
 
+    @property
     @abstractmethod
+    def content(self) -> bytes:
+        """Of a file that `load` reads."""
+
     def save(self, path: str | Path) -> None:
         """Write a file that `load` reads."""
+        Path(path).write_bytes(self.content)
+
+    @property
+    def entry(self) -> dict[str, str | int]:
+        """What the manifest of a corpus says of it."""
+        return {"file": self.file_name, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
 
 
 def several(texts: Iterable[str]) -> list[str]:
@@ -232,8 +242,9 @@ class SentencePieceTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return "sentencepiece-" + xxhash.xxh3_128_hexdigest(self._model)
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self._model)
+    @property
+    def content(self) -> bytes:
+        return self._model
 
 
 # --- CLIP --------------------------------------------------------------------------------------------------------
@@ -339,8 +350,9 @@ class ClipTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return "clip-" + xxhash.xxh3_128_hexdigest("\n".join(map(" ".join, self._merges)).encode())
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps({"type": "clip", "merges": [" ".join(m) for m in self._merges]}), "utf-8")
+    @property
+    def content(self) -> bytes:
+        return json.dumps({"type": "clip", "merges": [" ".join(m) for m in self._merges]}).encode()
 
 
 # --- tokenizer.json -----------------------------------------------------------------------------------------------
@@ -416,5 +428,6 @@ class JsonTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return "tokenizers-" + xxhash.xxh3_128_hexdigest(self._data)
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self._data)
+    @property
+    def content(self) -> bytes:
+        return self._data

@@ -2,7 +2,8 @@
 
 A command says what a job is: an importable function that, called with `job=(i, n)`, does the i-th of n parts of the
 work, on folders that all machines see, and does no harm when it is called again, also while a first call still runs.
-`run_jobs` calls it for every i, and again for those that fail or are lost; `task.py` is what a job does where it runs.
+`run_jobs` calls it for every i, and again for those that fail or are lost; `task.py` is what a job does where it runs,
+`children.py` starts processes here, those of `fetch` as well.
 
 Imports config. submitit and ray are the extras `slurm` and `ray`, imported by the file of their name
 only, which is imported late. Begin with `run_jobs`.

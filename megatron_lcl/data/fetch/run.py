@@ -6,11 +6,9 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.scratch import clear_dead, is_scratch, waiting_for_others
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.engines import Engine, run_jobs
+from megatron_lcl.data.engines.children import Children, Lost
 from megatron_lcl.data.fetch.plan import Plan, host_of, make_plan, open_plan
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
 from megatron_lcl.data.fetch.settings import PROXY_LOGIN, STORES, Settings, proxy_parts
@@ -29,7 +28,6 @@ from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError, describe_os_error, is_mendable
-from megatron_lcl.interrupts import end_with_command, holding_interrupts
 from megatron_lcl.processes import NEVER_BEGAN
 
 _POLL_SECONDS = 0.5
@@ -239,51 +237,27 @@ def _do(output: Path, plan: Plan, todo: list[int], settings: Settings, workers: 
     context = multiprocessing.get_context("spawn")
     taken = context.Value("i", 0)
     shared = [context.Array("q", len(COUNTED), lock=False) for _ in range(min(workers, len(todo)))]
-    pipes = [context.Pipe(duplex=False) for _ in shared]
-    processes = [
-        context.Process(
-            target=_process, args=(output, plan, todo, settings, len(shared), taken, counts, pipe[1]), daemon=True
-        )
-        for counts, pipe in zip(shared, pipes, strict=True)
-    ]
+    children: Children[int, str | None] = Children()
     try:
-        for process, (_, writing) in zip(processes, pipes, strict=True):
-            with holding_interrupts():
-                process.start()
-            writing.close()
-        running = {reading: process for process, (reading, _) in zip(processes, pipes, strict=True)}
-        while running:
-            ended = wait(list(running), _POLL_SECONDS)
+        for number, counts in enumerate(shared):
+            children.start(number, _process, output, plan, todo, settings, len(shared), taken, counts)
+        while len(children):
+            ended = children.ended(_POLL_SECONDS)
             _show(bar, before, [sum(counts[i] for counts in shared) for i in range(len(COUNTED))])
-            for words in ended:
-                assert isinstance(words, Connection)
-                said, process = _last_words(words), running.pop(words)
-                process.join()
-                if said:
+            for said in ended.values():
+                if isinstance(said, Lost):
+                    raise _Died(_DIED.format(said.exit_code)) if taken.value else UserError(NEVER_BEGAN)
+                if said is not None:
                     raise UserError(said)
-                if process.exitcode and not taken.value:
-                    raise UserError(NEVER_BEGAN)
-                if process.exitcode:
-                    raise _Died(_DIED.format(process.exitcode))
     finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
+        children.end()
 
 
 def _process(
-    output: Path,
-    plan: Plan,
-    todo: list[int],
-    settings: Settings,
-    workers: int,
-    taken: Any,
-    counts: Any,
-    words: Connection,
-) -> None:
-    """One of several: takes the next part that none has taken, until there is none."""
-    end_with_command()
+    output: Path, plan: Plan, todo: list[int], settings: Settings, workers: int, taken: Any, counts: Any
+) -> str | None:
+    """One of several: takes the next part that none has taken, until there is none. Returns why it could not go on, if
+    it could not."""
     from megatron_lcl.data.fetch.work import Worker
 
     def next_part() -> int | None:
@@ -296,21 +270,12 @@ def _process(
     try:
         asyncio.run(Worker(output, plan, settings, next_part, counts, max_open_parts=fair).run())
     except UserError as error:
-        words.send(str(error))
-        sys.exit(2)
+        return str(error)
     except OSError as error:
         if error.filename is None and not is_mendable(error):
             raise
-        words.send(describe_os_error(error, output))
-        sys.exit(2)
-
-
-def _last_words(pipe: Connection) -> str:
-    """Why a process has ended, or does as soon as this is read, if it said so."""
-    try:
-        return pipe.recv()
-    except (EOFError, OSError):
-        return ""
+        return describe_os_error(error, output)
+    return None
 
 
 def _show(bar: tqdm, before: float, counts: Sequence[int]) -> None:

@@ -205,13 +205,6 @@ def num_done(folder: Path, part: int) -> int:
     return sum(pq.read_metadata(table).num_rows for table in part_tables(folder, part))
 
 
-def read_rows(folder: Path) -> Iterator[dict[str, object]]:
-    """Every row of the tables of a store: the columns of `SCHEMA`."""
-    for table in tables(folder):
-        for batch in pq.ParquetFile(table).iter_batches(4096, columns=SCHEMA.names):
-            yield from batch.to_pylist()
-
-
 def kept_urls(folder: Path) -> Iterator[str]:
     """The URLs of which the image is in a store, also in incomplete shards."""
     for table in tables(folder):

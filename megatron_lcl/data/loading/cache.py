@@ -14,25 +14,30 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
-import math
 import os
 import shutil
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
-from filelock import lock_descriptor
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.corpus.cache_folders import (
+    ELSEWHERE,
+    Use,
+    age_of,
+    in_use,
+    not_writable,
+    opened,
+    or_default,
+    user_cache,
+)
 from megatron_lcl.data.corpus.files import replace_bytes, sync_all
-from megatron_lcl.data.corpus.remote import ELSEWHERE, not_writable, or_default, user_cache
 from megatron_lcl.data.corpus.scratch import kept_fresh, lock_file, try_lock
 from megatron_lcl.errors import UserError, is_full
 
@@ -165,44 +170,12 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _touch(path: Path) -> None:
-    with contextlib.suppress(OSError):  # deleted meanwhile, or another user's
-        os.utime(path)
-
-
-def _age(path: Path) -> float:
-    """Seconds since a file or folder was changed or touched; infinite where it is gone."""
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return float("inf")
-
-
 # --- using -------------------------------------------------------------------------------------------------------
 
 
-class Use:
-    """A folder that this process reads: others see it by a shared lock on one of its files and by the folder's time."""
-
-    def __init__(self, folder: Path, file: str) -> None:
-        self.folder = folder
-        descriptor = _opened(self, folder / file)
-        with contextlib.suppress(OSError):  # `filelock` has shared locks only through SQLite or marker files
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        self._beat = _unused_seconds(folder) / 10
-        self._renewed = -math.inf
-        self.renew()
-
-    def renew(self) -> None:
-        """Say that it is still used; to be called at every use.
-
-        Of all processes on all machines, one sets the folder's time, and the others see that it is new: each has many
-        folders open, and the file server is theirs all.
-        """
-        if time.monotonic() - self._renewed > self._beat:
-            self._renewed = time.monotonic()
-            if _age(self.folder) > self._beat:
-                _touch(self.folder)
+def using(folder: Path, file: str) -> Use:
+    """See `Use`."""
+    return Use(folder, file, _unused_seconds(folder) / 10)
 
 
 class Rows:
@@ -214,7 +187,7 @@ class Rows:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._descriptor = path, _opened(self, path)
+        self._path, self._descriptor = path, opened(self, path)
         with open(self._descriptor, "rb", buffering=0, closefd=False) as file:
             version = np.lib.format.read_magic(file)
             assert version == (1, 0)
@@ -230,12 +203,6 @@ class Rows:
         if len(content) != (stop - start) * size:
             raise UserError(f"{self._path} ends too early; delete {self._path.parent}, it will be built again")
         return np.frombuffer(content, self._dtype)
-
-
-def _opened(owner: Any, path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    weakref.finalize(owner, os.close, descriptor).atexit = False
-    return descriptor
 
 
 def _unused_seconds(folder: Path) -> float:
@@ -275,7 +242,7 @@ def trim(cache: Path, limit: float, keep: Path) -> None:
     """
     folders = []
     for path in list(cache.glob("*")):
-        age = _age(path)
+        age = age_of(path)
         if not path.name.removeprefix(".").startswith(_SHARED) or age == float("inf"):
             continue
         if path.is_dir() and not path.suffix:
@@ -288,7 +255,7 @@ def trim(cache: Path, limit: float, keep: Path) -> None:
         unused = age > _unused_seconds(path)
         wanted = (total > limit and unused) or (_is_chunk(path) and age > CONSUMED_SECONDS)
         # one that cannot be emptied would keep its room under another name, and not count
-        if wanted and path != keep and os.access(path, os.W_OK) and not _in_use(path) and _delete(path):
+        if wanted and path != keep and os.access(path, os.W_OK) and not in_use(path, unknown=False) and _delete(path):
             total -= size
 
 
@@ -297,18 +264,6 @@ def _size(folder: Path) -> int:
         return sum(entry.stat().st_size for entry in os.scandir(folder))
     except OSError:  # deleted meanwhile
         return 0
-
-
-def _in_use(folder: Path) -> bool:
-    """A process has the folder in use, as far as locks say so."""
-    for path in folder.glob("*.json"):
-        try:
-            with open(path, "r+b") as file:
-                if not lock_descriptor(file.fileno(), blocking=False):
-                    return True
-        except OSError:
-            continue
-    return False
 
 
 def _delete(folder: Path) -> bool:

@@ -39,13 +39,11 @@ from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading import cache, packing
 from megatron_lcl.data.loading.cache import fingerprint
 from megatron_lcl.data.loading.hashes import shuffled
-from megatron_lcl.data.loading.ledger import Ledger, Segment, kept_states, open_ledger
+from megatron_lcl.data.loading.ledger import Ledger, Segment, kept_states
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.data.loading.sequence import END
 from megatron_lcl.data.loading.source import Source, key, open_source
 from megatron_lcl.errors import UserError
-
-__all__ = ["Ledger", "Pack", "PackIndex", "open_ledger"]
 
 CHUNK = 1 << 20
 """documents of one window at most: what is packed together"""
@@ -92,7 +90,7 @@ class _Entries:
     """The entries of a chunk, from files that stay open."""
 
     def __init__(self, folder: Path) -> None:
-        self._use = cache.Use(folder, cache.RECORD)
+        self._use = cache.using(folder, cache.RECORD)
         self._entries, self._offsets = (cache.Rows(folder / f"{name}.npy") for name in ("entries", "offsets"))
 
     def of(self, local: int) -> np.ndarray:

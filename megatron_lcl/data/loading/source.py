@@ -22,7 +22,7 @@ from megatron_lcl.data.corpus.corpus_manifest import KIND
 from megatron_lcl.data.corpus.document import KINDS, Kind
 from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.data.corpus.store import Corpus, Shard
-from megatron_lcl.data.loading.cache import Use, build_and_open, cache_folder, fingerprint
+from megatron_lcl.data.loading.cache import build_and_open, cache_folder, fingerprint, using
 from megatron_lcl.data.loading.hashes import mix
 from megatron_lcl.data.loading.rules import INTERLEAVED, Rules, Sequences, rules_for
 from megatron_lcl.data.loading.sequence import (
@@ -92,7 +92,7 @@ class Source:
         build_and_open(cache / f"documents-{fingerprint(inputs)}", self._measure, self._open)
 
     def _open(self, folder: Path) -> None:
-        self.use = Use(folder, "source.json")
+        self.use = using(folder, "source.json")
         self.kinds: list[Kind] = json.loads((folder / "source.json").read_text())["kinds"]
         self.tokens, self.images, self.placements = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "images", "placements")

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from megatron_lcl.data.corpus.corpus_manifest import (
-    FORMAT_VERSION,
     KIND,
     MANIFEST,
+    manifest_of,
     read_manifest,
     shard_files,
     total,
@@ -134,32 +134,14 @@ def assemble(
         if file.source.exists():  # else it was renamed before an interruption, or by another process
             _replace(file.source, file.target)
         files[file.target.name] = file.info
-    tokenizer.save(scratch / f"new-{tokenizer.file_name}")
-    for name, content in (
-        (tokenizer.file_name, (scratch / f"new-{tokenizer.file_name}").read_bytes()),
-        (LOG, drops.log()),
-    ):
+    for name, content in ((tokenizer.file_name, tokenizer.content), (LOG, drops.log())):
         files[name] = write_file(scratch / name, content)
     files |= more or {}
     for name in (tokenizer.file_name, LOG, *(more or {})):
         os.replace(scratch / name, folder / name)
     sync(folder)
     write_manifest(
-        scratch,
-        {
-            "format_version": FORMAT_VERSION,
-            "source": manifest["source"],
-            "tokenizer": {
-                "file": tokenizer.file_name,
-                "fingerprint": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-            },
-            "counts": total(manifest["shards"]),
-            "drops": drops.to_dict(NAMES_KEPT),
-            "shards": manifest["shards"],
-            "files": dict(sorted(files.items())),
-            **{key: value for key, value in manifest.items() if key not in ("source", "shards")},
-        },
+        scratch, manifest_of(tokenizer=tokenizer.entry, drops=drops.to_dict(NAMES_KEPT), files=files, **manifest)
     )
     os.replace(scratch / MANIFEST, folder / MANIFEST)
     sync(folder)

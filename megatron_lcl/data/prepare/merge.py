@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.data.corpus.corpus_manifest import (
-    FORMAT_VERSION,
     KIND,
     MANIFEST,
     check_names,
     has_names,
+    manifest_of,
     names_of,
     read_manifest,
     shard_files,
-    total,
     write_manifest,
 )
 from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
@@ -117,16 +116,14 @@ def _join(sources: list[Path], output: Path) -> None:
         sync(output)
         write_manifest(
             output,
-            {
-                "format_version": FORMAT_VERSION,
-                "source": {"merged": [m["source"] for m in manifests]},
-                "tokenizer": tokenizer,
-                "counts": total(shards),
-                "drops": drops.to_dict(NAMES_KEPT),
-                "shards": shards,
-                "files": dict(sorted(files.items())),
-                "recipe": recipe,
-            },
+            manifest_of(
+                source={"merged": [m["source"] for m in manifests]},
+                tokenizer=tokenizer,
+                drops=drops.to_dict(NAMES_KEPT),
+                shards=shards,
+                files=files,
+                recipe=recipe,
+            ),
         )
     except BaseException:
         for name in made:  # what another process has put there stays

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, has_names, read_manifest
 from megatron_lcl.data.corpus.drops import LOG, Drops
 from megatron_lcl.data.corpus.files import replace_bytes
-from megatron_lcl.data.corpus.scratch import clear_dead, is_used, waiting_for_others
+from megatron_lcl.data.corpus.scratch import waiting_for_others
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare import importers
 from megatron_lcl.data.prepare.bars import Bars
@@ -36,15 +37,7 @@ from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.first import FirstDocuments
 from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
-from megatron_lcl.data.prepare.unfinished import (
-    WORK,
-    claim,
-    clear_errors,
-    clear_up,
-    in_work_folder,
-    is_finished_corpus,
-    remove_work,
-)
+from megatron_lcl.data.prepare.unfinished import WORK, clear_errors, clear_up, is_finished_corpus, work_folder
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.errors import UserError
@@ -211,7 +204,8 @@ def preprocess(
             return choose(importer, tasks, known, hold_out, vocab_size, more_texts, workers, bars)
 
         no_choice = Chosen(given) if given is not None and held_out is None else None
-        with _work_folder(last, last_side, job, chooses=no_choice is None) as scratch:
+        useless = partial(_is_useless, work, job, no_choice is None)
+        with work_folder(last, last_side, _WORK_VERSION, useless) as scratch:
             with waiting_for_others(work / "lock"):
                 chosen = None
                 if not is_finished_corpus(last, last_side, _WORK_VERSION):  # by others, since the first look
@@ -233,7 +227,8 @@ def preprocess(
                     )
 
                 for folder, side in others:
-                    with _work_folder(folder, side, job) as its_scratch:
+                    useless = partial(_is_useless, folder / WORK, job, False)
+                    with work_folder(folder, side, _WORK_VERSION, useless) as its_scratch:
                         write(folder, side, its_scratch)
                 write(last, last_side, scratch)
     except Unusable as error:
@@ -297,37 +292,14 @@ def _texts_in_recipe(texts: Sequence[str]) -> dict[str, str]:
 # --- the work ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _work_folder(
-    folder: Path, recipe: Mapping[str, Any], job: tuple[int, int] | None, chooses: bool = False
-) -> Iterator[Path]:
-    """A scratch folder in the folder of unfinished work, which is claimed for the recipe.
-
-    The work goes once the corpus is finished, and where the last process in it fails and nothing was finished: else a
-    command with other options would be refused. That of a job goes only where it could not choose (chooses: it is to),
-    since others use what is prepared. Where a run fails that is no job and can use nothing, what was finished goes too.
-    What fails because another process has finished and cleared up is no error.
-    """
-    work = folder / WORK
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with clear_errors(folder), in_work_folder(work) as scratch:
-            claim(work, recipe, _WORK_VERSION, scratch)
-            yield scratch
-    except BaseException as error:
-        if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
-            clear_dead(work)
-            has_finished = any(work.glob("part-*")) or (work / CHOSEN).exists()
-            if job is None:
-                useless = not has_finished or isinstance(error, Unusable)
-            else:
-                useless = not has_finished and chooses and isinstance(error, UserError)
-            if useless and not is_used(work):
-                remove_work(folder, created)
-            raise
-    finally:
-        if (folder / MANIFEST).exists():
-            clear_up(folder)
+def _is_useless(work: Path, job: tuple[int, int] | None, chooses: bool, error: BaseException) -> bool:
+    """Whether what a run leaves that failed so is of no use: where nothing was finished, and where a run that is no job
+    can use nothing. That of a job only where it could not choose (chooses: it was to), since others use what is
+    prepared."""
+    has_finished = any(work.glob("part-*")) or (work / CHOSEN).exists()
+    if job is None:
+        return not has_finished or isinstance(error, Unusable)
+    return not has_finished and chooses and isinstance(error, UserError)
 
 
 def _write_corpus(

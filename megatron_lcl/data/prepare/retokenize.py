@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
-from megatron_lcl.data.corpus.corpus_manifest import FORMAT_VERSION, has_names, shard_files, total, write_manifest
+from megatron_lcl.data.corpus.corpus_manifest import has_names, manifest_of, shard_files, write_manifest
 from megatron_lcl.data.corpus.drops import LOG
 from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, write_file
 from megatron_lcl.data.corpus.scratch import whole_folder
@@ -59,23 +59,18 @@ def retokenize(
                     files[name] = source.manifest["files"][name]
             entry = source.manifest["shards"][number]
             shards.append({**entry, "tokens": _num_tokens(written, entry["placements"])})
-        new.save(folder / "new")
-        files[new.file_name] = write_file(folder / new.file_name, (folder / "new").read_bytes())
-        (folder / "new").unlink()
+        files[new.file_name] = write_file(folder / new.file_name, new.content)
         if LOG in source.manifest["files"]:
             link_file(source, LOG, folder / LOG)
             files[LOG] = source.manifest["files"][LOG]
-        named = {"file": new.file_name, "fingerprint": new.fingerprint, "vocab_size": new.vocab_size}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "source": source.manifest["source"],
-            "tokenizer": named,
-            "counts": total(shards),
-            "drops": source.manifest["drops"],
-            "shards": shards,
-            "files": dict(sorted(files.items())),
-            "recipe": {"retokenized": source.manifest["fingerprint"], "tokenizer": new.fingerprint},
-        }
+        manifest = manifest_of(
+            source=source.manifest["source"],
+            tokenizer=new.entry,
+            drops=source.manifest["drops"],
+            shards=shards,
+            files=files,
+            recipe={"retokenized": source.manifest["fingerprint"], "tokenizer": new.fingerprint},
+        )
         write_manifest(folder, manifest)
     return manifest
 

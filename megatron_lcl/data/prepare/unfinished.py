@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,33 @@ def is_finished_corpus(folder: Path, recipe: Mapping[str, Any], version: int, ne
                 f"{folder} holds other files ({others[0]}, {len(others)} in all); give a new or an empty folder"
             )
     return False
+
+
+@contextmanager
+def work_folder(
+    folder: Path, recipe: Mapping[str, Any], version: int, is_useless: Callable[[BaseException], bool]
+) -> Iterator[Path]:
+    """A scratch folder in the folder of unfinished work, which is claimed for the recipe (`claim`).
+
+    The work goes once the corpus is finished, and where the last process in it fails and leaves nothing of use: else a
+    command with other options would be refused. is_useless: says so, given the error. UserError where the disk is full
+    or the folder cannot be written. What fails because another process has finished and cleared up is no error.
+    """
+    work = folder / WORK
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with clear_errors(folder), in_work_folder(work) as scratch:
+            claim(work, recipe, version, scratch)
+            yield scratch
+    except BaseException as error:
+        if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
+            clear_dead(work)
+            if is_useless(error) and not is_used(work):
+                remove_work(folder, created)
+            raise
+    finally:
+        if (folder / MANIFEST).exists():
+            clear_up(folder)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from megatron_lcl.config import Config
 from megatron_lcl.convert.find import find_checkpoint, known_config
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus import tokenizer as tokenizers
+from megatron_lcl.data.corpus.cache_folders import writable_cache
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
-from megatron_lcl.data.corpus.remote import writable_cache
 from megatron_lcl.data.corpus.store import is_corpus, open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder

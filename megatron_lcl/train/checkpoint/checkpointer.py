@@ -32,8 +32,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.config import Checkpoint, Config, load, to_yaml
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.corpus.files import sync
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.parallel.layers import shard
 from megatron_lcl.parallel.mesh import Axis, Mesh

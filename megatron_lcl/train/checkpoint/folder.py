@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_lcl.config import Checkpoint, Config, load
 from megatron_lcl.convert.find import checkpoints_in, export_kind, run_of
 from megatron_lcl.convert.folder import IMPORT, read_record
-from megatron_lcl.data.corpus.manifest import MANIFEST, Unread, verify
+from megatron_lcl.convert.manifest import MANIFEST, Unread, verify
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 
 if TYPE_CHECKING:
-    from megatron_lcl.data.loading.pack_index import Ledger
+    from megatron_lcl.data.loading.ledger import Ledger
 
 STATE = "state"
 RNG = "rng"
@@ -81,7 +81,7 @@ class Progress:
     """packs consumed"""
     ledger: dict[str, Any]
     """what the packs depend on, the corpora's fingerprints among it, and where chunks of packs begin
-    (data.loading.pack_index.Ledger.to_json)"""
+    (data.loading.ledger.Ledger.to_json)"""
     guard: dict[str, Any] = field(default_factory=dict)
     """what was counted of bad steps (train.resilience.bad_steps.BadSteps.state)"""
     averaged: dict[str, int] = field(default_factory=dict)
@@ -141,7 +141,7 @@ def last_progress(run: Path) -> Progress | None:
 def last_ledger(run: Path) -> Ledger | None:
     """What the run's packs depend on, as its newest checkpoint knows it; None where there is none."""
     # its compiler takes a while to import, and `checkpoint list` has no use for it
-    from megatron_lcl.data.loading.pack_index import Ledger
+    from megatron_lcl.data.loading.ledger import Ledger
 
     progress = last_progress(run)
     return Ledger.from_json(progress.ledger) if progress else None
@@ -149,7 +149,7 @@ def last_ledger(run: Path) -> Ledger | None:
 
 def config_and_ledger(path: Path) -> tuple[Config, Ledger | None]:
     """The config of a run and what its packs depend on: of a run folder, one of its checkpoints, or a config file."""
-    from megatron_lcl.data.loading.pack_index import Ledger
+    from megatron_lcl.data.loading.ledger import Ledger
 
     if not path.is_dir():
         config = load(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_lcl.config import load, replace
 from megatron_lcl.convert.find import checkpoints_in, run_of
-from megatron_lcl.data.corpus.manifest import MANIFEST, Unread, read_manifest, verify
+from megatron_lcl.convert.manifest import MANIFEST, Unread, read_manifest, verify
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.folder import delete, read_progress, step_of, superseded

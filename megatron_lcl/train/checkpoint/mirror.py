@@ -19,9 +19,9 @@ from typing import NamedTuple
 import yaml
 
 from megatron_lcl.config import Checkpoint
+from megatron_lcl.convert.manifest import MANIFEST, read_manifest, verify
 from megatron_lcl.convert.remote import pinned
 from megatron_lcl.data.corpus.files import sync
-from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import Store, url_of
 from megatron_lcl.data.storage.upload import put_files

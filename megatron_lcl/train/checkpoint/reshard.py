@@ -17,7 +17,7 @@ import contextlib
 from pathlib import Path
 
 from megatron_lcl.config import Model
-from megatron_lcl.data.corpus.manifest import MANIFEST, manifest_text, verify
+from megatron_lcl.convert.manifest import MANIFEST, manifest_text, verify
 from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder, take_name, waiting_for_others
 from megatron_lcl.train.checkpoint.folder import STATE
 from megatron_lcl.train.checkpoint.state import State, save_hashed

@@ -246,7 +246,7 @@ def test_inspect_finds_a_source(
 def test_a_writer_that_is_given_no_names(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, 0)
     for k in range(2):
-        writer.add_text([k])
+        writer.add_texts([k.to_bytes(4, "little")])
         writer.end_document()
     writer.finish()
     names = Shard(tmp_path, 0).names

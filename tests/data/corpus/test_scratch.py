@@ -19,7 +19,7 @@ from users import as_other, needs_root, shared_folder, succeeds
 
 from megatron_lcl.convert.folder import new_folder, write_record
 from megatron_lcl.data.corpus import scratch
-from megatron_lcl.data.corpus.remote import locked
+from megatron_lcl.data.corpus.cache_folders import locked
 from megatron_lcl.errors import UserError
 
 ANOTHER = f"{'f' * 32}-1"

@@ -170,7 +170,7 @@ def test_byte_for_byte_as_megatron_core_writes(
                     images.end_document()
                 builder.add_item(torch.tensor([seen.index(piece)]), mode=1)
             else:
-                writer.add_text(piece)
+                writer.add_texts([np.array(piece, np.int32).tobytes()])
                 builder.add_item(torch.tensor(piece), mode=0)
         writer.end_document()
         builder.end_document()

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
+
+_COLUMNS = ["url", "key", "status", "reason", "sha256", "size", "width", "height"]
+
+
+def read_rows(folder: Path) -> Iterator[dict[str, object]]:
+    """Every row of the tables of a store, without the images."""
+    for table in sorted(folder.glob("[0-9]*-[0-9]*.parquet")):
+        yield from pq.read_table(table, columns=_COLUMNS).to_pylist()
 
 
 def images_in(folder: Path) -> dict[str, bytes]:

@@ -22,7 +22,7 @@ from processes import Ends
 from tqdm import tqdm
 
 from megatron_lcl.cli import main
-from megatron_lcl.data.engines import Engine
+from megatron_lcl.data.engines import Engine, children
 from megatron_lcl.data.fetch import run
 from megatron_lcl.data.fetch.run import fetch, fetch_in_jobs
 from megatron_lcl.data.fetch.settings import PROXY_LOGIN
@@ -115,6 +115,31 @@ def test_a_worker_says_all_that_went_wrong(tmp_path: Path) -> None:
     plan: Any = BadPlan()
     with pytest.raises(UserError, match=f"^{LONG}$"):
         run._do(tmp_path, plan, [0, 1], QUICK, 2, tqdm(disable=True))
+
+
+class OneDeaf:
+    """Whoever opens the one part does not end when it is told to, and who opens the other fails then."""
+
+    def __init__(self, folder: Path) -> None:
+        self.deaf = folder / "deaf"
+
+    def lock(self, part: int) -> Path:
+        if part == 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self.deaf.write_text(str(os.getpid()))
+            time.sleep(120)
+        while not self.deaf.exists():
+            time.sleep(0.01)
+        raise UserError("no more")
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_ignores_the_signal_to_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "_PATIENCE", 0.2)
+    plan: Any = OneDeaf(tmp_path)
+    with pytest.raises(UserError, match="no more"):
+        run._do(tmp_path, plan, [0, 1], QUICK, 2, tqdm(disable=True))
+    assert not Path(f"/proc/{plan.deaf.read_text()}").exists()
 
 
 @pytest.mark.timeout(60)

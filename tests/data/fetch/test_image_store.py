@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from data.fetch.faulty_server import image
-from data.fetch.stores import images_in
+from data.fetch.stores import images_in, read_rows
 
 from megatron_lcl.data.fetch import store
 from megatron_lcl.data.fetch.settings import STORES, Store
-from megatron_lcl.data.fetch.store import PartStore, Row, read_rows
+from megatron_lcl.data.fetch.store import PartStore, Row
 from megatron_lcl.data.prepare.importers.urls import url_key
 
 

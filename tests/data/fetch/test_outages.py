@@ -12,6 +12,7 @@ from types import TracebackType
 
 import pytest
 from data.fetch.faulty_server import serving
+from data.fetch.stores import read_rows
 from data.fetch.test_fetch import FLAGS
 from data.fetch.test_fetch_schedule import Clock
 
@@ -24,7 +25,7 @@ from megatron_lcl.data.fetch.client import Outcome, Retry
 from megatron_lcl.data.fetch.plan import Plan, make_plan, open_plan
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
 from megatron_lcl.data.fetch.settings import Settings
-from megatron_lcl.data.fetch.store import PartStore, Row, read_rows
+from megatron_lcl.data.fetch.store import PartStore, Row
 from megatron_lcl.errors import UserError
 
 SETTINGS = Settings(shard_urls=1, retries=2, delay=0.0)

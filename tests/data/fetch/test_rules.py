@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from data.fetch.faulty_server import image, requests_of, serving
+from data.fetch.stores import read_rows
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("protego")
@@ -24,7 +25,6 @@ from megatron_lcl.data.fetch import addresses, client
 from megatron_lcl.data.fetch.addresses import is_public
 from megatron_lcl.data.fetch.client import Client, Outcome, Retry, opted_out
 from megatron_lcl.data.fetch.settings import Settings
-from megatron_lcl.data.fetch.store import read_rows
 from megatron_lcl.data.fetch.work import GIVE_UP
 
 Server = tuple[list[str], int]

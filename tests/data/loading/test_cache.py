@@ -25,14 +25,16 @@ from no_locks import without_locks
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
-from megatron_lcl.data.corpus.remote import user_cache
+from megatron_lcl.data.corpus import cache_folders
+from megatron_lcl.data.corpus.cache_folders import user_cache
 from megatron_lcl.data.corpus.store import Shard
 from megatron_lcl.data.loading import cache as cache_module
 from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading import source as source_module
-from megatron_lcl.data.loading.cache import Use, build_and_open, build_once, trim
-from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
+from megatron_lcl.data.loading.cache import build_and_open, build_once, trim, using
+from megatron_lcl.data.loading.ledger import Ledger, open_ledger
+from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.loading.source import Source, open_source
 from megatron_lcl.data.pages.replay import replay_html
@@ -248,7 +250,8 @@ def test_many_processes_seldom_touch_a_folder_that_never_looks_unused(
     """To a machine that sees no locks of others. Each minute of two days, each of twenty processes uses both."""
     now, touches, oldest = [time.time()], Counter[str](), Counter[str]()
     clock = SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0])
-    monkeypatch.setattr(cache_module, "time", clock)
+    for module in (cache_module, cache_folders):
+        monkeypatch.setattr(module, "time", clock)
     utime = os.utime
 
     def touch(path: Path, times: None = None) -> None:
@@ -260,7 +263,7 @@ def test_many_processes_seldom_touch_a_folder_that_never_looks_unused(
     for folder in folders:
         folder.mkdir()
         (folder / "file").touch()
-    uses = [Use(folder, "file") for folder in folders for _ in range(20)]
+    uses = [using(folder, "file") for folder in folders for _ in range(20)]
     for _ in range(2 * 24 * 60):
         now[0] += 60
         for folder in folders:

@@ -26,8 +26,8 @@ from megatron_lcl.data.corpus import store
 from megatron_lcl.data.loading import ledger as ledgers
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading.cache import build_once
-from megatron_lcl.data.loading.ledger import kept_states, tokenizer_of
-from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
+from megatron_lcl.data.loading.ledger import Ledger, kept_states, open_ledger, tokenizer_of
+from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.errors import UserError
 

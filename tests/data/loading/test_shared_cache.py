@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from users import as_other, mode_of, needs_root, shared_folder, succeeds, umask
 
-from megatron_lcl.data.loading.cache import RECORD, Use, build_and_open, build_once, trim
+from megatron_lcl.data.loading.cache import RECORD, build_and_open, build_once, trim, using
 from megatron_lcl.errors import UserError
 
 
@@ -97,7 +97,7 @@ def test_what_another_may_not_do_is_one_line() -> None:
         with pytest.raises(
             UserError, match=r"packs-x was built by another user, .*; have that user.*, or set data\.cache to another"
         ):
-            build_and_open(cache / "packs-x", build_never, lambda folder: Use(folder, RECORD))
+            build_and_open(cache / "packs-x", build_never, lambda folder: using(folder, RECORD))
 
     def builds() -> None:
         with pytest.raises(

@@ -10,8 +10,9 @@ from corpora import MakeCorpus, jpeg, random_documents
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
+from megatron_lcl.data.loading.ledger import open_ledger
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.pack_index import PackIndex, open_ledger
+from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
 from megatron_lcl.data.loading.summary import PACKS, Summary, summarize_config
 from megatron_lcl.objectives import objective_class

@@ -28,7 +28,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.engines import Engine
-from megatron_lcl.data.prepare import importers, jobs, preprocess_task
+from megatron_lcl.data.prepare import importers, jobs, preprocess_task, unfinished
 from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
@@ -256,7 +256,7 @@ def test_interrupted_after_every_step_of_finishing(
         assert len([p for p in output.iterdir() if p.suffix != ".tmp" and p.name != WORK]) == step
     reached = 0
     with monkeypatch.context() as patched:
-        patched.setattr(preprocess_module, "clear_up", interrupt)  # the manifest is there, the parts' records as well
+        patched.setattr(unfinished, "clear_up", interrupt)  # the manifest is there, the parts' records as well
         with pytest.raises(KeyboardInterrupt):
             preprocess("jsonl", two, output, tokenizer=TOKENIZER, **SMALL)
     assert (output / WORK).exists()

@@ -295,12 +295,10 @@ def test_of_two_commands_at_once_one_has_the_folder(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     """Both found it empty; the other was sooner to say that it is its own."""
-    from megatron_lcl.data.prepare import preprocess as module
-
-    output, original = tmp_path / "out", module.claim
+    output, original = tmp_path / "out", unfinished.claim
 
     def overtaken(*arguments: object) -> None:
-        monkeypatch.setattr(module, "claim", original)
+        monkeypatch.setattr(unfinished, "claim", original)
         preprocess("jsonl", source, output, job=(0, 2), **{**SMALL, "shard_documents": 100})  # type: ignore[arg-type]
         original(*arguments)  # type: ignore[arg-type]
 
@@ -309,7 +307,7 @@ def test_of_two_commands_at_once_one_has_the_folder(
 
     if not links:
         monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(module, "claim", overtaken)
+    monkeypatch.setattr(unfinished, "claim", overtaken)
     with pytest.raises(ValueError, match="unfinished corpus of other input, options or version"):
         preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
     assert any((output / WORK).glob("part-*"))
@@ -337,7 +335,7 @@ def test_of_work_that_was_not_wholly_removed_nothing_is_taken(
             remove_work(folder, created)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess_module, "remove_work", interrupted)
+        patch.setattr(unfinished, "remove_work", interrupted)
         with pytest.raises(KeyboardInterrupt):
             preprocess("jsonl", source, output, max_bad_fraction=0.001, **{**SMALL, "tokenizer": TOKENIZER})  # type: ignore[arg-type]
     assert any(output.glob(f"{WORK}/part-*/part.json"))

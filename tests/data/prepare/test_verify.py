@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from megatron_lcl.data.prepare.verify import verify
 
 
 def image(writer: ShardWriter, data: bytes = picture(0), width: int = 40, height: int = 30, **match: float) -> None:
-    writer.add_text([1, 2])
+    writer.add_texts([array("i", [1, 2]).tobytes()])
     writer.add_image(data, width, height, "PNG", match.get("similarity"), match.get("matched"))  # type: ignore[arg-type]
     writer.end_document()
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from s3_fixtures import readable_by_all, upload
 from s3_server import Proxy
 
 from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data.corpus import cache_folders, scratch
 from megatron_lcl.data.corpus import remote as module
-from megatron_lcl.data.corpus import scratch
-from megatron_lcl.data.corpus.remote import Remote, make_room, open_remote
+from megatron_lcl.data.corpus.cache_folders import make_room
+from megatron_lcl.data.corpus.remote import Remote, open_remote
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
@@ -250,7 +252,8 @@ def test_machines_that_no_lock_keeps_apart_copy_at_once(
                 others[0].prepare(manifest)
 
     monkeypatch.setattr(Store, "fetch", fetched)
-    monkeypatch.setattr(module, "lock_descriptor", lambda *_, **__: True)
+    for each in (module, cache_folders):
+        monkeypatch.setattr(each, "lock_descriptor", lambda *_, **__: True)
     first = Remote(place, tmp_path, "corpus.json")
     first.prepare(manifest)
     assert others[0].folder == first.folder
@@ -282,10 +285,10 @@ def test_what_is_read_from_is_not_deleted_for_room(
     with open(tmp_path / "corpora-used" / "corpus.json", "rb") as used:
         fcntl.flock(used, fcntl.LOCK_SH)
         monkeypatch.setattr(fcntl, "flock", flock)
-        make_room(tmp_path / "corpora-new", -1)
+        make_room(tmp_path / "corpora-new", -1, "corpora-")
         assert (tmp_path / "corpora-used" / "corpus.json").exists()
         assert (tmp_path / "corpora-unused").exists() == (flock is without_locks), "which cannot be known"
-    make_room(tmp_path / "corpora-new", -1)
+    make_room(tmp_path / "corpora-new", -1, "corpora-")
     assert (tmp_path / "corpora-used").exists() == (flock is without_locks)
 
 
@@ -300,7 +303,8 @@ def test_a_corpus_that_is_read_for_days_stays_a_used_one(
     os.utime(folder, (1, 1))
     shard.pieces(0, shard.num_pieces)
     assert folder.stat().st_mtime == 1, "not at every read"
-    monkeypatch.setattr(module, "RENEW_SECONDS", 0.0)
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + 4000)
+    monkeypatch.setattr(cache_folders, "time", clock)
     shard.pieces(0, shard.num_pieces)
     assert folder.stat().st_mtime > 1
     assert ranges(s3) == []

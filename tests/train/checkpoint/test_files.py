@@ -21,9 +21,9 @@ from small_runs import JOBS, Job, build_config
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
 from megatron_lcl.config import Checkpoint, Config, Guard, to_yaml
-from megatron_lcl.data.corpus import manifest
+from megatron_lcl.convert import manifest
+from megatron_lcl.convert.manifest import fingerprint, manifest_text, verify
 from megatron_lcl.data.corpus.files import hash_file
-from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text, verify
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
 from megatron_lcl.train.checkpoint.state import KEYS, State

@@ -18,7 +18,7 @@ import torch
 from processes import run_processes
 from small_runs import FIRST, JOBS, Job, build_config
 
-from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text
+from megatron_lcl.convert.manifest import fingerprint, manifest_text
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard, unpickle
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
 from megatron_lcl.run_folder import CONFIG
 
 

@@ -17,7 +17,7 @@ from s3_server import Proxy
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Checkpoint, Config
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest, verify
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text, read_manifest, verify
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, METRICS

@@ -13,7 +13,7 @@ from fake_checkpoints import saved, with_config
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.data.corpus.manifest import verify
+from megatron_lcl.convert.manifest import verify
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError

@@ -15,7 +15,7 @@ from small_corpus import make_corpus
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.objectives.base import StepInputs, Term
 from megatron_lcl.objectives.built_in import Clip

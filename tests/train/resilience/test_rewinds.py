@@ -15,7 +15,7 @@ from bad_packs import poison_and_stop, saved_steps
 from fleet import losses, train
 
 from megatron_lcl.config import Checkpoint, Guard
-from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.loading.ledger import PLANNED, Ledger
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CHECKPOINTS, PROGRESS
