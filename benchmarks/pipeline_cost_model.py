@@ -13,7 +13,10 @@ exit code 1 where one does not hold:
 In CPU time of one thread, which a busy machine changes little. The steps are real ones, on processes of their own.
 Also shown: what the slowest stage takes where every stage has equally many layers.
 
-    python benchmarks/pipeline_cost_model.py [--rounds 20]
+With --cuda on GPUs, one a stage (four are needed), in the dtype of a run there; in seconds, as a GPU has no such time,
+and the device is waited for before and after each instruction. This has not been run yet.
+
+    python benchmarks/pipeline_cost_model.py [--rounds 20] [--cuda]
 """
 
 from __future__ import annotations
@@ -36,9 +39,13 @@ from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.parallel.mesh import local_device
 from megatron_lcl.train.launch import hold_port
+from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
 MICRO_BATCHES, WARM_UPS = 3, 2
+STAGES = 4
+"""at most"""
 CLAIM = 0.10
 """of what a stage takes"""
 ENCODER = {"heads": 4, "mlp_width": 1024, "width": 256}
@@ -93,11 +100,16 @@ def make_pack(name: str, config: Config, seed: int) -> PackedBatch:
     return pack_padded(ids, lengths, images, config.model)
 
 
+def synchronized() -> float:
+    """Seconds, once this process's GPU has nothing more to do."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port: int, results: Any) -> None:
     """One process of a pipeline: partitioned by the cost model or evenly, timed."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(config.parallel.pipeline)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     from deepspeed.runtime.pipe import schedule
 
@@ -113,11 +125,16 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
         stage_sums,
     )
 
-    # until this process ends
-    patch.object(partition_module, "time", SimpleNamespace(perf_counter=time.process_time)).start()
-    mesh, packs = init_processes(config), [make_pack(name, config, m) for m in range(MICRO_BATCHES)]
+    clock = synchronized
+    if not torch.cuda.is_available():
+        clock = time.process_time
+        # until this process ends
+        patch.object(partition_module, "time", SimpleNamespace(perf_counter=clock)).start()
+    mesh = init_processes(config)
+    device = local_device()
+    packs = [make_pack(name, config, m).to(device) for m in range(MICRO_BATCHES)]
     specs = specs_of(config, mesh.tensor)
-    samples = LayerSamples(specs, packs[0], config, mesh.tensor, torch.device("cpu"), torch.float32)
+    samples = LayerSamples(specs, packs[0], config, mesh.tensor, device, DTYPES[resolve_dtype(config)])
     costs, _ = measure_costs(samples, config, mesh)
     sizes = [float(math.prod(hidden_shape(i, packs[0], config.model, mesh.tensor))) for i in range(len(specs))]
     num_stages = mesh.pipeline.size
@@ -128,9 +145,9 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
 
     def timed(function: Any) -> Any:
         def run(self: Any, buffer_id: int) -> None:
-            started = time.process_time()
+            started = clock()
             function(self, buffer_id)
-            spent.append(time.process_time() - started)
+            spent.append(clock() - started)
 
         return run
 
@@ -158,7 +175,7 @@ def run(name: str, num_stages: int, even: bool, strategy: str, rounds: int) -> t
     """Prints a row for each stage; the worst error, and what the slowest stage took."""
     held = hold_port()
     port = held.getsockname()[1]
-    context, config = mp.get_context("spawn"), config_of(name, num_stages, strategy=strategy, dtype="float32")
+    context, config = mp.get_context("spawn"), config_of(name, num_stages, strategy=strategy)
     results: Any = context.Queue()
     workers = [
         context.Process(target=work, args=(rank, name, config, even, rounds, port, results))
@@ -185,14 +202,20 @@ def run(name: str, num_stages: int, even: bool, strategy: str, rounds: int) -> t
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="of a step and a measurement of each kind of layer")
-    rounds, worst = parser.parse_args().rounds, 0.0
+    parser.add_argument("--cuda", action="store_true", help="on GPUs, one a stage")
+    options = parser.parse_args()
+    if not options.cuda:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    elif torch.cuda.device_count() < STAGES:
+        parser.error(f"--cuda needs {STAGES} GPUs, and there are {torch.cuda.device_count()}: leave it out for CPUs")
+    rounds, worst = options.rounds, 0.0
     for name in MODELS:
         print(f"\n{name}\n{'':49}  predicted     measured     error   of share")
         two, _ = run(name, 2, False, "recompute", rounds)
-        four, chosen = run(name, 4, False, "retain", rounds)
-        evenly, even = run(name, 4, True, "retain", rounds)
+        four, chosen = run(name, STAGES, False, "retain", rounds)
+        evenly, even = run(name, STAGES, True, "retain", rounds)
         worst = max(worst, two, four, evenly)
-        print(f"slowest of 4 stages, chosen / even: {chosen / even:.2f}")
+        print(f"slowest of {STAGES} stages, chosen / even: {chosen / even:.2f}")
     print(f"\nlargest error {100 * worst:.1f} %")
     return int(worst >= CLAIM)
 

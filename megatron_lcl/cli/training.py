@@ -106,10 +106,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add(
         "selftest",
         _selftest,
-        "train a tiny model in the layouts that the processes at hand allow, and compare with one process",
+        "train a tiny model in 15 layouts (--all: 39), as far as there are processes, and compare with one process",
     )
     sub.add_argument("--timeout", type=float, default=120.0, help="seconds for one layout (%(default)s)")
-    sub.add_argument("--all", action="store_true", help="every combination of layout and option, in minutes")
+    sub.add_argument("--all", action="store_true", help="39 layouts, with more of the options in each, in minutes")
     sub.add_argument(
         "--all-reduce",
         action="store_true",

@@ -38,8 +38,8 @@ from megatron_lcl.train.optimizers.tensorwise import Tensorwise
 from megatron_lcl.train.parts import freeze, frozen_parameters
 from megatron_lcl.train.pipeline.partition import partition_uniform
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
-from megatron_lcl.train.settings import deepspeed_config
-from megatron_lcl.train.skipping import skip_on_device, skips_on_device
+from megatron_lcl.train.settings import deepspeed_config, offloaded
+from megatron_lcl.train.skipping import forget_skipped_gradients, skip_on_device, skips_on_device
 from megatron_lcl.train.step import Stepper
 from megatron_lcl.train.uncompiled import import_muon_of_deepspeed
 
@@ -204,6 +204,8 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
         optimizer.attach(partitions_of(engine.optimizer, mesh), mesh)
     if skips_on_device(config):
         skip_on_device(engine.optimizer)
+    if "optimizer" in offloaded(config) and config.zero.stage < 3:
+        forget_skipped_gradients(engine.optimizer)
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):  # at the smallest scale too an overflow is one more bad step
         scaler.raise_error_at_min_scale = False

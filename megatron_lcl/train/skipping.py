@@ -75,6 +75,22 @@ def skip_on_device(optimizer: Any) -> None:
     optimizer.check_overflow = _no_check  # the norm is not finite either where a gradient is not
 
 
+def forget_skipped_gradients(optimizer: Any) -> None:
+    """Let the sum of a step that DeepSpeed skips not go into the next one's.
+
+    optimizer: that of ZeRO-1 or 2. Where it is on the CPU and gradients are summed in float32 but not computed in it,
+    DeepSpeed 0.19.8 keeps the sum after such a step and adds to it: all later steps would be skipped as well.
+    """
+    plain = optimizer.step
+
+    def step(closure: Any = None) -> None:
+        plain(closure)
+        if optimizer.overflow:
+            optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+
+    optimizer.step = step
+
+
 def _no_check(*_: Any, **__: Any) -> None:
     """In place of ZeRO-1's and 2's search for numbers that are not finite, which they make beside the norm."""
 

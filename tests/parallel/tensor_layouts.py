@@ -36,6 +36,8 @@ class Case:
     dtype: str = "float32"
     checkpointing: str = "none"
     objective: str = "lcl"
+    offloaded: bool = False
+    """the optimizer runs on the CPU by DeepSpeed's own kernel"""
 
     @property
     def processes(self) -> int:
@@ -59,6 +61,8 @@ class Case:
             # no parameter so small that ZeRO-3 leaves it whole
             "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         }
+        if self.offloaded:
+            tree["deepspeed"]["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}  # type: ignore[index]
         if self.climbs:
             tree["contrast"]["initial_log_scale"] = BELOW_BOUND  # type: ignore[index]
         return configs.replace(configs.from_dict(tree), model=configs.to_dict(configs.Config(model=model))["model"])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 TWO = (
     Case(2),
     Case(2, strategy="recompute", clip_norm=0.5),
-    Case(2, zero=2, clip_norm=0.5, checkpointing="full"),
+    Case(2, zero=2, clip_norm=0.5, checkpointing="full", offloaded=True),
     Case(2, zero=2, strategy="recompute", checkpointing="attention", climbs=True),
     Case(2, objective="generation"),
     Case(1, (((0,), ()), ((1,), (2,))), zero=3, strategy="recompute", checkpointing="full", climbs=True),

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ZeRO-2, Muon, heads of 88": {"data": 4, "zero": 2, "optimizer": "muon", "head_width": 88},
     "ZeRO-1, CoCa": {"data": 4, "objective": "coca"},
     "ZeRO-1, SigLIP": {"data": 4, "objective": "siglip"},
-    "pipeline, first stage": {"data": 2, "pipeline": 2},
+    "pipeline, first stage": {"tensor": 2, "pipeline": 2},
     "ZeRO-3, recompute": {"data": 4, "zero": 3, "strategy": "recompute"},
 }
 LAST_STAGE = {"pipeline, last stage": LAYOUTS["pipeline, first stage"]}

@@ -9,21 +9,18 @@ group of their own: gloo, in host memory, apart from the training's collectives,
 from __future__ import annotations
 
 import contextlib
-import functools
 import glob
 import io
 import json
 import logging
 import random
 import shutil
-import subprocess
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +38,7 @@ from megatron_lcl.run_folder import AVERAGES, CONFIG, METRICS, PROGRESS, WEIGHTS
 from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
+from megatron_lcl.train.checkpoint.code_versions import code_versions
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight, rescale_moments
 from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
@@ -105,6 +103,8 @@ class Checkpointer:
         self._awaited = False
         self._fault: BaseException | None = None
         self._finished: deque[Saved] = deque()
+        # when the run starts: files that change later are not what it runs
+        self._code = code_versions() if mesh.is_first else {}
         self._reached = 0
         """the last step that was loaded or saved"""
 
@@ -121,7 +121,7 @@ class Checkpointer:
         started = time.perf_counter() if since is None else since
         self.wait()
         self._reached = max(self._reached, progress.step)
-        progress = replace(progress, layout=self.layout, code=code_versions() if self.mesh.is_first else {})
+        progress = replace(progress, layout=self.layout, code=self._code)
         final = checkpoint.step_folder(self.run, progress.step)
         temporary = final.with_name(f".{final.name}.tmp")
         client_state: dict[str, Any] = {PARTITION_DIMS: partition_dims(self.engine.module)}
@@ -289,7 +289,7 @@ class Checkpointer:
         before = checkpoint.read_progress(folder)
         self._reached = max(self._reached, before.step)
         said = []
-        if self.mesh.is_first and before.code != code_versions():
+        if self.mesh.is_first and before.code != self._code:
             said.append(f"{folder} was written by " + ", ".join(f"{k} {v}" for k, v in before.code.items()))
         same = before.layout == self.layout
         if not same and self._convert(folder):
@@ -465,24 +465,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-@functools.cache
-def code_versions() -> dict[str, str]:
-    """Versions of what computes: this package (and its git commit, in a checkout), PyTorch, DeepSpeed."""
-    import deepspeed
-
-    versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
-    with contextlib.suppress(PackageNotFoundError):  # run from a checkout that is not installed
-        versions["megatron_lcl"] = version("megatron-lcl")
-    checkout = Path(__file__).parents[3]
-    if (checkout / ".git").exists():
-        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            versions["commit"] = subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=20
-            ).stdout.strip()
-    return versions
 
 
 def explain(error: BaseException, place: Path | None = None) -> str:

@@ -26,6 +26,7 @@ from megatron_lcl.convert.manifest import fingerprint, manifest_text, verify
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
+from megatron_lcl.train.checkpoint.code_versions import PACKAGE, source_hash
 from megatron_lcl.train.checkpoint.state import KEYS, State
 from megatron_lcl.train.resilience.bad_steps import BadSteps
 
@@ -60,6 +61,23 @@ def test_what_older_versions_wrote_is_read(tmp_path: Path) -> None:
     assert (bad.consecutive, bad.began, bad.rewinds) == (2, (1, 6), 1)
 
 
+def test_code_that_differs_has_another_hash(tmp_path: Path) -> None:
+    """Also where version and commit are the same."""
+
+    def hash_of(**files: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        (folder / "train").mkdir(parents=True)
+        for name, text in files.items():
+            (folder / "train" / f"{name}.py").write_text(text)
+        (folder / "train" / f"{folder.name}.pyc").touch()
+        return source_hash(folder)
+
+    written = hash_of(a="x = 1", b="y")
+    assert written == hash_of(b="y", a="x = 1")
+    others = [hash_of(a="x = 2", b="y"), hash_of(a="x = 1", c="y"), hash_of(a="x = 1y", b=""), hash_of(a="x = 1")]
+    assert len({written, *others}) == 5
+
+
 @pytest.mark.slow
 def test_contents(runs: Path) -> None:
     folder = checkpoint.step_folder(runs / "whole", 3)
@@ -67,6 +85,7 @@ def test_contents(runs: Path) -> None:
     assert (progress.step, progress.packs) == (3, 18)
     assert str(progress.layout) == "2 data, ZeRO-1, float32"
     assert progress.code["torch"] == torch.__version__
+    assert progress.code["source"] == source_hash(PACKAGE)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names >= {"model.safetensors", "config.yaml", "progress.json", "manifest.json", "rng/rank-00001.pt"}
     assert names - {"manifest.json"} == json.loads((folder / "manifest.json").read_text())["files"].keys()

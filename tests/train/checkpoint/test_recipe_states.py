@@ -149,11 +149,13 @@ def in_model(engine: Any, mesh: Any) -> dict[str, np.ndarray]:
         return {name: value for part in mesh.pipeline.gather_objects(arrays(own)) for name, value in part.items()}
 
 
+HALF = (("optimizer__muon__dtype", "bfloat16"),)
+"""as it is by default: what is summed in another order is rounded otherwise in Muon's iteration"""
 SOURCES = {
     "zero1": Run("zero1"),
     "zero3": Run("zero3", 3, zero_options={"sub_group_size": 2000}),
     "tensor": Run("tensor", 2, tensor=2),
-    "pipeline": Run("pipeline", pipeline=2),
+    "pipeline": Run("pipeline", pipeline=2, other=HALF),
     "bfloat16": Run("bfloat16", dtype="bfloat16"),
     "thawed": Run("thawed", freeze=()),
 }
@@ -191,7 +193,7 @@ OTHERS = [
     Run("a", 3, source="zero1"),
     Run("b", tensor=2, source="zero3"),
     Run("c", pipeline=2, source="tensor"),
-    Run("d", 2, source="pipeline"),
+    Run("d", 2, source="pipeline", other=HALF),
     Run("thaw", source="zero1", freeze=()),
     Run("freeze", 3, source="thawed"),
 ]
@@ -239,10 +241,13 @@ def test_at_the_same_layout_to_the_last_bit(name: str, runs: Any) -> None:
 def test_at_another_layout(job: Run, runs: Any) -> None:
     """Losses, weights and averages as of the run that was not interrupted."""
     ours, theirs = runs[1][job.name], runs[1][job.source]
-    torch.testing.assert_close(torch.tensor(ours["rows"]), torch.tensor(theirs["rows"]), rtol=1e-4, atol=0)
-    near(ours["weights"][-1], theirs["weights"][-1])
+    bound = 2e-4 if job.other == HALF else 1e-5
+    for (loss, norm), (of_loss, of_norm) in zip(ours["rows"], theirs["rows"], strict=True):
+        assert loss == pytest.approx(of_loss, rel=1e-5)
+        assert norm == pytest.approx(of_norm, rel=bound)
+    near(ours["weights"][-1], theirs["weights"][-1], bound)
     for kind, average in theirs["averages"].items():
-        near(ours["averages"][kind], average)
+        near(ours["averages"][kind], average, bound)
 
 
 @pytest.mark.slow
@@ -359,9 +364,9 @@ def test_an_average_that_is_not_there_is_named(runs: Any) -> None:
         find_average(folder, "ema_0.9")  # the tail has not begun
 
 
-def near(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def near(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray], bound: float = 1e-4) -> None:
     """Key biases left out: their gradients are rounding, which Adam makes large."""
     assert ours.keys() == expected.keys()
     for key in (key for key in ours if not key.endswith("k.bias")):
         error = np.linalg.norm(ours[key] - expected[key]) / max(np.linalg.norm(expected[key]), 1e-2)
-        assert error < 1e-4, (key, error)
+        assert error < bound, (key, error)

@@ -74,7 +74,7 @@ def averaged_twice(engine: Any, mesh: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def overflow_in_the_first_stage(engine: Any, mesh: Any) -> Iterator[None]:
-    """In the second step a gradient of the first stage is infinite."""
+    """In the second step a gradient of the first stage is infinite, on its first tensor rank."""
     backwards = itertools.count()
     parameter = next(engine.module.parameters())
 
@@ -82,7 +82,7 @@ def overflow_in_the_first_stage(engine: Any, mesh: Any) -> Iterator[None]:
         is_second_step = engine.micro_batches <= next(backwards) < 2 * engine.micro_batches
         return torch.full_like(gradient, torch.inf) if is_second_step else gradient
 
-    handle = parameter.register_hook(spoil) if mesh.pipeline.rank == 0 else None
+    handle = parameter.register_hook(spoil) if mesh.pipeline.rank == mesh.tensor.rank == 0 else None
     try:
         yield
     finally:

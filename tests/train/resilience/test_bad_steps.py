@@ -30,8 +30,8 @@ from megatron_lcl.train.step import nan_if_rejected
 FAULTS = ["loss", "gradient", "contrast", "spike"]
 
 
-Layout = tuple[int, str, str, float]
-"""ZeRO stage, dtype, optimizer, norm to which gradients are clipped"""
+Layout = tuple[int, str, str, float, bool]
+"""ZeRO stage, dtype, optimizer, norm to which gradients are clipped, whether the optimizer is on the CPU"""
 
 
 def skip_steps(rank: int, layouts: list[Layout]) -> dict[Layout, dict[str, Any]]:
@@ -43,14 +43,18 @@ def skip_steps(rank: int, layouts: list[Layout]) -> dict[Layout, dict[str, Any]]
     return outcomes
 
 
-def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float) -> dict[str, Any]:
+def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float, on_cpu: bool) -> dict[str, Any]:
     """Three good steps, with bad ones of every kind before them, and the same without: all state of both, by bits.
 
     The faults come from the second process alone; the spike is one because of the limit. Without faults DeepSpeed asks
-    on the host whether a gradient is not finite, as it comes.
+    on the host whether a gradient is not finite, as it comes, as it always does where the optimizer is on the CPU or is
+    apex's.
     """
+    import sys
+    from types import ModuleType
     from unittest.mock import patch
 
+    import apex_stand_in
     from small_model import batches_of, build_config
 
     from megatron_lcl.train.averages import Averages
@@ -60,10 +64,14 @@ def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float) 
     config = build_config(zero, dtype)
     config = configs.replace(config, optimizer__name=optimizer, optimizer__clip_norm=clip_norm)
     config = configs.replace(config, train__steps=3, average__ema=(0.9,), average__tail=(0.5,))
+    if on_cpu:
+        config = configs.replace(config, deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    apex = {"apex": ModuleType("apex"), "apex.optimizers": apex_stand_in}
     mesh = init_processes(config)
     outcomes: dict[str, Any] = {}
     for faults in ([], FAULTS):
         with contextlib.ExitStack() as stack:
+            stack.enter_context(patch.dict(sys.modules, apex))
             if not faults:
                 stack.enter_context(patch("megatron_lcl.train.engine.skips_on_device", lambda _: False))
             engine = build_engine(build_module(config, mesh), config, mesh)
@@ -126,8 +134,11 @@ def state_of(engine: Any) -> list[torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_bad_step_changes_nothing() -> None:
-    layouts: list[Layout] = [(zero, dtype, "adamw", 0.5) for zero in (1, 2, 3) for dtype in ("float32", "bfloat16")]
-    layouts += [(1, "bfloat16", "muon", 1e6), (2, "float32", "stable_adamw", 1e6)]
+    dtypes = ("float32", "bfloat16")
+    layouts: list[Layout] = [(zero, dtype, "adamw", 0.5, False) for zero in (1, 2, 3) for dtype in dtypes]
+    layouts += [(1, "bfloat16", "muon", 1e6, False), (2, "float32", "stable_adamw", 1e6, False)]
+    layouts += [(zero, "bfloat16", "adamw", 0.5, True) for zero in (1, 3)]
+    layouts += [(1, "float32", "apex_fused_adam", 0.5, False)]
     for outcomes in run_processes(skip_steps, 2, layouts):
         for layout, outcome in outcomes.items():
             assert outcome["same"], layout

@@ -1,0 +1,44 @@
+"""What code wrote a checkpoint: versions, the git commit, and a hash of the source."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import xxhash
+
+PACKAGE = Path(__file__).parents[2]
+
+
+@functools.cache
+def code_versions() -> dict[str, str]:
+    """Versions of what computes: this package (its source, and in a checkout the git commit), PyTorch, DeepSpeed."""
+    import deepspeed
+
+    versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "source": source_hash(PACKAGE)}
+    with contextlib.suppress(PackageNotFoundError):  # run from a checkout that is not installed
+        versions["megatron_lcl"] = version("megatron-lcl")
+    checkout = PACKAGE.parent
+    if (checkout / ".git").exists():
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            versions["commit"] = subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=20
+            ).stdout.strip()
+    return versions
+
+
+def source_hash(package: Path) -> str:
+    """XXH3 (128 bits, hexadecimal) over names and contents of the Python files in a package: the version stays the same
+    from commit to commit, and all changes that are not committed have the same name. OSError where a file cannot be
+    read."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
