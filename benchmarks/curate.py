@@ -3,18 +3,23 @@ Curator.
 
     python benchmarks/curate.py [--documents 1000 10000] [--text-documents 1000 10000] [--datatrove PYTHON]
                                 [--nemo-curator PYTHON] [--repeats 3]
+    python benchmarks/curate.py --language all four [MODEL …]
 
 A document has six paragraphs of about 55 words, every tenth of which some rule removes; with images each has three
-JPEGs of 224 pixels, one in twenty of them in more than ten places. Megabytes are those of token ids and images. CPU
-time is that of one process without its imports, which are printed as `start`; the peak of memory is with them, without
-the pages of the corpus that it maps. The claims: documents a second do not fall with their number, memory does not
-grow with it (`claims.flat`); else the exit code is 1.
+JPEGs of 224 pixels, one in twenty of them in more than ten places. The rule of language, `document.min_language`, is
+off. Megabytes are those of token ids and images. CPU time is that of one process without its imports, which are printed
+as `start`; the peak of memory is with them, without the pages of the corpus that it maps. The claims: documents a
+second do not fall with their number, memory does not grow with it (`claims.flat`); else the exit code is 1.
 
 datatrove reads JSON lines of the same texts, applies its rules of the same kind (repetition of characters, words and
 n-grams, number of words, special characters, stop words: Gopher's) to whole documents, and writes JSON lines; it is
 given no images, and does not split documents into paragraphs. NeMo Curator has the same rules of Gopher's on the same
 files; its stage is called in one process, 1,000 documents at a time, without Ray. PYTHON: of an environment that has
 `datatrove[io]` and `spacy`, which splits its words, or `nemo-curator[text_cpu]`.
+
+--language, instead: CPU time of the rule of language alone, for a document of 1,000 characters (pieces of this
+project's documentation): by lingua among all its languages or among four, or by a fastText model, a file such as
+lid.176.bin.
 """
 
 from __future__ import annotations
@@ -37,7 +42,12 @@ import numpy as np
 from claims import exit_unless, flat
 from PIL import Image as Pillow
 
+from megatron_lcl.curate.languages import language_score
+from megatron_lcl.curate.settings import Language
+
+ROOT = Path(__file__).parents[1]
 WORDS_A_PARAGRAPH, PARAGRAPHS, IMAGES = (30, 80), 6, 3
+LANGUAGE_DOCUMENTS = 200
 STOP = "the of and to in is that it was for on are as with his they at be this from have or by one had not".split()  # noqa: SIM905
 OURS = """
 import sys
@@ -180,6 +190,31 @@ def rates(
     return num / seconds, peak
 
 
+def pieces(characters: int) -> list[str]:
+    """Of the documentation, each so long."""
+    text = "\n".join(file.read_text() for file in sorted((ROOT / "docs").glob("*.md")))
+    return [text[start : start + characters] for start in range(0, len(text) - characters, characters)]
+
+
+def language(named: str, repeats: int) -> None:
+    """Print the time of the rule: `all`, `four`, or the file of a fastText model."""
+    among = ("de", "fr", "es") if named == "four" else ()
+    settings = Language(model=None if named in ("all", "four") else named, among=among)
+    score, documents = language_score(settings), pieces(settings.characters)[:LANGUAGE_DOCUMENTS]
+    english = sum(score(document) >= 0.8 for document in documents)  # it also loads what it needs
+    runs = []
+    for _ in range(repeats):
+        began = time.process_time()
+        for document in documents:
+            score(document)
+        runs.append((time.process_time() - began) / len(documents))
+    seconds = statistics.median(runs)
+    print(
+        f"{named:<24}{1e3 * seconds:>8.3f} ms{1 / seconds:>10,.0f} documents/s   "
+        f"{english} of {len(documents)} are English", flush=True,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="*", default=[1000, 10_000], help="with images")
@@ -187,7 +222,12 @@ def main() -> None:
     parser.add_argument("--datatrove", metavar="PYTHON")
     parser.add_argument("--nemo-curator", metavar="PYTHON")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--language", nargs="+", metavar="all | four | MODEL", help="the rule of language alone")
     options = parser.parse_args()
+    if options.language:
+        for named in options.language:
+            language(named, options.repeats)
+        return
     claims: dict[str, bool] = {}
     print("documents                        documents a second of CPU, MB, peak of memory")
     for images, sizes in ((True, options.documents), (False, options.text_documents)):

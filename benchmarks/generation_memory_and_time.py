@@ -7,28 +7,38 @@ turns, as does torch's own linear cross-entropy (if this torch has it).
 On CUDA, instead: float32 and bfloat16, beside these and liger-kernel's fused linear cross-entropy (if installed).
 
     python benchmarks/generation_memory_and_time.py [--pairs 3]
+    python benchmarks/generation_memory_and_time.py --chunks [22 23 …] [--width 512] [--pairs 3]
+
+--chunks, on a CPU, instead: ours alone, one thread, by how many logits exist at once, as powers of two (default 22 to
+28). Claim: CHUNK_LOGITS takes at most 1.05 times the CPU time of each of the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
+import statistics
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from claims import exit_unless
 from generation_peers import peers
 from loss_measure import Measured, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
 
+from megatron_lcl.losses import generation
 from megatron_lcl.losses.generation import generation_loss
 
 ROWS, VOCABULARY, WIDTH = 8192, 49411, 768
 
 
-def problem(rows: int, vocabulary: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+def problem(
+    rows: int, vocabulary: int, dtype: torch.dtype, device: str, width: int = WIDTH
+) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
-    hidden = torch.randn(rows, WIDTH, device=device).to(dtype).requires_grad_()
-    weight = (0.02 * torch.randn(vocabulary, WIDTH, device=device)).to(dtype).requires_grad_()
+    hidden = torch.randn(rows, width, device=device).to(dtype).requires_grad_()
+    weight = (0.02 * torch.randn(vocabulary, width, device=device)).to(dtype).requires_grad_()
     return hidden, weight, torch.randint(0, vocabulary, (rows,), device=device)
 
 
@@ -39,10 +49,14 @@ def step(loss_of: Callable, hidden: torch.Tensor, weight: torch.Tensor, targets:
     return loss.detach()
 
 
-def once(which: str) -> Measured:
-    loss_of = peers()[which]
+def once(which: str, width: int = WIDTH) -> Measured:
+    """which: the name of a peer, or so many logits at once."""
+    if which.isdigit():
+        torch.set_num_threads(1)
+        mock.patch.object(generation, "rows_of_chunk", lambda vocabulary, _: max(1, int(which) // vocabulary)).start()
+    loss_of = generation_loss if which.isdigit() else peers()[which]
     for rows, vocabulary in ((64, 100), (ROWS, VOCABULARY)):  # the small one loads libraries
-        arguments = problem(rows, vocabulary, torch.float32, "cpu")
+        arguments = problem(rows, vocabulary, torch.float32, "cpu", width)
         measured = measure_cpu(functools.partial(step, loss_of, *arguments))
     return measured
 
@@ -68,6 +82,22 @@ def on_cpu(pairs: int) -> None:
     )
 
 
+def by_chunk(powers: list[int], width: int, pairs: int) -> None:
+    """The chosen chunk among those of the powers of two."""
+    chosen = generation.CHUNK_LOGITS
+    sizes = sorted({chosen, *(2**power for power in powers)})
+    print(f"CPU, one thread, float32: {ROWS} rows, {VOCABULARY} tokens, width {width}; medians of {pairs} runs")
+    runs: dict[int, list[Measured]] = {size: [] for size in sizes}
+    for _ in range(pairs):
+        for size in sizes:
+            runs[size].append(in_a_fresh_process(__file__, "--once", str(size), "--width", str(width)))
+    for size in sizes:
+        print(row(f"{size // VOCABULARY} rows, 2^{math.log2(size):g} logits", runs[size]), flush=True)
+    seconds = {size: statistics.median(run.cpu_seconds for run in own) for size, own in runs.items()}
+    fastest = min(seconds.values())
+    exit_unless({f"2^{math.log2(chosen):g} takes at most 1.05 of the fastest": seconds[chosen] <= 1.05 * fastest})
+
+
 def on_cuda() -> None:
     print(f"{torch.cuda.get_device_name()}: {ROWS} rows, {VOCABULARY} tokens, width {WIDTH}; medians of 10 runs")
     ways = peers()
@@ -85,10 +115,14 @@ def on_cuda() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--chunks", type=int, nargs="*", metavar="POWER", help="ours by logits that exist at once")
+    parser.add_argument("--width", type=int, default=512, help="of hidden states, with --chunks (%(default)s)")
     parser.add_argument("--once", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.once:
-        report(once(arguments.once))
+        report(once(arguments.once, arguments.width if arguments.once.isdigit() else WIDTH))
+    elif arguments.chunks is not None:
+        by_chunk(arguments.chunks or list(range(22, 29)), arguments.width, arguments.pairs)
     elif torch.cuda.is_available():
         on_cuda()
     else:
