@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loss_measure import exit_unless
+from claims import exit_unless
 from lxml import etree, html
 from PIL import Image as Pillow
 

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import torch.distributed as dist
-from loss_measure import exit_unless
+from claims import exit_unless
 
 from megatron_lcl.config import Guard
 from megatron_lcl.parallel.mesh import Axis
