@@ -20,12 +20,11 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.memory import Simulate, usages_of
 from megatron_lcl.plan.predict import Prediction, predict
-from megatron_lcl.plan.work import placeholders_of_image
 from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import Estimate, estimate
 from megatron_lcl.train.settings import check_zero, offloaded
-from megatron_lcl.train.simulate import Usage, simulate
+from megatron_lcl.train.simulate import Usage, placeholders_of_image, simulate
 
 TENSOR, PIPELINE, MICRO_BATCH = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)
 CHECKPOINTING: tuple[Any, ...] = ("none", "attention", "full")

@@ -33,7 +33,7 @@ from megatron_lcl.interrupts import end_with_command
 from megatron_lcl.losses import contrastive
 from megatron_lcl.machine import num_cores
 from megatron_lcl.model.drop_path import DropPath
-from megatron_lcl.model.flops import Numbers
+from megatron_lcl.model.flops import Numbers, Sizes
 from megatron_lcl.model.layers import layer_specs
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
 from megatron_lcl.parallel.mesh import ALONE, Axis
@@ -282,22 +282,49 @@ def _without_data() -> Iterator[None]:
         yield
 
 
+def sizes_of(config: Config, images: int, packs: int) -> Sizes:
+    """Of so many full packs: every image slot filled and a pair, sequences as long as the context.
+
+    images: slots of a pack.
+    """
+    vision, slots = config.model.vision, config.data.tokens_per_pack
+    longest = min(config.model.language.context_length, slots)
+    whole, rest = divmod(slots, longest)
+    sequences = objectives.create(config).sequences
+    placeholders = min(images * placeholders_of_image(config), slots - 1)
+    patches = packs * images * vision.num_kept
+    return Sizes(
+        images=packs * images,
+        rows=packs * slots,
+        squares=packs * (whole * longest**2 + rest**2),
+        targets=packs * (slots - placeholders) if sequences.targets else 0,
+        pairs=packs * images if sequences.contrast else 0,
+        patches=patches,
+        patch_squares=patches * vision.num_kept,
+    )
+
+
+def placeholders_of_image(config: Config) -> int:
+    """Token slots of a pack that an image's patches take; none where images stand apart from the tokens."""
+    sequences = objectives.create(config).sequences
+    return config.model.vision.num_placeholders if sequences.interleaved or sequences.captions else 0
+
+
 def full_batch(config: Config, images: int) -> PackedBatch:
-    """A micro-batch of full packs, every image a pair, every other row with a target. Only sizes matter."""
+    """A micro-batch of full packs, every image a pair (`sizes_of`). Only sizes matter. images: slots of a pack."""
     packs, slots, side = config.train.micro_batch, config.data.tokens_per_pack, config.model.vision.image_size
     longest = min(config.model.language.context_length, slots)
-    vision = config.model.vision
+    vision, counts = config.model.vision, sizes_of(config, images, packs)
     sizes = integer_sizes(
         packs, slots, images, num_runs(slots, longest), vision.num_kept if vision.patch_dropout else 0
     )
     integers: dict[str, Any] = {name: torch.zeros(size, dtype=torch.int32) for name, size in sizes.items()}
-    placeholders = packs * min(images * vision.num_placeholders, slots - 1)
     return PackedBatch(
         images=torch.empty(packs * images, 3, side, side, dtype=torch.uint8),
-        num_targets=packs * slots - placeholders,
-        num_pairs=packs * images,
-        num_images=packs * images,
-        num_tokens=packs * slots,
+        num_targets=counts.targets,
+        num_pairs=counts.pairs,
+        num_images=counts.images,
+        num_tokens=counts.rows,
         max_seqlen=longest,
         num_patches=vision.num_kept,
         **integers,
