@@ -47,6 +47,7 @@ from megatron_lcl.train.engine import (
 )
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batches
+from megatron_lcl.train.memory import estimate
 from megatron_lcl.train.parts import frozen_parameters, of_layer
 from megatron_lcl.train.pipeline.partition import partition_uniform
 from megatron_lcl.train.precision import resolve_dtype
@@ -55,6 +56,8 @@ from megatron_lcl.train.storages import Storages
 _SIMULATED = 3
 """micro-batches of a simulated step, where a process keeps the graphs of all or of one: each one more takes as much as
 the last"""
+REPLICAS = 64
+"""at most, of a simulated step (`usages_of`)"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Usage(Numbers):
     optimizer: float
     """what else stays from step to step: master weights, moments, buffers for gradients"""
     batches: float
-    """images and integers of all micro-batches of a step, or of two (`usages_by_stage`)"""
+    """images and integers of all micro-batches of a step, or of two (`usages_of`)"""
     graphs: float
     """what the forwards of all micro-batches keep for backward, where a step has all forwards first; else 0"""
     peak: float
@@ -121,21 +124,53 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
     return extrapolated(more, fewer, more, wanted - enough)
 
 
-def usages_by_stage(config: Config, processes: int, of_stage: Callable[[int], Usage], on_gpu: bool) -> list[Usage]:
-    """What `of_stage` gives of the first process of each stage of the pipeline, asked once of stages that are alike.
+Simulate = Callable[[Config, int, int, int], Usage]
+"""`simulate`, or what stands for it"""
+
+
+def usages_of(config: Config, processes: int, images: int, on_gpu: bool, simulated: Simulate) -> list[Usage]:
+    """Bytes of the first process of each stage of the pipeline, of which those that are alike are simulated once.
 
     All have equally many layers (`partition_uniform`): which they will have is measured when the run starts.
-    on_gpu: the process that reads the data, which is that of the first stage, has the next step's batches there as well
-    (train/prefetch.py).
+    images: image slots of a pack. on_gpu: the process that reads the data, which is that of the first stage, has the
+    next step's batches there as well (train/prefetch.py). UserError where the layout does not divide.
     """
     kinds = kinds_of_stages(config, processes)
     firsts = {kind: kinds.index(kind) for kind in kinds}
+
+    def of_stage(stage: int) -> Usage:
+        return usage_of(config, processes, images, stage, simulated)
+
     with ThreadPoolExecutor(max(1, num_cores() // 2)) as pool:  # each simulation takes two processes
         usages = dict(zip(firsts, pool.map(of_stage, firsts.values()), strict=True))
     first, *others = (usages[kind] for kind in kinds)
     if on_gpu:
         first = replace(first, batches=2 * first.batches, peak=first.peak + first.batches)
     return [first, *others]
+
+
+def usage_of(config: Config, processes: int, images: int, stage: int, simulated: Simulate) -> Usage:
+    """Bytes of the first process of a stage, from a step of no more than `REPLICAS` replicas: what replicas share
+    between them is known (train/memory.py), and a step of more takes minutes.
+
+    images: image slots of a pack.
+    """
+    data, split = check_layout(config, processes), config.parallel.tensor * config.parallel.pipeline
+    few = data if "zero_hpz_partition_size" in config.deepspeed.get("zero_optimization", {}) else min(data, REPLICAS)
+    fewer = configs.replace(config, train__global_batch=config.train.global_batch // data * few)
+    found = simulated(fewer, few * split, images, stage * few * config.parallel.tensor)
+    if few == data:
+        return found
+    whole, part = (estimate(c, n, images, on_gpu=False) for c, n in ((config, processes), (fewer, few * split)))
+    less = {name: getattr(whole, name) - getattr(part, name) for name in ("parameters", "optimizer", "gradients")}
+    features = 0
+    if objectives.create(config).all_features_first and stage == config.parallel.pipeline - 1:
+        # of all pairs, and what the loss keeps of each, float32 (objectives/contrast.py)
+        packs = config.train.global_batch - fewer.train.global_batch
+        features = 4 * (2 * config.model.language.width + 2) * packs * images
+    changes = {"parameters": less["parameters"], "optimizer": less["optimizer"]}
+    changes |= dict.fromkeys(("peak", "touched"), sum(less.values()) + features) | {"network": features}
+    return replace(found, **{name: getattr(found, name) + change for name, change in changes.items()})
 
 
 def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:
