@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,9 @@ def config_of(setting: dict[str, Any]) -> Any:
 
 def run(name: str) -> tuple[float, float, float, float]:
     """Bound, simulation, plan and peak of a setting, bytes: of the process that has most, measured in new processes."""
-    from megatron_lcl.plan.memory import usage_of
+    from megatron_lcl.plan.memory import simulate_shallow
     from megatron_lcl.train.memory import estimate
-    from megatron_lcl.train.simulate import Usage, simulate
+    from megatron_lcl.train.simulate import Usage, simulate, usage_of
 
     number = SETTINGS[name].get("processes", 1)
     peaks = measured_by_all(__file__, name, number)
@@ -100,7 +101,7 @@ def run(name: str) -> tuple[float, float, float, float]:
         return simulated if (own, *place) == (config, number, IMAGES, rank) else simulate(own, *place)
 
     stage = rank * config.parallel.pipeline // number
-    planned = usage_of(config, number, IMAGES, stage, simulated_once)
+    planned = usage_of(config, number, IMAGES, stage, partial(simulate_shallow, simulated=simulated_once))
     has_gpu = importlib.import_module("torch").cuda.is_available()
     found = [usage.peak if has_gpu else usage.process for usage in (simulated, planned)]
     return estimate(config, number).total, found[0], found[1], max(peaks)

@@ -117,7 +117,7 @@ def main() -> None:
                 pending = stepper.start(batches, 1e-4, float("inf"), logged)
                 seconds = time.perf_counter() - started
                 meter.step(batches, pending.counts, seconds)
-                telemetry.count(done, pending.counts.counts, seconds)
+                telemetry.count(done, pending.counts.counts)
                 if logged:
                     result = pending.read()
                     telemetry.step(done, result, 1e-4, meter.line(done, result, 1e-4))

@@ -63,7 +63,17 @@ class StepInputs:
 
 
 class Term(ABC):
-    """One loss of a step, a mean over the global batch times a weight."""
+    """One loss of a step, a mean over the global batch times a weight. All processes that have outputs make it."""
+
+    task: ClassVar[EvaluationTask]
+    """what it trains: see `Objective.trains`"""
+    all_features_first: ClassVar[bool] = False
+    """it needs the features of all micro-batches before the first backward, as a contrast does"""
+    has_triton: ClassVar[bool] = False
+    """its loss has Triton kernels; a run says what it uses"""
+
+    def __init__(self, step: StepInputs, weight: float) -> None:  # noqa: B027 - those of `Objective.parts` are made so
+        """weight: what the mean counts for; 0: it is measured."""
 
     @abstractmethod
     def surrogate(self, m: int, out: Outputs) -> torch.Tensor | None:
@@ -77,8 +87,17 @@ class Term(ABC):
     def metrics(self) -> Mapping[str, torch.Tensor]:
         """What is said of it, scalars by name, once all micro-batches were there."""
 
+    @classmethod
+    def gathers(cls, pairs: Sequence[int], width: int, mesh: Mesh) -> list[tuple[Axis, int]]:
+        """The all-gathers that it makes in a step: the group, and the bytes that all its ranks have afterwards.
 
-class Objective(ABC):
+        An all-reduce counts as two. What is small (train/traffic.py) need not be named. pairs: of each data-parallel
+        replica; width: of a feature.
+        """
+        return []
+
+
+class Objective:
     """What a run minimizes. It is a function of the config, and the same on every process."""
 
     sequences: ClassVar[Sequences]
@@ -87,11 +106,11 @@ class Objective(ABC):
     """the held-out tasks that it trains"""
     metrics: ClassVar[tuple[str, ...]]
     """names of all that its terms measure; what a step's terms do not give is 0"""
-    all_features_first: ClassVar[bool]
-    """its loss needs the features of all micro-batches before the first backward, as a contrast does"""
 
-    has_triton: ClassVar[bool] = True
-    """one of its terms has a loss with Triton kernels, as the contrast and generation have; a run says what it uses"""
+    parts: ClassVar[Sequence[tuple[type[Term], str | float]]] = ()
+    """its terms, in the order in which they are added, each with its weight or the field of `published` that has it. An
+    objective whose terms are made in another way has none, and says itself what follows from them: `terms`,
+    `all_features_first`, `gathers`, and `has_triton` where none of its terms has"""
     published: ClassVar[Mapping[str, float]] = {}
     """the fields of the config's `objective` that weight its terms, with the values for those that are not set"""
 
@@ -105,15 +124,29 @@ class Objective(ABC):
             names = " and ".join(f"objective.{name}" for name in self.weights)
             raise UserError(f"{names} are both 0, which leaves nothing to train for; give one of them a weight above 0")
 
-    @abstractmethod
+    def _weighted(self) -> list[tuple[type[Term], float]]:
+        return [(term, self.weights[by] if isinstance(by, str) else by) for term, by in self.parts]
+
     def terms(self, step: StepInputs) -> Sequence[Term]:
         """The terms of a step, in the order in which they are added; all processes that have outputs call it."""
+        assert self.parts, f"{type(self).__name__} has neither `parts` nor `terms` of its own"
+        return [term(step, weight) for term, weight in self._weighted()]
 
     @property
     def trains(self) -> tuple[EvaluationTask, ...]:
         """What of the model it trains, settings considered, named as what measures it: `retrieval`, image latents and
         texts' features in one space; `generation`, the text that follows. An evaluation of the rest is refused."""
-        return self.tasks
+        return tuple(dict.fromkeys(term.task for term, weight in self._weighted() if weight)) or self.tasks
+
+    @property
+    def all_features_first(self) -> bool:
+        """Its loss needs the features of all micro-batches before the first backward."""
+        return any(term.all_features_first for term, _ in self.parts)
+
+    @property
+    def has_triton(self) -> bool:
+        """A loss that it trains has Triton kernels; without `parts`: it is made of terms of ours that have."""
+        return not self.parts or any(term.has_triton for term, weight in self._weighted() if weight)
 
     @property
     def strategy(self) -> Strategy:
@@ -134,11 +167,9 @@ class Objective(ABC):
         return 2 if self.strategy == "recompute" else 1
 
     def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
-        """The all-gathers that its terms make in a step: the group, and the bytes that all its ranks have afterwards.
-
-        An all-reduce counts as two. pairs: of each data-parallel replica.
-        """
-        return []
+        """The all-gathers of its terms in a step (`Term.gathers`). pairs: of each data-parallel replica."""
+        width = self.config.model.language.width
+        return [one for term, _ in self.parts for one in term.gathers(pairs, width, mesh)]
 
 
 def without_targets(batch: PackedBatch) -> PackedBatch:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 from megatron_lcl.config import EvaluationTask
 from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, CAPTIONS, INTERLEAVED, PAIRS, Sequences
 from megatron_lcl.objectives import contrast, generation, regression
-from megatron_lcl.objectives.base import Objective, StepInputs, Term
-from megatron_lcl.objectives.contrast import Contrast, SigmoidContrast, contrast_gathers
+from megatron_lcl.objectives.base import Objective
+from megatron_lcl.objectives.contrast import Contrast, SigmoidContrast
 from megatron_lcl.objectives.generation import Generation
-from megatron_lcl.objectives.regression import Regression, regression_reductions
-from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.objectives.regression import Regression
 
 
 class LatentCompression(Objective):
@@ -24,19 +23,8 @@ class LatentCompression(Objective):
     sequences = INTERLEAVED
     tasks: ClassVar[tuple[EvaluationTask, ...]] = ("retrieval", "generation")
     metrics = (*generation.METRICS, *contrast.METRICS)
-    all_features_first = True
+    parts = ((Contrast, "contrastive_weight"), (Generation, "generation_weight"))
     published: ClassVar[Mapping[str, float]] = {"contrastive_weight": 0.1, "generation_weight": 1.0}
-
-    @property
-    def trains(self) -> tuple[EvaluationTask, ...]:
-        return _trained(retrieval=self.weights["contrastive_weight"], generation=self.weights["generation_weight"])
-
-    def terms(self, step: StepInputs) -> Sequence[Term]:
-        weights = self.weights
-        return [Contrast(step, weights["contrastive_weight"]), Generation(step, weights["generation_weight"])]
-
-    def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
-        return contrast_gathers(pairs, self.config.model.language.width, mesh)
 
 
 class CoCa(LatentCompression):
@@ -71,13 +59,7 @@ class Clip(Objective):
     sequences = PAIRS
     tasks = ("retrieval",)
     metrics = LatentCompression.metrics  # a run's lines have the same keys as those of `lcl`
-    all_features_first = True
-
-    def terms(self, step: StepInputs) -> Sequence[Term]:
-        return [Contrast(step, 1.0), Generation(step, 0.0)]
-
-    def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
-        return contrast_gathers(pairs, self.config.model.language.width, mesh)
+    parts = ((Contrast, 1.0), (Generation, 0.0))
 
 
 class SigLip(Clip):
@@ -90,13 +72,7 @@ class SigLip(Clip):
     """
 
     metrics = (*generation.METRICS, *contrast.SIGMOID_METRICS)
-    has_triton = False  # and there are no targets
-
-    def terms(self, step: StepInputs) -> Sequence[Term]:
-        return [SigmoidContrast(step, 1.0), Generation(step, 0.0)]
-
-    def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
-        return contrast_gathers(pairs, self.config.model.language.width, mesh, sigmoid=True)
+    parts = ((SigmoidContrast, 1.0), (Generation, 0.0))
 
 
 class GenerationOnly(Objective):
@@ -105,10 +81,7 @@ class GenerationOnly(Objective):
     sequences = Sequences(contrast=False)
     tasks = ("generation",)
     metrics = LatentCompression.metrics  # of the contrast all are 0
-    all_features_first = False
-
-    def terms(self, step: StepInputs) -> Sequence[Term]:
-        return [Generation(step, 1.0)]
+    parts = ((Generation, 1.0),)
 
 
 class GenLip(GenerationOnly):
@@ -141,23 +114,5 @@ class Emu(Objective):
     sequences = INTERLEAVED
     tasks = ("retrieval", "generation")
     metrics = (*generation.METRICS, *regression.METRICS)
-    all_features_first = False
-
+    parts = ((Regression, "regression_weight"), (Generation, "generation_weight"))
     published: ClassVar[Mapping[str, float]] = {"generation_weight": 1.0, "regression_weight": 1.0}
-
-    @property
-    def trains(self) -> tuple[EvaluationTask, ...]:
-        return _trained(retrieval=self.weights["regression_weight"], generation=self.weights["generation_weight"])
-
-    def terms(self, step: StepInputs) -> Sequence[Term]:
-        width, weights = self.config.model.language.width, self.weights
-        return [Regression(step, weights["regression_weight"], width), Generation(step, weights["generation_weight"])]
-
-    def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
-        return list(regression_reductions(self.config.model.language.width, mesh))
-
-
-def _trained(retrieval: float, generation: float) -> tuple[EvaluationTask, ...]:
-    """What terms of these weights train."""
-    parts: dict[EvaluationTask, float] = {"retrieval": retrieval, "generation": generation}
-    return tuple(part for part, weight in parts.items() if weight != 0)

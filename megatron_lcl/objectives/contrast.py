@@ -56,6 +56,9 @@ class ContrastGradients:
 class Contrast(Term):
     """Symmetric InfoNCE over all pairs of the global batch. Its creation sends this replica's features."""
 
+    task = "retrieval"
+    all_features_first = True
+    has_triton = True
     names: ClassVar[tuple[str, ...]] = METRICS
     """of the loss's outputs, as metrics"""
     sigmoid = False
@@ -89,10 +92,21 @@ class Contrast(Term):
         assert self._found is not None, "no surrogate was asked for"
         return dict(zip(self.names, self._found.output, strict=True))
 
+    @classmethod
+    def gathers(cls, pairs: Sequence[int], width: int, mesh: Mesh) -> list[tuple[Axis, int]]:
+        """Features and sums once, nothing in backward; tensor ranks exchange rows of gradients."""
+        stage, tensor = mesh.data_tensor, mesh.tensor
+        most = max(1, *(shard_size(n, tensor) for n in pairs))
+        own = shard_size(pairs[mesh.data.rank], tensor)
+        sums = SUMS * _DOUBLE if cls.sigmoid else (5 + 2 * most) * _FLOAT  # the sigmoid's need nothing of a row
+        of_rank = (HEADER * _LONG, most * 2 * width * _FLOAT, sums)
+        return [*((stage, num * stage.size) for num in of_rank), (tensor, own * 2 * width * _FLOAT * tensor.size)]
+
 
 class SigmoidContrast(Contrast):
     """The sigmoid loss over all pairs of the global batch (SigLIP). Its creation sends this replica's features."""
 
+    has_triton = False
     names = SIGMOID_METRICS[:-1]
     sigmoid = True
 
@@ -154,20 +168,6 @@ def start_contrast(
         return ContrastGradients(out, loss.detach(), images, texts, mesh.tensor.all_reduce(torch.cat(number_grads)))
 
     return finish
-
-
-def contrast_gathers(pairs: Sequence[int], width: int, mesh: Mesh, sigmoid: bool = False) -> list[tuple[Axis, int]]:
-    """All-gathers of a step, as `Objective.gathers` says: features and sums once, nothing in backward; tensor ranks
-    exchange rows of gradients.
-
-    width: of a feature. sigmoid: of the sigmoid loss, whose sums need nothing of a row.
-    """
-    stage, tensor = mesh.data_tensor, mesh.tensor
-    most = max(1, *(shard_size(n, tensor) for n in pairs))
-    own = shard_size(pairs[mesh.data.rank], tensor)
-    sums = SUMS * _DOUBLE if sigmoid else (5 + 2 * most) * _FLOAT
-    of_rank = (HEADER * _LONG, most * 2 * width * _FLOAT, sums)
-    return [*((stage, num * stage.size) for num in of_rank), (tensor, own * 2 * width * _FLOAT * tensor.size)]
 
 
 def _split_evenly(rows: int, size: int) -> list[int]:

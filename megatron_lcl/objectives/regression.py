@@ -27,13 +27,14 @@ _DOUBLE = 8
 class Regression(Term):
     """The mean over all pairs; their number is known beforehand, so micro-batches need nothing of each other."""
 
-    def __init__(self, step: StepInputs, weight: float, width: int) -> None:
-        """width: D."""
+    task = "retrieval"
+
+    def __init__(self, step: StepInputs, weight: float) -> None:
         self.batches, self.mesh, self.weight = step.batches, step.mesh, weight
         self.num_pairs = max(step.counts.counts["num_pairs"], 1)
-        self.sums = torch.zeros(1 + 2 * width, dtype=torch.float64, device=step.log_scale.device)
-        """of this replica's pairs so far: mean squared distances, latents [D], squared latents [D]; in float64, since
-        variances are differences of these"""
+        self.sums = torch.zeros((), dtype=torch.float64, device=step.log_scale.device)
+        """[1 + 2D], once there was a micro-batch; of this replica's pairs so far: mean squared distances, latents [D],
+        squared latents [D]; in float64, since variances are differences of these"""
         self._total: torch.Tensor | None = None
 
     def surrogate(self, m: int, out: Outputs) -> torch.Tensor:
@@ -43,7 +44,7 @@ class Regression(Term):
         distance = (out.contexts[pairs] - latents_ND).square().mean(1).sum()
         with torch.no_grad():
             z = latents_ND.double()
-            self.sums += torch.cat([distance.double()[None], z.sum(0), z.square().sum(0)])
+            self.sums = self.sums + torch.cat([distance.double()[None], z.sum(0), z.square().sum(0)])
         return distance * (self.weight / self.num_pairs)
 
     def loss(self) -> torch.Tensor:
@@ -62,7 +63,6 @@ class Regression(Term):
             self._total = self.mesh.data.all_reduce(self.sums.clone()) / self.num_pairs
         return self._total
 
-
-def regression_reductions(width: int, mesh: Mesh) -> Sequence[tuple[Axis, int]]:
-    """What the term sends in a step, as `Objective.gathers` says: one all-reduce of its sums. width: of a latent."""
-    return [(mesh.data, (1 + 2 * width) * _DOUBLE)] * 2
+    @classmethod
+    def gathers(cls, pairs: Sequence[int], width: int, mesh: Mesh) -> list[tuple[Axis, int]]:
+        return [(mesh.data, (1 + 2 * width) * _DOUBLE)] * 2  # one all-reduce of its sums

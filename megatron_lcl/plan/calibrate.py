@@ -23,10 +23,11 @@ from megatron_lcl.losses.generation import rows_of_chunk
 from megatron_lcl.machine import num_cores
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.plan.devices import Rates
-from megatron_lcl.plan.work import BLOCK_BACKWARD, BLOCK_FORWARD, sizes_of
+from megatron_lcl.plan.work import BLOCK_BACKWARD, BLOCK_FORWARD
 from megatron_lcl.train.engine import keep_freed_memory
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
+from megatron_lcl.train.simulate import sizes_of
 
 ROUNDS = 5
 _ROWS, _IMAGES, _FLOATS, _MESSAGE = 2048, 8, 6 << 20, 1 << 21

@@ -2,7 +2,7 @@
 
 A layout is legal where `train.layout.check_layout` says so, what `deepspeed:` sets goes with it, and blocks can be
 compiled if they are to be. Of the legal ones the bound of train/memory.py discards what certainly does not fit. The
-steps of those that would be fastest are simulated (`memory.usage_of`), until one fits.
+steps of those that would be fastest are simulated (`simulate.usages_of`), until one fits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron_lcl import objectives
@@ -18,14 +19,13 @@ from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading.packing import choose_images_per_pack
 from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import Rates
-from megatron_lcl.plan.memory import Simulate, usages_of
+from megatron_lcl.plan.memory import simulate_shallow
 from megatron_lcl.plan.predict import Prediction, predict
-from megatron_lcl.plan.work import placeholders_of_image
 from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import Estimate, estimate
 from megatron_lcl.train.settings import check_zero, offloaded
-from megatron_lcl.train.simulate import Usage, simulate
+from megatron_lcl.train.simulate import Simulate, Usage, placeholders_of_image, simulate, usages_of
 
 TENSOR, PIPELINE, MICRO_BATCH = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)
 CHECKPOINTING: tuple[Any, ...] = ("none", "attention", "full")
@@ -208,7 +208,8 @@ def confirm(
         layout = left[0]
         say(f"simulating a step: {layout.name}")
         config = max((phase.config for phase in phases_of(layout.config)), key=lambda phase: bound(phase, target).needs)
-        usages = usages_of(config, target.processes, slots(config, target.text_per_image), target.on_host, simulated)
+        images, shallow = slots(config, target.text_per_image), partial(simulate_shallow, simulated=simulated)
+        usages = usages_of(config, target.processes, images, target.on_host, shallow)
         # which of DeepSpeed's buffers for what it moves are the host's, a simulation does not see: only states come off
         certain = bound(config, target).offloaded
         needs = max(u.peak if target.on_host else u.process for u in usages) - certain

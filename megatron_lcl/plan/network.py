@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from megatron_lcl.config import Config, Model
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.model.flops import Numbers, Sizes
+from megatron_lcl.model.flops import Numbers
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.plan.devices import Rates
-from megatron_lcl.train.simulate import full_batch
 from megatron_lcl.train.traffic import Sent, of_layout
 
 
@@ -75,15 +74,6 @@ def shapes_of_stage(model: Model, tensor: int, first: int, after: int) -> Mappin
     """Shapes of what a process holds of layers first … after - 1 (of all that ZeRO-3 shards: whole), by name."""
     shapes = shard_shapes(model, tensor)
     return {name: shape for name, shape in shapes.items() if first <= int(name.split(".")[0]) < after}
-
-
-def batch_of(config: Config, images: int, sizes: Sizes) -> PackedBatch:
-    """A full micro-batch that has sizes and no data. images: slots of a pack."""
-    with torch.device("meta"):
-        batch = full_batch(config, images)
-    return replace(
-        batch, num_targets=sizes.targets, num_pairs=sizes.pairs, num_images=sizes.images, num_tokens=sizes.rows
-    )
 
 
 def sending_of(

@@ -25,13 +25,14 @@ from megatron_lcl.model.gradients import LayerGradients, model_gradients
 from megatron_lcl.model.layers import num_parameters, parameter_shapes
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.plan.devices import Rates
-from megatron_lcl.plan.network import Sending, bandwidth, batch_of, mesh_of, sending_of, shapes_of_stage
-from megatron_lcl.plan.work import LayerWork, sizes_of, stops_short, work_of_layers
+from megatron_lcl.plan.network import Sending, bandwidth, mesh_of, sending_of, shapes_of_stage
+from megatron_lcl.plan.work import LayerWork, stops_short, work_of_layers
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.optimizer import muon_parts
 from megatron_lcl.train.parts import frozen_parameters, trained_kinds
 from megatron_lcl.train.pipeline.partition import partition_balanced, stage_sums
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
+from megatron_lcl.train.simulate import full_batch, sizes_of
 
 TENSOR_SHOWS = 0.6
 """share of the tensor ranks' bytes for which a process waits: all of forward's, and of backward's six gathers and
@@ -113,7 +114,8 @@ def predict(config: Config, processes: int, node_size: int, rates: Rates, images
             gradients = model_gradients(config.model, frozen, partition)
             times = times_with(gradients)
     bounds = [*partition, len(times)]
-    batch = batch_of(config, images, sizes)
+    with torch.device("meta"):
+        batch = full_batch(config, images)
     meshes = [mesh_of(config, processes, stage) for stage in range(num_stages)]
     sendings = [
         sending_of(config, mesh, _held(config, bounds, s), batch, micro_batches) for s, mesh in enumerate(meshes)

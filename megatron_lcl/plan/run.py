@@ -15,11 +15,11 @@ from megatron_lcl.plan.calibrate import calibrate
 from megatron_lcl.plan.devices import DEVICES, assumed_rates, check_name
 from megatron_lcl.plan.layouts import MAX_SIMULATED, Layout, Target, bound, confirm, slots, survey
 from megatron_lcl.plan.predict import Prediction
-from megatron_lcl.plan.work import placeholders_of_image
 from megatron_lcl.train.memory import available
 from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import check_freeze
 from megatron_lcl.train.precision import check_dtype
+from megatron_lcl.train.simulate import placeholders_of_image
 from megatron_lcl.units import counted, in_bytes
 
 USABLE = 0.92

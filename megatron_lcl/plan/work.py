@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
-from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.model.flops import LayerFlops, Sizes, backward_of_layers, forward_of_layers
 from megatron_lcl.model.gradients import LayerGradients
@@ -66,34 +65,6 @@ class LayerWork:
     """a forward for the features alone"""
     again: Work | None = None
     """what activation checkpointing computes again in backward"""
-
-
-def sizes_of(config: Config, images: int, packs: int) -> Sizes:
-    """Of so many full packs: every image slot filled and a pair, sequences as long as the context.
-
-    images: slots of a pack.
-    """
-    vision, slots = config.model.vision, config.data.tokens_per_pack
-    longest = min(config.model.language.context_length, slots)
-    whole, rest = divmod(slots, longest)
-    sequences = objectives.create(config).sequences
-    placeholders = min(images * placeholders_of_image(config), slots - 1)
-    patches = packs * images * vision.num_kept
-    return Sizes(
-        images=packs * images,
-        rows=packs * slots,
-        squares=packs * (whole * longest**2 + rest**2),
-        targets=packs * (slots - placeholders) if sequences.targets else 0,
-        pairs=packs * images if sequences.contrast else 0,
-        patches=patches,
-        patch_squares=patches * vision.num_kept,
-    )
-
-
-def placeholders_of_image(config: Config) -> int:
-    """Token slots of a pack that an image's patches take; none where images stand apart from the tokens."""
-    sequences = objectives.create(config).sequences
-    return config.model.vision.num_placeholders if sequences.interleaved or sequences.captions else 0
 
 
 def work_of_layers(config: Config, sizes: Sizes, gradients: Mapping[int, LayerGradients]) -> list[LayerWork]:

@@ -32,7 +32,7 @@ from megatron_lcl.selftest.reference import Trajectory, reference
 from megatron_lcl.selftest.worker import run_case
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.kernels import compile_fault
-from megatron_lcl.train.launch import is_launched, open_store
+from megatron_lcl.train.launch import exchange_in_store, is_launched, open_store
 from megatron_lcl.units import counted, listed
 
 
@@ -311,15 +311,9 @@ def _of_everyone(
     store: dist.Store, own: Sequence[str], me: int, starters: Sequence[int], timeout: float
 ) -> tuple[list[str], bool]:
     """The faults that all programs found which start processes, and whether one of these programs does not answer."""
-    store.set(f"faults {me}", json.dumps(own))
-    keys = [f"faults {starter}" for starter in starters]
-    silent: list[int] = []
-    try:
-        store.wait(keys, timedelta(seconds=timeout + GRACE))
-    except dist.DistStoreError:
-        silent = [starter for starter, key in zip(starters, keys, strict=True) if not store.check([key])]
-    known = [key for starter, key in zip(starters, keys, strict=True) if starter not in silent]
-    faults = [fault for told in store.multi_get(known) for fault in json.loads(told)]
+    said = exchange_in_store(store, "faults", me, starters, json.dumps(own), timeout + GRACE)
+    faults = [fault for told in said.values() for fault in json.loads(told)]
+    silent = [starter for starter in starters if starter not in said]
     if silent:
         faults.append(f"the program that starts {listed(silent, 'process')} does not answer")
     return faults, bool(silent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +19,7 @@ from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_devi
 from megatron_lcl.selftest.cases import STEPS, Case, joined, lone_images_and_texts, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
-from megatron_lcl.train.launch import keys_set
+from megatron_lcl.train.launch import exchange_in_store
 from megatron_lcl.units import listed
 
 AXES = ("world", "data", "pipeline", "tensor", "model_parallel", "data_tensor")
@@ -63,7 +63,7 @@ def run_case(
 
 def meet(store: dist.Store, rank: int, processes: int, timeout: float) -> None:
     """Wait until every process has said that it is there. GroupError names those that have not."""
-    said = _exchange(store, "is there", rank, range(processes), "", timeout)
+    said = exchange_in_store(store, "is there", rank, range(processes), "", timeout)
     if silent := [other for other in range(processes) if other not in said]:
         raise GroupError(f"{listed(silent, 'process')} did not answer within {timeout:g} s")
 
@@ -95,7 +95,7 @@ def check_group(axis: Axis, name: str, store: dist.Store, timeout: float) -> Non
             store.compare_set(f"{key} failed first", "", f"process {me}: {wrong}")
         # others may wait in it until its timeout for a process in which it failed at once, and say nothing before
         left = max(timeout / 4, 1.25 * timeout - (time.monotonic() - began))
-        said = _exchange(store, key, me, all_ranks, wrong, left)
+        said = exchange_in_store(store, key, me, all_ranks, wrong, left)
         silent, failed = [r for r in all_ranks if r not in said], [r for r in said if said[r]]
         first = store.get(f"{key} failed first").decode() if failed else ""
         if silent:
@@ -104,23 +104,6 @@ def check_group(axis: Axis, name: str, store: dist.Store, timeout: float) -> Non
         if failed:
             where = f"{listed(failed, 'process')}, first in {first}" if failed[1:] else first
             raise GroupError(f"{called} group {all_ranks}: all answer, but a collective failed in {where}")
-
-
-def _exchange(
-    store: dist.Store, key: str, rank: int, ranks: Sequence[int], said: str, timeout: float
-) -> dict[int, str]:
-    """What each of some processes says, once all have, or as far as they have within so many seconds.
-
-    In few requests, whose number does not grow with that of the processes: one server answers all of them.
-    """
-    keys = {f"{key} {r}": r for r in ranks}
-    store.set(f"{key} {rank}", said)
-    there = list(keys)
-    try:
-        store.wait(there, timedelta(seconds=timeout))
-    except dist.DistStoreError:
-        there = keys_set(store.check, there)
-    return {keys[name]: value.decode() for name, value in zip(there, store.multi_get(there), strict=True)}
 
 
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:

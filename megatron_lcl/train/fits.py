@@ -59,10 +59,7 @@ def predicted(config: Config, processes: int, images_per_pack: Slots = None, on_
     from megatron_lcl.train import simulate as simulation  # the whole of it, for which most starts have no use here
 
     largest, images = _largest(config, processes, images_per_pack, on_gpu)
-    each = check_layout(config, processes) * config.parallel.tensor  # processes of a stage, which hold the same
-    found = simulation.usages_by_stage(
-        largest, processes, lambda stage: simulation.simulate(largest, processes, images, stage * each), on_gpu
-    )
+    found = simulation.usages_of(largest, processes, images, on_gpu, simulation.simulate)
     return max(usage.peak if on_gpu else usage.process for usage in found)
 
 

@@ -129,6 +129,23 @@ def keys_set(check: Callable[[list[str]], bool], keys: Sequence[str]) -> list[st
     return [*keys_set(check, keys[:half]), *keys_set(check, keys[half:])] if half else []
 
 
+def exchange_in_store(
+    store: dist.Store, key: str, rank: int, ranks: Sequence[int], said: str, timeout: float
+) -> dict[int, str]:
+    """What each of some processes says, once all have, or as far as they have within so many seconds.
+
+    In few requests, whose number does not grow with that of the processes: one server answers all of them.
+    """
+    keys = {f"{key} {r}": r for r in ranks}
+    store.set(f"{key} {rank}", said)
+    there = list(keys)
+    try:
+        store.wait(there, timedelta(seconds=timeout))
+    except dist.DistStoreError:
+        there = keys_set(store.check, there)
+    return {keys[name]: value.decode() for name, value in zip(there, store.multi_get(there), strict=True)}
+
+
 def processes_at_hand() -> int:
     """One per CUDA device; on CPU two where there are two cores."""
     return torch.cuda.device_count() or min(2, num_cores())

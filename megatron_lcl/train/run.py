@@ -286,7 +286,7 @@ class Training:
         results = self._read()
         seconds, counts = time.perf_counter() - started, pending.counts.counts
         self.meter.step(shared, pending.counts, seconds)
-        self.telemetry.count(step + 1, counts, seconds)
+        self.telemetry.count(step + 1, counts)
         self._record(results)
         if self.profile.ends_after(step + 1, step + 1 == config.train.steps):
             with self.watchdog.long_phase(step + 1, "writing a profile"):
@@ -443,6 +443,7 @@ class Training:
             self.telemetry.say(f"steps {step + 1} to {at} were bad: back to {folder}, without their packs")
             self._go_to(folder, replace(before, ledger=ledger.to_json()), changes)
             self.telemetry.rewind(before.step)
+            self.meter.reset()
             self.saver.step = before.step
             self.saver.folder = folder
             # whatever ends the run before its next checkpoint, it knows which packs it skips, and of the rewind

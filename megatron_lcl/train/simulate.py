@@ -33,7 +33,7 @@ from megatron_lcl.interrupts import end_with_command
 from megatron_lcl.losses import contrastive
 from megatron_lcl.machine import num_cores
 from megatron_lcl.model.drop_path import DropPath
-from megatron_lcl.model.flops import Numbers
+from megatron_lcl.model.flops import Numbers, Sizes
 from megatron_lcl.model.layers import layer_specs
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
 from megatron_lcl.parallel.mesh import ALONE, Axis
@@ -47,6 +47,7 @@ from megatron_lcl.train.engine import (
 )
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batches
+from megatron_lcl.train.memory import estimate
 from megatron_lcl.train.parts import frozen_parameters, of_layer
 from megatron_lcl.train.pipeline.partition import partition_uniform
 from megatron_lcl.train.precision import resolve_dtype
@@ -55,6 +56,8 @@ from megatron_lcl.train.storages import Storages
 _SIMULATED = 3
 """micro-batches of a simulated step, where a process keeps the graphs of all or of one: each one more takes as much as
 the last"""
+REPLICAS = 64
+"""at most, of a simulated step (`usages_of`)"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Usage(Numbers):
     optimizer: float
     """what else stays from step to step: master weights, moments, buffers for gradients"""
     batches: float
-    """images and integers of all micro-batches of a step, or of two (`usages_by_stage`)"""
+    """images and integers of all micro-batches of a step, or of two (`usages_of`)"""
     graphs: float
     """what the forwards of all micro-batches keep for backward, where a step has all forwards first; else 0"""
     peak: float
@@ -121,21 +124,53 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
     return extrapolated(more, fewer, more, wanted - enough)
 
 
-def usages_by_stage(config: Config, processes: int, of_stage: Callable[[int], Usage], on_gpu: bool) -> list[Usage]:
-    """What `of_stage` gives of the first process of each stage of the pipeline, asked once of stages that are alike.
+Simulate = Callable[[Config, int, int, int], Usage]
+"""`simulate`, or what stands for it"""
+
+
+def usages_of(config: Config, processes: int, images: int, on_gpu: bool, simulated: Simulate) -> list[Usage]:
+    """Bytes of the first process of each stage of the pipeline, of which those that are alike are simulated once.
 
     All have equally many layers (`partition_uniform`): which they will have is measured when the run starts.
-    on_gpu: the process that reads the data, which is that of the first stage, has the next step's batches there as well
-    (train/prefetch.py).
+    images: image slots of a pack. on_gpu: the process that reads the data, which is that of the first stage, has the
+    next step's batches there as well (train/prefetch.py). UserError where the layout does not divide.
     """
     kinds = kinds_of_stages(config, processes)
     firsts = {kind: kinds.index(kind) for kind in kinds}
+
+    def of_stage(stage: int) -> Usage:
+        return usage_of(config, processes, images, stage, simulated)
+
     with ThreadPoolExecutor(max(1, num_cores() // 2)) as pool:  # each simulation takes two processes
         usages = dict(zip(firsts, pool.map(of_stage, firsts.values()), strict=True))
     first, *others = (usages[kind] for kind in kinds)
     if on_gpu:
         first = replace(first, batches=2 * first.batches, peak=first.peak + first.batches)
     return [first, *others]
+
+
+def usage_of(config: Config, processes: int, images: int, stage: int, simulated: Simulate) -> Usage:
+    """Bytes of the first process of a stage, from a step of no more than `REPLICAS` replicas: what replicas share
+    between them is known (train/memory.py), and a step of more takes minutes.
+
+    images: image slots of a pack.
+    """
+    data, split = check_layout(config, processes), config.parallel.tensor * config.parallel.pipeline
+    few = data if "zero_hpz_partition_size" in config.deepspeed.get("zero_optimization", {}) else min(data, REPLICAS)
+    fewer = configs.replace(config, train__global_batch=config.train.global_batch // data * few)
+    found = simulated(fewer, few * split, images, stage * few * config.parallel.tensor)
+    if few == data:
+        return found
+    whole, part = (estimate(c, n, images, on_gpu=False) for c, n in ((config, processes), (fewer, few * split)))
+    less = {name: getattr(whole, name) - getattr(part, name) for name in ("parameters", "optimizer", "gradients")}
+    features = 0
+    if objectives.create(config).all_features_first and stage == config.parallel.pipeline - 1:
+        # of all pairs, and what the loss keeps of each, float32 (objectives/contrast.py)
+        packs = config.train.global_batch - fewer.train.global_batch
+        features = 4 * (2 * config.model.language.width + 2) * packs * images
+    changes = {"parameters": less["parameters"], "optimizer": less["optimizer"]}
+    changes |= dict.fromkeys(("peak", "touched"), sum(less.values()) + features) | {"network": features}
+    return replace(found, **{name: getattr(found, name) + change for name, change in changes.items()})
 
 
 def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:
@@ -282,22 +317,49 @@ def _without_data() -> Iterator[None]:
         yield
 
 
+def sizes_of(config: Config, images: int, packs: int) -> Sizes:
+    """Of so many full packs: every image slot filled and a pair, sequences as long as the context.
+
+    images: slots of a pack.
+    """
+    vision, slots = config.model.vision, config.data.tokens_per_pack
+    longest = min(config.model.language.context_length, slots)
+    whole, rest = divmod(slots, longest)
+    sequences = objectives.create(config).sequences
+    placeholders = min(images * placeholders_of_image(config), slots - 1)
+    patches = packs * images * vision.num_kept
+    return Sizes(
+        images=packs * images,
+        rows=packs * slots,
+        squares=packs * (whole * longest**2 + rest**2),
+        targets=packs * (slots - placeholders) if sequences.targets else 0,
+        pairs=packs * images if sequences.contrast else 0,
+        patches=patches,
+        patch_squares=patches * vision.num_kept,
+    )
+
+
+def placeholders_of_image(config: Config) -> int:
+    """Token slots of a pack that an image's patches take; none where images stand apart from the tokens."""
+    sequences = objectives.create(config).sequences
+    return config.model.vision.num_placeholders if sequences.interleaved or sequences.captions else 0
+
+
 def full_batch(config: Config, images: int) -> PackedBatch:
-    """A micro-batch of full packs, every image a pair, every other row with a target. Only sizes matter."""
+    """A micro-batch of full packs, every image a pair (`sizes_of`). Only sizes matter. images: slots of a pack."""
     packs, slots, side = config.train.micro_batch, config.data.tokens_per_pack, config.model.vision.image_size
     longest = min(config.model.language.context_length, slots)
-    vision = config.model.vision
+    vision, counts = config.model.vision, sizes_of(config, images, packs)
     sizes = integer_sizes(
         packs, slots, images, num_runs(slots, longest), vision.num_kept if vision.patch_dropout else 0
     )
     integers: dict[str, Any] = {name: torch.zeros(size, dtype=torch.int32) for name, size in sizes.items()}
-    placeholders = packs * min(images * vision.num_placeholders, slots - 1)
     return PackedBatch(
         images=torch.empty(packs * images, 3, side, side, dtype=torch.uint8),
-        num_targets=packs * slots - placeholders,
-        num_pairs=packs * images,
-        num_images=packs * images,
-        num_tokens=packs * slots,
+        num_targets=counts.targets,
+        num_pairs=counts.pairs,
+        num_images=counts.images,
+        num_tokens=counts.rows,
         max_seqlen=longest,
         num_patches=vision.num_kept,
         **integers,

@@ -77,15 +77,19 @@ def of_layout(
     """
     objective, frozen = objectives.create(config), frozen_parameters(config)
     gradients = layer_gradients(shapes, frozen, config.model, received=mesh.pipeline.rank > 0)
+    untrained = "generation" not in objective.trains
+    still = {name for name in shapes if name in frozen or (untrained and ".vocabulary" in name)}
     if config.zero.stage == 3:
-        sizes, untrained = {name: shape.numel() for name, shape in shapes.items()}, "generation" not in objective.trains
-        still = {name for name in sizes if name in frozen or (untrained and ".vocabulary" in name)}
+        sizes = {name: shape.numel() for name, shape in shapes.items()}
         idle = {name for name in sizes if not _entered(name, gradients) or (untrained and ".vocabulary_norm" in name)}
         of_model = zero3(sizes, still, idle, len(batches), objective.num_forwards, config, mesh)
     else:
         trained = [shape for name, shape in shapes.items() if name not in frozen]
         groups = [sum(s.numel() for s in trained if (len(s) >= 2) == decays) for decays in (True, False)]
-        of_model = stepping(batches, gradients, shapes, groups, objective.num_forwards, config, mesh)
+        # DeepSpeed's BF16_Optimizer has sums of gradients for all that is trained, and reduces them
+        whole = config.zero.stage == 1 and resolve_dtype(config) == "bfloat16"
+        reduced = sum(s.numel() for name, s in shapes.items() if name not in (frozen if whole else still))
+        of_model = stepping(batches, gradients, shapes, groups, reduced, objective.num_forwards, config, mesh)
     of_model[mesh.data.ranks] += ring(len(COUNTS) * LONG * mesh.data.size, mesh.data.size)
     has_head = mesh.pipeline.rank == mesh.pipeline.size - 1
     return {
@@ -124,6 +128,7 @@ def stepping(
     gradients: Mapping[int, LayerGradients],
     shapes: Mapping[str, torch.Size],
     group_sizes: Sequence[int],
+    reduced: int,
     forwards: int,
     config: Config,
     mesh: Mesh,
@@ -131,8 +136,8 @@ def stepping(
     """The model's and the optimizer's part of a step with ZeRO-1 or 2.
 
     gradients: of the layers that this process holds. shapes: of all its parameters. group_sizes: numbers that are
-    trained in each parameter group of this process. forwards: of a micro-batch; the first of two is for the features
-    only.
+    trained in each parameter group of this process; reduced: those that have a gradient. forwards: of a micro-batch;
+    the first of two is for the features only.
     """
     sent: Sent = defaultdict(float)
     tensor, pipeline, a = mesh.tensor, mesh.pipeline, num_bytes(config)
@@ -152,7 +157,7 @@ def stepping(
             sent[me, pipeline.ranks[pipeline.rank - 1]] += _hidden(layers[0], batch, config, mesh, a)
     data = mesh.data
     reductions = len(batches) if config.zero.stage == 2 else 1
-    sent[data.ranks] += reductions * ring(sum(group_sizes) * FLOAT, data.size, 2)
+    sent[data.ranks] += reductions * ring(reduced * FLOAT, data.size, 2)
     for size in group_sizes:
         sent[data.ranks] += ring(_round_up(size, 2 * data.size) * a, data.size)
     return sent

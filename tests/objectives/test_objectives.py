@@ -16,8 +16,10 @@ from megatron_lcl import objectives
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.rules import Sequences
+from megatron_lcl.losses.group import HEADER
+from megatron_lcl.losses.sigmoid import SUMS
 from megatron_lcl.objectives.base import GlobalCounts
-from megatron_lcl.parallel.mesh import ALONE, Mesh
+from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
 from megatron_lcl.train.result import PendingResult
 
 OF_ANOTHER_PACKAGE = '''
@@ -96,6 +98,30 @@ def test_what_the_built_in_objectives_ask_for() -> None:
     assert asked("coca", "recompute") == ("recompute", 2, False, True, True)
     assert asked("emu", "recompute") == ("1F1B", 1, True, True, True)
     assert asked("generation", "recompute") == ("1F1B", 1, True, False, True)
+
+
+def test_what_follows_from_terms_and_their_weights() -> None:
+    """What an objective trains, and what it sends: of 3 and 5 pairs on two replicas of two tensor ranks."""
+    axes = [Axis(None, 0, size, tuple(range(size))) for size in (2, 4, 2)]
+    mesh = Mesh(ALONE, axes[0], data_tensor=axes[1], tensor=axes[2])
+
+    def follows(name: str, **weights: float) -> tuple[tuple[str, ...], list[tuple[Axis, int]]]:
+        config = configs.from_dict({"objective": {"name": name, **weights}, "model": {"language": {"width": 64}}})
+        objective = objectives.create(config)
+        return objective.trains, objective.gathers([3, 5], mesh)
+
+    rows, tensor = (mesh.data_tensor, 4 * 3 * 2 * 64 * 4), (mesh.tensor, 2 * 2 * 64 * 4 * 2)
+    headers = (mesh.data_tensor, 4 * HEADER * 8)
+    contrast = [headers, rows, (mesh.data_tensor, 4 * (5 + 2 * 3) * 4), tensor]
+    both = ("retrieval", "generation")
+    assert follows("lcl") == follows("coca") == (both, contrast)
+    assert follows("lcl", generation_weight=0) == follows("clip") == (both[:1], contrast)
+    assert follows("coca", contrastive_weight=0) == (both[1:], contrast), "it is measured"
+    assert follows("siglip") == (both[:1], [headers, rows, (mesh.data_tensor, 4 * SUMS * 8), tensor])
+    assert follows("generation") == follows("genlip") == (both[1:], [])
+    sums = [(mesh.data, (1 + 2 * 64) * 8)] * 2
+    assert follows("emu") == (both, sums)
+    assert follows("emu", regression_weight=0) == (both[1:], sums)
 
 
 def test_what_another_package_gets_wrong_is_said() -> None:

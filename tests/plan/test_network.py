@@ -50,6 +50,7 @@ def count(rank: int, case: Case) -> dict[str, float]:
     ("case", "tolerance"),
     [
         (Case(tensor=2, pipeline=2, strategy="recompute", freeze=True), 1e-9),
+        (Case(data=2, objective="siglip"), 1e-9),  # the vocabulary has no gradient
         # what torch's ZeRO-3 gathers with padding: selftest/run.py
         (Case(data=2, zero=3, strategy="recompute", freeze=True), 4e-3),
     ],

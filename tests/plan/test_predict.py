@@ -34,11 +34,11 @@ from megatron_lcl.plan.predict import (
     predict,
     seconds_of_run,
 )
-from megatron_lcl.plan.work import sizes_of
 from megatron_lcl.train.optimizer import rules_of
 from megatron_lcl.train.optimizers.muon import matrix_update
 from megatron_lcl.train.optimizers.pieces import Tensor
 from megatron_lcl.train.parts import freeze, frozen_parameters, trained_kinds
+from megatron_lcl.train.simulate import sizes_of
 
 IMAGES, CONTEXT = 2, 80
 FAST = 1e30

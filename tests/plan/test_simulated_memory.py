@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,13 +12,12 @@ from plan.test_predict import IMAGES, config_of
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.plan import memory
 from megatron_lcl.plan.layouts import Layout, confirm
-from megatron_lcl.plan.memory import usage_of
+from megatron_lcl.plan.memory import simulate_shallow
 from megatron_lcl.train import simulate as simulation
 from megatron_lcl.train.fits import predicted
 from megatron_lcl.train.memory import estimate
-from megatron_lcl.train.simulate import Usage, simulate
+from megatron_lcl.train.simulate import Usage, simulate, usage_of, usages_of
 
 
 def test_a_gpu_has_the_next_steps_batches_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_stages_that_are_alike_are_simulated_once(
         ranks.append(rank)
         return needs(1e6 * (1 + rank))
 
-    found = memory.usages_of(config, 8, IMAGES, True, simulated)
+    found = usages_of(config, 8, IMAGES, True, partial(simulate_shallow, simulated=simulated))
     assert sorted(ranks) == [2 * stage for stage in firsts]
     ranks.clear()
     monkeypatch.setattr(simulation, "simulate", simulated)
@@ -89,7 +89,7 @@ def test_stages_said_to_be_alike_need_the_same() -> None:
     assert simulate(config, 4, IMAGES, 1) == simulate(config, 4, IMAGES, 2)
 
 
-def test_memory_is_linear_in_blocks_and_shared_by_replicas() -> None:
+def test_memory_is_linear_in_blocks_and_shared_by_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(model__vision__layers=20, model__language__layers=9, train__global_batch=512)
     asked: list[tuple[int, int, int, int]] = []
 
@@ -99,20 +99,37 @@ def test_memory_is_linear_in_blocks_and_shared_by_replicas() -> None:
         size = 100.0 + 7 * vision + 3 * language
         return Usage(size, 2 * size, 5.0, size, 5 * size, 6 * size, size / 2, 0.1 + language / 100, 7.0, size)
 
-    found = usage_of(config, 32, IMAGES, simulated=simulated)
+    shallow = partial(simulate_shallow, simulated=simulated)
+    found = usage_of(config, 32, IMAGES, 0, shallow)
     assert asked == [(2, 2, 32, 512), (4, 2, 32, 512), (2, 4, 32, 512)]
     assert found == Usage(267.0, 534.0, 5.0, 267.0, 1335.0, 1602.0, 133.5, 0.14, 7.0, 267.0)
     assert found.process == pytest.approx(1602.0 + 0.14 * 133.5), "the largest share of the heap, not extrapolated"
     asked.clear()
-    many = usage_of(config, 256, IMAGES, simulated=simulated)
+    many = usage_of(config, 256, IMAGES, 0, shallow)
     assert asked[0] == (2, 2, 64, 128), "as many micro-batches a replica"
-    less = (
-        estimate(config, 256, IMAGES).optimizer
-        - estimate(configs.replace(config, train__global_batch=128), 64).optimizer
+    whole, part = (
+        estimate(configs.replace(config, train__global_batch=2 * n), n, IMAGES, on_gpu=False) for n in (256, 64)
     )
+    less = whole.optimizer - part.optimizer
     assert less < 0
     assert many.optimizer == pytest.approx(534.0 + less)
     assert many.graphs == found.graphs
+    features = 4 * (2 * config.model.language.width + 2) * (512 - 128) * IMAGES
+    others = sum(getattr(whole, name) - getattr(part, name) for name in ("parameters", "optimizer", "gradients"))
+    assert many.peak == pytest.approx(1335.0 + others + features)
+    asked.clear()
+    monkeypatch.setattr(simulation, "simulate", simulated)
+    size = 100.0 + 7 * 20 + 3 * 9
+    assert predicted(config, 256, [IMAGES], on_gpu=True) == pytest.approx(5 * size + 5.0 + others + features)
+    assert asked == [(20, 9, 64, 128)], "nor are more replicas simulated when a run starts, which has all blocks"
+    alone = configs.replace(config, objective__name="generation")
+    assert usage_of(alone, 256, IMAGES, 0, shallow).network == 267.0, "without a contrast nobody gathers features"
+
+
+def test_the_stage_that_has_the_head_has_the_features_of_all_replicas() -> None:
+    config = config_of(parallel__pipeline=2, train__global_batch=512)
+    first, last = (usage_of(config, 512, IMAGES, stage, lambda *_: needs(1e6)).network for stage in (0, 1))
+    assert (first, last) == (0, 4 * (2 * config.model.language.width + 2) * (512 - 128) * IMAGES)
 
 
 @pytest.mark.slow
@@ -123,8 +140,8 @@ def test_a_short_simulation_says_what_a_whole_one_does(monkeypatch: pytest.Monke
         train__global_batch=8,
     )  # fmt: skip
     whole = simulate(config, 8, IMAGES)
-    monkeypatch.setattr(memory, "REPLICAS", 4)
-    short = usage_of(config, 8, IMAGES)
+    monkeypatch.setattr(simulation, "REPLICAS", 4)
+    short = usage_of(config, 8, IMAGES, 0, simulate_shallow)
     for name in ("parameters", "batches", "graphs"):
         assert getattr(short, name) == pytest.approx(getattr(whole, name), rel=0.01), name
     assert short.peak == pytest.approx(whole.peak, rel=0.1), "buckets of gradients are not linear in the blocks"

@@ -29,6 +29,7 @@ from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase, compare_kernels
 from megatron_lcl.selftest.run import Verdict, compare, selftest, those_that_fit
 from megatron_lcl.selftest.worker import GroupError, check_group, run_case
+from megatron_lcl.train.launch import exchange_in_store
 from megatron_lcl.train.precision import resolve_dtype
 
 ALL = (*CASES, *MORE_CASES)
@@ -331,7 +332,6 @@ def fall_silent(rank: int) -> None:
 
 
 def fall_silent_in_the_tensor_group(rank: int) -> None:
-    from megatron_lcl.selftest import worker
 
     check = worker.check_group
 
@@ -434,10 +434,10 @@ def test_many_processes_ask_the_store_little() -> None:
     store = Counted(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     for rank in range(1, 512):
         store.store.set(f"group {rank}", f"says {rank}")
-    said = worker._exchange(store, "group", 0, range(512), "says 0", 60.0)  # type: ignore[arg-type]
+    said = exchange_in_store(store, "group", 0, range(512), "says 0", 60.0)  # type: ignore[arg-type]
     assert said == {rank: f"says {rank}" for rank in range(512)}
     assert store.requests <= 3
-    said = worker._exchange(store, "group", 0, range(513), "says 0", 0.1)  # type: ignore[arg-type]
+    said = exchange_in_store(store, "group", 0, range(513), "says 0", 0.1)  # type: ignore[arg-type]
     assert said == {rank: f"says {rank}" for rank in range(512)}
     assert store.requests <= 3 + 4 + 2 * 10, "each halving asks twice"
 

@@ -193,8 +193,8 @@ def test_steps_go_through(made: Any) -> None:
             if triton_fault() is None:
                 assert set(found.kernels) == set(KERNELS) - set(WITHOUT_KERNELS.get(name, ())), name
                 if name != "pipeline, first stage":  # its log says so too, of the whole run
-                    objective = (LAYOUTS | LAST_STAGE)[name].get("objective", "lcl")
-                    assert bool(found.kernels) == objectives.objective_class(objective).has_triton, name
+                    of_run = Case(objective=(LAYOUTS | LAST_STAGE)[name].get("objective", "lcl")).config()
+                    assert bool(found.kernels) == objectives.create(of_run).has_triton, name
 
 
 def test_the_host_waits_where_the_numbers_are_read_and_nowhere_else(made: Any) -> None:

@@ -235,6 +235,12 @@ def test_a_model_on_one_process() -> None:
     assert 4 * 403 * 64 < usage.losses < usage.peak - usage.parameters - usage.optimizer
 
 
+def test_without_targets_nothing_is_multiplied_with_the_vocabulary() -> None:
+    """Its loss has neither logits nor the vocabulary's gradients, whose size is that of its parameters."""
+    changes = {"objective__name": "clip", "model__language__vocab_size": 8403, "train__global_batch": 1}
+    assert simulate(configs.replace(configs.from_dict(TREE), **changes), 1, 8).losses < 4 * 8403 * 64
+
+
 @pytest.mark.slow
 def test_averages_count_and_what_needs_a_gpu_is_simulated_without_one() -> None:
     config = configs.replace(configs.from_dict(TREE), train__global_batch=1)

@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -35,32 +34,6 @@ NOTABLE_WAIT = 0.01
 """share of the time for which processes waited for data, from which the console names it"""
 RISEN = 1.01
 """times the last named peak of memory from which a log names it again"""
-
-
-@dataclass
-class Rates:
-    """Throughput since the last line of metrics."""
-
-    seconds: float = 0.0
-    images: int = 0
-    tokens: int = 0
-    steps: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, images: int, tokens: int, seconds: float) -> None:
-        self.seconds += seconds
-        self.images += images
-        self.tokens += tokens
-        self.steps += 1
-
-    def values(self) -> dict[str, float]:
-        """Images and tokens a second over all processes, seconds a step."""
-        seconds = max(self.seconds, 1e-9)
-        return {
-            "images_per_second": self.images / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "step_seconds": seconds / max(self.steps, 1),
-        }
 
 
 class Telemetry:
@@ -104,7 +77,6 @@ class Telemetry:
     def _open(self, step: int) -> None:
         self._run.mkdir(parents=True, exist_ok=True)
         self.last_step = step
-        self.rates = Rates()
         self._fault = ""
         self._file = (self._run / METRICS).open("a", buffering=WAITING, encoding="utf-8")
         self._attempt(lambda: keep_lines_before(self._run / METRICS, step))
@@ -133,12 +105,11 @@ class Telemetry:
         """Whether a step's numbers are written; the same on every process."""
         return step % self.every == 0 or step == self.total
 
-    def count(self, step: int, counts: Mapping[str, int], seconds: float) -> None:
+    def count(self, step: int, counts: Mapping[str, int]) -> None:
         """After step number `step` (counted from 1), whatever else is said of it. counts: of the global batch."""
         if self._file is None:
             return
         self.last_step = step
-        self.rates.add(counts["num_images"], counts["num_tokens"], seconds)
         self._bar.update()
         self._first_done = self._first_done or (step, time.monotonic())
         if self._contrasts and not counts["num_pairs"]:
@@ -155,20 +126,19 @@ class Telemetry:
             self.say(f"step {step} skipped: {reason}")
             self.write({"step": step, "skipped": reason, "lr": lr})
 
-    def step(self, step: int, result: StepResult, lr: float, more: Mapping[str, Any] | None = None) -> None:
-        """The line of a step that is logged, and counted. more: what else there is to write of it."""
+    def step(self, step: int, result: StepResult, lr: float, more: Mapping[str, Any]) -> None:
+        """The line of a step that is logged, and counted. more: what else there is to write of it (`meter`), its rates
+        at least."""
         if self._file is None:
             return
-        rates, numbers = self.rates.values(), self._measured(result)
+        numbers = self._measured(result)
         events = {"steps_without_pairs": self.num_without_pairs, "skipped_steps": self._num_skipped}
         # what a term measures over the whole batch counts, not what is measured of the same on a sample of it
-        others = {name: value for name, value in (more or {}).items() if name not in numbers}
-        self.write({"step": step, **numbers, **events, "lr": lr, **rates, **others})
-        rates |= {name: others[name] for name in ("mfu", "data_wait", "memory_peak_bytes") if name in others}
-        self._bar.set_postfix_str(", ".join(_shown(numbers, rates)))
+        others = {name: value for name, value in more.items() if name not in numbers}
+        self.write({"step": step, **numbers, **events, "lr": lr, **others})
+        self._bar.set_postfix_str(", ".join(_shown(numbers, others)))
         if self._bar.disable or not sys.stdout.isatty():
-            self.say(self._line(step, numbers, lr, rates))
-        self.rates = Rates()
+            self.say(self._line(step, numbers, lr, others))
 
     def _measured(self, result: StepResult) -> dict[str, float | None]:
         """The step's numbers; None for a mean over pairs, or targets, of which the step has none."""
@@ -182,7 +152,7 @@ class Telemetry:
                 numbers |= {name: None for name in names if name in numbers}
         return numbers
 
-    def _line(self, step: int, numbers: Mapping[str, float | None], lr: float, rates: Mapping[str, float]) -> str:
+    def _line(self, step: int, numbers: Mapping[str, float | None], lr: float, rates: Mapping[str, Any]) -> str:
         """A step in one line of a log, of no more than 160 characters up to step 99,999, but for MFU and the peak."""
         measured = {name: value for name, value in numbers.items() if value is not None}
         losses = ", ".join(f"{name} {measured[name]:#.4g}" for name in self._losses if name in measured)
@@ -276,7 +246,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return numbers | over_ranks(values)
 
 
-def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, float]) -> Iterator[str]:
+def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, Any]) -> Iterator[str]:
     """What stands beside the progress bar."""
     yield f"loss {numbers['loss']:.3f}"
     accuracy, chance = numbers.get("image_accuracy"), numbers.get("chance_accuracy")
@@ -288,7 +258,7 @@ def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, float]) -> I
         yield in_bytes(rates["memory_peak_bytes"])
 
 
-def _speed(rates: Mapping[str, float]) -> Iterator[str]:
+def _speed(rates: Mapping[str, Any]) -> Iterator[str]:
     for name, unit in (("images", "img/s"), ("tokens", "tok/s")):
         rate = rates[f"{name}_per_second"]
         yield f"{rate:.0f} {unit}" if rate < 9_999.5 else f"{in_units(rate, ('', 'k', 'M', 'G'))} {unit}"
@@ -299,6 +269,6 @@ def _percent(chance: float) -> str:
     return f"{plain(100 * chance, 2)}%"
 
 
-def _data_wait(rates: Mapping[str, float]) -> Iterator[str]:
+def _data_wait(rates: Mapping[str, Any]) -> Iterator[str]:
     if rates.get("data_wait", 0.0) > NOTABLE_WAIT:
         yield f"data wait {rates['data_wait']:.0%}"

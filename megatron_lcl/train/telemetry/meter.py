@@ -44,12 +44,18 @@ class StepMeter:
         self._slots: list[int] = []
         """of the last step, over all processes: of tokens, of images"""
         self._own: tuple[Sequence[PackedBatch] | None, Config, Objective] | None = None
+        self._waited = 0.0
         self._start()
         clock.start()
 
     def _start(self) -> None:
         self._flops = flops.Flops(0, 0, 0, 0, 0)
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        self._images, self._tokens, self._steps, self._seconds = 0, 0, 0, 0.0
+
+    def reset(self) -> None:
+        """The run has gone back: of the steps since the last line nothing stays but what was waited for checkpoints."""
+        self._clock.take()
+        self._start()
 
     def read(self, batches: Sequence[PackedBatch] | None, config: Config, objective: Objective) -> None:
         """The micro-batches of a step, as this process has read them: on the host, before they are handed on. None
@@ -61,6 +67,8 @@ class StepMeter:
         """A step is done. batches: as `read`, on this process's device; seconds: that it took."""
         slots = [(len(batch.tokens), len(batch.image_soi)) for batch in batches]
         self._slots = [self._mesh.data.size * sum(numbers) for numbers in zip(*slots, strict=True)]
+        self._images += counts.counts["num_images"]
+        self._tokens += counts.counts["num_tokens"]
         self._steps += 1
         self._seconds += seconds
         assert self._own is not None
@@ -85,7 +93,13 @@ class StepMeter:
         own = [*(times[phase] for phase in PHASES), *dataclasses.astuple(self._flops), memory_peak(), self._waited]
         table = self._mesh.world.all_gather(torch.tensor(own, dtype=torch.float64)).tolist()
         steps, seconds = max(self._steps, 1), max(self._seconds, 1e-9)
+        rates = {
+            "images_per_second": self._images / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "step_seconds": seconds / steps,
+        }
         self._start()
+        self._waited = 0.0
         if not self._mesh.is_first:
             return {}
         spent = [dict(zip(PHASES, row[: len(PHASES)], strict=True)) for row in table]  # apart: FLOPs have a `loss` too
@@ -94,6 +108,7 @@ class StepMeter:
         numbers: dict[str, Any] = {
             **self._counts(result),
             **rates_by_part(self._config, lr),
+            **rates,
             "flops_per_second": total / seconds,
             "memory_peak_bytes": int(max(row["memory"] for row in of_ranks)),
             "checkpoint_wait_seconds": max(row["waited"] for row in of_ranks),

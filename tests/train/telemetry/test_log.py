@@ -29,11 +29,17 @@ LINE = re.compile(
 )
 
 
+def rates(result: StepResult) -> dict[str, float]:
+    """Of a step of 0.1 s."""
+    per_second = {f"{name}_per_second": getattr(result, f"num_{name}") / 0.1 for name in ("images", "tokens")}
+    return {**per_second, "step_seconds": 0.1}
+
+
 def done(telemetry: Telemetry, step: int, result: StepResult = RESULT) -> None:
     """A step of 0.1 s."""
-    telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1)
+    telemetry.count(step, {name: getattr(result, name) for name in COUNTS})
     if telemetry.is_logged(step):
-        telemetry.step(step, result, 1e-3)
+        telemetry.step(step, result, 1e-3, rates(result))
 
 
 def terminals(monkeypatch: pytest.MonkeyPatch, out: bool, err: bool) -> None:
@@ -157,8 +163,10 @@ def test_a_line_names_the_wait_for_data_and_the_peak_where_they_say_something(
     result = dataclasses.replace(RESULT, num_images=9_876, num_tokens=2_345_678, num_pairs=9_000)
     with Telemetry(tmp_path, config, True, 0) as telemetry:
         for step, (wait, peak) in enumerate(((0.009, 6e10), (0.123, 6.05e10), (0.0, 6.12e10)), 1):
-            telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1)
-            telemetry.step(step, result, 1e-3, {"mfu": 0.412, "data_wait": wait, "memory_peak_bytes": peak})
+            telemetry.count(step, {name: getattr(result, name) for name in COUNTS})
+            telemetry.step(
+                step, result, 1e-3, {**rates(result), "mfu": 0.412, "data_wait": wait, "memory_peak_bytes": peak}
+            )
     said = capsys.readouterr().out
     assert "(chance 0.011%)" in said, "of 9,000 pairs"
     lines = re.findall(r"lr 1\.00e-3 (.*) [\d:]+ left$", said, re.MULTILINE)
@@ -178,8 +186,8 @@ def test_a_line_has_room_in_160_characters(
     config = configs.load(None, {"train.steps": "46000", "train.log_every": "1"})
     with Telemetry(tmp_path, config, True, 0) as telemetry:
         for step in (19_999, 20_000):
-            telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1)
-            telemetry.step(step, result, 1.234e-4, {"data_wait": 0.123})
+            telemetry.count(step, {name: getattr(result, name) for name in COUNTS})
+            telemetry.step(step, result, 1.234e-4, {**rates(result), "data_wait": 0.123})
             clock[0] += 1
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == (

@@ -19,6 +19,7 @@ from megatron_lcl.model import flops
 from megatron_lcl.model.layers import PARTS
 from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
+from megatron_lcl.train import run
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.result import Measured
@@ -86,6 +87,35 @@ def test_operations_are_those_of_the_batches_and_mfu_their_part_of_the_peak(tmp_
         assert less.total < 0.9 * expected
         assert one_line(meter, 2, freeze=FROZEN)["flops_per_second"] == pytest.approx(less.total / 0.5)
         assert "mfu" not in one_line(StepMeter(config_of(), MESH, Clock(CPU), telemetry), 1), "of a CPU"
+
+
+def test_a_line_has_the_rates_of_the_steps_since_the_last_one_or_since_the_run_went_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "ledger_from", mock.Mock())
+    monkeypatch.setattr(run, "changes_since", mock.Mock())
+    monkeypatch.setattr(run.checkpoint, "go_back", lambda *_: (tmp_path, {}))
+    monkeypatch.setattr(run.checkpoint, "read_progress", lambda _: Progress(1, 4, {}))
+    rates = ("images_per_second", "tokens_per_second", "step_seconds", "flops_per_second", "data_wait")
+    config, clock = config_of(), Clock(CPU)
+    with Telemetry(tmp_path, config, True, 0) as telemetry:
+        training: Any = mock.MagicMock(config=config, mesh=MESH, progress=Progress(2, 8, {}))
+        training.bad.began, training.bad.state.return_value = (1, 4), {}
+        meter = training.meter = StepMeter(config, MESH, clock, telemetry)
+        first = one_line(meter, 1)
+        own = batch(config)
+        assert [first[name] for name in rates[:3]] == [2 * own.num_images, 2 * own.num_tokens, 0.5]
+        with meter.waiting():
+            pass
+        clock.enter("data")
+        time.sleep(0.05)
+        meter.read([own] * 3, config, objectives.create(config))
+        meter.step([own] * 3, GlobalCounts.of([own] * 3, MESH, CPU), 9.0)
+        Training._rewind(training)
+        line = one_line(meter, 2)
+    assert [line[name] for name in rates[:-1]] == pytest.approx([first[name] for name in rates[:-1]])
+    assert line["data_wait"] < 0.1
+    assert line["checkpoint_wait_seconds"] > 0, "for saves of the steps that stay"
 
 
 def test_what_waits_for_a_checkpoint_is_counted_until_it_is_written(tmp_path: Path) -> None:

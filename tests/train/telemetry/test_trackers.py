@@ -30,6 +30,7 @@ from megatron_lcl.train.telemetry import Telemetry, feed, log, read_metrics, sin
 from megatron_lcl.train.telemetry.sinks import IDS, PACKAGES, WeightsAndBiases, check_trackers
 
 RESULT = StepResult(1.0, 2.0, 1.5, 90, 4, 100, 90, 0, {"generation": 1.0, "contrastive": 1.0})
+RATES = {"images_per_second": 1000.0, "tokens_per_second": 900.0, "step_seconds": 0.1}
 
 
 def config_of(*names: str) -> Config:
@@ -45,8 +46,8 @@ def steps(run: Path, config: Config, first: int, last: int) -> None:
     """The process makes steps first + 1 to last."""
     with Telemetry(run, config, True, first) as telemetry:
         for step in range(first + 1, last + 1):
-            telemetry.count(step, {name: getattr(RESULT, name) for name in COUNTS}, 0.1)
-            telemetry.step(step, RESULT, 1e-3, {"grad_norm/vision": 0.5 * step})
+            telemetry.count(step, {name: getattr(RESULT, name) for name in COUNTS})
+            telemetry.step(step, RESULT, 1e-3, {**RATES, "grad_norm/vision": 0.5 * step})
 
 
 def test_trackers_and_tensorboard_get_the_times_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +65,9 @@ def test_trackers_and_tensorboard_get_the_times_of_processes(tmp_path: Path, mon
     monkeypatch.setitem(log.TRACKERS, "mlflow", Sink)
     monkeypatch.setattr(log, "TensorBoard", Sink)
     with Telemetry(tmp_path, config_of("mlflow"), True, 0) as telemetry:
-        telemetry.count(1, {name: getattr(RESULT, name) for name in COUNTS}, 0.1)
+        telemetry.count(1, {name: getattr(RESULT, name) for name in COUNTS})
         more = {"rank_step_seconds": [0.4, 0.1, 0.2], "rank_work_seconds": [0.3, 0.1, 0.1], "slowest_lag_seconds": 0.2}
-        telemetry.step(1, RESULT, 1e-3, more)
+        telemetry.step(1, RESULT, 1e-3, RATES | more)
     assert len(got) == 2
     for numbers in got:
         of_ranks = {name: value for name, value in numbers.items() if name.startswith(("rank", "slowest"))}
