@@ -122,8 +122,8 @@ def evaluate(
         make_output(Path(output))
     store = FeatureStore(default_cache() if cache is None else Path(cache), batch_size, processes, progress)
     bad = (
-        find_bad(test.images, store.folder, progress, test.name),
-        (find_bad(train.images, store.folder, progress, train.name) if train is not None else []),
+        find_bad(test, store.folder, progress),
+        find_bad(train, store.folder, progress) if train is not None else [],
     )
     test = without_bad(test, bad[0], skip_bad_images)
     if train is not None:
