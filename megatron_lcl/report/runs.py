@@ -75,16 +75,6 @@ class Run:
         """Steps that it has made and written of."""
         return self.metrics.last_step
 
-    def series(self, name: str) -> dict[int, float]:
-        """A metric by step (of a long run its mean over some steps, by the first); empty where the run does not measure
-        it."""
-        found = self.metrics.series.get(name)
-        if found is None:
-            return {}
-        points = found.points()
-        there = np.isfinite(points.mean)
-        return dict(zip(points.first[there].astype(int).tolist(), points.mean[there].tolist(), strict=True))
-
     @property
     def incidents(self) -> str:
         """What happened beside steps, counted."""
