@@ -40,9 +40,8 @@ from megatron_lcl.evaluate.workers import ahead
 from megatron_lcl.evaluate.zero_shot import by_texts
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.run_folder import LABELED
 
-RESULT = "labeled.json"
-"""file of a run folder"""
 TASKS: tuple[LabeledTask, ...] = get_args(LabeledTask)
 _IMAGES = 256
 """in a batch at most"""
@@ -126,7 +125,7 @@ class Labeled:
 
 def write_labeled(folder: Path, result: Labeled) -> None:
     """As JSON, for the report."""
-    replace_text(folder / RESULT, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    replace_text(folder / LABELED, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
 
 
 class LabeledEvaluation:
