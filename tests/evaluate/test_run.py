@@ -424,3 +424,7 @@ def test_captions_stay_with_their_images_where_bad_ones_are_left_out(
     assert left.captions == tuple((f"caption {i}",) for i in (1, 2, 4, 5))
     assert find_bad(left, tmp_path / "cache") == []
     assert len(list((tmp_path / "cache").iterdir())) == 1  # that these are good is known from now on
+    (tmp_path / "4.png").unlink()
+    (unread,) = find_bad(dataclasses.replace(left), tmp_path / "cache")
+    assert (unread.index, unread.reason) == (2, "No such file or directory")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
