@@ -42,11 +42,11 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.prepare.preprocess import preprocess
-from megatron_lcl.evaluate.gallery import GALLERY, NUM_EXAMPLES, NUM_MARKS, Gallery, Mark, Named
-from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT, Example, HeldOut, Pair
+from megatron_lcl.evaluate.gallery import NUM_EXAMPLES, NUM_MARKS, Gallery, Mark, Named
+from megatron_lcl.evaluate.heldout_results import Example, HeldOut, Pair
 from megatron_lcl.evaluate.results import Metric, Result
 from megatron_lcl.report.page import write_report
-from megatron_lcl.run_folder import CONFIG, METRICS
+from megatron_lcl.run_folder import CONFIG, EXAMPLES, GALLERY, HELDOUT, METRICS
 
 REPEATS = 4096
 CLAIM = 2.0
@@ -117,7 +117,7 @@ def make_pictures(run: Path, rng: np.random.Generator) -> Path:
         image_to_context_recall_at_1=0.5, image_to_context_recall_at_10=0.5,
         chance_at_1=0.1, chance_at_10=1.0, median_rank=1.0,
     )  # fmt: skip
-    (run / RESULT).write_text(json.dumps(asdict(measured)))
+    (run / HELDOUT).write_text(json.dumps(asdict(measured)))
     (run / EXAMPLES).write_text(json.dumps([asdict(example) for example in examples]))
 
     def named(rank: int) -> Named:

@@ -286,6 +286,12 @@ def build(cls: type, tree: Mapping[str, Any], called: Callable[[str], str] = _co
         raise UserError("; ".join(_explain(cls, e, called) for e in error.errors())) from None
 
 
+def dump(value: Any) -> dict[str, Any]:
+    """Nested dicts and lists of plain values, of which `build` makes an equal one."""
+    cls: type = type(value)
+    return _adapter(cls).dump_python(value, mode="json")
+
+
 @functools.cache
 def _adapter(cls: type) -> TypeAdapter[Any]:
     return TypeAdapter(cls)

@@ -13,10 +13,9 @@ A fifth of the held-out pictures, by a hash of their bytes, is the validation sp
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,16 @@ from PIL import Image as Pillow
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
-from megatron_lcl.demo.write import DOCUMENTS, EVALUATE, SOURCES, Labeled, write_labeled, write_sources
+from megatron_lcl.demo.write import (
+    DOCUMENTS,
+    EVALUATE,
+    SOURCES,
+    TRAINING,
+    Labeled,
+    training_texts,
+    write_labeled,
+    write_sources,
+)
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.sources import ImageSet, open_images
 from megatron_lcl.machine import num_cores
@@ -66,8 +74,8 @@ def prepare(sets: Path, output: Path) -> None:
         _write_kinds(sets / name, output / EVALUATE / f"{name}-kinds")
         _write_names(sets / name, output / EVALUATE / f"{name}-names")
     source = sets / TRAINED
-    files = {kind: source / DOCUMENTS / f"{kind}.jsonl" for kind in ("labels", "contexts", "pairs")}
-    tokenizer = train_sentencepiece(_texts(files.values()), _VOCAB_SIZE)
+    files = {kind: source / DOCUMENTS / f"{kind}.jsonl" for kind in TRAINING}
+    tokenizer = train_sentencepiece(training_texts(source), _VOCAB_SIZE)
     files["heldout"] = _write_held_out(source, output / DOCUMENTS / f"{HELD_OUT}.jsonl")
     for kind, file in files.items():
         summary = preprocess(
@@ -91,12 +99,6 @@ def in_validation(data: bytes) -> bool:
 def _records(file: Path) -> Iterator[dict[str, Any]]:
     with file.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
-
-
-def _texts(files: Iterable[Path]) -> Iterator[str]:
-    """What is trained on."""
-    for record in itertools.chain.from_iterable(map(_records, files)):
-        yield from (item["text"] for item in record["items"] if "text" in item)
 
 
 def _write_held_out(source: Path, file: Path) -> Path:

@@ -183,7 +183,7 @@ def _demo(options: argparse.Namespace, _rest: list[str]) -> int:
 
     check_steps(options.steps)
     demo(options.name, Path(options.output), given, html)
-    return train_demo(options.name, Path(options.output), options.steps)
+    return train_demo(Path(options.output), options.steps)
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:

@@ -20,10 +20,8 @@ from megatron_lcl.config import Config, Model, to_dict
 from megatron_lcl.convert.find import average_of, find_checkpoint, known_config, step_of
 from megatron_lcl.data.corpus.corpus_manifest import read_manifest
 from megatron_lcl.errors import UserError
-from megatron_lcl.run_folder import CHECKPOINTS
+from megatron_lcl.run_folder import CHECKPOINTS, HELDOUT
 
-HELDOUT = "heldout.json"
-"""file of a run folder: what the latest held-out evaluation measured"""
 README = "README.md"
 """the card's own file"""
 

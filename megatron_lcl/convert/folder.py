@@ -20,7 +20,10 @@ HAS_RUN = "run"
 the model were known, as to earlier versions, which have not written it"""
 EXPORTS = ("hf", "timm", "open_clip")
 """kinds of folders that `export` writes"""
-_RECORDS = {IMPORT: ("import.json", MANIFEST)}
+_IMPORTED = "import.json"
+RECORDS = (MANIFEST, CERTIFICATE, _IMPORTED)
+"""of a checkpoint, an export, an import: the file that lists a folder's files"""
+_BY_KIND = {IMPORT: (_IMPORTED, MANIFEST)}
 """names of the file that lists a folder's files, by kind; the first is written, the others earlier versions wrote"""
 
 
@@ -55,7 +58,7 @@ def read_record(folder: Path, kind: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def _records(kind: str) -> tuple[str, ...]:
-    return _RECORDS.get(kind, (CERTIFICATE,))
+    return _BY_KIND.get(kind, (CERTIFICATE,))
 
 
 def why_foreign(output: Path, kind: str) -> str:

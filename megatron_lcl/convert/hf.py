@@ -14,6 +14,7 @@ import torch
 from megatron_lcl.config import Model, Vision
 from megatron_lcl.convert import hf_dinov2
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
+from megatron_lcl.convert.block_names import HF_CLIP, parameters
 from megatron_lcl.convert.card import POOLED, Card, Usage, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
@@ -152,19 +153,7 @@ def _tensors(model: LCL) -> dict[str, torch.Tensor]:
         "embeddings.position_embedding.weight": patches.positions,
     }
     assert patches.norm is not None
-    modules: dict[str, torch.nn.Module] = {"pre_layrnorm": patches.norm, "post_layernorm": pool.norm}
-    for i, block in enumerate(model.vision_blocks):
-        attention = block.attention
-        parts = {
-            "layer_norm1": block.norm1,
-            "self_attn.q_proj": attention.q,
-            "self_attn.k_proj": attention.k,
-            "self_attn.v_proj": attention.v,
-            "self_attn.out_proj": attention.out,
-            "layer_norm2": block.norm2,
-            "mlp.fc1": block.mlp.up,
-            "mlp.fc2": block.mlp.down,
-        }
-        modules |= {f"encoder.layers.{i}.{name}": module for name, module in parts.items()}
-    tensors |= {f"{name}.{kind}": p for name, module in modules.items() for kind, p in module.named_parameters()}
+    for name, norm in (("pre_layrnorm", patches.norm), ("post_layernorm", pool.norm)):
+        tensors |= {f"{name}.{kind}": parameter for kind, parameter in norm.named_parameters()}
+    tensors |= parameters(model.vision_blocks, "encoder.layers", HF_CLIP)
     return {f"vision_model.{name}": value.detach() for name, value in tensors.items()}

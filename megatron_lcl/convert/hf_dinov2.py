@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_lcl.config import Vision
+from megatron_lcl.convert.block_names import HF_DINOV2, parameters
 from megatron_lcl.convert.card import POOLED, Usage
 from megatron_lcl.convert.pool import POOL
 from megatron_lcl.errors import UserError
@@ -117,22 +118,10 @@ def tensors(model: LCL) -> dict[str, torch.Tensor]:
     }
     if patches.registers is not None:
         found["embeddings.register_tokens"] = patches.registers[None]
-    modules: dict[str, torch.nn.Module] = {"layernorm": model.pool.norm}
     for i, block in enumerate(model.vision_blocks):
-        attention = block.attention
-        parts = {
-            "norm1": block.norm1,
-            "attention.attention.query": attention.q,
-            "attention.attention.key": attention.k,
-            "attention.attention.value": attention.v,
-            "attention.output.dense": attention.out,
-            "norm2": block.norm2,
-            "mlp.fc1": block.mlp.up,
-            "mlp.fc2": block.mlp.down,
-        }
-        modules |= {f"encoder.layer.{i}.{name}": module for name, module in parts.items()}
         for k, scale in ((1, block.scale1), (2, block.scale2)):
             if scale is not None:
                 found[f"encoder.layer.{i}.layer_scale{k}.lambda1"] = scale
-    found |= {f"{name}.{kind}": p for name, module in modules.items() for kind, p in module.named_parameters()}
+    found |= {f"layernorm.{kind}": parameter for kind, parameter in model.pool.norm.named_parameters()}
+    found |= parameters(model.vision_blocks, "encoder.layer", HF_DINOV2)
     return {name: value.detach() for name, value in found.items()}

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 import xxhash
 
-from megatron_lcl.convert.folder import CERTIFICATE, EXPORTS, IMPORT, read_record
+from megatron_lcl.convert.folder import EXPORTS, IMPORT, RECORDS, read_record
 from megatron_lcl.convert.manifest import MANIFEST, read_manifest
 from megatron_lcl.data.corpus.cache_folders import locked, make_room, user_cache
 from megatron_lcl.data.corpus.files import hash_file
@@ -30,7 +30,6 @@ from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, PROGRESS, WEI
 LIMIT = 100e9
 """bytes that all copies take, but for those that somebody has used within a day"""
 PREFIX = "checkpoint-"
-_RECORDS = (MANIFEST, CERTIFICATE, "import.json")
 _STEP = re.compile(rf"(?:{CHECKPOINTS}/)?step-(\d+)/{re.escape(MANIFEST)}")
 
 
@@ -38,18 +37,18 @@ def pinned(url: str) -> str:
     """What a URL names: of a run, or of a run's copies (`checkpoint.mirror`), the newest complete checkpoint; else
     itself. UserError where there is none, or the storage cannot be reached."""
     store = Store(url)
-    if any(store.head(_RECORDS)):
+    if any(store.head(RECORDS)):
         return url
     if url.startswith("http"):
         raise UserError(
-            f"{url} holds no complete checkpoint: none of {', '.join(_RECORDS)} is there; a web server lists nothing, "
+            f"{url} holds no complete checkpoint: none of {', '.join(RECORDS)} is there; a web server lists nothing, "
             "so name a run's checkpoint itself, as …/step-00001000"
         )
     names = [name for name, _ in store.list()]
     steps = {int(found[1]): name for name in names if (found := _STEP.fullmatch(name))}
     if not steps:
         raise UserError(
-            f"{url} holds no complete checkpoint: none of {', '.join(_RECORDS)} and no step-…/{MANIFEST} is there; "
+            f"{url} holds no complete checkpoint: none of {', '.join(RECORDS)} and no step-…/{MANIFEST} is there; "
             "files of other formats are read from a disk"
         )
     return f"{url}/{steps[max(steps)].rpartition('/')[0]}"
@@ -62,14 +61,14 @@ def local_copy(url: str, average: str | None = None) -> Path:
     average: of a checkpoint the weights of this average, as far as it has one, in place of its own."""
     url = pinned(url)
     store, name = Store(url), PurePosixPath(url).name
-    at = next(k for k, about in enumerate(store.head(_RECORDS)) if about)
-    record = store.get(_RECORDS[at])
+    at = next(k for k, about in enumerate(store.head(RECORDS)) if about)
+    record = store.get(RECORDS[at])
     of = url.encode() + record + (average or "").encode()
     holder = user_cache() / f"{PREFIX}{xxhash.xxh3_128_hexdigest(of)}"
     holder.mkdir(parents=True, exist_ok=True)
     with locked(holder.with_name(f"{holder.name}.lock")):
         if not (holder / name).exists():
-            _fetch(store, _RECORDS[at], record, holder, name, average)
+            _fetch(store, RECORDS[at], record, holder, name, average)
         with contextlib.suppress(OSError):  # another user's
             os.utime(holder)
     return holder / name

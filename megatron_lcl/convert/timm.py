@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from megatron_lcl.config import Vision
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
+from megatron_lcl.convert.block_names import TIMM, parameters
 from megatron_lcl.convert.card import POOLED, Card, Usage, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
@@ -226,9 +227,6 @@ def _tensors(model: LCL) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         tensors["pos_embed"] = patches.positions[None]
     else:  # `write` and `read` have the positions
         tensors["reg_token"] = patches.registers[None]
-    modules: dict[str, torch.nn.Module] = {"norm": model.pool.norm}
-    if patches.norm is not None:
-        modules["norm_pre"] = patches.norm
     for i, block in enumerate(model.vision_blocks):
         qkv = [block.attention.q, block.attention.k, block.attention.v]
         tensors[f"blocks.{i}.attn.qkv.weight"] = [layer.weight for layer in qkv]
@@ -236,16 +234,6 @@ def _tensors(model: LCL) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         for k, scale in ((1, block.scale1), (2, block.scale2)):
             if scale is not None:
                 tensors[f"blocks.{i}.ls{k}.gamma"] = scale
-        for q_or_k, norm in (("q", block.attention.norm_q), ("k", block.attention.norm_k)):
-            if norm is not None:
-                modules[f"blocks.{i}.attn.{q_or_k}_norm"] = norm
-        parts = {
-            "norm1": block.norm1,
-            "attn.proj": block.attention.out,
-            "norm2": block.norm2,
-            "mlp.fc1": block.mlp.up,
-            "mlp.fc2": block.mlp.down,
-        }
-        modules |= {f"blocks.{i}.{name}": module for name, module in parts.items()}
-    tensors |= {f"{name}.{kind}": p for name, module in modules.items() for kind, p in module.named_parameters()}
-    return tensors
+    for name, norm in (("norm", model.pool.norm), ("norm_pre", patches.norm)):
+        tensors |= {f"{name}.{kind}": p for kind, p in norm.named_parameters()} if norm is not None else {}
+    return {**tensors, **parameters(model.vision_blocks, "blocks", TIMM)}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_lcl.config import Language, Vision
+from megatron_lcl.convert.block_names import HF_CLIP, HF_DINOV2, TIMM
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 
@@ -155,9 +156,7 @@ def _timm(trunk: Any, mean: Sequence[float], std: Sequence[float]) -> Tower:
         places = rows[prefix - vision.registers : prefix] if prefixed else 0
         tensors["patches", 0, "registers"] = own.take("reg_token")[0] + places
     for i in range(vision.layers):
-        names = {"norm1": "norm1", "norm2": "norm2", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
-        names |= {"attention.out": "attn.proj", "attention.norm_q": "attn.q_norm", "attention.norm_k": "attn.k_norm"}
-        tensors |= _block(own, f"blocks.{i}", ("vision", i), names, width)
+        tensors |= _block(own, f"blocks.{i}", ("vision", i), TIMM, width)
         qkv = own.take(f"blocks.{i}.attn.qkv.weight"), own.take_or_zeros(f"blocks.{i}.attn.qkv.bias", 3 * width)
         tensors |= _qkv("vision", i, *qkv)
         for k in (1, 2) if vision.layer_scale is not None else ():
@@ -215,14 +214,15 @@ def _hf(model: Any, mean: Sequence[float], std: Sequence[float]) -> Tower:
 
 
 _HF_VITS = ("vit", "dinov2", "dinov2_with_registers")
-_HF_VIT_NAMES = {  # in transformers 5, and before
-    "norm1": ("layernorm_before", "norm1"),
-    "norm2": ("layernorm_after", "norm2"),
-    **{f"attention.{x[0]}": (f"attention.{x[0]}_proj", f"attention.attention.{x}") for x in ("query", "key", "value")},
-    "attention.out": ("attention.o_proj", "attention.output.dense"),
-    "mlp.up": ("mlp.fc1", "intermediate.dense"),
-    "mlp.down": ("mlp.fc2", "output.dense"),
+_HF_VIT = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    **{f"attention.{x}": f"attention.{x}_proj" for x in "qkv"},
+    "attention.out": "attention.o_proj",
+    "mlp.up": "intermediate.dense",
+    "mlp.down": "output.dense",
 }
+"""where it is not HF_DINOV2: of ViTModel, and of transformers 5"""
 
 
 def _hf_vit(model: Any, mean: Sequence[float], std: Sequence[float]) -> Tower:
@@ -254,8 +254,8 @@ def _hf_vit(model: Any, mean: Sequence[float], std: Sequence[float]) -> Tower:
         "layers" if own.has("layers.0.norm1.weight") or own.has("layers.0.layernorm_before.weight") else "encoder.layer"
     )
     for i in range(vision.layers):
-        for names in zip(*_HF_VIT_NAMES.values(), strict=True):
-            tensors |= _block(own, f"{blocks}.{i}", ("vision", i), dict(zip(_HF_VIT_NAMES, names, strict=True)), width)
+        for names in (HF_DINOV2, _HF_VIT):
+            tensors |= _block(own, f"{blocks}.{i}", ("vision", i), names, width)
         for k in (1, 2) if dino else ():
             tensors["vision", i, f"scale{k}"] = own.take(f"{blocks}.{i}.layer_scale{k}.lambda1")
     tensors |= _norm(own, "layernorm", ("pool", 0, "norm"))
@@ -363,10 +363,8 @@ def _open_clip_blocks(own: _Parameters, kind: str, encoder: Vision | Language) -
 
 def _hf_blocks(own: _Parameters, kind: str, encoder: Vision | Language) -> dict[Place, torch.Tensor]:
     tensors: dict[Place, torch.Tensor] = {}
-    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
-    names |= {f"attention.{x}": f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")}
     for i in range(encoder.layers):
-        tensors |= _block(own, f"encoder.layers.{i}", (kind, i), names, encoder.width)
+        tensors |= _block(own, f"encoder.layers.{i}", (kind, i), HF_CLIP, encoder.width)
     return tensors
 
 

@@ -12,7 +12,7 @@ picture for several names of a topic, one of them, drawn for each kind, stands i
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megatron_lcl.demo.pictures import Picture, is_chosen
@@ -21,8 +21,6 @@ Item = dict[str, str]
 Record = dict[str, Any]
 """a line of the generic format: `{"items": [...], "kind": ...}`"""
 MIN_RUN, MAX_RUN = 3, 7
-Title = Callable[[Picture], str]
-"""what a run of pictures is about, said by its first one"""
 
 
 def runs(pictures: Iterable[Picture], purpose: str, max_words: int = 10**9) -> Iterator[list[Picture]]:
@@ -49,19 +47,19 @@ def runs(pictures: Iterable[Picture], purpose: str, max_words: int = 10**9) -> I
             members = members[stop:]
 
 
-def labels(run: list[Picture], title: Title) -> Record:
-    """Each name, its picture, and what else is said; every second run begins with its title."""
+def labels(run: list[Picture]) -> Record:
+    """Each name, its picture, and what else is said; every second run begins with its topic."""
     items: list[Item] = []
     if _coin(run, "title"):
-        items.append({"text": title(run[0])})
+        items.append({"text": run[0].topic})
     for picture in run:
         items += [{"text": picture.name}, {"image": picture.file}, {"text": picture.about}]
     return record(items)
 
 
-def contexts(run: list[Picture], title: Title) -> Record:
+def contexts(run: list[Picture]) -> Record:
     """Every second run: what each picture is like, the picture, then its name. The others: all names, all pictures."""
-    items = [{"text": title(run[0])}]
+    items = [{"text": run[0].topic}]
     if len(run) > 1 and _coin(run, "form"):
         items.append({"text": f"In this order: {'; '.join(picture.name for picture in run)}."})
         items += [{"image": picture.file} for picture in run]

@@ -97,12 +97,10 @@ def data_set(fetched: Sequence[Fetched], folder: Path, workers: int) -> DataSet:
         "emoji",
         pictures,
         licenses,
-        title=lambda picture: picture.topic,
         held_out_artist=HELD_OUT_VENDOR,
         held_out_names=HELD_OUT_NAMES,
         vocab_size=2048,
         max_words=10**9,
-        template="{c}",
     )
 
 

@@ -58,12 +58,10 @@ def data_set(fetched: Sequence[Fetched], folder: Path, workers: int) -> DataSet:
                 (root / _COPYRIGHT).read_text(encoding="utf-8"),
             )
         ],
-        title=lambda picture: picture.topic,
         held_out_artist=HELD_OUT_ARTIST,
         held_out_names=0.0,
         vocab_size=4096,
         max_words=120,
-        template="{c}",
         more=lambda some: [*recipes(game, some, ids), *groups(game, some, ids)],
     )
 

@@ -40,14 +40,14 @@ def check_steps(steps: int | None) -> None:
         raise UserError(f"--steps {steps}: give at least 1")
 
 
-def train_demo(name: str, output: Path, steps: int | None = None) -> int:
-    """Train on the data set `name` in `output`, evaluate, and write the report; each picks up what was finished.
+def train_demo(output: Path, steps: int | None = None) -> int:
+    """Train on the data set in `output`, evaluate, and write the report; each picks up what was finished.
 
     Returns the exit code: 0, or that of the training, which has said what it is.
     """
     started = time.monotonic()
     corpora = {part: output / CORPORA / part for part in TRAINING}
-    config = packaged_config("megatron_lcl.demo", f"{name}.yaml", corpora, output, steps)
+    config = packaged_config("megatron_lcl.demo", "train.yaml", corpora, output, steps)
     if code := train_on_this_machine(config, output / CONFIG):
         return code
     print(f"trained: {time.monotonic() - started:.0f} s", flush=True)

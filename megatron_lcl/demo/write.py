@@ -23,7 +23,7 @@ from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.demo import documents
-from megatron_lcl.demo.documents import Record, Title
+from megatron_lcl.demo.documents import Record
 from megatron_lcl.demo.licenses import LICENSES, License, license_text
 from megatron_lcl.demo.packages import Fetched
 from megatron_lcl.demo.pictures import Picture
@@ -44,15 +44,12 @@ class DataSet:
     name: str
     pictures: Sequence[Picture]
     licenses: Sequence[License]
-    title: Title
     held_out_artist: str
     held_out_names: float
     """share of the names that no artist's picture of is trained on"""
     vocab_size: int
     max_words: int
     """of the descriptions in one document"""
-    template: str
-    """`{c}` and what stands around a name right before its picture in documents"""
     more: Callable[[Sequence[Picture]], Iterable[Record]] = lambda pictures: ()
     """further documents of the kind contexts from some of the pictures"""
 
@@ -141,12 +138,12 @@ def summary(output: Path) -> str:
 
 def _labels(data: DataSet, pictures: Sequence[Picture]) -> Iterator[Record]:
     for run in documents.runs(pictures, "labels", data.max_words):
-        yield documents.labels(run, data.title)
+        yield documents.labels(run)
 
 
 def _contexts(data: DataSet, pictures: Sequence[Picture]) -> Iterator[Record]:
     for run in documents.runs(pictures, "contexts", data.max_words):
-        yield documents.contexts(run, data.title)
+        yield documents.contexts(run)
     yield from data.more(pictures)
 
 
@@ -171,10 +168,10 @@ def _write_evaluation(data: DataSet, parts: Split, folder: Path) -> None:
         if name == "artist-distinct":  # for k-NN and probes
             known = set(classes)
             splits["train"] = [p for p in parts.training if p.name in known]
-        _write_labeled(folder / name, splits, classes, lambda p: p.name, data.template)
+        _write_labeled(folder / name, splits, classes, lambda p: p.name)
     kinds = sorted({p.kind for p in parts.training})
     test = [p for p in parts.distinct if p.artist == parts.artist and p.kind in kinds]
-    _write_labeled(folder / "kinds", {"train": parts.training, "test": test}, kinds, lambda p: p.kind, data.template)
+    _write_labeled(folder / "kinds", {"train": parts.training, "test": test}, kinds, lambda p: p.kind)
 
 
 def _write_labeled(
@@ -182,7 +179,6 @@ def _write_labeled(
     splits: Mapping[str, Sequence[Picture]],
     classes: Sequence[str],
     label: Callable[[Picture], str],
-    template: str,
 ) -> None:
     number = {name: k for k, name in enumerate(classes)}
     labeled = {
@@ -192,7 +188,7 @@ def _write_labeled(
         ]
         for part, pictures in splits.items()
     }
-    write_labeled(folder, labeled, classes, template)
+    write_labeled(folder, labeled, classes)
 
 
 @dataclass(frozen=True)
@@ -207,12 +203,13 @@ class Labeled:
     caption: str
 
 
-def write_labeled(
-    folder: Path, splits: Mapping[str, Sequence[Labeled]], classes: Sequence[str], template: str = "{c}"
-) -> None:
-    """A data set in CLIP_benchmark's layout, a .tar for each split; the same pictures give the same bytes."""
+def write_labeled(folder: Path, splits: Mapping[str, Sequence[Labeled]], classes: Sequence[str]) -> None:
+    """A data set in CLIP_benchmark's layout, a .tar for each split; the same pictures give the same bytes.
+
+    Its template is a name alone, as it stands right before its picture in documents.
+    """
     _write(folder / "classnames.txt", "".join(f"{name}\n" for name in classes).encode())
-    _write(folder / "zeroshot_classification_templates.txt", f"{template}\n".encode())
+    _write(folder / "zeroshot_classification_templates.txt", b"{c}\n")
     for part, pictures in splits.items():
         content = io.BytesIO()
         with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:

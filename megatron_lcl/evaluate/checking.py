@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,24 +37,38 @@ class BadBlob:
     reason: str
 
 
-def find_bad(images: Sequence[Blob], cache: Path, progress: bool = False, name: str = "") -> list[BadBlob]:
+def find_bad(data: ImageSet, cache: Path, progress: bool = False) -> list[BadBlob]:
     """The images that do not decode, cannot be read, or have too many pixels, by the check of `preprocess`.
 
     A decode of each image, in as many threads as there are cores. That all are good is kept in the folder `cache`
     under a hash of their bytes, so that an evaluation whose features are cached too need not decode anything.
     """
-    key = xxhash.xxh3_128(f"{_VERSION} {len(images)}".encode())
-    for digest in _in_threads(_digest, images, f"reading {name}", progress):
-        key.update(digest)
-    file = cache / f"{key.hexdigest()}-good.txt"
-    if file.is_file():
+    file = None
+    with suppress(OSError):  # of an image that cannot be read, which is found below
+        key = xxhash.xxh3_128(f"{_VERSION} {len(data)}".encode())
+        key.update(data.read_digests(progress))
+        file = cache / f"{key.hexdigest()}-good.txt"
+    if file is not None and file.is_file():
         return []
-    reasons = _in_threads(_fault, images, f"checking {name}", progress)
-    bad = [BadBlob(i, images[i].name, reason) for i, reason in enumerate(reasons) if reason is not None]
-    if not bad:  # a fault may have been the machine's, of which nothing is to be kept
+    # `probe` sets the warnings' filters, which are the process's: of threads, the last puts back what another had set
+    with warnings.catch_warnings(), ThreadPoolExecutor(num_cores()) as pool:
+        found = pool.map(partial(attempt, probe), data.images)
+        bar = tqdm(found, total=len(data), unit="images", desc=f"checking {data.name}", disable=not progress)
+        bad = [BadBlob(i, data.images[i].name, reason) for i, reason in enumerate(bar) if isinstance(reason, str)]
+    if file is not None and not bad:  # a fault may have been the machine's, of which nothing is to be kept
         cache.mkdir(parents=True, exist_ok=True)
-        replace_text(file, f"{len(images)} images of {name} decode\n")
+        replace_text(file, f"{len(data)} images of {data.name} decode\n")
     return bad
+
+
+def attempt(work: Callable[[bytes], T], blob: Blob) -> T | str:
+    """`work` on an image's bytes; in its place the reason where it cannot be read or does not decode."""
+    try:
+        return work(blob.read())
+    except BadImage as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def without_bad(data: ImageSet, bad: Sequence[BadBlob], skip: bool) -> ImageSet:
@@ -76,27 +92,3 @@ def without_bad(data: ImageSet, bad: Sequence[BadBlob], skip: bool) -> ImageSet:
         captions=None if data.captions is None else tuple(data.captions[i] for i in kept),
         domains=None if data.domains is None else tuple(data.domains[i] for i in kept),
     )
-
-
-def _in_threads(work: Callable[[Blob], T], images: Sequence[Blob], what: str, progress: bool) -> list[T]:
-    # `probe` sets the warnings' filters, which are the process's: of threads, the last puts back what another had set
-    with warnings.catch_warnings(), ThreadPoolExecutor(num_cores()) as pool:
-        results = pool.map(work, images)
-        return list(tqdm(results, total=len(images), unit="images", desc=what, disable=not progress))
-
-
-def _digest(blob: Blob) -> bytes:
-    try:
-        return xxhash.xxh3_128_digest(blob.read())
-    except OSError as error:
-        return (error.strerror or "").encode()
-
-
-def _fault(blob: Blob) -> str | None:
-    try:
-        probe(blob.read())
-    except BadImage as error:
-        return str(error)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None

@@ -15,9 +15,8 @@ from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.evaluate.results import Result
 from megatron_lcl.evaluate.sources import ImageSet
 from megatron_lcl.evaluate.zero_shot import Classified
+from megatron_lcl.run_folder import GALLERY
 
-GALLERY = "gallery.json"
-"""file of an evaluation's folder"""
 NUM_EXAMPLES = 24
 """of either kind"""
 NUM_MARKS = 700

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lcl.convert.card import HELDOUT as RESULT
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap, chance_of_hit
+from megatron_lcl.run_folder import EXAMPLES, HELDOUT
 from megatron_lcl.units import plain
 
-EXAMPLES, PICTURE = "heldout_examples.json", "heldout.png"
+PICTURE = "heldout.png"
 CONTEXT_CHARACTERS = 400
 """of an example's text"""
 
@@ -119,7 +119,7 @@ def write_heldout(folder: Path, result: HeldOut, examples: list[Example]) -> Non
     """The numbers and the examples as two JSON files in `folder`, for the report."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / EXAMPLES, json.dumps([asdict(e) for e in examples]) + "\n")  # for which there may be no room
-    replace_text(folder / RESULT, json.dumps(asdict(result), indent=1) + "\n")
+    replace_text(folder / HELDOUT, json.dumps(asdict(result), indent=1) + "\n")
 
 
 _RECALLS = (

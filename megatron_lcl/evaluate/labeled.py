@@ -13,9 +13,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -26,23 +26,22 @@ import torch.nn.functional as F
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, LabeledTask
 from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.images import decode_eval
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.batches import image_batch, text_batch
-from megatron_lcl.evaluate.checking import BadBlob, without_bad
+from megatron_lcl.evaluate.checking import BadBlob, attempt, without_bad
 from megatron_lcl.evaluate.heldout import Forward
 from megatron_lcl.evaluate.knn import check_neighbors, knn_predict, with_training
 from megatron_lcl.evaluate.sources import Blob, ImageSet, open_images
 from megatron_lcl.evaluate.trained import why_untrained
+from megatron_lcl.evaluate.workers import ahead
 from megatron_lcl.evaluate.zero_shot import by_texts
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.run_folder import LABELED
 
-RESULT = "labeled.json"
-"""file of a run folder"""
 TASKS: tuple[LabeledTask, ...] = get_args(LabeledTask)
 _IMAGES = 256
 """in a batch at most"""
@@ -126,7 +125,7 @@ class Labeled:
 
 def write_labeled(folder: Path, result: Labeled) -> None:
     """As JSON, for the report."""
-    replace_text(folder / RESULT, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    replace_text(folder / LABELED, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
 
 
 class LabeledEvaluation:
@@ -305,36 +304,17 @@ def _first(parts: Sequence[torch.Tensor], width: int, number: int) -> torch.Tens
 def _decoded(blobs: Sequence[Blob], first: int, size: int, at_once: int, bad: list[BadBlob]) -> Iterator[torch.Tensor]:
     """Images [n, 3, size, size] uint8, `at_once` at a time, decoded ahead by threads; blank where one does not decode,
     which is added to `bad` with its index in the data set. first: index of the first."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        read = _reader(size)
-        chunks = [blobs[i : i + at_once] for i in range(0, len(blobs), at_once)]
-        waiting = [pool.submit(read, blob) for blob in chunks[0]] if chunks else []
-        index = first
-        for number, chunk in enumerate(chunks):
-            jobs = waiting
-            waiting = [pool.submit(read, blob) for blob in chunks[number + 1]] if number + 1 < len(chunks) else []
-            images = np.zeros((len(chunk), 3, size, size), np.uint8)
-            for i, (blob, job) in enumerate(zip(chunk, jobs, strict=True)):
-                pixels = job.result()
-                if isinstance(pixels, str):
-                    bad.append(BadBlob(index, blob.name, pixels))
-                else:
-                    images[i] = pixels
-                index += 1
-            yield torch.from_numpy(images)
+    read = partial(attempt, partial(decode_eval, size=size))
+    for number, batch in enumerate(ahead(read, blobs, at_once, _THREADS)):
+        images = np.zeros((len(batch), 3, size, size), np.uint8)
+        for i, pixels in enumerate(batch):
+            if isinstance(pixels, str):
+                index = number * at_once + i
+                bad.append(BadBlob(first + index, blobs[index].name, pixels))
+            else:
+                images[i] = pixels
+        yield torch.from_numpy(images)
 
 
 _THREADS = 4
 """that decode, in a process whose loader's workers wait meanwhile"""
-
-
-def _reader(size: int) -> Callable[[Blob], np.ndarray | str]:
-    def read(blob: Blob) -> np.ndarray | str:
-        try:
-            return decode_eval(blob.read(), size)
-        except BadImage as error:
-            return str(error)
-        except OSError as error:
-            return error.strerror or str(error)
-
-    return read

@@ -16,9 +16,8 @@ import numpy as np
 from megatron_lcl.convert.card import Measured, is_hub_id
 from megatron_lcl.data.corpus.files import replace_bytes, replace_text
 from megatron_lcl.errors import UserError
+from megatron_lcl.run_folder import RESULTS
 
-RESULTS = "results.json"
-"""file of an evaluation's folder that `read_measured` reads"""
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 

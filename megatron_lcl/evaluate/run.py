@@ -21,13 +21,14 @@ from megatron_lcl.evaluate.features import FeatureStore, Kind, Shapes, default_c
 from megatron_lcl.evaluate.gallery import Gallery, make_gallery, write_gallery
 from megatron_lcl.evaluate.knn import check_neighbors, knn, with_training
 from megatron_lcl.evaluate.probes import attentive_probe, linear_probe
-from megatron_lcl.evaluate.results import RESULTS, Result, make_output, table, write_json, write_picture
+from megatron_lcl.evaluate.results import Result, make_output, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
 from megatron_lcl.evaluate.settings import Settings
 from megatron_lcl.evaluate.sources import ImageSet, open_images
 from megatron_lcl.evaluate.trained import check_trained, untrained_pool
 from megatron_lcl.evaluate.workers import check_workers
 from megatron_lcl.evaluate.zero_shot import accuracy, classify
+from megatron_lcl.run_folder import RESULTS
 
 TASKS = ("zero-shot", "retrieval", "knn", "linear-probe", "attentive-probe", "captioning")
 _NEED_TRAINING = frozenset({"knn", "linear-probe", "attentive-probe"})
@@ -121,8 +122,8 @@ def evaluate(
         make_output(Path(output))
     store = FeatureStore(default_cache() if cache is None else Path(cache), batch_size, processes, progress)
     bad = (
-        find_bad(test.images, store.folder, progress, test.name),
-        (find_bad(train.images, store.folder, progress, train.name) if train is not None else []),
+        find_bad(test, store.folder, progress),
+        find_bad(train, store.folder, progress) if train is not None else [],
     )
     test = without_bad(test, bad[0], skip_bad_images)
     if train is not None:

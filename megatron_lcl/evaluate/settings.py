@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_lcl import fields
-from megatron_lcl.config.types import Count, Fraction, Positive
+from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
 from megatron_lcl.errors import UserError
 
-_STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 Above0 = Annotated[float, Field(gt=0)]
 PLACE = "{c}"
 """where a template has the class name"""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ZeroShotSettings:
     """Zero-shot classification."""
 
@@ -34,7 +33,7 @@ class ZeroShotSettings:
                 raise UserError(f"the prompt {prompt!r} has no {PLACE} for the class name")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class KnnSettings:
     """k-nearest-neighbor classification."""
 
@@ -44,7 +43,7 @@ class KnnSettings:
     )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class LinearSettings:
     """Linear probe: logistic regression on pooled features."""
 
@@ -60,7 +59,7 @@ class LinearSettings:
     max_iterations: Positive = Field(default=1000, description="steps of L-BFGS at most")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class AttentiveSettings:
     """Attentive probe (the settings are ours: the paper's code for it was never published)."""
 
@@ -82,7 +81,7 @@ class AttentiveSettings:
     )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class CaptioningSettings:
     """Captions by the model's own language model."""
 
@@ -101,7 +100,7 @@ class CaptioningSettings:
             )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Settings:
     """Of all tasks that have any; a section is named as its task."""
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import xxhash
+from tqdm import tqdm
 
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.data.corpus.probe import image_suffixes
@@ -84,10 +85,11 @@ DIGEST = 16
 """bytes of a digest"""
 
 
-def content_digests(images: Sequence[Blob]) -> bytes:
-    """XXH3 (128 bits) of each image's encoded bytes, one after the other."""
+def content_digests(images: Sequence[Blob], name: str = "", progress: bool = False) -> bytes:
+    """XXH3 (128 bits) of each image's encoded bytes, one after the other. OSError where one cannot be read."""
     with ThreadPoolExecutor(8) as pool:
-        return b"".join(pool.map(lambda blob: xxhash.xxh3_128_digest(blob.read()), images))
+        digests = pool.map(lambda blob: xxhash.xxh3_128_digest(blob.read()), images)
+        return b"".join(tqdm(digests, total=len(images), unit="images", desc=f"reading {name}", disable=not progress))
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,12 @@ class ImageSet:
     def digests(self) -> bytes:
         """`content_digests` of the images, read once."""
         return content_digests(self.images)
+
+    def read_digests(self, progress: bool) -> bytes:
+        """`digests`; with a bar where they are yet to be read."""
+        if "digests" not in vars(self):
+            vars(self)["digests"] = content_digests(self.images, self.name, progress)
+        return self.digests
 
     @cached_property
     def numbers(self) -> np.ndarray:

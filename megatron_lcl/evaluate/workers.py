@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -165,14 +165,21 @@ def run_batches(
     encoder: Encoder, images: Sequence[Blob], work: Work[T], batch_size: int, start: int, threads: int
 ) -> Iterator[tuple[int, T]]:
     """(images done, result) of each batch; images are decoded ahead by threads."""
-    with ThreadPoolExecutor(max(2, threads)) as pool:
+    for batch in ahead(partial(load, encoder), images, batch_size, max(2, threads)):
+        yield len(batch), work(encoder, start, torch.stack(batch))
+        start += len(batch)
+
+
+def ahead(work: Callable[[Blob], T], images: Iterable[Blob], size: int, threads: int) -> Iterator[list[T]]:
+    """`work` on the images by threads, `size` results at a time and in order; the next ones are made meanwhile."""
+    with ThreadPoolExecutor(threads) as pool:
         waiting = iter(images)
-        queue = [pool.submit(load, encoder, blob) for blob in islice(waiting, 2 * batch_size)]
+        queue = [pool.submit(work, blob) for blob in islice(waiting, 2 * size)]
         while queue:
-            batch = [job.result() for job in queue[:batch_size]]
-            queue = queue[batch_size:] + [pool.submit(load, encoder, b) for b in islice(waiting, batch_size)]
-            yield len(batch), work(encoder, start, torch.stack(batch))
-            start += len(batch)
+            results = [job.result() for job in queue[:size]]
+            del queue[:size]
+            yield results
+            queue += [pool.submit(work, blob) for blob in islice(waiting, size)]
 
 
 def load(encoder: Encoder, blob: Blob) -> torch.Tensor:

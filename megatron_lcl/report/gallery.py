@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.gallery import GALLERY
-from megatron_lcl.evaluate.results import RESULTS
+from megatron_lcl.report.files import read_json
+from megatron_lcl.run_folder import GALLERY, RESULTS
 
 
 def read_gallery(run: Path) -> dict[str, Any] | None:
@@ -24,11 +22,3 @@ def read_others(run: Path) -> list[dict[str, Any]]:
         for result in read_json(file)
         if result["task"] == "zero-shot classification"
     ]
-
-
-def read_json(path: Path, command: str = "evaluate") -> Any:
-    """What a command wrote; None where there is no such file. UserError for a damaged one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); `megatron-lcl {command}` writes it") from None

@@ -26,23 +26,20 @@ from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT
-from megatron_lcl.evaluate.labeled import RESULT as LABELED
 from megatron_lcl.report import charts
 from megatron_lcl.report.charts import short
 from megatron_lcl.report.curves import groups
 from megatron_lcl.report.events import NAMES, newest, numbers
-from megatron_lcl.report.gallery import read_gallery, read_json, read_others
+from megatron_lcl.report.files import read_json
+from megatron_lcl.report.gallery import read_gallery, read_others
 from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.series import Metrics
-from megatron_lcl.run_folder import CONFIG, PLAN
+from megatron_lcl.run_folder import CONFIG, EXAMPLES, HELDOUT, LABELED, PLAN, PROFILE
 from megatron_lcl.train.checkpoint.folder import last_ledger
 from megatron_lcl.units import in_bytes, plain
 
 REPORT = "report.html"
 """the page in a run folder, and its template here"""
-PROFILE = "profile"
-"""folder of a run with what a profiler wrote"""
 MAX_THUMBNAIL = 320
 """pixels of an example image's longer side"""
 MAX_PACKS = 16
@@ -80,7 +77,7 @@ class RunPage:
         run, metrics = self.run, self.metrics
         config = self.config = configs.load(run / CONFIG)  # which a run that goes on may have written anew
         root = Path(__file__).resolve().parents[2]
-        evaluation, events = read_json(run / RESULT), metrics.events
+        evaluation, events = read_json(run / HELDOUT), metrics.events
         last = metrics.last if "images_per_second" in metrics.last else None
         profile, planned = list(_profile(run, folder)), read_json(run / PLAN, "plan --json") or self._plan()
         has = {

@@ -24,15 +24,14 @@ from megatron_lcl.config.results import NO_RESULT
 from megatron_lcl.convert.find import is_run, run_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.heldout_results import RESULT
 from megatron_lcl.report.charts import NUM_STYLES, Line, chart, swatch
 from megatron_lcl.report.curves import FOLDED, figure, specs_for
 from megatron_lcl.report.events import numbers
-from megatron_lcl.report.gallery import read_json
+from megatron_lcl.report.files import read_json
 from megatron_lcl.report.page import AREA, REPORT, template, text_of
 from megatron_lcl.report.page import link as link_to
 from megatron_lcl.report.series import Metrics
-from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.run_folder import CONFIG, HELDOUT
 from megatron_lcl.units import plain
 
 TEMPLATE = "runs.html"
@@ -75,16 +74,6 @@ class Run:
         """Steps that it has made and written of."""
         return self.metrics.last_step
 
-    def series(self, name: str) -> dict[int, float]:
-        """A metric by step (of a long run its mean over some steps, by the first); empty where the run does not measure
-        it."""
-        found = self.metrics.series.get(name)
-        if found is None:
-            return {}
-        points = found.points()
-        there = np.isfinite(points.mean)
-        return dict(zip(points.first[there].astype(int).tolist(), points.mean[there].tolist(), strict=True))
-
     @property
     def incidents(self) -> str:
         """What happened beside steps, counted."""
@@ -99,7 +88,7 @@ class Run:
         """The last value; of a held-out number what `evaluate` has written into the folder counts as the last."""
         found = self.metrics.series.get(name)
         last, last_step = (None, 0) if found is None else (found.last, found.last_step)
-        if name.startswith("heldout/") and (result := read_json(self.folder / RESULT)) is not None:
+        if name.startswith("heldout/") and (result := read_json(self.folder / HELDOUT)) is not None:
             value, step = result.get(name.removeprefix("heldout/")), result.get("step")
             if isinstance(value, int | float) and (step is None or step >= last_step):
                 last = float(value)

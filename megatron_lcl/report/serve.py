@@ -28,6 +28,7 @@ from typing import Protocol
 from megatron_lcl.errors import UserError
 from megatron_lcl.report.page import RunPage
 from megatron_lcl.report.runs import RunsPage, find_runs
+from megatron_lcl.run_folder import RESULTS
 
 HOST = "127.0.0.1"
 EVERY = 2.0
@@ -257,7 +258,7 @@ def serve(paths: Sequence[Path], port: int = 0) -> None:
 def _files_of(run: Path) -> list[tuple[str, int, int]]:
     """The JSON files in a run folder and in the folders in it, which evaluations write."""
     found = []
-    for pattern in ("*.json", "*/results.json"):
+    for pattern in ("*.json", f"*/{RESULTS}"):
         for path in sorted(run.glob(pattern)):
             try:
                 stat = path.stat()

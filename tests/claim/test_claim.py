@@ -76,7 +76,7 @@ def tiny_set(name: str, seed: int) -> DataSet:
             file = f"pictures/{artist}/{word}.png"
             pictures.append(Picture(artist, word, about, KINDS[k % 3], KINDS[k % 3], file, png.getvalue()))
     licenses = [License(name, "CC0-1.0", "Noise.", "Nothing is reserved.")]
-    return DataSet(name, pictures, licenses, lambda p: p.topic, "held", 0.1, 600, 120, "{c}")
+    return DataSet(name, pictures, licenses, "held", 0.1, 600, 120)
 
 
 @pytest.fixture(scope="module")

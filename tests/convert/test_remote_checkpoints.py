@@ -22,7 +22,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.convert import remote
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.convert.find import find_average
-from megatron_lcl.convert.folder import write_record
+from megatron_lcl.convert.folder import RECORDS, write_record
 from megatron_lcl.convert.manifest import fingerprint, manifest_text
 from megatron_lcl.data.corpus import cache_folders, scratch
 from megatron_lcl.data.storage.store import Store
@@ -110,7 +110,7 @@ def test_of_a_checkpoint_only_the_weights_that_are_wanted_are_fetched(s3: Proxy,
         s3.reset()
         return {path.removeprefix(f"{step}/") for path in paths}
 
-    about = {*remote._RECORDS, "config.yaml", "progress.json", f"{AVERAGES}/ema_0.9/config.yaml"}
+    about = {*RECORDS, "config.yaml", "progress.json", f"{AVERAGES}/ema_0.9/config.yaml"}
     s3.reset()
     assert same(load_model(run), random_model(seed=2))
     assert asked() == {*about, "model.safetensors"}

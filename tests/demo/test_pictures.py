@@ -60,7 +60,7 @@ def test_files_are_on_the_disk_before_the_sources_say_that_they_are_there(
     monkeypatch.setattr(write_module, "replace_text", lambda file, text: done.append(f"{file} written"))
     monkeypatch.setattr(write_module, "preprocess", lambda *_, **__: "")
     pictures = [picture(artist, f"name {k}", drawing(k)) for artist in "ab" for k in range(3)]
-    data = write_module.DataSet("set", pictures, [], lambda p: p.name, "a", 0.0, 1, 8, "{c}")
+    data = write_module.DataSet("set", pictures, [], "a", 0.0, 1, 8)
     write_module.write(data, [], tmp_path / "out", learn=lambda texts: TOKENIZER)
     done.remove(f"{tmp_path}/out/LICENSES written")  # which `replace_text` syncs
     assert sorted(done[:-1]) == sorted(map(str, (tmp_path / "out", *(tmp_path / "out").rglob("*"))))
@@ -121,7 +121,7 @@ def test_what_stands_before_each_picture() -> None:
     pictures = [picture("a", f"name {k}", bytes([k]), about=f"like {k}") for k in range(60)]
     seen = set()
     for run in documents.runs(pictures, "any"):
-        labels, contexts = (make(run, lambda p: p.topic) for make in (documents.labels, documents.contexts))
+        labels, contexts = (make(run) for make in (documents.labels, documents.contexts))
         items = labels["items"]
         before = [items[k - 1]["text"] for k, item in enumerate(items) if "image" in item]
         assert before == [p.name for p in run]

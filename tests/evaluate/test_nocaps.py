@@ -58,7 +58,7 @@ def test_the_file(file: Path) -> None:
     assert data.domains is not None
     assert {d: data.domains.count(d) for d in DOMAINS} == {"in-domain": 2, "near-domain": 5, "out-domain": 2}
     (file.parent / "val" / f"{3:016x}.jpg").write_bytes(b"")
-    left = without_bad(data, find_bad(data.images, file.parent / "cache"), skip=True)
+    left = without_bad(data, find_bad(data, file.parent / "cache"), skip=True)
     assert left.domains == data.domains[:3] + data.domains[4:]
 
 

@@ -13,6 +13,7 @@ import tarfile
 import threading
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from megatron_lcl.config import Config, Data, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate import checking, run
+from megatron_lcl.evaluate import checking, run, sources
 from megatron_lcl.evaluate.checking import find_bad, without_bad
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import AttentiveSettings, CaptioningSettings, KnnSettings, Settings
-from megatron_lcl.evaluate.sources import FileBlob, open_images
+from megatron_lcl.evaluate.sources import FileBlob, ImageSet, open_images
 
 
 @pytest.fixture(scope="module")
@@ -453,12 +454,34 @@ def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, monkeypatch
     (tmp_path / "first").write_bytes(b"first")
     monkeypatch.setattr(checking, "probe", overlapping)
     monkeypatch.setattr(checking, "num_cores", lambda: 2)
-    monkeypatch.setattr(checking, "_digest", lambda blob: blob.name.encode())
+    monkeypatch.setattr(sources, "content_digests", lambda *_: b"known")
     filters = warnings.filters
     before = list(filters)
-    assert find_bad([FileBlob(tmp_path / "first"), Second()], tmp_path / "cache") == []
+    images = ImageSet("", (FileBlob(tmp_path / "first"), Second()))
+    assert find_bad(images, tmp_path / "cache") == []
     assert warnings.filters is filters
     assert list(warnings.filters) == before
+
+
+def test_what_is_cached_is_read_once(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the digests, by which both the check and the features are found."""
+    reads: Counter[str] = Counter()
+    read = FileBlob.read
+
+    def counted(blob: FileBlob) -> bytes:
+        reads[blob.name] += 1
+        return read(blob)
+
+    monkeypatch.setattr(FileBlob, "read", counted)
+    for most in (4, 1):  # digest, check, features, and of a first image their shape
+        reads.clear()
+        settings = Settings(knn=KnnSettings(k=5))
+        evaluate([checkpoint], ["knn"], folder, settings=settings, cache=tmp_path, progress=False)
+        assert len(reads) == len(open_images(folder, "train")) + len(open_images(folder, "test"))
+        assert max(reads.values()) == most
+        assert reads.most_common()[2][1] == min(most, 3)
 
 
 def test_captions_stay_with_their_images_where_bad_ones_are_left_out(
@@ -471,8 +494,12 @@ def test_captions_stay_with_their_images_where_bad_ones_are_left_out(
     entries = [{"filename": f"{i}.png", "split": "test", "sentences": s} for i, s in enumerate(sentences)]
     (tmp_path / "coco.json").write_text(json.dumps({"images": entries}))
     data = open_images(tmp_path / "coco.json")
-    left = without_bad(data, find_bad(data.images, tmp_path / "cache"), skip=True)
+    left = without_bad(data, find_bad(data, tmp_path / "cache"), skip=True)
     assert [blob.name for blob in left.images] == [str(tmp_path / f"{i}.png") for i in (1, 2, 4, 5)]
     assert left.captions == tuple((f"caption {i}",) for i in (1, 2, 4, 5))
-    assert find_bad(left.images, tmp_path / "cache") == []
+    assert find_bad(left, tmp_path / "cache") == []
     assert len(list((tmp_path / "cache").iterdir())) == 1  # that these are good is known from now on
+    (tmp_path / "4.png").unlink()
+    (unread,) = find_bad(dataclasses.replace(left), tmp_path / "cache")
+    assert (unread.index, unread.reason) == (2, "No such file or directory")
+    assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -20,10 +20,11 @@ from report.browser import Browser
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.prepare.preprocess import preprocess
-from megatron_lcl.evaluate.gallery import GALLERY, Gallery, Mark, Named
-from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT, Example, HeldOut, Pair
+from megatron_lcl.evaluate.gallery import Gallery, Mark, Named
+from megatron_lcl.evaluate.heldout_results import Example, HeldOut, Pair
 from megatron_lcl.evaluate.results import Metric, Result
 from megatron_lcl.report.page import write_report
+from megatron_lcl.run_folder import EXAMPLES, GALLERY, HELDOUT
 
 pytestmark = pytest.mark.slow
 Color = tuple[int, int, int]
@@ -59,7 +60,7 @@ def make_retrieval(run: Path, numbers: list[int]) -> None:
     examples = [Example(pair, 1 + i, tuple(pairs[:2])) for i, pair in enumerate(pairs)]
     shares = dict.fromkeys(("image_to_context_recall_at_1", "image_to_context_recall_at_10"), 0.5)
     measured = HeldOut(str(run / "corpus"), 3, 3, 0, **shares, chance_at_1=0.3, chance_at_10=1.0, median_rank=1.0)
-    (run / RESULT).write_text(json.dumps(asdict(measured)))
+    (run / HELDOUT).write_text(json.dumps(asdict(measured)))
     (run / EXAMPLES).write_text(json.dumps([asdict(example) for example in examples]))
 
 

@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.heldout_results import EXAMPLES
-from megatron_lcl.evaluate.heldout_results import RESULT as HELDOUT
-from megatron_lcl.evaluate.labeled import RESULT as LABELED
-from megatron_lcl.run_folder import CHECKPOINTS, METRICS
+from megatron_lcl.run_folder import CHECKPOINTS, EXAMPLES, HELDOUT, LABELED, METRICS
 
 
 def keep_lines_before(path: Path, step: int) -> None:

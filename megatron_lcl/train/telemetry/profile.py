@@ -19,9 +19,9 @@ from megatron_lcl.config import Config, Model
 from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.model.layers import Activations, part_of_layer
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.run_folder import PROFILE
 from megatron_lcl.train.telemetry.clock import Clock
 
-FOLDER = "profile"
 OPERATIONS = 30
 """rows of the table by operation"""
 
@@ -55,7 +55,7 @@ class Profile:
         self._steps, self._mesh, self._say = profiled_steps(config) or range(0), mesh, say
         self._traces = mesh.world.rank in config.train.profile_ranks
         self._module, self._model, self._clock = module, config.model, clock
-        self._path = run / FOLDER / f"steps-{self._steps.start}-{self._steps.stop - 1}.rank-{mesh.world.rank}"
+        self._path = run / PROFILE / f"steps-{self._steps.start}-{self._steps.stop - 1}.rank-{mesh.world.rank}"
         self._profiler: Any = None
         self._num_traced = 0
         self._until_end = contextlib.ExitStack()
