@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -359,6 +360,42 @@ def test_images_that_do_not_decode_are_counted_and_said(tmp_path: Path) -> None:
     config = dataclasses.replace(config, objective=Objective(name="clip"))
     with pytest.raises(UserError, match=r"nothing for retrieval \(1 of its images do not decode\)"):
         evaluate_heldout(own_model(), config, tmp_path / "undecodable", progress=False)
+
+
+def test_several_processes_name_bad_images_in_the_order_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the bar ends full. (In this process, one after the other.)"""
+    bars = []
+
+    def one_after_the_other(jobs: Sequence[Any], bar: Any) -> list[bytes]:
+        bars.append(bar)
+        return [job(number, 1, bar.update) for number, job in enumerate(jobs)]
+
+    monkeypatch.setattr(heldout, "in_processes", one_after_the_other)
+    monkeypatch.setattr(heldout, "_TOKENS", 48)
+    bad = b"\xff\xd8 this was a picture"
+    write_corpus(tmp_path / "corpus", [[[d + 1, 2], (bad if d % 2 else jpeg(d), None, None)] for d in range(30)])
+    config = Config(TINY, Data(workers=0, cache=str(tmp_path / "cache")))
+    source: Any = mock.Mock(return_value=(own_model(), config))
+    named = [
+        evaluate_heldout(own_model(), config, tmp_path / "corpus", source=source, processes=processes)[0].bad_images
+        for processes in (1, 3)
+    ]
+    assert len(named[0]) == 15
+    assert named[0] == named[1]
+    assert [bar.n for bar in bars] == [bar.total for bar in bars] == [12], "ten packs"
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_memory_is_page_locked_for_a_model_on_a_gpu_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool
+) -> None:
+    """Whether the machine has one or not."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not pinned)
+    monkeypatch.setattr(heldout, "HeldOutEvaluation", lambda *_, **named: seen.append(named["pin_memory"]))
+    model = mock.Mock(parameters=lambda: iter([mock.Mock(device=torch.device(device))]))
+    heldout._of_model(model, settings(folder), folder / "corpus", Axis(), 1)
+    assert seen == [pinned]
 
 
 def test_a_corpus_in_object_storage_is_kept_where_the_config_says(
