@@ -113,7 +113,7 @@ class HeldOutMeter:
             tasks = corpus_tasks(config)
             pin = local_device().type == "cuda"
             self.evaluation = HeldOutEvaluation(
-                config, config.evaluate.corpus, mesh, forward, tasks, rows, at_once, pin
+                config, config.evaluate.corpus, mesh, forward, tasks, rows, at_once, pin_memory=pin
             )
             packs = self.evaluation.micro_batch
         self.labeled: LabeledEvaluation | None = None

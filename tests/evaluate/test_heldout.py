@@ -25,7 +25,7 @@ from s3_server import Proxy
 
 from megatron_lcl import LCL, open_corpus
 from megatron_lcl.cli import main
-from megatron_lcl.config import Config, Data, Language, Model, Objective, Vision
+from megatron_lcl.config import Config, Data, Evaluate, Language, Model, Objective, Vision
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.document import Text
 from megatron_lcl.data.loading import shared_memory
@@ -45,6 +45,7 @@ from megatron_lcl.evaluate.rules import heldout_data
 from megatron_lcl.evaluate.zero_shot import by_texts
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.report.page import write_report
+from megatron_lcl.train import heldout as in_training
 
 ALL = 99
 """examples, more than there are pairs"""
@@ -372,15 +373,15 @@ def test_several_processes_name_bad_images_in_the_order_of_one(tmp_path: Path, m
 
     monkeypatch.setattr(heldout, "in_processes", one_after_the_other)
     monkeypatch.setattr(heldout, "_TOKENS", 48)
-    bad = b"\xff\xd8 this was a picture"
-    write_corpus(tmp_path / "corpus", [[[d + 1, 2], (bad if d % 2 else jpeg(d), None, None)] for d in range(30)])
+    images = [b"\xff\xd8 was picture %d" % d if d % 2 else jpeg(d) for d in range(30)]
+    write_corpus(tmp_path / "corpus", [[[d + 1, 2], (image, None, None)] for d, image in enumerate(images)])
     config = Config(TINY, Data(workers=0, cache=str(tmp_path / "cache")))
     source: Any = mock.Mock(return_value=(own_model(), config))
     named = [
         evaluate_heldout(own_model(), config, tmp_path / "corpus", source=source, processes=processes)[0].bad_images
         for processes in (1, 3)
     ]
-    assert len(named[0]) == 15
+    assert len({*named[0]}) == 15
     assert named[0] == named[1]
     assert [bar.n for bar in bars] == [bar.total for bar in bars] == [12], "ten packs"
 
@@ -392,10 +393,21 @@ def test_memory_is_page_locked_for_a_model_on_a_gpu_alone(
     """Whether the machine has one or not."""
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: not pinned)
-    monkeypatch.setattr(heldout, "HeldOutEvaluation", lambda *_, **named: seen.append(named["pin_memory"]))
+    monkeypatch.setattr(heldout, "HeldOutEvaluation", lambda *_, pin_memory, **__: seen.append(pin_memory))
     model = mock.Mock(parameters=lambda: iter([mock.Mock(device=torch.device(device))]))
     heldout._of_model(model, settings(folder), folder / "corpus", Axis(), 1)
     assert seen == [pinned]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_is_page_locked_for_a_run_on_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    config = dataclasses.replace(settings(folder), evaluate=Evaluate(corpus=str(folder / "corpus")))
+    made = mock.Mock()
+    monkeypatch.setattr(in_training, "HeldOutEvaluation", made)
+    monkeypatch.setattr(in_training, "local_device", lambda: torch.device(device))
+    nothing: Any = None
+    in_training.HeldOutMeter(config, Mesh(Axis(), Axis()), nothing, nothing, nothing, nothing, lambda: 0)
+    assert made.call_args.kwargs["pin_memory"] is (device == "cuda")
 
 
 def test_a_corpus_in_object_storage_is_kept_where_the_config_says(
