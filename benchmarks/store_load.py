@@ -18,7 +18,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -49,16 +49,18 @@ def _serve(asked: Connection) -> None:
     """A store; says the CPU time of this process, first its port."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     asked.send(store.port)
-    while asked.recv():
-        asked.send(time.process_time())
+    with suppress(EOFError):  # nobody asks any more
+        while asked.recv():
+            asked.send(time.process_time())
 
 
 @contextmanager
 def served() -> Iterator[tuple[dist.Store, Callable[[], float]]]:
     """A connection to a store in a process of its own, and that process's CPU seconds."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_serve, args=(there,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there,), daemon=True)
     process.start()
+    there.close()  # so that the end of the process is the end of what can be read
 
     def seconds() -> float:
         here.send(True)
@@ -68,13 +70,17 @@ def served() -> Iterator[tuple[dist.Store, Callable[[], float]]]:
     try:
         yield dist.TCPStore("127.0.0.1", here.recv(), is_master=False), seconds
     finally:
-        here.send(False)
+        here.close()
         process.join()
 
 
-def measured(processes: int, turns: int) -> Load:
+def period_of(processes: int) -> float:
+    """Seconds between two readings of a watchdog, by a run's defaults."""
     guard = Guard()
-    period = Watchdog(Axis(size=processes), guard.timeout, guard.long_timeout).publish_period
+    return Watchdog(Axis(size=processes), guard.timeout, guard.long_timeout).publish_period
+
+
+def measured(processes: int, turns: int) -> Load:
     keys = [_key(rank) for rank in range(processes)]
     state = State(host="node-0000.cluster", step=10**5, doing="computing", num_published=10**5)
     state.sequences = {str(group): 10**6 for group in range(GROUPS)}
@@ -94,7 +100,7 @@ def measured(processes: int, turns: int) -> Load:
                 turn()
             found.append((seconds() - began) / turns)
     reading, asking, each = found
-    return Load(reading, asking, each, period)
+    return Load(reading, asking, each, period_of(processes))
 
 
 def main() -> None:

@@ -34,7 +34,4 @@ compile & compiled=$!
 "$venv/bin/lint-imports" --no-cache >/dev/null || "$venv/bin/lint-imports" --no-cache
 wait "$types"
 wait "$compiled"
-code=0
-"$venv/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 25 "$@" || code=$?
-printf '%d:%02d minutes in all, checks included; all tests may take 25 on two idle cores\n' $((SECONDS / 60)) $((SECONDS % 60))
-exit "$code"
+exec "$venv/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 25 "$@"

@@ -145,7 +145,8 @@ def evaluate_heldout(
         else:
             assert source is not None, "this model cannot be made again in another process"
             jobs = [partial(_encode_part, source, config, str(corpus), processes) for _ in range(processes)]
-            with tqdm(desc="evaluate", unit="batch", total=evaluation.num_batches, disable=not progress) as bar:
+            total = processes * -(-evaluation.num_batches // processes)  # each has as many, the last ones may be empty
+            with tqdm(desc="evaluate", unit="batch", total=total, disable=not progress) as bar:
                 parts = [pickle.loads(part) for part in in_processes(jobs, bar)]
             result, examples = evaluation.measure(_Encoded.joined(parts, device), step, num_examples, intervals=True)
     return replace(result, dtype=str(next(model.parameters()).dtype).removeprefix("torch.")), examples
@@ -175,7 +176,8 @@ def _of_model(model: LCL, config: Config, corpus: str | Path, data: Axis, proces
         assert read is not None
         return [(batch, model.layers(batch.to(device))) for batch in read]
 
-    return HeldOutEvaluation(config, corpus, Mesh(Axis(), data), forward, tokens=_TOKENS)
+    pin = device.type == "cuda"
+    return HeldOutEvaluation(config, corpus, Mesh(Axis(), data), forward, tokens=_TOKENS, pin_memory=pin)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -203,12 +205,14 @@ class HeldOutEvaluation:
         tasks: Sequence[EvaluationTask] = (),
         tokens: int = 0,
         at_once: int = 1,
+        pin_memory: bool = False,
     ) -> None:
         """Every process calls it.
 
         tasks: what to measure; none: what the run's objective trains. tokens: token slots of a forward pass, where
         a pack is not larger; at_once: micro-batches that `forward` gets together, always so many (a pipeline wants
-        it; what the corpus lacks is padding). Neither changes the numbers.
+        it; what the corpus lacks is padding); pin_memory: images are read into page-locked memory, for a GPU. None of
+        these changes the numbers.
         """
         self.corpus = str(corpus)
         self.mesh = mesh
@@ -218,7 +222,9 @@ class HeldOutEvaluation:
         self.rules = heldout_rules(config.model)
         self.micro_batch = max(1, tokens // self.rules["sequence_tokens"])
         """packs of a forward pass"""
-        self.packs = Packs(config, self.corpus, mesh.data, self.micro_batch, at_once) if mesh.loads_data else None
+        self.packs: Packs | None = None
+        if mesh.loads_data:
+            self.packs = Packs(config, self.corpus, mesh.data, self.micro_batch, at_once, pin_memory)
         self.num_batches, self.num_documents = mesh.model_parallel.broadcast_object(
             (len(self.packs.loader), self.packs.num_documents) if self.packs else (0, 0)
         )
@@ -249,7 +255,7 @@ class HeldOutEvaluation:
             for batch in read or ():
                 assert packs is not None
                 encoded.origins += packs.origins(batch)
-                encoded.bad += [reason for _, reason in batch.bad_images]
+                encoded.bad += [(batch.packs[0], reason) for _, reason in batch.bad_images]
             if read is not None:
                 read = [slots_in_use(batch, "generation" in self.tasks) for batch in read]
             for batch, out in self.forward(read, self.at_once):
@@ -272,7 +278,9 @@ class HeldOutEvaluation:
         assert found is not None, "the first process of the last stage has it"
         result, picked = replace(found[0], step=step), found[1]
         if packs:
-            result = replace(result, bad_images=tuple(itertools.chain.from_iterable(mesh.data.gather_objects(own.bad))))
+            bad = itertools.chain.from_iterable(mesh.data.gather_objects(own.bad))
+            in_order = sorted(bad, key=lambda image: image[0])  # as one process reads them
+            result = replace(result, bad_images=tuple(reason for _, reason in in_order))
         if not result.pairs and not result.targets:
             undecodable = f" ({len(result.bad_images)} of its images do not decode)" if result.bad_images else ""
             raise RunError(
@@ -376,8 +384,9 @@ class _Encoded:
 
     def __init__(self) -> None:
         self.origins: list[Origin] = []
-        """of the pairs, and the reasons of images that do not decode; on the process that reads for its replica"""
-        self.bad: list[str] = []
+        """of the pairs; this and `bad` are on the process that reads for its replica"""
+        self.bad: list[tuple[int, str]] = []
+        """of images that do not decode the first pack of the micro-batch, and name and reason"""
         self.features: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.generation = torch.zeros(2, dtype=torch.float64)
         """sum of the negative log-likelihoods (nats), number of targets"""
@@ -410,7 +419,7 @@ class _Encoded:
         """Parts that processes have encoded, each with features, as one, on the device."""
         whole = cls()
         whole.origins = [origin for part in parts for origin in part.origins]
-        whole.bad = [reason for part in parts for reason in part.bad]
+        whole.bad = [image for part in parts for image in part.bad]
         image, text = zip(*(part.stacked() for part in parts), strict=True)
         whole.features = [(torch.cat([t.to(device) for t in image]), torch.cat([t.to(device) for t in text]))]
         whole.generation = torch.stack([part.generation.to(device) for part in parts]).sum(0)

@@ -44,7 +44,9 @@ class Packs:
         data: Axis,
         micro_batch: int,
         at_once: int,
+        pin_memory: bool,
     ) -> None:
+        """pin_memory: images are read into page-locked memory, for a GPU."""
         vision, documents = config.model.vision, heldout_rules(config.model)["sequences"] == "documents"
         self.loader = PackedLoader(
             heldout_data(config, corpus),
@@ -57,7 +59,7 @@ class Packs:
             micro_batch=micro_batch,
             train=False,
             sequences=INTERLEAVED if documents else PAIRS,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
         )
         index = self.loader.reader.index
         assert isinstance(index, SequentialIndex)

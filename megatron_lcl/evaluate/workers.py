@@ -20,7 +20,7 @@ from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
 from megatron_lcl.interrupts import ENDING, end_with_command, holding_interrupts
 from megatron_lcl.machine import num_cores
-from megatron_lcl.processes import NEVER_BEGAN
+from megatron_lcl.processes import NEVER_BEGAN, prepare_sockets
 
 T = TypeVar("T")
 Work = Callable[[Encoder, int, torch.Tensor], T]
@@ -90,6 +90,7 @@ def in_processes(jobs: Sequence[Job[T]], bar: tqdm, remedy: str = "") -> list[T]
     --processes.
     """
     processes = len(jobs)
+    prepare_sockets()  # one with loader processes would make a folder of its own, and leave it when a signal ends it
     context = get_context("spawn")
     # without locks, which a process that is killed would keep: each counts for itself, and only this one says stop
     done, stop = context.Array("q", processes, lock=False), context.Value("b", lock=False)
@@ -118,7 +119,7 @@ def in_processes(jobs: Sequence[Job[T]], bar: tqdm, remedy: str = "") -> list[T]
 
 
 _told: list[Any] = []
-"""in one of several processes: images done by each, and whether to stop"""
+"""in one of several processes: images or micro-batches done by each, and whether to stop"""
 
 
 def _start(begun: Any, done: Any, stop: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def test_on_a_gpu_other_bounds_hold(model: str, peer: float | None, said: str) -
     assert "lcl float8: at least 1.2 of bfloat16's speed" in missed(claims(model, None, found))
 
 
-def test_the_quickstart_is_judged_by_all_its_seeds(tmp_path: Path) -> None:
-    quickstart = importlib.import_module("quickstart")
+def test_the_quickstart_is_judged_by_all_its_seeds(load_program: Callable[[str], Any], tmp_path: Path) -> None:
+    quickstart = load_program("quickstart")
     blend, alone = np.array([[2.0, 2.0, 41.0], [2.4, 1.8, 50.0]]), np.array([[2.1, 2.0, np.nan], [1.9, 1.9, np.nan]])
     assert missed(quickstart.claims(blend, alone, 0.019)) == ["context → image not below that of the pages alone"]
     assert missed(quickstart.claims(blend[:1], alone[:1], 0.02)) == ["data wait under 2%"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,15 +28,15 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     mock.patch.stopall()
 
 
-@pytest.mark.parametrize(("logits", "chunks"), [(64, [8] * 5), (160, [20, 20]), (320, [40]), (4, [1] * 40)])
-def test_so_many_logits_exist_at_once(
-    program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logits: int, chunks: list[int]
+@pytest.mark.parametrize(("size", "chunks"), [(8, [8] * 5), (20, [20, 20]), (40, [40]), (1, [1] * 40)])
+def test_the_logits_of_so_many_rows_exist_at_once(
+    program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int, chunks: list[int]
 ) -> None:
     seen: list[int] = []
     softmax = program.generation.softmax_torch
     statistics = softmax.statistics
     monkeypatch.setattr(softmax, "statistics", lambda rows, *rest: (seen.append(len(rows)), statistics(rows, *rest))[1])
-    monkeypatch.setattr(sys, "argv", ["", "--once", str(logits), "--width", "16"])
+    monkeypatch.setattr(sys, "argv", ["", "--once", str(size), "--width", "16"])
     program.main()
     assert seen[-len(chunks) :] == chunks
     assert sum(seen) == 64 + 40  # the first ones load libraries
@@ -45,21 +44,32 @@ def test_so_many_logits_exist_at_once(
     assert chunked == pytest.approx(program.once("plain formula", 16).loss)
 
 
+@pytest.mark.parametrize(("width", "chosen"), [(512, 679), (768, 768)])
 @pytest.mark.parametrize(("factor", "holds"), [(1.04, True), (1.06, False)])
 def test_the_chosen_size_may_not_be_slower_than_others(
-    program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], factor: float, holds: bool
+    program: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    factor: float,
+    holds: bool,
+    width: int,
+    chosen: int,
 ) -> None:
+    """As many rows as the width, where they are more than those of 2^25 logits."""
+
     def fresh(_: str, once: str, size: str, *rest: str) -> Any:
-        assert (once, *rest) == ("--once", "--width", "768")
-        seconds = factor if int(size) == program.generation.CHUNK_LOGITS else 1.0
-        return program.Measured(seconds, seconds, int(size) / 2**18, 0.0)
+        assert (once, *rest) == ("--once", "--width", str(width))
+        seconds = factor if int(size) == chosen else 1.0
+        return program.Measured(seconds, seconds, int(size) / 4, 0.0)
 
     monkeypatch.setattr(program, "in_a_fresh_process", fresh)
-    monkeypatch.setattr(sys, "argv", ["", "--chunks", "22", "23", "--width", "768"])
+    monkeypatch.setattr(program, "VOCABULARY", 49411)
+    monkeypatch.setattr(sys, "argv", ["", "--chunks", "22", "25", "--width", str(width)])
     if holds:
         program.main()
     else:
-        with pytest.raises(SystemExit, match=re.escape("2^25 takes at most 1.05 of the fastest")):
+        with pytest.raises(SystemExit, match=f"{chosen} rows take at most 1.05 of the fastest"):
             program.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[2] for row in rows] == ["2^22", "2^23", "2^25"]
+    assert [int(row[0]) for row in rows] == sorted({84, 679, chosen})
+    assert [row[2] for row in rows][:2] == ["2^22.0", "2^25.0"]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_a_line_for_each_way_to_tell_a_language(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    load_program: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lingua")
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    program, asked = importlib.import_module("curate"), []
+    program, asked = load_program("curate"), []
 
     def language_score(settings: program.Language) -> object:
         asked.append((settings.model, settings.among))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Ends
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,12 +19,18 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("store_load")
 
 
-def test_what_the_store_takes_grows_with_what_it_is_asked(program: Any) -> None:
-    few, many = program.measured(4, 20), program.measured(512, 20)
-    assert few.period == 1
-    assert many.period == 8
-    assert 0 < few.reading < many.reading
-    assert 0 < few.asking < many.asking < many.asking_each
+def test_what_is_measured(program: Any) -> None:
+    assert (program.period_of(4), program.period_of(512)) == (1, 8)
+    load = program.measured(4, 20)
+    assert load.period == 1
+    assert min(load) > 0
+
+
+@pytest.mark.timeout(60)
+def test_a_store_that_ends_is_not_waited_for(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "_serve", Ends())
+    with pytest.raises(EOFError), program.served():
+        pass
 
 
 @pytest.mark.parametrize(("reading", "holds"), [(0.007, True), (0.009, False)])

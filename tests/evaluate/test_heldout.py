@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from s3_server import Proxy
 
 from megatron_lcl import LCL, open_corpus
 from megatron_lcl.cli import main
-from megatron_lcl.config import Config, Data, Language, Model, Objective, Vision
+from megatron_lcl.config import Config, Data, Evaluate, Language, Model, Objective, Vision
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.document import Text
 from megatron_lcl.data.loading import shared_memory
@@ -38,12 +39,14 @@ from megatron_lcl.evaluate.heldout import (
     evaluate_checkpoint,
     evaluate_heldout,
 )
-from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT, Example, HeldOut, table
+from megatron_lcl.evaluate.heldout_results import Example, HeldOut, table
 from megatron_lcl.evaluate.retrieval import rank_own, retrieval_ranks
 from megatron_lcl.evaluate.rules import heldout_data
 from megatron_lcl.evaluate.zero_shot import by_texts
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.report.page import write_report
+from megatron_lcl.run_folder import EXAMPLES, HELDOUT
+from megatron_lcl.train import heldout as in_training
 
 ALL = 99
 """examples, more than there are pairs"""
@@ -256,7 +259,7 @@ def test_two_processes_of_the_command_measure_what_one_does(folder: Path, tmp_pa
         output = tmp_path / processes
         words = ["evaluate", str(tmp_path / "run"), "--corpus", str(folder / "corpus"), "--output", str(output)]
         assert main([*words, "--device", "cpu", "--processes", processes]) == 0
-        found[processes] = tuple(json.loads((output / name).read_text()) for name in (RESULT, EXAMPLES))  # type: ignore[assignment]
+        found[processes] = tuple(json.loads((output / name).read_text()) for name in (HELDOUT, EXAMPLES))  # type: ignore[assignment]
     (one, examples), (two, same_examples) = found["1"], found["2"]
     assert one["pairs"] > 20
     assert one["bits_per_token"] > 0
@@ -359,6 +362,53 @@ def test_images_that_do_not_decode_are_counted_and_said(tmp_path: Path) -> None:
     config = dataclasses.replace(config, objective=Objective(name="clip"))
     with pytest.raises(UserError, match=r"nothing for retrieval \(1 of its images do not decode\)"):
         evaluate_heldout(own_model(), config, tmp_path / "undecodable", progress=False)
+
+
+def test_several_processes_name_bad_images_in_the_order_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the bar ends full. (In this process, one after the other.)"""
+    bars = []
+
+    def one_after_the_other(jobs: Sequence[Any], bar: Any) -> list[bytes]:
+        bars.append(bar)
+        return [job(number, 1, bar.update) for number, job in enumerate(jobs)]
+
+    monkeypatch.setattr(heldout, "in_processes", one_after_the_other)
+    monkeypatch.setattr(heldout, "_TOKENS", 48)
+    images = [b"\xff\xd8 was picture %d" % d if d % 2 else jpeg(d) for d in range(30)]
+    write_corpus(tmp_path / "corpus", [[[d + 1, 2], (image, None, None)] for d, image in enumerate(images)])
+    config = Config(TINY, Data(workers=0, cache=str(tmp_path / "cache")))
+    source: Any = mock.Mock(return_value=(own_model(), config))
+    named = [
+        evaluate_heldout(own_model(), config, tmp_path / "corpus", source=source, processes=processes)[0].bad_images
+        for processes in (1, 3)
+    ]
+    assert len({*named[0]}) == 15
+    assert named[0] == named[1]
+    assert [bar.n for bar in bars] == [bar.total for bar in bars] == [12], "ten packs"
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_memory_is_page_locked_for_a_model_on_a_gpu_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool
+) -> None:
+    """Whether the machine has one or not."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not pinned)
+    monkeypatch.setattr(heldout, "HeldOutEvaluation", lambda *_, pin_memory, **__: seen.append(pin_memory))
+    model = mock.Mock(parameters=lambda: iter([mock.Mock(device=torch.device(device))]))
+    heldout._of_model(model, settings(folder), folder / "corpus", Axis(), 1)
+    assert seen == [pinned]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_is_page_locked_for_a_run_on_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    config = dataclasses.replace(settings(folder), evaluate=Evaluate(corpus=str(folder / "corpus")))
+    made = mock.Mock()
+    monkeypatch.setattr(in_training, "HeldOutEvaluation", made)
+    monkeypatch.setattr(in_training, "local_device", lambda: torch.device(device))
+    nothing: Any = None
+    in_training.HeldOutMeter(config, Mesh(Axis(), Axis()), nothing, nothing, nothing, nothing, lambda: 0)
+    assert made.call_args.kwargs["pin_memory"] is (device == "cuda")
 
 
 def test_a_corpus_in_object_storage_is_kept_where_the_config_says(

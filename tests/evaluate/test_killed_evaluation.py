@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import re
 import signal
@@ -81,6 +82,18 @@ def test_a_killed_evaluation_leaves_nothing(tmp_path: Path, signum: int) -> None
         assert sum(path.stat().st_size for path in cache.rglob("*.npy")) > 1000 * 1000 * 4
         FeatureStore(cache).check_room([], [])
     assert not list(cache.iterdir())
+
+
+def folder_of_sockets(*_: Any) -> str:
+    return multiprocessing.util.get_temp_dir()
+
+
+@pytest.mark.timeout(60)
+def test_loader_processes_of_a_process_have_the_sockets_folder_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that a signal ends does not remove a folder of its own."""
+    config = vars(multiprocessing.current_process())["_config"]
+    monkeypatch.setitem(config, "tempdir", None)
+    assert workers.in_processes([folder_of_sockets], tqdm(disable=True)) == [config["tempdir"]]
 
 
 @pytest.mark.timeout(60)
