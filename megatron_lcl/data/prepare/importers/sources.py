@@ -251,11 +251,14 @@ def interleaved(
     return tuple(items), read.count(None)
 
 
-def its_id(record: object) -> dict[str, Any]:
-    """A document's metadata with what its record calls it: a URL, else an id; {} where it has neither."""
+def its_id(record: object, name: str, drops: Drops) -> dict[str, Any]:
+    """A document's metadata with what its record calls it: a URL, else an id; {} where it has neither.
+
+    Bytes are UTF-8, as `decoded` reads it.
+    """
     if isinstance(record, dict):
         for key in ("url", "id"):
-            if isinstance(value := record.get(key), str | int) and value != "":
+            if isinstance(value := as_text(record.get(key), name, drops), str | int) and value != "":
                 return {"id": str(value)}
     return {}
 
