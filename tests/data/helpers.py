@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from data import writers
 from PIL import Image as Pillow
 
@@ -132,6 +133,12 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
         else:
             del data[at:]
     return bytes(data)
+
+
+def undecoded(values: Sequence[bytes | None]) -> pa.Array:
+    """Strings as a damaged file has them: these bytes, be they UTF-8 or not."""
+    valid, *buffers = pa.array(values, pa.binary()).buffers()
+    return pa.StringArray.from_buffers(len(values), *buffers, valid)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -59,15 +60,25 @@ class Children(Generic[K, R]):
         return results
 
     def end(self) -> None:
-        """End those that still run; the processes that they have started end with them."""
-        for _, process in self._running.values():
-            process.terminate()
-        for words, (_, process) in self._running.items():
-            process.join(_PATIENCE)
-            process.kill()  # it may be stopped, or have told this signal to be ignored
-            process.join()
-            words.close()
-        self._running.clear()
+        """End those that still run; the processes that they have started end with them.
+
+        Where a signal interrupts it, those are killed that have not ended by then.
+        """
+        processes = [process for _, process in self._running.values()]
+        deadline = time.monotonic() + _PATIENCE
+        try:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            for process in processes:
+                process.kill()  # it may be stopped, or have told this signal to be ignored
+            for process in processes:
+                process.join()
+            for words in self._running:
+                words.close()
+            self._running.clear()
 
 
 def _child(words: Connection, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:

@@ -126,7 +126,8 @@ class OneDeaf:
     def lock(self, part: int) -> Path:
         if part == 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self.deaf.write_text(str(os.getpid()))
+            (written := self.deaf.with_suffix(".new")).write_text(str(os.getpid()))
+            written.rename(self.deaf)  # so that whoever finds it finds it written
             time.sleep(120)
         while not self.deaf.exists():
             time.sleep(0.01)

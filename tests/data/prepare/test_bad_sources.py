@@ -13,13 +13,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 from data import writers
-from data.helpers import TOKENIZER, corpus_of, encoded
+from data.helpers import TOKENIZER, corpus_of, documents_of, encoded, undecoded
 from data.writers import picture
 from PIL import Image as Pillow
 
@@ -29,6 +28,7 @@ from megatron_lcl.data.corpus.image_columns import FORMATS
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.importers import create, sorted_runs, sources
+from megatron_lcl.data.prepare.importers.row_groups import column_values
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 
@@ -191,10 +191,8 @@ def test_mint1t_with_another_number_of_frames(tmp_path: Path) -> None:
 def test_invalid_utf8_in_parquet_loses_no_row(format: str, tmp_path: Path) -> None:
     values = [b"text %d" % k for k in range(200)]
     values[70] = b"caf\xe9"
-    ends = np.cumsum([0, *map(len, values)]).astype(np.int32)
-    strings = pa.Array.from_buffers(pa.string(), 200, [None, pa.py_buffer(ends), pa.py_buffer(b"".join(values))])
     columns = {"images": pa.array([[None]] * 200, pa.list_(pa.string())),
-               "texts": pa.ListArray.from_arrays(pa.array(range(201), pa.int32()), strings)}  # fmt: skip
+               "texts": pa.ListArray.from_arrays(pa.array(range(201), pa.int32()), undecoded(values))}  # fmt: skip
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table(columns), tmp_path / "in/a.parquet")
     summary = preprocess(format, tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)
@@ -204,6 +202,33 @@ def test_invalid_utf8_in_parquet_loses_no_row(format: str, tmp_path: Path) -> No
     assert (summary.drops.noted_counts, summary.drops.names) == (
         {"document: invalid UTF-8 replaced": 1}, {"document: invalid UTF-8 replaced": ["a.parquet:70"]},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("of", ["string", "JSON", "binary", "struct", "struct of binary"])
+def test_ids_of_pages_that_are_not_utf8(tmp_path: Path, of: str) -> None:
+    """Each is decoded with a note, in whatever type the column has; the others are what they are."""
+    urls = [b"http://x/0", b"http://x/\xff", b"http://x/2"]
+    objects = [b'{"url": "%s"}' % url for url in urls]
+    about = {
+        "string": lambda: undecoded(objects),
+        "JSON": lambda: pa.ExtensionArray.from_storage(pa.json_(), undecoded(objects)),
+        "binary": lambda: pa.array(objects),
+        "struct": lambda: pa.StructArray.from_arrays([undecoded(urls)], ["url"]),
+        "struct of binary": lambda: pa.StructArray.from_arrays([pa.array(urls)], ["url"]),
+    }[of]()
+    lists = {name: pa.array([[value]] * 3, pa.list_(pa.string())) for name, value in (("images", None), ("texts", "a"))}
+    pq.write_table(pa.table({**lists, "general_metadata": about}), tmp_path / "a.parquet")
+    found, drops = documents_of(create("omnicorpus", tmp_path / "a.parquet", None, {}))
+    assert [document.metadata["id"] for document in found] == ["http://x/0", "http://x/\ufffd", "http://x/2"]
+    assert not drops.bad_counts
+    assert drops.noted_counts == {"document: invalid UTF-8 replaced": 1}
+
+
+def test_runs_of_strings_that_are_not_utf8() -> None:
+    """As an Arrow file may have them."""
+    parts = [pa.array([2, 3, 4], pa.int32()), undecoded([b"\xff", None, b"a"])]
+    runs = pa.Array.from_buffers(pa.run_end_encoded(pa.int32(), pa.string()), 4, [None], children=parts)
+    assert column_values(runs) == [b"\xff", b"\xff", None, "a"]
 
 
 def test_rows_lost_with_a_damaged_row_group_are_counted(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data.helpers import TOKENIZER, documents_of, plain
+from data.helpers import TOKENIZER, documents_of, plain, undecoded
 from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
@@ -277,8 +277,7 @@ def test_a_column_name_that_is_not_utf8(tmp_path: Path) -> None:
 
 def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
     """It costs its own image at most, and none whose bytes are there."""
-    paths = pa.array([f"{k}.png".encode() if k % 6 != 2 else b"\xff.png" for k in range(12)])
-    text = pa.StringArray.from_buffers(12, *paths.buffers()[1:])
+    text = undecoded([f"{k}.png".encode() if k % 6 != 2 else b"\xff.png" for k in range(12)])
     images = pa.StructArray.from_arrays([pa.array([picture(k) if k < 6 else None for k in range(12)]), text],
                                         fields=list(IMAGE))  # fmt: skip
     data = pa.table({"image": images, "id": text, "text": [f"text {k}" for k in range(12)]})
@@ -290,5 +289,6 @@ def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
     expected = [[(picture(k), None, None), f"text {k}"] for k in range(12)]
     del expected[8][0]
     assert plain(found) == expected
-    assert [d.metadata.get("id") for d in found] == [f"{k}.png" if k % 6 != 2 else None for k in range(12)]
+    assert [d.metadata.get("id") for d in found] == [f"{k}.png" if k % 6 != 2 else "\ufffd.png" for k in range(12)]
     assert drops.bad_counts == {"image: file missing": 1}
+    assert drops.noted_counts == {"document: invalid UTF-8 replaced": 4}  # two paths, two ids

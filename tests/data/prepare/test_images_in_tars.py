@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -243,8 +246,13 @@ def test_corpora_with_images_in_tars_have_rules_of_their_own(tmp_path: Path) -> 
     assert rules == [1, 2]
 
 
+class FailingFile(io.BytesIO):
+    def read(self, _size: int | None = -1) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 @pytest.mark.parametrize("format", ["hf", "hf.arrow", "jsonl", "obelics", "table"])
-def test_a_tar_that_cannot_be_read_ends_the_run(tmp_path: Path, format: str) -> None:
+def test_a_tar_that_cannot_be_read_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
     """It can be resumed when the disk is back; nothing is taken for damage of the table, and lost."""
     source_of(tmp_path / "images", {"0": {f"{k}.png": picture(k) for k in range(4)}})
     names, texts = [f"{k}.png" for k in range(4)], [f"text {k}" for k in range(4)]
@@ -272,6 +280,11 @@ def test_a_tar_that_cannot_be_read_ends_the_run(tmp_path: Path, format: str) -> 
     importer.prepare(tmp_path / "work")
     (unit,) = importer.units()
     assert [len(document.images) for document in importer.documents(unit, drops)] == [1] * 4
+    opened = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda p, *how: FailingFile() if p.name == "0.tar" else opened(p, *how))
+        with pytest.raises(OSError, match=r"Input/output error: .*0\.tar"):
+            list(importer.documents(unit, drops))
     (tmp_path / "images/0.tar").unlink()
     with pytest.raises(OSError, match=r"0\.tar"):
         list(importer.documents(unit, drops))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.prepare.importers import create, formats
+from megatron_lcl.data.prepare.importers import _PLUGINS, create
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
@@ -91,7 +92,7 @@ def _write_coco(folder: Path, pictures: Path) -> None:
     folder.mkdir()
     for number in range(2):
         images = [{"id": 4 * number + k, "file_name": name} for k, (name, _) in enumerate(ROWS[:4])]
-        captions = [{"image_id": 4 * number + k, "caption": text} for k, (_, text) in enumerate(ROWS[:4] * 2)]
+        captions = [{"image_id": 4 * number + k % 4, "caption": text} for k, (_, text) in enumerate(ROWS[:4] * 2)]
         (folder / f"{number}.json").write_text(json.dumps({"images": images, "annotations": captions}))
 
 
@@ -136,7 +137,7 @@ def _write_hf_parquet(folder: Path, pictures: Path) -> None:
 
 
 def test_every_format_is_mutated() -> None:
-    assert {name.split(".")[0] for name in WRITE} == set(formats())
+    assert {name.split(".")[0] for name in WRITE} == set(_PLUGINS.built_in)
 
 
 def _damaged(raw: bytes, rng: random.Random) -> bytes:
@@ -155,14 +156,17 @@ def test_mutated_input_never_crashes_and_counts_add_up(
     format = format.split(".")[0]
     originals = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     images = tmp_path / "images" if (tmp_path / "images").exists() else None
-    rounds = 400 if request.config.getoption("--soak") else 15
-    for seed in range(rounds):
+    compared, soak = 0, request.config.getoption("--soak")
+    for seed in range(400 if soak else 15):
         rng = random.Random(f"{format} {seed}")
         for path, raw in originals.items():
             path.write_bytes(_damaged(raw, rng) if rng.random() < 0.5 else raw)
         try:
             importer, drops = create(format, tmp_path / "in", images, {}), Drops()
-        except UserError:  # nothing of this format is left
+        except UserError as error:
+            of_state = format == "hf" and re.search(r"state\.json (is damaged|lists it)", str(error))
+            if not (of_state or soak):  # in many more rounds nothing of another format may be left either
+                raise
             continue
         documents = [d for unit in importer.units() for d in importer.documents(unit, drops)]
         yielded = sum(len(d.images) for d in documents), sum(bool(t.text) for d in documents for t in d.texts)
@@ -187,3 +191,5 @@ def test_mutated_input_never_crashes_and_counts_add_up(
             )
             assert kept + dropped - before == given, (seed, kind)
         assert not verify(output)
+        compared += 1
+    assert compared

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data import writers
-from data.helpers import TOKENIZER, contents, documents_of, plain
+from data.helpers import TOKENIZER, contents, documents_of, plain, undecoded
 from data.writers import picture
 
 from megatron_lcl.cli import main
@@ -235,3 +235,14 @@ def test_a_column_twice(tmp_path: Path, pictures: Path) -> None:
     assert plain(found) == expected()
     assert "id" not in found[0].metadata
     assert not drops.bad_counts
+
+
+def test_a_text_that_is_not_utf8(tmp_path: Path, pictures: Path) -> None:
+    """Be the column of strings or, as this one, of JSON."""
+    raw = undecoded([b"plain", b"caf\xe9", b"two\nlines", b"last"])
+    texts = pa.ExtensionArray.from_storage(pa.json_(), raw)
+    pq.write_table(pa.table({"path": [f"{k}.png" for k in range(4)], "caption": texts}), tmp_path / "a.parquet")
+    found, drops = documents_of(create("table", tmp_path / "a.parquet", pictures, {"text_column": "caption"}))
+    assert plain(found) == expected(["plain", "caf\ufffd", "two\nlines", "last"])
+    assert not drops.bad_counts
+    assert drops.noted_counts == {"document: invalid UTF-8 replaced": 1}

@@ -131,7 +131,7 @@ class HfImporter(ImagesByName, FilesImporter):
     def _documents(self, row: dict[str, Any], near: tuple[str], name: str, drops: Drops) -> Iterator[Document]:
         """One, or of one image with several texts one each."""
         images, texts = row[self.image], row[self.text]
-        about = its_id(row)
+        about = its_id(row, name, drops)
         if not isinstance(images, list):
             several = texts if isinstance(texts, list) and texts else [texts]
             for number, text in enumerate(several):

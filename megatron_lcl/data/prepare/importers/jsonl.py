@@ -62,7 +62,7 @@ class JsonlImporter(ImagesByName, LinesImporter):
         for name, line in typed_lines(unit, drops, _TextsOnly):
             if isinstance(line, _TextsOnly):
                 said = line.url is not None or line.id is not None
-                named = its_id({"url": line.url, "id": line.id}) if said else {}
+                named = its_id({"url": line.url, "id": line.id}, name, drops) if said else {}
                 yield Document(line.items, name=name, kind=line.kind, metadata=named)
             elif (kind := line.get("kind")) is not None and kind not in KINDS:
                 drops.bad("document", f"its kind is none of {', '.join(KINDS)}", name, sample=str(line))
@@ -70,7 +70,7 @@ class JsonlImporter(ImagesByName, LinesImporter):
                 read = tuple(self._items(items, near, name, drops))
                 lost = sum(isinstance(item, dict) and "image" in item and "text" not in item for item in items)
                 lost -= sum(isinstance(item, Image) for item in read)
-                yield Document(read, name=name, kind=kind, metadata={**its_id(line), "lost_images": lost})
+                yield Document(read, name=name, kind=kind, metadata={**its_id(line, name, drops), "lost_images": lost})
             else:
                 drops.bad("document", 'no list "items"', name, sample=str(line))
 

@@ -50,7 +50,7 @@ class Mint1tImporter(TarImporter):
                 continue
             found = self._images(images, sample, name, drops)
             items, lost = interleaved(images, texts, found, name, drops)
-            yield Document(items, name=name, metadata={**its_id(record), "lost_images": lost})
+            yield Document(items, name=name, metadata={**its_id(record, name, drops), "lost_images": lost})
 
     def _images(self, images: list[Any], sample: dict[str, Any], name: str, drops: Drops) -> Iterator[Image | None]:
         num_images = sum(image is not None for image in images)

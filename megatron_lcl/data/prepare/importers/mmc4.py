@@ -62,7 +62,7 @@ class Mmc4Importer(ImagesByName, LinesImporter):
                 infos = []
             document = self._document(texts, infos, page.get("similarity_matrix"), path, name, drops)
             lost = len(infos) - len(document.images)
-            yield msgspec.structs.replace(document, metadata={**its_id(page), "lost_images": lost})
+            yield msgspec.structs.replace(document, metadata={**its_id(page, name, drops), "lost_images": lost})
 
     def _document(
         self, texts: list[Any], infos: list[Any], matrix: Any, path: Path, name: str, drops: Drops

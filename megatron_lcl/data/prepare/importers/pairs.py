@@ -57,7 +57,9 @@ class WebDatasetImporter(TarImporter):
             if not captions:
                 drops.note("document", "no caption", name)
             items += [text_item(text, name, drops) for text in dict.fromkeys(captions)]
-            yield Document(tuple(items), name=name, metadata={**its_id(record), "lost_images": int(image is None)})
+            yield Document(
+                tuple(items), name=name, metadata={**its_id(record, name, drops), "lost_images": int(image is None)}
+            )
 
     def _more_captions(self, record: Any, name: str, drops: Drops) -> Iterator[str]:
         """Those that the option `captions` names, in its order."""

@@ -31,6 +31,7 @@ class ObelicsImporter(ImagesByName, ParquetImporter):
     """A parquet file or a folder of them; a row group is a unit."""
 
     kind = "natural"
+    rules = 2
     reads = (
         ".parquet with columns images (URLs) and texts; images in --images, as `fetch` stores them, or named by the "
         "option image_name"
@@ -71,7 +72,7 @@ class ObelicsImporter(ImagesByName, ParquetImporter):
             return None
         items, lost = interleaved(images, texts, self._images(images, file, row, name, drops), name, drops)
         record = _record(as_text(about, name, drops))
-        return Document(items, name=name, metadata={**its_id(record), "lost_images": lost})
+        return Document(items, name=name, metadata={**its_id(record, name, drops), "lost_images": lost})
 
     def _images(self, urls: list[Any], file: Path, row: int, name: str, drops: Drops) -> Iterator[Image | None]:
         given = ((position, str(as_text(url, name, drops))) for position, url in enumerate(urls) if url is not None)

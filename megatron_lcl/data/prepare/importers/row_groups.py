@@ -162,7 +162,9 @@ def _value(scalar: Any) -> Any:
         return {name: _value(field) for name, field in scalar.items()}
     if isinstance(scalar, pa.ListScalar):
         return [_value(item) for item in scalar.values]
-    return _value(scalar.value) if isinstance(scalar, pa.DictionaryScalar) else scalar.as_buffer().to_pybytes()
+    if hasattr(scalar, "value"):  # what wraps another: of a dictionary, an extension as JSON, runs of equal values
+        return _value(scalar.value)
+    return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else None
 
 
 def missing_columns(names: Sequence[str], needed: Sequence[str]) -> str:

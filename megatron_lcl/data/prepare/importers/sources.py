@@ -20,7 +20,7 @@ from megatron_lcl.data.prepare.importers.sorted_runs import SortedRuns
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.storage.paths import ObjectPath
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, naming
 
 MAX_PATH = 4096
 """characters; Linux's bound"""
@@ -112,7 +112,8 @@ class ImageSource(SortedRuns):
     def _read_member(self, number: int, start: int, size: int) -> bytes:
         if size > MAX_FILE:
             raise BadImage(f"over {MAX_FILE >> 20} MiB")
-        with self.archives[number].open("rb", 0) as file:
+        path = self.archives[number]
+        with naming(str(path)), path.open("rb", 0) as file:
             file.seek(start)
             return file.read(size)
 
@@ -251,11 +252,14 @@ def interleaved(
     return tuple(items), read.count(None)
 
 
-def its_id(record: object) -> dict[str, Any]:
-    """A document's metadata with what its record calls it: a URL, else an id; {} where it has neither."""
+def its_id(record: object, name: str, drops: Drops) -> dict[str, Any]:
+    """A document's metadata with what its record calls it: a URL, else an id; {} where it has neither.
+
+    Bytes are UTF-8, as `decoded` reads it.
+    """
     if isinstance(record, dict):
         for key in ("url", "id"):
-            if isinstance(value := record.get(key), str | int) and value != "":
+            if isinstance(value := as_text(record.get(key), name, drops), str | int) and value != "":
                 return {"id": str(value)}
     return {}
 

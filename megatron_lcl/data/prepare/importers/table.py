@@ -160,11 +160,8 @@ class TableImporter(ImagesByName, LinesImporter):
         except BadImage as error:
             drops.bad("image", str(error), f"{name}: {str(image)[:200]}")
         items.append(text_item(values[self.text], name, drops))
-        return Document(
-            tuple(items),
-            name=name,
-            metadata={**its_id({key.lower(): value for key, value in values.items()}), "lost_images": 2 - len(items)},
-        )
+        about = its_id({key.lower(): value for key, value in values.items()}, name, drops)
+        return Document(tuple(items), name=name, metadata={**about, "lost_images": 2 - len(items)})
 
     def _read(self, value: Any, file: Path) -> bytes:
         if value is None or value == "":
