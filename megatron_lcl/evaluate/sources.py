@@ -283,20 +283,20 @@ def _folder(folder: Path) -> ImageSet:
     return ImageSet(str(folder), tuple(blobs), np.array(labels), tuple(p.name for p in classes))
 
 
-def all_pictures(path: Path, split: str | None = None) -> Sequence[Blob]:
+def all_pictures(path: Path) -> Sequence[Blob]:
     """The images that `open_images` reads; but of a folder without .tar files all pictures in and below it; where it
-    has splits, below the split's folder. Pictures that lie in the folder itself are always read.
+    has splits, below the folder `test`. Pictures that lie in the folder itself are always read.
 
     UserError where there is no such set.
     """
     if not path.is_dir() or is_corpus(path):
-        return open_images(path, split).images
-    folder = _split_folder(path, split)
+        return open_images(path).images
+    folder = _split_folder(path, None)
     tars = any(folder.glob("*.tar"))
     files = sorted(p for p in {*path.iterdir(), *(() if tars else folder.rglob("*"))} if p.is_file())
     pictures = [FileBlob(p) for p in files if p.suffix.lower() in image_suffixes()]
     if tars:
-        return (*open_images(path, split).images, *pictures)
+        return (*open_images(path).images, *pictures)
     _tell(path, [p for p in files if p.suffix.lower() not in image_suffixes()])
     return pictures
 

@@ -58,6 +58,11 @@ def trained_by(config: Config) -> tuple[EvaluationTask, ...]:
     return tuple(task for task in objective_class(config.objective.name).tasks if any(task in one for one in trained))
 
 
+def has_triton(config: Config) -> bool:
+    """Whether a loss of a run has Triton kernels, in whatever phase; as `Objective.has_triton`."""
+    return any(create(phase.config).has_triton for phase in phases_of(config))
+
+
 def create(config: Config) -> Objective:
     """The objective of a run. UserError where there is none of this name, or its settings leave nothing to train."""
     return objective_class(config.objective.name)(config)

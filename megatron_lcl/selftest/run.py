@@ -234,13 +234,15 @@ def selftest(
     store = _open_store(launched and world > 1, timeout)
     if launched or torch.cuda.is_available():  # every device, or machine, has kernels of its own
         cases = [KernelCase(world) if isinstance(case, KernelCase) else case for case in cases]
-    fitting = those_that_fit([case for case in cases if not _lacks(case)], world)
-    skipped, began = sum(case.processes > world or bool(_lacks(case)) for case in cases), time.monotonic()
+    lacks = _lacks_of_first(cases, store, 0 in ranks)
+    fitting = those_that_fit([case for case, fault in zip(cases, lacks, strict=True) if not fault], world)
+    left_out = [case.processes > world or bool(fault) for case, fault in zip(cases, lacks, strict=True)]
+    skipped, began = sum(left_out), time.monotonic()
     here, where = counted(world, "process"), "NCCL" if torch.cuda.is_available() else "gloo"
     if 0 in ranks:
         left = sum(case.processes > world for case in cases)
         say(f"{here}, {where}" + (f"; skipped, for they need more: {counted(left, 'layout')}" if left else ""))
-        for fault in {fault for case in cases if (fault := _lacks(case))}:
+        for fault in filter(None, dict.fromkeys(lacks)):
             say(f"{fault}: its layouts are skipped")
     truths: dict[tuple[Any, ...], Trajectory] = {}
     verdicts: list[Verdict | KernelVerdict] = []
@@ -285,6 +287,15 @@ def those_that_fit(cases: Sequence[Case | KernelCase], world: int) -> list[Case 
     layouts = [case.processes for case in cases if isinstance(case, Case)]
     more = [Case(data=world)] if layouts and world not in layouts else []
     return [*(case for case in cases if case.processes <= world), *more]
+
+
+def _lacks_of_first(cases: Sequence[Case | KernelCase], store: dist.Store, is_first: bool) -> list[str]:
+    """Of each case what the first process's machine lacks. It decides for all: programs that run other cases than each
+    other would wait for one another in each that follows. A machine that lacks more has a fault in these cases."""
+    if is_first:
+        store.set("lacks", json.dumps([_lacks(case) for case in cases]))
+    lacks: list[str] = json.loads(store.get("lacks"))
+    return lacks
 
 
 def _lacks(case: Case | KernelCase) -> str:

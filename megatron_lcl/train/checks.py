@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,11 @@ def check_beginning(config: Config) -> None:
     check_frozen_have_weights(config, weights.missing if weights else None)
 
 
-def without_pairs(config: Config) -> tuple[str, ...]:
-    """The corpora that give the objective's contrast no pair in some phase; UserError for a phase without any pair."""
-    found: dict[str, None] = {}
-    for phase in phases_of(config):
+def without_pairs(config: Config) -> dict[str, str]:
+    """The corpora that give the objective's contrast no pair, each with how a sentence ends that says so: nothing where
+    it is so in all phases, else ` in some phase`. UserError for a phase without any pair."""
+    phases, found = phases_of(config), Counter[str]()
+    for phase in phases:
         model, data = phase.config.model, phase.config.data
         paths = corpora_without_pairs(
             data,
@@ -146,8 +148,8 @@ def without_pairs(config: Config) -> tuple[str, ...]:
             objectives.create(phase.config).sequences,
             config.objective.name,
         )
-        found |= dict.fromkeys(paths)
-    return tuple(found)
+        found.update(dict.fromkeys(paths, 1))
+    return {path: " in some phase" * (num < len(phases)) for path, num in found.items()}
 
 
 def check_output(run: Path, config: Config) -> None:

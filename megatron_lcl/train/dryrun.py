@@ -36,7 +36,7 @@ from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.checks import check, without_pairs
 from megatron_lcl.train.fits import check_memory, check_step
-from megatron_lcl.train.kernels import choose_kernels, kernels_of_blocks
+from megatron_lcl.train.kernels import Kernels, choose_kernels, kernels_of_blocks
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import Memory, available, largest_estimate, slots_of
 from megatron_lcl.train.optimizer import unfinished_warmup
@@ -220,11 +220,16 @@ def _model(config: Config) -> Iterator[str]:
 
 def _kernels(config: Config, elsewhere: bool) -> Iterator[str]:
     if elsewhere:
-        blocks = kernels_of_blocks(config, has_cuda=True)
-        first = f"attention {config.train.attention} and losses chosen on the run's devices, blocks {blocks}"
-        skipped = [fault for name in NAMES if is_installed(name) and (fault := load_fault(name))]
+        on_devices, attention = "chosen on the run's devices", config.train.attention
+        kernels = Kernels(
+            on_devices if attention == "auto" else attention,
+            on_devices if objectives.has_triton(config) else "torch",
+            kernels_of_blocks(config, has_cuda=bool(torch.version.cuda)),
+            tuple(fault for name in NAMES if is_installed(name) and (fault := load_fault(name))),
+        )
     else:
-        first, *skipped = choose_kernels(config).lines()
+        kernels = choose_kernels(config)
+    first, *skipped = kernels.lines()
     yield f"kernels     {first}{', or what is measured to be faster' * config.train.measure_kernels}"
     yield from (f"            {fault}" for fault in skipped)
 
@@ -249,18 +254,15 @@ def _memory(config: Config, nodes: int, processes: int, elsewhere: bool, origin:
 
 
 def _data(config: Config) -> Iterator[str]:
-    nothing = without_pairs(config)
+    lacking = without_pairs(config)
     for entry in config.data.corpora:
         corpus = open_corpus(entry.path, config.data.cache)
         if corpus.remote:
             corpus.remote.room.limit = config.data.storage_cache_gb * 1e9
         for index in {0, len(corpus) - 1} if len(corpus) else ():
             corpus[index]  # its files can be read
-        yield f"data        {entry.path} (weight {entry.weight:g}): {len(corpus):,} documents" + (
-            ", no pair for the contrast" + " in some phase" * bool(config.schedule.phases)
-            if entry.path in nothing
-            else ""
-        )
+        missing = f", no pair for the contrast{lacking[entry.path]}" if entry.path in lacking else ""
+        yield f"data        {entry.path} (weight {entry.weight:g}): {len(corpus):,} documents{missing}"
 
 
 def _packs(config: Config, origin: Origin) -> Iterator[str]:

@@ -13,7 +13,6 @@ import torch
 from megatron_lcl import objectives
 from megatron_lcl.attention import Attention, load_fault
 from megatron_lcl.config import Config
-from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses.kernels import triton_fault
 from megatron_lcl.model.float8 import MULTIPLE, float8_fault
@@ -51,7 +50,7 @@ def choose_kernels(config: Config) -> Kernels:
     attention: Attention = choose_run_attention(config)
     losses, passed_over = "torch", attention.passed_over
     has_cuda = torch.cuda.is_available()
-    if has_cuda and any(objectives.create(phase.config).has_triton for phase in phases_of(config)):
+    if has_cuda and objectives.has_triton(config):
         fault = triton_fault()
         losses = "torch" if fault else "triton"
         passed_over += (fault,) if fault else ()

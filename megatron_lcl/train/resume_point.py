@@ -63,8 +63,8 @@ class ResumePoint:
     """the run's, with what `contrast.strategy: auto` came to, and the kernels of the checkpoint's run"""
     weights: InitialWeights | None = None
     """what a new run begins with; None: with what is drawn"""
-    without_pairs: tuple[str, ...] = ()
-    """corpora that give the contrast no pair"""
+    without_pairs: dict[str, str] = field(default_factory=dict)
+    """corpora that give the contrast no pair, and when: see `checks.without_pairs`"""
     changes: Changes = field(default_factory=Changes)
     """since the checkpoint was written"""
     choice: Choice | None = None

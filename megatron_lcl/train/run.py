@@ -184,8 +184,8 @@ class Training:
             telemetry.say(f"contrast: {point.choice}")
             needs = point.choice.needs or point.choice.bound
             telemetry.write({"step": point.progress.step, "strategy": point.choice.strategy, "retain_bytes": needs})
-        for path in point.without_pairs:
-            telemetry.say(f"{path} gives the contrast no pair" + " in some phase" * bool(self.config.schedule.phases))
+        for path, when in point.without_pairs.items():
+            telemetry.say(f"{path} gives the contrast no pair{when}")
         if point.progress.step < self.config.train.steps and (warmup := unfinished_warmup(self.config)):
             telemetry.say(f"warning: {warmup}")
         self._go_to(point.folder, point.progress, point.changes)

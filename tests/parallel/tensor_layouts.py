@@ -37,7 +37,7 @@ class Case:
     checkpointing: str = "none"
     objective: str = "lcl"
     offloaded: bool = False
-    """the optimizer runs on the CPU by DeepSpeed's own kernel"""
+    """the optimizer is on the CPU"""
 
     @property
     def processes(self) -> int:

@@ -109,6 +109,29 @@ def test_compiled_blocks_are_skipped_where_nothing_compiles(monkeypatch: pytest.
     assert lines[-1].endswith("(1 skipped)")
 
 
+def run_where_one_lacks(rank: int, lacking: int) -> tuple[list[str], list[str]]:
+    """The cases that a process of two starts, and what it says, where one machine has no compiler."""
+    started, said = [], []
+
+    def start(case: Any, *_: Any) -> tuple[None, list[str]]:
+        started.append(case.name)
+        return None, []
+
+    lacks = "no compiler" if rank == lacking else None
+    with patch.object(run, "_start", start), patch.object(run, "compile_fault", lambda _: lacks):
+        selftest([Case(compiled=True), Case(), TENSOR], timeout=10, say=said.append)
+    return started, said
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_all_programs_run_the_same_cases(lacking: int) -> None:
+    """Where one machine lacks what a case needs, and the other has it."""
+    (first, said), (second, _) = run_processes(run_where_one_lacks, 2, lacking)
+    assert first == second
+    assert len(first) == (3 if lacking else 2)
+    assert ("no compiler: its layouts are skipped" in said) == (lacking == 0)
+
+
 def test_in_the_same_precision_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [resolve_dtype(case.config()) for case in ALL] == [case.dtype for case in ALL]

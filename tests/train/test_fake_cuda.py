@@ -37,7 +37,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline, first stage": {"tensor": 2, "pipeline": 2},
     "ZeRO-3, recompute": {"data": 4, "zero": 3, "strategy": "recompute"},
 }
-LAST_STAGE = {"pipeline, last stage": LAYOUTS["pipeline, first stage"]}
+LAST_STAGE = {
+    "pipeline, last stage": LAYOUTS["pipeline, first stage"],
+    "pipeline, last stage of replicas": {"data": 2, "pipeline": 2},
+}
 """of the third of four processes; all others are of the first"""
 LOGGED = 1
 """the step that is measured and read; the one before is not"""

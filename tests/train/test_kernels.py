@@ -22,12 +22,14 @@ from launch.conftest import tiny  # noqa: F401 - a fixture
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from megatron_lcl import attention, objectives
+from megatron_lcl import config as configs
 from megatron_lcl.attention import Adaptive, choose_attention, find_fault, flex_mask, group_by_length
 from megatron_lcl.cli import main
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses import contrastive, contrastive_tiles, generation, kernels, softmax_torch
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
 from megatron_lcl.selftest.cases import Case
+from megatron_lcl.train import dryrun
 from megatron_lcl.train import kernels as choice
 from megatron_lcl.train.kernels import Kernels, describe
 
@@ -243,8 +245,8 @@ def test_by_config(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path
         found = "is not installed" if torch.version.cuda and how else "needs a CUDA device, not cpu"
         assert line.endswith(f"flash_attn {found}; set train.attention to auto")
     assert main(["train", "--dry-run", *run, "--train.attention", "dense"]) == 0
-    said = "attention dense" + (" and losses chosen on the run's devices" if torch.version.cuda else ", losses torch")
-    assert f"\nkernels     {said}, blocks eager\n" in capsys.readouterr().out
+    losses = "chosen on the run's devices" if torch.version.cuda else "torch"
+    assert f"\nkernels     attention dense, losses {losses}, blocks eager\n" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
@@ -262,12 +264,24 @@ def test_the_dry_run_imports_what_is_installed(
     run = ["train", "--dry-run", "--nodes", "2", "--processes", "4", *tiny]
     assert main(run) == 0
     lines = capsys.readouterr().out.splitlines()
-    at = lines.index("kernels     attention auto and losses chosen on the run's devices, blocks eager")
+    chosen = "chosen on the run's devices"
+    at = lines.index(f"kernels     attention {chosen}, losses {chosen}, blocks eager")
     assert "flash_attn is installed but does not load (ImportError: flash_attn_2_cuda.so: undefined" in lines[at + 1]
     assert main([*run, "--train.compile", "true", "--train.measure_kernels", "true"]) == 0
     assert "devices, blocks compiled, or what is measured to be faster\n" in capsys.readouterr().out
     assert main([*run, "--train.attention", "flash_attn"]) == 2
     assert "does not load" in capsys.readouterr().err
+    assert main([*run, "--train.attention", "dense", "--objective.name", "siglip"]) == 0
+    assert "\nkernels     attention dense, losses torch, blocks eager\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cuda", [None, "12.8"])
+def test_the_dry_run_says_where_float8_is_emulated(monkeypatch: pytest.MonkeyPatch, cuda: str | None) -> None:
+    """By a torch for CPUs, also where it is for other machines."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    float8 = configs.from_dict({"train": {"compile": True, "float8": True}})
+    (line,) = dryrun._kernels(float8, elsewhere=True)
+    assert line.endswith("blocks compiled in float8" + " (emulated)" * (cuda is None))
 
 
 def test_losses_without_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

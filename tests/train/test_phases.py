@@ -258,11 +258,11 @@ def test_what_any_phase_trains_may_be_evaluated() -> None:
 
 def test_a_corpus_without_pairs_in_any_phase_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever phase comes last."""
-    lacking = {28: ("short",), 40: ("short", "long"), 64: ()}
+    lacking: dict[int, tuple[str, ...]] = {28: ("short", "all"), 40: ("short", "long", "all"), 64: ("all",)}
     monkeypatch.setattr(checks, "corpora_without_pairs", lambda _data, _patches, length, *_: lacking[length])
     phases = '[{"steps": 2, "context_length": 28}, {"steps": 2, "context_length": 40}]'
     config = config_of(train__steps=9, model__language__context_length=64, schedule__phases=phases)
-    assert checks.without_pairs(config) == ("short", "long")
+    assert checks.without_pairs(config) == {"short": " in some phase", "all": "", "long": " in some phase"}
 
 
 def test_the_global_batch_doubles() -> None:

@@ -81,12 +81,14 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Use:
-    """A folder that this process reads: others see it by a shared lock on one of its files and by the folder's time,
-    which is renewed when it is older than so many seconds. OSError where the file cannot be opened."""
+    """A folder that this process reads: others see it by a shared lock on one of its `.json` files, which is all that
+    `in_use` looks at, and by the folder's time, which is renewed when it is older than so many seconds. OSError where
+    the file cannot be opened."""
 
     def __init__(self, folder: Path, file: str, seconds: float) -> None:
+        assert file.endswith(".json"), file
         self.folder, self._seconds = folder, seconds
-        descriptor = opened(self, folder / file)
+        descriptor = descriptor_of(self, folder / file)
         with contextlib.suppress(OSError):  # `filelock` has shared locks only through SQLite or marker files
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         self._renewed = -math.inf
@@ -106,7 +108,8 @@ class Use:
 
 
 def in_use(folder: Path, unknown: bool) -> bool:
-    """Whether a process has the folder open, as far as locks say so. unknown: what to say where they cannot."""
+    """Whether a process has the folder open, as far as locks on its `.json` files say so: see `Use`. unknown: what to
+    say where they cannot."""
     for path in folder.glob("*.json"):
         try:
             with open(path, "r+b") as file:  # NFS gives an exclusive lock only to who may write
@@ -146,7 +149,7 @@ def age_of(path: Path) -> float:
         return float("inf")
 
 
-def opened(owner: Any, path: Path) -> int:
+def descriptor_of(owner: Any, path: Path) -> int:
     """A descriptor of a file, to be read; closed when its owner is gone."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     weakref.finalize(owner, os.close, descriptor).atexit = False

@@ -8,9 +8,9 @@
     <cache>/corpora-<HASH>/scratch-… small files that a process copies, until they are whole
     <cache>/corpora-<HASH>.lock      held by that process, as far as there are locks
 
-A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest and sets
-the folder's time every hour. Folders that nobody has read from for a day go, longest unused first, once there is no
-more room for what is read; none goes where there are no locks.
+A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest, looks at
+the folder's time every hour and sets it where it is older than that. Folders that nobody has read from for a day go,
+longest unused first, once there is no more room for what is read; none goes where there are no locks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ LIMIT = 100e9
 BATCH = 16
 """files that are copied at once"""
 RENEW_SECONDS = 3600.0
-"""how often a process that reads from a folder sets its time: locks may not show that to other machines"""
+"""how often a process that reads from a folder looks at its time, which it sets where it is older: locks may not show
+other machines that it reads"""
 _PREFIX = "corpora-"
 
 

@@ -46,7 +46,10 @@ _PROBES = (
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. Special-token ids are `base_size` … `base_size + 4`."""
+    """Text to token ids and back. Special-token ids are `base_size` … `base_size + 4`.
+
+    `load` knows the kinds of this file only: what another package's class saves, that class has to read.
+    """
 
     base_size: int
     """ids of the base vocabulary: 0 … base_size-1"""
@@ -125,7 +128,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def content(self) -> bytes:
-        """Of a file that `load` reads."""
+        """The bytes of a file that `load` reads."""
 
     def save(self, path: str | Path) -> None:
         """Write a file that `load` reads."""

@@ -31,9 +31,9 @@ from megatron_lcl.data.corpus.cache_folders import (
     ELSEWHERE,
     Use,
     age_of,
+    descriptor_of,
     in_use,
     not_writable,
-    opened,
     or_default,
     user_cache,
 )
@@ -174,7 +174,7 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 def using(folder: Path, file: str) -> Use:
-    """See `Use`."""
+    """`Use`, renewed ten times within the age at which the folder counts as unused."""
     return Use(folder, file, _unused_seconds(folder) / 10)
 
 
@@ -187,7 +187,7 @@ class Rows:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._descriptor = path, opened(self, path)
+        self._path, self._descriptor = path, descriptor_of(self, path)
         with open(self._descriptor, "rb", buffering=0, closefd=False) as file:
             version = np.lib.format.read_magic(file)
             assert version == (1, 0)

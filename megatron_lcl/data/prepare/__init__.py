@@ -2,9 +2,10 @@
 `export_corpus`).
 
 `preprocess.py` cuts the input into tasks; `preprocess_task.py` writes a task's documents as parts, in any process;
-`finish.py` makes a corpus of all parts. `scratch.py` lets several processes work in one folder, `jobs.py` has an engine
-(`data/engines`) run the work in jobs. `budget.py` stops where too much of the input is bad, `sorting.py` sorts
-hashes beyond memory, `holdout.py` chooses held-out documents. `importers/` has a file for each source format.
+`finish.py` makes a corpus of all parts. `unfinished.py` has the folder of a corpus that is not complete, from its first
+file to the last; `data/corpus/scratch.py` lets several processes work in it, `jobs.py` has an engine (`data/engines`)
+run the work in jobs. `budget.py` stops where too much of the input is bad, `sorting.py` sorts hashes beyond memory,
+`holdout.py` chooses held-out documents. `importers/` has a file for each source format.
 
 Imports data.corpus, data.engines and data.storage. Begin with the header of `preprocess.py`.
 """

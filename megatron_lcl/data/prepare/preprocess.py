@@ -4,7 +4,7 @@ The input is cut into tasks by its order and sizes alone. Tasks write parts into
 (`preprocess_task.py`) in any order, by any number of processes or machines; one of n jobs does every n-th task. At the
 end the parts get their shard numbers, and the manifest is written (`finish.py`). So the bytes never depend on who did
 the work, a run that was killed resumes where it stopped, and running the same command several times at once, on any
-machines, does no harm: see `scratch.py`.
+machines, does no harm: see `data/corpus/scratch.py`.
 """
 
 from __future__ import annotations
@@ -293,9 +293,9 @@ def _texts_in_recipe(texts: Sequence[str]) -> dict[str, str]:
 
 
 def _is_useless(work: Path, job: tuple[int, int] | None, chooses: bool, error: BaseException) -> bool:
-    """Whether what a run leaves that failed so is of no use: where nothing was finished, and where a run that is no job
-    can use nothing. That of a job only where it could not choose (chooses: it was to), since others use what is
-    prepared."""
+    """Whether the work of a failed run can go. error: why it failed. Of a run that is no job: where no part is finished
+    and nothing chosen, or the input is unusable. Of a job: only where that is so and choosing failed for a UserError,
+    since the other jobs use what is prepared. chooses: it had to choose."""
     has_finished = any(work.glob("part-*")) or (work / CHOSEN).exists()
     if job is None:
         return not has_finished or isinstance(error, Unusable)

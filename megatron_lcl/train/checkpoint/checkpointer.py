@@ -38,7 +38,7 @@ from megatron_lcl.run_folder import AVERAGES, CONFIG, METRICS, PROGRESS, WEIGHTS
 from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
-from megatron_lcl.train.checkpoint.code_versions import code_versions
+from megatron_lcl.train.checkpoint.code_versions import code_versions, versions_that_differ
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight, rescale_moments
 from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
@@ -289,8 +289,8 @@ class Checkpointer:
         before = checkpoint.read_progress(folder)
         self._reached = max(self._reached, before.step)
         said = []
-        if self.mesh.is_first and before.code != self._code:
-            said.append(f"{folder} was written by " + ", ".join(f"{k} {v}" for k, v in before.code.items()))
+        if self.mesh.is_first and (differ := versions_that_differ(before.code, self._code)):
+            said.append(f"{folder} was written by {', '.join(differ)}")
         same = before.layout == self.layout
         if not same and self._convert(folder):
             said.append(f"converted {folder} from {before.layout} to {self.layout}")

@@ -262,8 +262,8 @@ def test_many_processes_seldom_touch_a_folder_that_never_looks_unused(
     folders = [tmp_path / name for name in ("documents-x", "packs-x")]
     for folder in folders:
         folder.mkdir()
-        (folder / "file").touch()
-    uses = [using(folder, "file") for folder in folders for _ in range(20)]
+        (folder / "file.json").touch()
+    uses = [using(folder, "file.json") for folder in folders for _ in range(20)]
     for _ in range(2 * 24 * 60):
         now[0] += 60
         for folder in folders:

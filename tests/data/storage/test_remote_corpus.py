@@ -281,13 +281,14 @@ def test_what_is_read_from_is_not_deleted_for_room(
     for name in ("used", "unused"):
         (tmp_path / f"corpora-{name}").mkdir()
         (tmp_path / f"corpora-{name}" / "corpus.json").write_bytes(bytes(10_000))
+    use = cache_folders.Use(tmp_path / "corpora-used", "corpus.json", 3600.0)
+    for name in ("used", "unused"):
         os.utime(tmp_path / f"corpora-{name}", times=(time.time() - 2e5,) * 2)
-    with open(tmp_path / "corpora-used" / "corpus.json", "rb") as used:
-        fcntl.flock(used, fcntl.LOCK_SH)
-        monkeypatch.setattr(fcntl, "flock", flock)
-        make_room(tmp_path / "corpora-new", -1, "corpora-")
-        assert (tmp_path / "corpora-used" / "corpus.json").exists()
-        assert (tmp_path / "corpora-unused").exists() == (flock is without_locks), "which cannot be known"
+    monkeypatch.setattr(fcntl, "flock", flock)
+    make_room(tmp_path / "corpora-new", -1, "corpora-")
+    assert (tmp_path / "corpora-used" / "corpus.json").exists()
+    assert (tmp_path / "corpora-unused").exists() == (flock is without_locks), "which cannot be known"
+    del use
     make_room(tmp_path / "corpora-new", -1, "corpora-")
     assert (tmp_path / "corpora-used").exists() == (flock is without_locks)
 

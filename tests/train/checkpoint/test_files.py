@@ -24,9 +24,9 @@ from megatron_lcl.config import Checkpoint, Config, Guard, to_yaml
 from megatron_lcl.convert import manifest
 from megatron_lcl.convert.manifest import fingerprint, manifest_text, verify
 from megatron_lcl.data.corpus.files import hash_file
+from megatron_lcl.train.checkpoint import code_versions, reshard
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.checkpoint import reshard
-from megatron_lcl.train.checkpoint.code_versions import PACKAGE, source_hash
+from megatron_lcl.train.checkpoint.code_versions import PACKAGE, source_hash, versions_that_differ
 from megatron_lcl.train.checkpoint.state import KEYS, State
 from megatron_lcl.train.resilience.bad_steps import BadSteps
 
@@ -70,12 +70,38 @@ def test_code_that_differs_has_another_hash(tmp_path: Path) -> None:
         for name, text in files.items():
             (folder / "train" / f"{name}.py").write_text(text)
         (folder / "train" / f"{folder.name}.pyc").touch()
+        (folder / "train" / ".#engine.py").symlink_to(f"someone@{folder.name}")  # as an editor locks what it edits
+        (folder / "train" / ".engine.py").write_text(folder.name)
+        (folder / "train" / "gone.py").symlink_to(folder / "nothing")
         return source_hash(folder)
 
     written = hash_of(a="x = 1", b="y")
     assert written == hash_of(b="y", a="x = 1")
     others = [hash_of(a="x = 2", b="y"), hash_of(a="x = 1", c="y"), hash_of(a="x = 1y", b=""), hash_of(a="x = 1")]
     assert len({written, *others}) == 5
+
+
+def test_a_source_that_cannot_be_read_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanished(package: Path) -> str:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(package / "engine.py"))
+
+    monkeypatch.setattr(code_versions, "source_hash", vanished)
+    versions = code_versions.code_versions.__wrapped__()
+    assert "source" not in versions
+    assert versions["torch"] == torch.__version__
+
+
+def test_only_versions_that_differ_are_said() -> None:
+    now = {"torch": "2.12.0", "deepspeed": "0.19.8", "source": "1f", "megatron_lcl": "0.1", "commit": "b"}
+    assert versions_that_differ(now, now) == []
+    assert versions_that_differ({"torch": "2.12.0", "deepspeed": "0.19.8"}, now) == [], "of an earlier release"
+    assert versions_that_differ(now, {"torch": "2.12.0", "deepspeed": "0.19.8"}) == [], "not known now"
+    before = now | {"torch": "2.11.0", "source": "2e", "commit": "a"}
+    assert versions_that_differ(before, now) == [
+        "torch 2.11.0 (now 2.12.0)",
+        "code of megatron_lcl that differs",
+        "commit a (now b)",
+    ]
 
 
 @pytest.mark.slow

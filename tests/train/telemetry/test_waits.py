@@ -251,8 +251,9 @@ LAYOUTS_ON_CUDA: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {BACKWARD: 4, "_get_fp32_opt_state_partition": 4, "get_grad_norm_direct": 2},
     ),
 }
-"""in one process, of four micro-batches: the waits of a step by DeepSpeed's function, as counted on the simulated
-device (test_fake_cuda.py) and as docs/metrics.md says"""
+"""in one process, of four micro-batches: the waits of a step by DeepSpeed's function. Derived: of one micro-batch in
+bfloat16 they are counted on the simulated device (test_fake_cuda.py); ZeRO-2 and 3 wait in the backward of each of the
+four, ZeRO-1 in float32 in that of the last, as docs/metrics.md says"""
 
 
 @pytest.mark.gpu
