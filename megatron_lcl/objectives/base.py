@@ -63,17 +63,18 @@ class StepInputs:
 
 
 class Term(ABC):
-    """One loss of a step, a mean over the global batch times a weight. All processes that have outputs make it."""
+    """One loss of a step, a mean over the global batch times a weight. All processes that have outputs make it.
+
+    One of `Objective.parts` is made as `term(step, weight)` with a `StepInputs` and what the mean counts for; of weight
+    0 it is measured.
+    """
 
     task: ClassVar[EvaluationTask]
     """what it trains: see `Objective.trains`"""
     all_features_first: ClassVar[bool] = False
     """it needs the features of all micro-batches before the first backward, as a contrast does"""
     has_triton: ClassVar[bool] = False
-    """its loss has Triton kernels; a run says what it uses"""
-
-    def __init__(self, step: StepInputs, weight: float) -> None:  # noqa: B027 - those of `Objective.parts` are made so
-        """weight: what the mean counts for; 0: it is measured."""
+    """what it computes itself has Triton kernels; a run says what it uses. The loss of targets is the head's"""
 
     @abstractmethod
     def surrogate(self, m: int, out: Outputs) -> torch.Tensor | None:
@@ -108,9 +109,10 @@ class Objective:
     """names of all that its terms measure; what a step's terms do not give is 0"""
 
     parts: ClassVar[Sequence[tuple[type[Term], str | float]]] = ()
-    """its terms, in the order in which they are added, each with its weight or the field of `published` that has it. An
-    objective whose terms are made in another way has none, and says itself what follows from them: `terms`,
-    `all_features_first`, `gathers`, and `has_triton` where none of its terms has"""
+    """its terms, in the order in which they are added, each with its weight or the field of `published` that has it.
+    Own `terms` replace those of `parts`, from which the rest still follows: `trains`, `all_features_first`,
+    `has_triton`, `gathers`. An objective without `parts` says itself what of these differs from what none gives: it
+    trains its `tasks`, needs no features first, has Triton kernels, and gathers nothing"""
     published: ClassVar[Mapping[str, float]] = {}
     """the fields of the config's `objective` that weight its terms, with the values for those that are not set"""
 
@@ -130,7 +132,7 @@ class Objective:
     def terms(self, step: StepInputs) -> Sequence[Term]:
         """The terms of a step, in the order in which they are added; all processes that have outputs call it."""
         assert self.parts, f"{type(self).__name__} has neither `parts` nor `terms` of its own"
-        return [term(step, weight) for term, weight in self._weighted()]
+        return [term(step, weight) for term, weight in self._weighted()]  # type: ignore[call-arg]
 
     @property
     def trains(self) -> tuple[EvaluationTask, ...]:
@@ -145,8 +147,9 @@ class Objective:
 
     @property
     def has_triton(self) -> bool:
-        """A loss that it trains has Triton kernels; without `parts`: it is made of terms of ours that have."""
-        return not self.parts or any(term.has_triton for term, weight in self._weighted() if weight)
+        """A loss that is computed has Triton kernels: that of targets, by the head, where its sequences have any; of
+        its terms, whatever they weigh. Without `parts`: it is made of terms of ours that have."""
+        return self.sequences.targets or not self.parts or any(term.has_triton for term, _ in self.parts)
 
     @property
     def strategy(self) -> Strategy:

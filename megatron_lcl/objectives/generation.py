@@ -16,7 +16,6 @@ class Generation(Term):
     """The mean over all targets; with weight 0 it is measured and has no gradient."""
 
     task = "generation"
-    has_triton = True
 
     def __init__(self, step: StepInputs, weight: float) -> None:
         self.mesh, self.num_targets = step.mesh, max(step.counts.counts["num_targets"], 1)

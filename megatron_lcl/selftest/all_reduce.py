@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.parallel.mesh import Axis, connect_on_demand, local_device
-from megatron_lcl.train.launch import exchange_in_store, hosts, open_store
+from megatron_lcl.train.launch import hosts, keys_set, open_store
 from megatron_lcl.train.resilience.faults import exit_if_lost, name_nodes, node
 from megatron_lcl.train.resilience.signals import leave
 from megatron_lcl.train.resilience.start import LOST
@@ -82,11 +82,9 @@ def _meet(rank: int, size: int, timeout: float) -> tuple[dist.Store, list[str]]:
         store.set_timeout(
             timedelta(seconds=timeout + 30)
         )  # the first process waits for the others as long as `timeout`
+        store.set(f"node {rank}", node())
         if rank == 0:
-            there = exchange_in_store(store, "node", rank, range(size), node(), timeout)
-            store.set("missing", json.dumps([r for r in range(size) if r not in there]))
-        else:
-            store.set(f"node {rank}", node())
+            store.set("missing", json.dumps(_wait_for(store, size, timeout)))
         missing = json.loads(store.get("missing"))
     except RuntimeError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -97,6 +95,15 @@ def _meet(rank: int, size: int, timeout: float) -> tuple[dist.Store, list[str]]:
     if missing:
         os._exit(LOST)
     return store, [name.decode() for name in store.multi_get([f"node {r}" for r in range(size)])]
+
+
+def _wait_for(store: dist.Store, size: int, timeout: float) -> list[int]:
+    """The processes that have not come in time; a wait in the store (`exchange_in_store`) lets no signal through."""
+    keys, deadline = [f"node {r}" for r in range(size)], time.monotonic() + timeout
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    there = set(keys_set(store.check, keys))
+    return [r for r, key in enumerate(keys) if key not in there]
 
 
 def _end(rank: int, missing: Sequence[int], what: str) -> Any:

@@ -2,7 +2,8 @@
 
 A run is refused for its lower bound (`memory.estimate`), which takes no time, whenever it is started. Before its first
 step it is refused for a simulated step (`simulate`) as well, where the bound leaves it in doubt: that takes half a
-minute. What is named in its place has been simulated, too.
+minute, of a deep model on many replicas a minute or two, for each stage of a pipeline that is simulated. What is named
+in its place has been simulated, too.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ _SIMULATED = 3
 """micro-batches of a simulated step, where a process keeps the graphs of all or of one: each one more takes as much as
 the last"""
 REPLICAS = 64
-"""at most, of a simulated step (`usages_of`)"""
+"""at most, of a simulated step (`usages_of`); all, where ZeRO-3 is hierarchical"""
 
 
 @dataclass(frozen=True)

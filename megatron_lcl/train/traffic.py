@@ -31,6 +31,7 @@ from megatron_lcl.train.optimizers.muon import MatrixExchange
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
+from megatron_lcl.train.settings import offloaded
 
 FLOAT, LONG = 4, 8
 SMALL = 256
@@ -86,9 +87,11 @@ def of_layout(
     else:
         trained = [shape for name, shape in shapes.items() if name not in frozen]
         groups = [sum(s.numel() for s in trained if (len(s) >= 2) == decays) for decays in (True, False)]
-        # DeepSpeed's BF16_Optimizer has sums of gradients for all that is trained, and reduces them
-        whole = config.zero.stage == 1 and resolve_dtype(config) == "bfloat16"
-        reduced = sum(s.numel() for name, s in shapes.items() if name not in (frozen if whole else still))
+        # DeepSpeed's BF16_Optimizer, which it takes where the optimizer is not offloaded, has sums of gradients for all
+        # that is trained, and reduces them as it keeps them, with padding
+        whole = (config.zero.stage, resolve_dtype(config)) == (1, "bfloat16") and "optimizer" not in offloaded(config)
+        padded = sum(_round_up(size, 2 * mesh.data.size) for size in groups)
+        reduced = padded if whole else sum(s.numel() for name, s in shapes.items() if name not in still)
         of_model = stepping(batches, gradients, shapes, groups, reduced, objective.num_forwards, config, mesh)
     of_model[mesh.data.ranks] += ring(len(COUNTS) * LONG * mesh.data.size, mesh.data.size)
     has_head = mesh.pipeline.rank == mesh.pipeline.size - 1

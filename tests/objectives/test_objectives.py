@@ -18,7 +18,8 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.losses.group import HEADER
 from megatron_lcl.losses.sigmoid import SUMS
-from megatron_lcl.objectives.base import GlobalCounts
+from megatron_lcl.objectives.base import GlobalCounts, Objective, StepInputs
+from megatron_lcl.objectives.generation import Generation
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
 from megatron_lcl.train.result import PendingResult
 
@@ -41,10 +42,7 @@ class OnPairs(Objective):
     sequences = Sequences(interleaved=False, contrast=False)
     tasks = ("generation",)
     metrics = ("generation", "perplexity")
-    all_features_first = False
-
-    def terms(self, step):
-        return [Perplexity(step, 1.0)]
+    parts = ((Perplexity, 1.0),)
 
 
 class Weighted(LatentCompression):
@@ -135,6 +133,22 @@ def test_what_another_package_gets_wrong_is_said() -> None:
     objective, counts = Counted(configs.from_dict({})), GlobalCounts.of([], Mesh(ALONE, ALONE), torch.device("cpu"))
     with pytest.raises(ValueError, match=r"Counted\.metrics does not name perplexity, which its terms give"):
         PendingResult(given, objective, counts, ALONE, torch.device("cpu"))
+
+
+def test_a_term_of_another_package_may_call_the_constructor_of_its_base() -> None:
+    class Own(Generation):
+        def __init__(self, step: StepInputs, weight: float) -> None:
+            super(Generation, self).__init__()
+            self.weight = weight
+
+    class WithOwn(Objective):
+        sequences, tasks, metrics, parts = Sequences(contrast=False), ("generation",), ("generation",), ((Own, 0.5),)
+
+    counts = GlobalCounts.of([], Mesh(ALONE, ALONE), torch.device("cpu"))
+    step = StepInputs([], [], torch.zeros(1), counts, Mesh(ALONE, ALONE))
+    (term,) = WithOwn(configs.from_dict({})).terms(step)
+    assert isinstance(term, Own)
+    assert term.weight == 0.5
 
 
 def test_a_wrong_name_is_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,7 @@ def count(rank: int, case: Case) -> dict[str, float]:
     [
         (Case(tensor=2, pipeline=2, strategy="recompute", freeze=True), 1e-9),
         (Case(data=2, objective="siglip"), 1e-9),  # the vocabulary has no gradient
+        (Case(data=2, objective="siglip", dtype="bfloat16"), 1e-9),  # and is reduced nevertheless
         # what torch's ZeRO-3 gathers with padding: selftest/run.py
         (Case(data=2, zero=3, strategy="recompute", freeze=True), 4e-3),
     ],
@@ -94,6 +95,21 @@ def test_for_what_is_frozen_nothing_is_sent_or_kept() -> None:
         assert least.optimizer == pytest.approx(12 * trained / 2)
         assert least.gradients / of_all.gradients == pytest.approx(trained / all_numbers)
         assert least.parameters == of_all.parameters
+
+
+def test_gradients_that_are_0_are_reduced_by_one_optimizer_of_deepspeed_alone() -> None:
+    """`BF16_Optimizer`: of ZeRO-1 in bfloat16 where the optimizer is not offloaded."""
+    case = Case(data=2, objective="siglip", dtype="bfloat16")
+    whole, pack = config_of(case), make_batches(case.config(), 0)[0]
+    zero = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    mesh, shapes = mesh_of(whole, 2, 0), shapes_of_stage(whole.model, 1, 0, 99)
+    (of_all, _), (of_some, _) = (
+        sending_of(config, mesh, shapes, pack, MICRO_BATCHES)
+        for config in (whole, configs.replace(whole, deepspeed=zero))
+    )
+    vocabulary = sum(shape.numel() for name, shape in shapes.items() if ".vocabulary" in name)
+    more, padding = of_all.data - of_some.data, 2 * 3  # two groups of parameters, each in multiples of 4 numbers
+    assert 4 * vocabulary <= more <= 4 * (vocabulary + padding)  # 2 (n - 1)/n times, n = 2
 
 
 def test_a_step_of_many_micro_batches_follows_from_few() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ports import hold_port
 from train.resilience.fleet import Fleet
 
 from megatron_lcl.cli import main
@@ -35,6 +37,18 @@ def test_one_process_has_nothing_to_sum(monkeypatch: pytest.MonkeyPatch, capsys:
         monkeypatch.setenv(name, value)
     assert main([*COMMAND, "9"]) == 0
     assert capsys.readouterr().out == "all-reduce  one process: nothing to sum\n"
+
+
+def test_the_first_process_can_be_interrupted_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold_port() as held:
+        port = str(held.getsockname()[1])
+        for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        interrupt, started = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)), time.monotonic()
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            all_reduce._meet(0, 2, 8.0)
+        assert time.monotonic() - started < 5
 
 
 def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
@@ -101,6 +115,7 @@ def test_who_does_not_answer_is_named(fault: str, faulty: int, seconds: int, sai
         assert {codes[rank] for rank in answers} == {LOST}
         assert time.monotonic() - started < seconds + 60
         lines = [line for line in fleet.said().splitlines() if line.startswith("megatron-lcl")]
+        assert "waitForInput" not in fleet.said(), "torch's warning of a wait in the store"
     assert any(said in line for line in lines), lines
     if fault != "wrong sum":
         told = {file.read_text() for file in faults.glob("fault-*")}

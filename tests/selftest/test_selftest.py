@@ -355,7 +355,6 @@ def fall_silent(rank: int) -> None:
 
 
 def fall_silent_in_the_tensor_group(rank: int) -> None:
-
     check = worker.check_group
 
     def silent(axis: Any, name: str, *arguments: Any) -> None:

@@ -336,11 +336,14 @@ def test_a_loss_without_triton_kernels_is_said_to_be_torch_s(monkeypatch: pytest
     monkeypatch.setattr(choice, "choose_run_attention", lambda _: choose_attention(CPU, torch.float32))
     for fault, losses in ((None, "triton"), ("triton is not installed", "torch")):
         monkeypatch.setattr(choice, "triton_fault", lambda fault=fault: fault)
-        for objective in objectives.names():
-            found = choice.choose_kernels(Case(objective=objective).config())
-            plain = objective == "siglip"
-            assert found.losses == ("torch" if plain else losses), objective
-            assert found.passed_over == (() if plain or not fault else (fault,)), objective
+        configs_by_name = {name: Case(objective=name).config() for name in objectives.names()}
+        # the head computes what has no weight, too
+        configs_by_name["emu, 0"] = configs.replace(configs_by_name["emu"], objective__generation_weight=0.0)
+        for name, config in configs_by_name.items():
+            found = choice.choose_kernels(config)
+            plain = name == "siglip"
+            assert found.losses == ("torch" if plain else losses), name
+            assert found.passed_over == (() if plain or not fault else (fault,)), name
 
 
 class FourProcesses(Axis):

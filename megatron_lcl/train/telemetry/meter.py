@@ -106,9 +106,9 @@ class StepMeter:
         of_ranks = [dict(zip((*FLOPS, "memory", "waited"), row[len(PHASES) :], strict=True)) for row in table]
         total = sum(row[part] for row in of_ranks for part in FLOPS)
         numbers: dict[str, Any] = {
+            **rates,
             **self._counts(result),
             **rates_by_part(self._config, lr),
-            **rates,
             "flops_per_second": total / seconds,
             "memory_peak_bytes": int(max(row["memory"] for row in of_ranks)),
             "checkpoint_wait_seconds": max(row["waited"] for row in of_ranks),

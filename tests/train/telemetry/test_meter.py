@@ -105,6 +105,7 @@ def test_a_line_has_the_rates_of_the_steps_since_the_last_one_or_since_the_run_w
         first = one_line(meter, 1)
         own = batch(config)
         assert [first[name] for name in rates[:3]] == [2 * own.num_images, 2 * own.num_tokens, 0.5]
+        assert tuple(first)[:3] == rates[:3], "in metrics.jsonl they follow the learning rate"
         with meter.waiting():
             pass
         clock.enter("data")
