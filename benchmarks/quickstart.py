@@ -42,7 +42,7 @@ import megatron_lcl
 from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.loading.images import decode_eval
 from megatron_lcl.demo.train import packaged_config
-from megatron_lcl.run_folder import CONFIG, METRICS
+from megatron_lcl.run_folder import CONFIG, HELDOUT, METRICS, RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES, GIBIBYTES, TOP_1, DATA_WAIT = 10, 4.0, 40, 0.02
@@ -136,12 +136,12 @@ def seed_run(folder: Path, python: Path, config: Path, name: str, seed: int) -> 
 
 def times_chance(run: Path) -> list[float]:
     """Of a run: recall@10 from image to context and back among the held-out pages; top-1 on the emoji, NaN without."""
-    pages = json.loads((run / "heldout.json").read_text())
+    pages = json.loads((run / HELDOUT).read_text())
     ways = ("image_to_context", "context_to_image")
     found = [pages[f"{way}_recall_at_10"] / pages["chance_at_10"] for way in ways]
-    if not (run / "results.json").is_file():
+    if not (run / RESULTS).is_file():
         return [*found, math.nan]
-    top = json.loads((run / "results.json").read_text())[0]["metrics"]["accuracy"]
+    top = json.loads((run / RESULTS).read_text())[0]["metrics"]["accuracy"]
     return [*found, top["value"] / top["chance"]]
 
 

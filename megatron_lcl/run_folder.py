@@ -8,7 +8,7 @@ RUN/
     plan.json                   of `plan --json`, where somebody puts it there; `report` shows it instead of its own
     profile/                    of `train --profile`; see train/telemetry/profile.py
     heldout.json                what the latest held-out evaluation measured; see evaluate/heldout_results.py
-    heldout_examples.json       of the same, texts that pictures were given
+    heldout_examples.json       of the same, some pairs with the contexts found nearest
     labeled.json                what the latest evaluation on labeled images measured; see evaluate/labeled.py
     results.json                of `evaluate --output`, here or in a folder below; see evaluate/results.py
     gallery.json                of the same, pictures for the report; see evaluate/gallery.py

@@ -25,6 +25,15 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     assert changed.data.corpora == (configs.Corpus("a", 2.0),)
 
 
+def test_infinity_and_nan_stay_in_what_is_deepspeeds() -> None:
+    given = "{flops_profiler: {least: [.inf, -.inf]}, clip: .nan}"
+    config = configs.load(None, {"deepspeed": given})
+    again = configs.replace(config, train__steps=7)
+    for found in (config, again, configs.from_dict(read_yaml(configs.to_yaml(config)))):
+        assert found.deepspeed["flops_profiler"] == {"least": [math.inf, -math.inf]}
+        assert math.isnan(found.deepspeed["clip"])
+
+
 def test_another_objective_in_a_whole_config_has_its_own_start(tmp_path: Path) -> None:
     """As someone edits what `--print-config` prints."""
     whole = tmp_path / "whole.yaml"

@@ -8,7 +8,12 @@ from pydantic import ConfigDict, Field
 
 from megatron_lcl.errors import UserError
 
-STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+STRICT = ConfigDict(
+    extra="forbid",
+    validate_default=True,
+    allow_inf_nan=False,
+    ser_json_inf_nan="constants",  # what has no type may hold them, as `deepspeed` does, and null says something else
+)
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

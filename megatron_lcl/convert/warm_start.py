@@ -222,7 +222,7 @@ _HF_VIT = {
     "mlp.up": "intermediate.dense",
     "mlp.down": "output.dense",
 }
-"""where it is not HF_DINOV2: of ViTModel, and of transformers 5"""
+"""names that HF_DINOV2 does not have: ViTModel's own, and those that transformers 5 gave; a block is read by both"""
 
 
 def _hf_vit(model: Any, mean: Sequence[float], std: Sequence[float]) -> Tower:

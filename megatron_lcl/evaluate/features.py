@@ -89,7 +89,7 @@ class FeatureStore:
         computes an equal share. UserError naming an image that does not decode, or where the encoder has no patch
         tokens.
         """
-        file = _file(self.folder, encoder.fingerprint, kind, data.digests)
+        file = _file(self.folder, encoder.fingerprint, kind, data.read_digests(self.progress))
         if not file.is_file():
             shape = getattr(encoder.encode(load(encoder, data.images[0])[None]), kind).shape[1:]
             if kind == "patches":
@@ -124,7 +124,7 @@ class FeatureStore:
         for shapes in encoders:
             of_whom = f" of {shapes.name}" if len(encoders) > 1 else ""
             for data, kind in wanted:
-                file = _file(self.folder, shapes.fingerprint, kind, data.digests)
+                file = _file(self.folder, shapes.fingerprint, kind, data.read_digests(self.progress))
                 if not file.is_file():
                     each = f"{' x '.join(map(str, shapes.of_image[kind]))} {np.dtype(_TYPES[kind]).name}"
                     size = shapes.num_bytes(kind, len(data))

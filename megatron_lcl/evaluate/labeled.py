@@ -305,15 +305,18 @@ def _decoded(blobs: Sequence[Blob], first: int, size: int, at_once: int, bad: li
     """Images [n, 3, size, size] uint8, `at_once` at a time, decoded ahead by threads; blank where one does not decode,
     which is added to `bad` with its index in the data set. first: index of the first."""
     read = partial(attempt, partial(decode_eval, size=size))
-    for number, batch in enumerate(ahead(read, blobs, at_once, _THREADS)):
+
+    def joined(start: int, batch: list[np.ndarray | str]) -> torch.Tensor:
         images = np.zeros((len(batch), 3, size, size), np.uint8)
-        for i, pixels in enumerate(batch):
+        for i, pixels in enumerate(batch, start):
             if isinstance(pixels, str):
-                index = number * at_once + i
-                bad.append(BadBlob(first + index, blobs[index].name, pixels))
+                bad.append(BadBlob(first + i, blobs[i].name, pixels))
             else:
-                images[i] = pixels
-        yield torch.from_numpy(images)
+                images[i - start] = pixels
+        return torch.from_numpy(images)
+
+    # a loop's variable would hold a batch until there is the next one; `map` holds none
+    return map(joined, range(0, len(blobs), at_once), ahead(read, blobs, at_once, _THREADS))
 
 
 _THREADS = 4

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice, pairwise
@@ -166,21 +167,22 @@ def run_batches(
     encoder: Encoder, images: Sequence[Blob], work: Work[T], batch_size: int, start: int, threads: int
 ) -> Iterator[tuple[int, T]]:
     """(images done, result) of each batch; images are decoded ahead by threads."""
-    for batch in ahead(partial(load, encoder), images, batch_size, max(2, threads)):
-        yield len(batch), work(encoder, start, torch.stack(batch))
-        start += len(batch)
+
+    def result(first: int, batch: list[torch.Tensor]) -> tuple[int, T]:
+        return len(batch), work(encoder, first, torch.stack(batch))
+
+    # a loop's variable would hold a batch until there is the next one; `map` holds none
+    starts = range(start, start + len(images), batch_size)
+    return map(result, starts, ahead(partial(load, encoder), images, batch_size, max(2, threads)))
 
 
-def ahead(work: Callable[[Blob], T], images: Iterable[Blob], size: int, threads: int) -> Iterator[list[T]]:
-    """`work` on the images by threads, `size` results at a time and in order; the next ones are made meanwhile."""
+def ahead(work: Callable[[Blob], T], images: Sequence[Blob], size: int, threads: int) -> Iterator[list[T]]:
+    """`work` on the images by threads, `size` results at a time and in order; the next two lists are made meanwhile."""
+    waiting, queue = iter(images), deque[Future[T]]()
     with ThreadPoolExecutor(threads) as pool:
-        waiting = iter(images)
-        queue = [pool.submit(work, blob) for blob in islice(waiting, 2 * size)]
-        while queue:
-            results = [job.result() for job in queue[:size]]
-            del queue[:size]
-            yield results
-            queue += [pool.submit(work, blob) for blob in islice(waiting, size)]
+        for _ in range(0, len(images), size):
+            queue.extend(pool.submit(work, blob) for blob in islice(waiting, 3 * size - len(queue)))
+            yield [queue.popleft().result() for _ in range(min(size, len(queue)))]
 
 
 def load(encoder: Encoder, blob: Blob) -> torch.Tensor:

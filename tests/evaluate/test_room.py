@@ -85,6 +85,7 @@ def test_large_caches_are_told(folder: Path, tmp_path: Path, capsys: pytest.Capt
                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 2 * 10**12))
     data = open_images(folder)
+    data.read_digests(progress=False)  # as the check for bad images does before
     shapes = Shapes("x", "x", {"pooled": (768,), "patches": (196, 768 * 10_000)})
     FeatureStore(tmp_path).check_room([shapes], [(data, "patches")])
     assert capsys.readouterr().err.strip() == f"602 GB of features go to {tmp_path} (2,000 GB free)"

@@ -6,12 +6,11 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import sys
 import tarfile
-import threading
-import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -28,12 +27,12 @@ from megatron_lcl.config import Config, Data, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate import checking, run, sources
-from megatron_lcl.evaluate.checking import find_bad, without_bad
+from megatron_lcl.evaluate import run
+from megatron_lcl.evaluate.checking import find_bad
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import AttentiveSettings, CaptioningSettings, KnnSettings, Settings
-from megatron_lcl.evaluate.sources import FileBlob, ImageSet, open_images
+from megatron_lcl.evaluate.sources import FileBlob, open_images
 
 
 @pytest.fixture(scope="module")
@@ -429,77 +428,41 @@ def test_names_that_are_not_valid_unicode(folder: Path, checkpoint: Path, tmp_pa
     assert (tmp_path / "out" / "results.png").is_file()
 
 
-def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first to come in is the first to go, so that the second puts back what the first had set."""
-    inside, entered, left = threading.Barrier(2), threading.Event(), threading.Event()
-
-    def overlapping(data: bytes) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if data == b"second":
-                inside.wait(20)
-                assert left.wait(20)
-                return
-            entered.set()
-            inside.wait(20)
-        left.set()
-
-    class Second:
-        name = "second"
-
-        def read(self) -> bytes:
-            assert entered.wait(20)
-            return b"second"
-
-    (tmp_path / "first").write_bytes(b"first")
-    monkeypatch.setattr(checking, "probe", overlapping)
-    monkeypatch.setattr(checking, "num_cores", lambda: 2)
-    monkeypatch.setattr(sources, "content_digests", lambda *_: b"known")
-    filters = warnings.filters
-    before = list(filters)
-    images = ImageSet("", (FileBlob(tmp_path / "first"), Second()))
-    assert find_bad(images, tmp_path / "cache") == []
-    assert warnings.filters is filters
-    assert list(warnings.filters) == before
-
-
+@pytest.mark.parametrize(("bad", "reads_first", "reads_again"), [(None, 3, 1), (b"", 3, 2), (OSError("gone"), 4, 3)])
 def test_what_is_cached_is_read_once(
-    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bad: bytes | OSError | None,
+    reads_first: int,
+    reads_again: int,
+    folder: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """For the digests, by which both the check and the features are found."""
+    """For the digests, by which both the check and the features are found, and with a bar.
+
+    A check that finds a bad image is made again. Where one cannot be read those that are left are read once more.
+    """
     reads: Counter[str] = Counter()
     read = FileBlob.read
+    train, test = (open_images(folder, split).images for split in ("train", "test"))
 
     def counted(blob: FileBlob) -> bytes:
         reads[blob.name] += 1
-        return read(blob)
+        if isinstance(bad, OSError) and blob == test[-1]:
+            raise bad
+        return bad if isinstance(bad, bytes) and blob == test[-1] else read(blob)
 
     monkeypatch.setattr(FileBlob, "read", counted)
-    for most in (4, 1):  # digest, check, features, and of a first image their shape
+    num_good = len(test) - (bad is not None)
+    for most, of_test in ((3, reads_first), (1, reads_again)):  # digest, check, features
         reads.clear()
         settings = Settings(knn=KnnSettings(k=5))
-        evaluate([checkpoint], ["knn"], folder, settings=settings, cache=tmp_path, progress=False)
-        assert len(reads) == len(open_images(folder, "train")) + len(open_images(folder, "test"))
-        assert max(reads.values()) == most
-        assert reads.most_common()[2][1] == min(most, 3)
-
-
-def test_captions_stay_with_their_images_where_bad_ones_are_left_out(
-    folder: Path, checkpoint: Path, tmp_path: Path
-) -> None:
-    images = sorted((folder / "test").rglob("*.png"))[:6]
-    for i, file in enumerate(images):
-        (tmp_path / f"{i}.png").write_bytes(b"" if i in (0, 3) else file.read_bytes())
-    sentences = [[{"raw": f"caption {i}"}] for i in range(6)]
-    entries = [{"filename": f"{i}.png", "split": "test", "sentences": s} for i, s in enumerate(sentences)]
-    (tmp_path / "coco.json").write_text(json.dumps({"images": entries}))
-    data = open_images(tmp_path / "coco.json")
-    left = without_bad(data, find_bad(data, tmp_path / "cache"), skip=True)
-    assert [blob.name for blob in left.images] == [str(tmp_path / f"{i}.png") for i in (1, 2, 4, 5)]
-    assert left.captions == tuple((f"caption {i}",) for i in (1, 2, 4, 5))
-    assert find_bad(left, tmp_path / "cache") == []
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # that these are good is known from now on
-    (tmp_path / "4.png").unlink()
-    (unread,) = find_bad(dataclasses.replace(left), tmp_path / "cache")
-    assert (unread.index, unread.reason) == (2, "No such file or directory")
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+        evaluate([checkpoint], ["knn"], folder, settings=settings, cache=tmp_path, skip_bad_images=True)
+        for images, number in ((train, most), (test, of_test)):
+            assert {reads[image.name] for image in images[1:-1]} == {number}
+            assert reads[images[0].name] == number + (most == 3)  # of a first image their shape
+        bars = re.split(r"[\r\n]", capsys.readouterr().err)
+        known = len(test) if isinstance(bad, bytes) else num_good
+        whole = rf"reading {re.escape(str(folder / 'test'))}: 100%.* {known}/{known} "
+        assert any(re.match(whole, bar) for bar in bars)
