@@ -386,7 +386,7 @@ class _Encoded:
         self.origins: list[Origin] = []
         """of the pairs; this and `bad` are on the process that reads for its replica"""
         self.bad: list[tuple[int, str]] = []
-        """of images that do not decode the first pack of the micro-batch, and name and reason"""
+        """of each image that does not decode: the first pack of its micro-batch; its name and the reason"""
         self.features: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.generation = torch.zeros(2, dtype=torch.float64)
         """sum of the negative log-likelihoods (nats), number of targets"""

@@ -111,8 +111,8 @@ class Objective:
     parts: ClassVar[Sequence[tuple[type[Term], str | float]]] = ()
     """its terms, in the order in which they are added, each with its weight or the field of `published` that has it.
     Own `terms` replace those of `parts`, from which the rest still follows: `trains`, `all_features_first`,
-    `has_triton`, `gathers`. An objective without `parts` says itself what of these differs from what none gives: it
-    trains its `tasks`, needs no features first, has Triton kernels, and gathers nothing"""
+    `has_triton`, `gathers`. Without `parts` it trains its `tasks`, needs no features first, has Triton kernels, and
+    gathers nothing; the objective overrides what is otherwise"""
     published: ClassVar[Mapping[str, float]] = {}
     """the fields of the config's `objective` that weight its terms, with the values for those that are not set"""
 
@@ -148,7 +148,7 @@ class Objective:
     @property
     def has_triton(self) -> bool:
         """A loss that is computed has Triton kernels: that of targets, by the head, where its sequences have any; of
-        its terms, whatever they weigh. Without `parts`: it is made of terms of ours that have."""
+        its terms, whatever they weigh. Without `parts` taken to be true, as of our terms."""
         return self.sequences.targets or not self.parts or any(term.has_triton for term, _ in self.parts)
 
     @property

@@ -32,6 +32,7 @@ from megatron_lcl.train.optimizer import muon_parts
 from megatron_lcl.train.parts import frozen_parameters, trained_kinds
 from megatron_lcl.train.pipeline.partition import partition_balanced, stage_sums
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
+from megatron_lcl.train.settings import sums_apart
 from megatron_lcl.train.simulate import full_batch, sizes_of
 
 TENSOR_SHOWS = 0.6
@@ -252,7 +253,7 @@ def _hiding(config: Config, forward: float, backward: float) -> float:
     """Seconds of a micro-batch's computation beside which gradients or parameters travel between replicas."""
     if config.zero.stage == 3:
         return forward + backward
-    late = config.parallel.pipeline > 1 or (config.zero.stage == 1 and resolve_dtype(config) == "bfloat16")
+    late = config.parallel.pipeline > 1 or sums_apart(config, resolve_dtype(config))
     return 0.0 if late else backward
 
 

@@ -59,6 +59,12 @@ def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
     return merged
 
 
+def sums_apart(config: Config, dtype: str) -> bool:
+    """Whether gradients go to DeepSpeed's BF16_Optimizer: it adds them to float32 sums of all that is trained, and
+    reduces these after the last backward. dtype: that of the run (`precision.resolve_dtype`)."""
+    return (config.zero.stage, dtype) == (1, "bfloat16") and "optimizer" not in offloaded(config)
+
+
 def offloaded(config: Config) -> frozenset[str]:
     """What a run keeps outside its devices, in DeepSpeed's words: `optimizer`, with the gradients, and `param`.
 

@@ -57,7 +57,7 @@ _SIMULATED = 3
 """micro-batches of a simulated step, where a process keeps the graphs of all or of one: each one more takes as much as
 the last"""
 REPLICAS = 64
-"""at most, of a simulated step (`usages_of`); all, where ZeRO-3 is hierarchical"""
+"""at most, of a simulated step (`usage_of`); with `zero_hpz_partition_size` all"""
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,9 @@ def usages_of(config: Config, processes: int, images: int, on_gpu: bool, simulat
 
 
 def usage_of(config: Config, processes: int, images: int, stage: int, simulated: Simulate) -> Usage:
-    """Bytes of the first process of a stage, from a step of no more than `REPLICAS` replicas: what replicas share
-    between them is known (train/memory.py), and a step of more takes minutes.
+    """Bytes of the first process of a stage, from a step of no more than `REPLICAS` replicas (but of all with
+    `zero_hpz_partition_size`): what replicas share between them is known (train/memory.py), and a step of more takes
+    minutes.
 
     images: image slots of a pack.
     """

@@ -31,7 +31,7 @@ from megatron_lcl.train.optimizers.muon import MatrixExchange
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
-from megatron_lcl.train.settings import offloaded
+from megatron_lcl.train.settings import sums_apart
 
 FLOAT, LONG = 4, 8
 SMALL = 256
@@ -87,9 +87,7 @@ def of_layout(
     else:
         trained = [shape for name, shape in shapes.items() if name not in frozen]
         groups = [sum(s.numel() for s in trained if (len(s) >= 2) == decays) for decays in (True, False)]
-        # DeepSpeed's BF16_Optimizer, which it takes where the optimizer is not offloaded, has sums of gradients for all
-        # that is trained, and reduces them as it keeps them, with padding
-        whole = (config.zero.stage, resolve_dtype(config)) == (1, "bfloat16") and "optimizer" not in offloaded(config)
+        whole = sums_apart(config, resolve_dtype(config))  # they are reduced as they are kept, with padding
         padded = sum(_round_up(size, 2 * mesh.data.size) for size in groups)
         reduced = padded if whole else sum(s.numel() for name, s in shapes.items() if name not in still)
         of_model = stepping(batches, gradients, shapes, groups, reduced, objective.num_forwards, config, mesh)

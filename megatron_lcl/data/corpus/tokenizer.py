@@ -48,7 +48,7 @@ _PROBES = (
 class Tokenizer(ABC):
     """Text to token ids and back. Special-token ids are `base_size` … `base_size + 4`.
 
-    `load` knows the kinds of this file only: what another package's class saves, that class has to read.
+    `load` reads only files of the classes in this module; another package's class reads its own.
     """
 
     base_size: int
@@ -128,10 +128,10 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def content(self) -> bytes:
-        """The bytes of a file that `load` reads."""
+        """The bytes of a file that `load`, or the class itself, reads."""
 
     def save(self, path: str | Path) -> None:
-        """Write a file that `load` reads."""
+        """Write a file that `load`, or the class itself, reads."""
         Path(path).write_bytes(self.content)
 
     @property

@@ -294,8 +294,8 @@ def _texts_in_recipe(texts: Sequence[str]) -> dict[str, str]:
 
 def _is_useless(work: Path, job: tuple[int, int] | None, chooses: bool, error: BaseException) -> bool:
     """Whether the work of a failed run can go. error: why it failed. Of a run that is no job: where no part is finished
-    and nothing chosen, or the input is unusable. Of a job: only where that is so and choosing failed for a UserError,
-    since the other jobs use what is prepared. chooses: it had to choose."""
+    and nothing chosen, or the input is unusable. Of a job: only where nothing is finished or chosen, and choosing
+    failed for a UserError, since the other jobs use what is prepared. chooses: it had to choose."""
     has_finished = any(work.glob("part-*")) or (work / CHOSEN).exists()
     if job is None:
         return not has_finished or isinstance(error, Unusable)

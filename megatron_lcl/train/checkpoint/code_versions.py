@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -45,7 +46,7 @@ def source_hash(package: Path) -> str:
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
             continue
         content = path.read_bytes()
-        digest.update(f"{relative.as_posix()}\0{len(content)}\0".encode())
+        digest.update(os.fsencode(f"{relative.as_posix()}\0{len(content)}\0"))
         digest.update(content)
     return digest.hexdigest()
 

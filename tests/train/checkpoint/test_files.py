@@ -72,6 +72,7 @@ def test_code_that_differs_has_another_hash(tmp_path: Path) -> None:
         (folder / "train" / f"{folder.name}.pyc").touch()
         (folder / "train" / ".#engine.py").symlink_to(f"someone@{folder.name}")  # as an editor locks what it edits
         (folder / "train" / ".engine.py").write_text(folder.name)
+        (folder / "train" / os.fsdecode(b"caf\xe9.py")).touch()  # as a copy from a system of Latin-1 leaves it
         (folder / "train" / "gone.py").symlink_to(folder / "nothing")
         return source_hash(folder)
 

@@ -117,6 +117,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
     run.mesh = SimpleNamespace(is_first=True, world=world)  # type: ignore[assignment]
     run.point = SimpleNamespace(folder=None)  # type: ignore[assignment]
     run.profile = SimpleNamespace(finish=lambda: ended.append("profile"))  # type: ignore[assignment]
+    run.meter = SimpleNamespace(reset=lambda: ended.append("meter"))  # type: ignore[assignment]
     said = SimpleNamespace(say=lambda _: None, rewind=lambda _: None, write=lambda *_, **__: None)
     run.telemetry = run.audit = said  # type: ignore[assignment]
     run.bad_images = SimpleNamespace(write=lambda _: None)  # type: ignore[assignment]
@@ -131,7 +132,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(run, "_go_to", go_to)
     run._rewind()
-    assert ended == ["profile"]
+    assert ended == ["profile", "meter"]
     (progress,) = kept
     assert (progress.step, progress.packs) == (saved, 4 * saved)
     assert (progress.guard["consecutive"], progress.guard["rewinds"]) == (0, 1)
