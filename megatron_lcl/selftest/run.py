@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.attention import CAPABILITY
+from megatron_lcl.errors import UserError
 from megatron_lcl.interrupts import end_with_command, holding_interrupts
 from megatron_lcl.selftest import kernels
 from megatron_lcl.selftest.cases import CASES, Case
@@ -224,6 +225,7 @@ def selftest(
     Without a launcher it starts the processes itself: four on a machine without CUDA, else one a device. Where no case
     has as many processes as there are, one more case does, with so many replicas. timeout: seconds for a case;
     COMPILING times as many for one with compiled blocks, and on CUDA for that of the kernels. prepare: see `run_case`.
+    UserError where the first process does not answer.
     """
     if launched := is_launched():
         ranks, world = [int(os.environ["RANK"])], int(os.environ["WORLD_SIZE"])
@@ -234,7 +236,7 @@ def selftest(
     store = _open_store(launched and world > 1, timeout)
     if launched or torch.cuda.is_available():  # every device, or machine, has kernels of its own
         cases = [KernelCase(world) if isinstance(case, KernelCase) else case for case in cases]
-    lacks = _lacks_of_first(cases, store, 0 in ranks)
+    lacks = _lacks_of_first(cases, store, 0 in ranks, timeout)
     fitting = those_that_fit([case for case, fault in zip(cases, lacks, strict=True) if not fault], world)
     left_out = [case.processes > world or bool(fault) for case, fault in zip(cases, lacks, strict=True)]
     skipped, began = sum(left_out), time.monotonic()
@@ -289,13 +291,19 @@ def those_that_fit(cases: Sequence[Case | KernelCase], world: int) -> list[Case 
     return [*(case for case in cases if case.processes <= world), *more]
 
 
-def _lacks_of_first(cases: Sequence[Case | KernelCase], store: dist.Store, is_first: bool) -> list[str]:
+def _lacks_of_first(cases: Sequence[Case | KernelCase], store: dist.Store, is_first: bool, timeout: float) -> list[str]:
     """Of each case what the first process's machine lacks. It decides for all: programs that run other cases than each
     other would wait for one another in each that follows. A machine that lacks more has a fault in these cases."""
     if is_first:
         store.set("lacks", json.dumps([_lacks(case) for case in cases]))
-    lacks: list[str] = json.loads(store.get("lacks"))
-    return lacks
+    deadline = time.monotonic() + timeout + GRACE
+    with contextlib.suppress(dist.DistError):  # it may be gone, and the store with it
+        while not store.check(["lacks"]) and time.monotonic() < deadline:
+            time.sleep(0.2)  # a wait in the store lets no signal through
+        if store.check(["lacks"]):
+            lacks: list[str] = json.loads(store.get("lacks"))
+            return lacks
+    raise UserError(f"{_silent([0])}: see what it has said; if it only came late, give a longer --timeout")
 
 
 def _lacks(case: Case | KernelCase) -> str:
@@ -326,8 +334,12 @@ def _of_everyone(
     faults = [fault for told in said.values() for fault in json.loads(told)]
     silent = [starter for starter in starters if starter not in said]
     if silent:
-        faults.append(f"the program that starts {listed(silent, 'process')} does not answer")
+        faults.append(_silent(silent))
     return faults, bool(silent)
+
+
+def _silent(starters: Sequence[int]) -> str:
+    return f"the program that starts {listed(starters, 'process')} does not answer"
 
 
 def _start(

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from processes import run_processes
 
 from megatron_lcl import attention, objectives
+from megatron_lcl.errors import UserError
 from megatron_lcl.parallel.mesh import Axis, Mesh, Pending
 from megatron_lcl.selftest import reference, run, worker
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
@@ -503,6 +504,18 @@ def test_a_program_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch
         ["gradients", "the program that starts process 1 does not answer"],
         True,
     )
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_first_program_that_never_says_what_it_lacks_is_named(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    """Be it late, or gone with the store that it served."""
+    monkeypatch.setattr(run, "GRACE", 0.0)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=1), wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", store.port, timeout=timedelta(seconds=1), wait_for_workers=False)
+    if lost:
+        del store
+    with pytest.raises(UserError, match=r"program that starts process 0 does not answer: .* --timeout"):
+        run._lacks_of_first([Case()], client, False, 0.3)
 
 
 @pytest.mark.slow

@@ -275,20 +275,53 @@ def test_a_column_name_that_is_not_utf8(tmp_path: Path) -> None:
     assert drops.bad_counts == {"document: damaged or truncated Arrow file, the rows after it are lost": 1}
 
 
-def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_path_that_is_not_utf8(tmp_path: Path, kind: str) -> None:
     """It costs its own image at most, and none whose bytes are there."""
     text = undecoded([f"{k}.png".encode() if k % 6 != 2 else b"\xff.png" for k in range(12)])
     images = pa.StructArray.from_arrays([pa.array([picture(k) if k < 6 else None for k in range(12)]), text],
                                         fields=list(IMAGE))  # fmt: skip
     data = pa.table({"image": images, "id": text, "text": [f"text {k}" for k in range(12)]})
-    pq.write_table(data, tmp_path / "a.parquet")
+    if kind == "parquet":
+        pq.write_table(data, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_stream(str(tmp_path / "a.arrow"), data.schema) as stream:
+            stream.write_table(data)
     (tmp_path / "images").mkdir()
     for k in range(12):
         (tmp_path / f"images/{k}.png").write_bytes(picture(k))
-    found, drops = documents_of(create("hf", tmp_path / "a.parquet", tmp_path / "images", {}))
+    found, drops = documents_of(create("hf", tmp_path / f"a.{kind}", tmp_path / "images", {}))
     expected = [[(picture(k), None, None), f"text {k}"] for k in range(12)]
     del expected[8][0]
     assert plain(found) == expected
     assert [d.metadata.get("id") for d in found] == [f"{k}.png" if k % 6 != 2 else "\ufffd.png" for k in range(12)]
     assert drops.bad_counts == {"image: file missing": 1}
     assert drops.noted_counts == {"document: invalid UTF-8 replaced": 4}  # two paths, two ids
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("of", ["string", "large", "JSON", "dictionary", "runs", "list", "large list", "fixed list"])
+def test_ids_of_an_arrow_file_that_are_not_utf8(tmp_path: Path, of: str, wrong: bool) -> None:
+    """No row is lost, whatever type the column has; where its offsets lead outside, all rows of its batch are."""
+    offsets, characters = [0, 1, 99 if wrong else 2, 3], pa.py_buffer(b"a\xffc")
+    text = pa.StringArray.from_buffers(3, pa.array(offsets, pa.int32()).buffers()[1], characters)
+    large = pa.LargeStringArray.from_buffers(3, pa.array(offsets, pa.int64()).buffers()[1], characters)
+    runs, each = pa.run_end_encoded(pa.int32(), pa.string()), pa.array([1, 2, 3], pa.int32())
+    ids = {
+        "string": lambda: text,
+        "large": lambda: large,
+        "JSON": lambda: pa.ExtensionArray.from_storage(pa.json_(), text),
+        "dictionary": lambda: pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), text),
+        "runs": lambda: pa.Array.from_buffers(runs, 3, [None], children=[each, text]),
+        "list": lambda: pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), text),
+        "large list": lambda: pa.LargeListArray.from_arrays(pa.array([0, 1, 2, 3]), large),
+        "fixed list": lambda: pa.FixedSizeListArray.from_arrays(text, 1),
+    }[of]()
+    data = pa.table({"image": pa.array([image(0)] * 3, IMAGE), "id": ids, "text": list("abc")})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), data.schema) as stream:
+        stream.write_table(data)
+    found, drops = documents_of(create("hf", tmp_path / "a.arrow", None, {}))
+    assert len(found) == (0 if wrong else 3)
+    assert drops.bad_counts == ({"document: lost in a damaged Arrow file": 3} if wrong else {})
+    if not wrong and "list" not in of:
+        assert [d.metadata["id"] for d in found] == ["a", "\ufffd", "c"]

@@ -186,9 +186,7 @@ def _arrow_rows(file: Path, name: str, needed: list[str], drops: Drops) -> Itera
             columns = columns_to_read(stream.schema.names, needed, _ABOUT.__contains__, name, drops)
             for batch in stream if columns else ():
                 batch = batch.select(columns)
-                try:
-                    batch.validate(full=True)  # else a wrong length leads outside the file
-                except DAMAGE:
+                if _is_damaged(batch):  # else a wrong length leads outside the file
                     drops.bad("document", "lost in a damaged Arrow file", f"{name}:{row}", max(1, len(batch)))
                     row += len(batch)
                     continue
@@ -203,6 +201,42 @@ def _arrow_rows(file: Path, name: str, needed: list[str], drops: Drops) -> Itera
                         num_bytes = 0
     except DAMAGE:
         drops.bad("document", "damaged or truncated Arrow file, the rows after it are lost", f"{name}:{row}")
+
+
+def _is_damaged(batch: pa.RecordBatch) -> bool:
+    """Strings that are not UTF-8 are no damage: each costs its own document at most."""
+    try:
+        batch.validate()
+        for column in batch.columns:
+            try:
+                column.validate(full=True)
+            except DAMAGE:
+                column.view(_without_strings(column.type)).validate(full=True)
+        return False
+    except DAMAGE:
+        return True
+
+
+def _without_strings(kind: pa.DataType) -> pa.DataType:
+    """The type of the same memory with bytes for strings. Other types that hold strings, as maps, stay as they are."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _without_strings(kind.storage_type)
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_strings(field.type)) for field in kind])
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _without_strings(kind.value_type), kind.ordered)
+    if pa.types.is_run_end_encoded(kind):
+        return pa.run_end_encoded(kind.run_end_type, _without_strings(kind.value_type))
+    if not _is_list(kind):
+        return kind
+    item = kind.value_field.with_type(_without_strings(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(item, kind.list_size)
+    return pa.large_list(item) if pa.types.is_large_list(kind) else pa.list_(item)
 
 
 # --- which columns -----------------------------------------------------------------------------------------------
