@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.probe import BadImage, probe
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.sources import DIGEST, Blob, ImageSet
+from megatron_lcl.evaluate.sources import Blob, ImageSet
 from megatron_lcl.machine import num_cores
 
 T = TypeVar("T")
@@ -72,8 +72,7 @@ def attempt(work: Callable[[bytes], T], blob: Blob) -> T | str:
 
 
 def without_bad(data: ImageSet, bad: Sequence[BadBlob], skip: bool) -> ImageSet:
-    """The data set without them, with the digests of the others where they are known, if `skip`; else UserError naming
-    the first NAMED."""
+    """The data set without them if `skip`, else UserError naming the first NAMED."""
     if not bad:
         return data
     if not skip:
@@ -86,13 +85,4 @@ def without_bad(data: ImageSet, bad: Sequence[BadBlob], skip: bool) -> ImageSet:
     kept = np.delete(np.arange(len(data)), [b.index for b in bad])
     if not len(kept):
         raise UserError(f"no image of {data.name} can be used; the first: {bad[0].name} ({bad[0].reason})")
-    left = replace(
-        data,
-        images=tuple(data.images[i] for i in kept),
-        labels=None if data.labels is None else data.labels[kept],
-        captions=None if data.captions is None else tuple(data.captions[i] for i in kept),
-        domains=None if data.domains is None else tuple(data.domains[i] for i in kept),
-    )
-    if "digests" in vars(data):
-        vars(left)["digests"] = np.frombuffer(data.digests, f"V{DIGEST}")[kept].tobytes()
-    return left
+    return data.of(kept)

@@ -126,6 +126,19 @@ class ImageSet:
             vars(self)["digests"] = content_digests(self.images, self.name, progress)
         return self.digests
 
+    def of(self, indices: np.ndarray) -> ImageSet:
+        """The set of these images alone, with their digests where they are known."""
+        found = replace(
+            self,
+            images=tuple(self.images[i] for i in indices),
+            labels=None if self.labels is None else self.labels[indices],
+            captions=None if self.captions is None else tuple(self.captions[i] for i in indices),
+            domains=None if self.domains is None else tuple(self.domains[i] for i in indices),
+        )
+        if "digests" in vars(self):
+            vars(found)["digests"] = np.frombuffer(self.digests, f"V{DIGEST}")[indices].tobytes()
+        return found
+
     @cached_property
     def numbers(self) -> np.ndarray:
         """[N] a number of each image, which images with the same bytes share: 0, 1, … by where the first one stands."""
