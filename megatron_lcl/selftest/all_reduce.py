@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.parallel.mesh import Axis, connect_on_demand, local_device
-from megatron_lcl.train.launch import hosts, keys_set, open_store
+from megatron_lcl.train.launch import hosts, keys_set, open_store, wait_for_keys
 from megatron_lcl.train.resilience.faults import exit_if_lost, name_nodes, node
 from megatron_lcl.train.resilience.signals import leave
 from megatron_lcl.train.resilience.start import LOST
@@ -98,10 +98,9 @@ def _meet(rank: int, size: int, timeout: float) -> tuple[dist.Store, list[str]]:
 
 
 def _wait_for(store: dist.Store, size: int, timeout: float) -> list[int]:
-    """The processes that have not come in time; a wait in the store (`exchange_in_store`) lets no signal through."""
-    keys, deadline = [f"node {r}" for r in range(size)], time.monotonic() + timeout
-    while not store.check(keys) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    """The processes that have not come in time."""
+    keys = [f"node {r}" for r in range(size)]
+    wait_for_keys(store.check, keys, timeout)
     there = set(keys_set(store.check, keys))
     return [r for r, key in enumerate(keys) if key not in there]
 

@@ -33,7 +33,7 @@ from megatron_lcl.selftest.reference import Trajectory, reference
 from megatron_lcl.selftest.worker import run_case
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.kernels import compile_fault
-from megatron_lcl.train.launch import exchange_in_store, is_launched, open_store
+from megatron_lcl.train.launch import exchange_in_store, is_launched, open_store, wait_for_keys
 from megatron_lcl.units import counted, listed
 
 
@@ -296,11 +296,8 @@ def _lacks_of_first(cases: Sequence[Case | KernelCase], store: dist.Store, is_fi
     other would wait for one another in each that follows. A machine that lacks more has a fault in these cases."""
     if is_first:
         store.set("lacks", json.dumps([_lacks(case) for case in cases]))
-    deadline = time.monotonic() + timeout + GRACE
     with contextlib.suppress(dist.DistError):  # it may be gone, and the store with it
-        while not store.check(["lacks"]) and time.monotonic() < deadline:
-            time.sleep(0.2)  # a wait in the store lets no signal through
-        if store.check(["lacks"]):
+        if wait_for_keys(store.check, ["lacks"], timeout + GRACE):
             lacks: list[str] = json.loads(store.get("lacks"))
             return lacks
     raise UserError(f"{_silent([0])}: see what it has said; if it only came late, give a longer --timeout")

@@ -129,6 +129,15 @@ def keys_set(check: Callable[[list[str]], bool], keys: Sequence[str]) -> list[st
     return [*keys_set(check, keys[:half]), *keys_set(check, keys[half:])] if half else []
 
 
+def wait_for_keys(check: Callable[[list[str]], bool], keys: list[str], timeout: float) -> bool:
+    """Whether a store has all of some keys within so many seconds. It is asked every 0.2 s: a wait in the store, as
+    `exchange_in_store` has it, lets no signal through. check: as of `keys_set`."""
+    deadline = time.monotonic() + timeout
+    while not (there := check(keys)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return there
+
+
 def exchange_in_store(
     store: dist.Store, key: str, rank: int, ranks: Sequence[int], said: str, timeout: float
 ) -> dict[int, str]:
