@@ -5,10 +5,9 @@
 
 A document is a text of about 40 words, an image of its own (a JPEG), and, where the format is not one of pairs, another
 text. Claims: documents a second do not fall with their number, memory does not grow with it (`claims.flat`); else the
-exit code is 1. Megabytes are those of the
-input, images included; CPU seconds are those of `preprocess`, with tokenizing and checking of images, without imports.
-100,000 documents are 1.5 GB a format (`mint1t`, whose images are uncompressed TIFF frames, ten times that), removed
-before the next.
+exit code is 1. Megabytes are those of the input, images included; CPU seconds are those of `preprocess`, with
+tokenizing and checking of images, without imports. 100,000 documents are 1.5 GB a format (`mint1t`, whose images are
+uncompressed TIFF frames, ten times that), removed before the next.
 
 datatrove, where it has a reader of the format, reads the same files and writes the texts as JSON lines: no tokens, and
 no images, though those that stand in a table are read with it. Its CPU seconds are without imports, too. PYTHON: of an
