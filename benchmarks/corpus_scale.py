@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from claims import exit_unless
+from measuring import resident
 
 from megatron_lcl.data.corpus.corpus_manifest import FORMAT_VERSION, write_manifest
 from megatron_lcl.data.corpus.drops import Drops
@@ -42,7 +43,7 @@ def main() -> None:
     if arguments.one:
         source, target, tokenizer = arguments.one
         preprocess("jsonl", source, target, tokenizer=tokenizer)
-        return print(peak())
+        return print(resident("VmHWM"))
     with tempfile.TemporaryDirectory() as folder:
         what = {"workers": workers, "memory": memory, "open": opening, "names": names}[arguments.what]
         what(Path(folder), arguments)
@@ -63,12 +64,6 @@ def write_source(folder: Path, num_segments: int, num_files: int) -> int:
                 size += sum(map(len, texts))
                 file.write(json.dumps({"items": [{"text": text} for text in texts]}) + "\n")
     return size
-
-
-def peak() -> float:
-    """Most resident memory of this process so far, MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def workers(folder: Path, arguments: argparse.Namespace) -> None:

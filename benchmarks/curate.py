@@ -15,7 +15,7 @@ datatrove reads JSON lines of the same texts, applies its rules of the same kind
 n-grams, number of words, special characters, stop words: Gopher's) to whole documents, and writes JSON lines; it is
 given no images, and does not split documents into paragraphs. NeMo Curator has the same rules of Gopher's on the same
 files; its stage is called in one process, 1,000 documents at a time, without Ray. PYTHON: of an environment that has
-`datatrove[io]` and `spacy`, which splits its words, or `nemo-curator[text_cpu]`.
+`datatrove[io]` and `spacy`, which splits its words, or `nemo-curator[text-cpu]`.
 
 --language, instead: CPU time of the rule of language alone, for a document of 1,000 characters (pieces of this
 project's documentation): by lingua among all its languages or among four, or by a fastText model, a file such as
@@ -25,7 +25,6 @@ lid.176.bin.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import os
@@ -40,6 +39,7 @@ from pathlib import Path
 
 import numpy as np
 from claims import exit_unless, flat
+from measuring import resident
 from PIL import Image as Pillow
 
 from megatron_lcl.curate.languages import language_score
@@ -159,20 +159,18 @@ def write(folder: Path, num: int, images: bool) -> float:
 
 def measured(command: list[str]) -> tuple[float, float]:
     """(CPU seconds with those of what it starts, peak of private memory in MiB) of a command."""
-    peak = 0
+    peak = 0.0
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=said)
         pid = 0
         while pid == 0:
-            with contextlib.suppress(OSError, IndexError):
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
+            peak = max(peak, resident("RssAnon", process.pid))  # until wait4 has it, there is such a process
             time.sleep(0.05)
             pid, code, used = os.wait4(process.pid, os.WNOHANG)
         if code:
             said.seek(0)
             sys.exit(said.read().decode()[-3000:])
-    return used.ru_utime + used.ru_stime, peak / 1024
+    return used.ru_utime + used.ru_stime, peak
 
 
 def rates(

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from measuring import resident
 
 from megatron_lcl.curate.duplicates.clusters import equal_keys, find, unite_alike
 from megatron_lcl.curate.duplicates.minhash import choose_bands, shingle_hashes, signature, word_hashes
@@ -103,14 +104,9 @@ def join(name: str, folder: Path, bands: int) -> tuple[float, float, tuple[int, 
     seconds = time.perf_counter() - start
     roots = np.array([find(parent, row) for row in range(len(parent))])
     several = int((np.bincount(roots) > 1).sum())
-    peak = sum(_peak(process.pid) for process in (psutil.Process(), *psutil.Process().children(recursive=True)))
-    return seconds, peak, (several, hash(roots.tobytes()))
-
-
-def _peak(pid: int) -> float:
-    """GB; getrusage would tell the peak of the process that started this one."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1e6 if "VmHWM:" in status else 0.0
+    own = psutil.Process()
+    peak = sum(resident("VmHWM", process.pid) for process in (own, *own.children(recursive=True)))
+    return seconds, peak * 2**20 / 1e9, (several, hash(roots.tobytes()))
 
 
 def by_numpy(file: Path, folder: Path) -> Groups:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from measuring import resident
 
 from megatron_lcl.config import Config, Language, Model, Vision
 
@@ -52,10 +53,10 @@ def main() -> int:
         print(f"{'format':10} {'dtype':10} {'peak MiB':>9} {'of which libraries':>19} {'ratio to weights':>17}")
         for format in arguments.formats:
             for dtype in ("float32",) if format == "import" else ("float32", "bfloat16"):
-                alone, whole = (int(run("--one", str(Path(folder) / name), format, dtype)) for name in names)
-                ratio = (whole - alone) / size
+                alone, whole = (float(run("--one", str(Path(folder) / name), format, dtype)) for name in names)
+                ratio = (whole - alone) * 2**20 / size
                 worst = max(worst, ratio)
-                print(f"{format:10} {dtype:10} {whole / 2**20:9.0f} {alone / 2**20:19.0f} {ratio:17.2f}", flush=True)
+                print(f"{format:10} {dtype:10} {whole:9.0f} {alone:19.0f} {ratio:17.2f}", flush=True)
     print(f"the most: {worst:.2f}; the bound: {BOUND}")
     return int(worst > BOUND)
 
@@ -85,7 +86,7 @@ def write(folder: str, name: str) -> int:
 
 
 def convert_once(checkpoint: str, format: str, dtype: str) -> int:
-    """Prints the process's peak resident bytes."""
+    """Prints the process's peak, MiB."""
     from megatron_lcl.convert.export import export, import_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +94,7 @@ def convert_once(checkpoint: str, format: str, dtype: str) -> int:
             import_checkpoint("open_clip", Path(checkpoint) / "lcl.pt", Path(folder) / "out")
         else:
             export(checkpoint, format, Path(folder) / "out", dtype=dtype)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(resident("VmHWM"))
     return 0
 
 

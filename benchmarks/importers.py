@@ -36,6 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from claims import exit_unless, flat
+from measuring import resident
 from PIL import Image as Pillow
 
 from megatron_lcl.data.prepare.preprocess import preprocess
@@ -276,8 +277,7 @@ def one(format: str, input: Path, images: Path, output: Path, tokenizer: Path) -
     summary = preprocess(format, input, output, images=apart, tokenizer=tokenizer)
     after = resource.getrusage(resource.RUSAGE_SELF)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    status = Path("/proc/self/status").read_text()
-    print(seconds, summary.counts["documents"], int(status.split("VmHWM:")[1].split()[0]) / 1024)
+    print(seconds, summary.counts["documents"], resident("VmHWM"))
 
 
 def measured(command: list[str]) -> tuple[float, float, float]:

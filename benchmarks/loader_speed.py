@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import exit_unless
+from measuring import resident
 
 DOCUMENTS, SECONDS, MEBIBYTES = 1_000_000, 3, 300
 
@@ -54,23 +55,18 @@ def throughput(arguments: argparse.Namespace) -> None:
         del batches
 
 
-def _resident() -> float:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 1024
-
-
 def _first_batch(folder: str, cache: str, queue: Any) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401
     import torch  # noqa: F401
 
-    before, started = _resident(), time.perf_counter()
+    before, started = resident("VmRSS"), time.perf_counter()
     from megatron_lcl.config import Corpus, Data
     from megatron_lcl.data.loading.loader import PackedLoader
 
     data = Data(corpora=(Corpus(folder),), workers=0, cache=cache)
     next(iter(PackedLoader(data, 49, 224, 2048)))
-    queue.put((time.perf_counter() - started, _resident() - before))
+    queue.put((time.perf_counter() - started, resident("VmRSS") - before))
 
 
 def first_batch(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from measuring import resident
 
 
 class Measured(NamedTuple):
@@ -21,11 +22,6 @@ class Measured(NamedTuple):
     mebibytes: float
     """peak memory above what was held before (inputs)"""
     loss: float
-
-
-def resident(field: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(field))
 
 
 def measure_cpu(run: Callable[[], torch.Tensor]) -> Measured:

@@ -18,9 +18,9 @@ import json
 import os
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from measuring import resident
 from setting_processes import measured_by_all, those_that_fit
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -126,21 +126,15 @@ def measure(name: str) -> float:
     small = {part: {**MODEL[part], **narrow} for part in ("vision", "language")}  # type: ignore[dict-item]
     two_steps(config_of({**SETTINGS[name], "model": {**small, "pool_heads": 2}}))
     if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
+        before: float = torch.cuda.memory_allocated()
         two_steps(config)
-        peak = torch.cuda.max_memory_allocated()
+        peak: float = torch.cuda.max_memory_allocated()
     else:
-        before = resident("VmRSS")
+        before = 2**20 * resident("VmRSS")
         two_steps(config)
-        peak = resident("VmHWM")
+        peak = 2**20 * resident("VmHWM")
     torch.distributed.destroy_process_group()
     return peak - before
-
-
-def resident(field: str) -> int:
-    """A size of this process that Linux keeps, in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines[field].split()[0])
 
 
 def make_batches(config: Any) -> list[Any]:

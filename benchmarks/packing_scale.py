@@ -17,7 +17,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from claims import exit_unless
+from measuring import resident
 
 SHARD = 100_000
 DOCUMENTS, SECONDS, MEBIBYTES = 10_000_000, 60, 2048
@@ -98,7 +98,7 @@ def build(folder: str, cache: str, num_documents: int, tokens_per_pack: int, que
             "images_per_pack": index.images_per_pack,
             "measure": measured - started,
             "pack": ended - measured,
-            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak": resident("VmHWM"),
             "packs": packs,
             "going_on": going_on,
             "chunks_mb": megabytes(cache, "packs-*"),

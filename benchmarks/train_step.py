@@ -50,7 +50,6 @@ import io
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -61,6 +60,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import exit_unless
+from measuring import resident
 from train_step_ways import COCA, CONFIGS, ROWS, Parts, begin, num_workers, place
 
 REFERENCE = "like the reference float32"
@@ -276,7 +276,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         parts.end_step()
         parts.all |= waited
     else:
-        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        memory = resident("VmHWM") - before
         kernels = shares_of_kernels(step)
     return {
         "seconds": seconds,
@@ -303,12 +303,6 @@ def shares_of_kernels(step: Callable[[], object]) -> dict[str, float]:
         events = (by_name.get(f"aten::{name}") for name in names)
         found[kind] = sum(event.self_cpu_time_total for event in events if event) / 1e6 / took
     return found
-
-
-def resident(field: str) -> int:
-    """A size of this process that Linux keeps, kB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0])
 
 
 def peak(dtype: str, device: Any, synchronize: Callable[[], None]) -> float:

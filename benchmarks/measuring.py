@@ -1,0 +1,15 @@
+"""Memory of a process as Linux has it, for the programs beside this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def resident(field: str, process: int | str = "self") -> float:
+    """MiB of `VmRSS` (now), `VmHWM` (the most so far) or `RssAnon` (now, without mapped files), of proc(5).
+
+    getrusage's most is no less than that of the process that started this one. 0 of a process that has ended and is not
+    waited for yet; OSError of one that is not there.
+    """
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return int(lines.get(field, "0").split()[0]) / 1024

@@ -1,0 +1,58 @@
+"""The launch's store of keys and values, through which processes find each other, and what they say there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+
+def open_store(timeout: float) -> dist.TCPStore:
+    """The launch's store, which its first process serves, or torchrun's agent. dist.DistError where none answers.
+
+    timeout: seconds for every request of it.
+    """
+    serves = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout)
+    return dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
+
+
+def keys_set(check: Callable[[list[str]], bool], keys: Sequence[str]) -> list[str]:
+    """Those of some keys that a store has: one question for all, and for halves while the answer is no.
+
+    A question for each, from each process, would be as many, to the one server, as the square of the processes. check:
+    the store's, whether all of some keys are set.
+    """
+    if not keys or check(list(keys)):
+        return list(keys)
+    half = len(keys) // 2
+    return [*keys_set(check, keys[:half]), *keys_set(check, keys[half:])] if half else []
+
+
+def wait_for_keys(check: Callable[[list[str]], bool], keys: list[str], timeout: float) -> bool:
+    """Whether a store has all of some keys within so many seconds. It is asked every 0.2 s: a wait in the store, as
+    `exchange_in_store` has it, lets no signal through. check: as of `keys_set`."""
+    deadline = time.monotonic() + timeout
+    while not (there := check(keys)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return there
+
+
+def exchange_in_store(
+    store: dist.Store, key: str, rank: int, ranks: Sequence[int], said: str, timeout: float
+) -> dict[int, str]:
+    """What each of some processes says, once all have, or as far as they have within so many seconds.
+
+    In few requests, whose number does not grow with that of the processes: one server answers all of them.
+    """
+    keys = {f"{key} {r}": r for r in ranks}
+    store.set(f"{key} {rank}", said)
+    there = list(keys)
+    try:
+        store.wait(there, timedelta(seconds=timeout))
+    except dist.DistStoreError:
+        there = keys_set(store.check, there)
+    return {keys[name]: value.decode() for name, value in zip(there, store.multi_get(there), strict=True)}
