@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from claims import exit_unless
@@ -26,7 +25,7 @@ from PIL import Image
 from torchvision.transforms import functional as F
 from torchvision.transforms import transforms
 
-from megatron_lcl.data.loading import images
+from megatron_lcl.data.loading.crops import crop_box, decode_train
 from megatron_lcl.data.loading.hashes import uniform
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 
@@ -55,7 +54,7 @@ def draws(n: int) -> Callable[[], float]:
 
 
 def ours(data: bytes, n: int) -> np.ndarray:
-    return np.ascontiguousarray(images.decode_train(data, SIZE, draws(n), SCALE, RATIO))
+    return np.ascontiguousarray(decode_train(data, SIZE, draws(n), SCALE, RATIO))
 
 
 def theirs(data: bytes, n: int, pipeline: Any) -> torch.Tensor:
@@ -69,7 +68,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cv2.setNumThreads(0)
     peer = transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE, SCALE, RATIO, interpolation=F.InterpolationMode.BICUBIC),
@@ -106,7 +104,7 @@ def main() -> None:
 
 def _difference(data: bytes, n: int) -> float:
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    left, top, width, height = images.crop_box(*image.size, draws(n), SCALE, RATIO)
+    left, top, width, height = crop_box(*image.size, draws(n), SCALE, RATIO)
     reference = F.resized_crop(image, top, left, height, width, [SIZE, SIZE], F.InterpolationMode.BICUBIC)
     expected = np.asarray(reference, np.float32).transpose(2, 0, 1)
     return float(np.abs(ours(data, n) - expected).mean()) / 255

@@ -230,15 +230,12 @@ def _start_worker(worker: int) -> None:
 
     Schedulers and terminals signal the whole process group; the main process then saves, and needs its workers.
     """
-    import cv2
-
     signal.set_wakeup_fd(-1)  # the main process may listen there, to its own signals
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_on_request, args=(os.getppid(),), daemon=True).start()
     _drop_connections()
-    cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 

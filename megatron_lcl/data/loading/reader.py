@@ -13,8 +13,9 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Shard
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
+from megatron_lcl.data.loading.crops import decode_train
 from megatron_lcl.data.loading.hashes import shuffled, uniform
-from megatron_lcl.data.loading.images import decode_eval, decode_train
+from megatron_lcl.data.loading.images import decode_eval
 from megatron_lcl.data.loading.pack_index import Pack, PackIndex, range_of
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.data.loading.sequence import IMAGE_ROW, PIECE, SEQUENCE, START, STOP

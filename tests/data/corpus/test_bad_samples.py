@@ -18,7 +18,8 @@ from PIL import Image as Pillow
 
 from megatron_lcl.data.corpus.probe import BadImage, downscale, eight_bits, open_image, probe
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.loading.images import decode_eval, decode_train, thumbnail
+from megatron_lcl.data.loading.crops import decode_train
+from megatron_lcl.data.loading.images import decode_eval, thumbnail
 from megatron_lcl.data.pages.inspect import stats, table
 from megatron_lcl.data.prepare.verify import verify
 
