@@ -139,6 +139,7 @@ def trained(config: Path, overrides: dict[str, str], run: Path) -> tuple[float, 
     """The same of a run, as its metrics say it, from its second line on."""
     words = [word for key, value in overrides.items() for word in (f"--{key}", value)]
     words += ["--train.output", str(run), "--train.progress", "false", "--checkpoint.every", "0"]
+    words += ["--schedule.cooldown", "0"]  # the config's may be longer than so few steps
     subprocess.run(
         [sys.executable, "-m", "megatron_lcl", "train", "--config", str(config), *words],
         check=True, stdout=subprocess.DEVNULL,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 OWN = Path("/proc/self/cgroup")
 ROOT = Path("/sys/fs/cgroup")
+_GPU_DEVICES = ("nvidiactl", "nvmap", "kfd", "dxg")
+"""one of them is there for NVIDIA's driver, that of its Jetson, AMD's, or Windows' own under WSL"""
 
 
 def num_cores() -> int:
@@ -16,6 +19,15 @@ def num_cores() -> int:
     run on, or as many as the time is that its control groups give it."""
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min([own, *map(math.ceil, _quotas())])
+
+
+def num_gpus() -> int:
+    """GPUs that this process may use. torch, which takes seconds to import, is asked where the machine may have any."""
+    if "torch" not in sys.modules and not any(Path("/dev", name).exists() for name in _GPU_DEVICES):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _quotas() -> Iterator[float]:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from megatron_lcl.train.resilience.start import answer_signals
@@ -26,27 +27,39 @@ from megatron_lcl.train.resilience.start import answer_signals
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    ended: list[object] = []
+    """with which exit code"""
     if arguments is None:
         # what is imported stays: looked at for garbage after every 700 new objects, imports take a tenth longer
         gc.set_threshold(20_000)
-        atexit.register(_end_quickly)
+        atexit.register(_end_at_once, ended)  # before all others, so it runs after them
     with _interruptible(ends=arguments is None) as interrupts:
         try:
             with answer_signals(training=given[:1] == ["train"]):
                 from megatron_lcl.cli.command import run
 
-                return run(given)
-        except BaseException:
+                code = run(given)
+        except BaseException as error:
             # extension modules turn it into errors of their own where it comes while they are imported
             if not interrupts:
+                ended.append(error.code if isinstance(error, SystemExit) else 1)
                 raise
-            return 128 + signal.SIGINT
+            code = 128 + signal.SIGINT
+    ended.append(code)
+    return code
 
 
-def _end_quickly() -> None:
-    """Python does not look for garbage when it ends: where torch is imported that takes half a second and more."""
-    if "triton" not in sys.modules:  # its bindings would report leaks
-        gc.freeze()
+def _end_at_once(ended: Sequence[object]) -> None:
+    """Where torch is imported, the process ends with its exit code before Python takes its modules apart.
+
+    That takes half a second and more. And threads of gloo may still let go of tensors: one that waits for Python's lock
+    then is ended in the middle of a destructor, and C++ aborts the process, exit code 134.
+    """
+    if "torch" in sys.modules and ended and isinstance(code := ended[0], int):
+        with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk: Python says so
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 @contextmanager

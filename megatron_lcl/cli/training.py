@@ -160,14 +160,12 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         raise RunError(
             f"--processes {options.processes}: a launcher has started {os.environ['WORLD_SIZE']} of them; leave it out"
         )
-    from megatron_lcl.train.resilience.signals import Interrupted, Signals, Stopped
-
     if not launch.is_launched():
-        from megatron_lcl.train.checks import check
-
-        check(config, processes)
         if processes > 1:
             return launch.start_local(["train", *arguments], processes)
+        import megatron_lcl.train.run  # noqa: F401 - a signal still ends the process at once: there are no others
+    from megatron_lcl.train.resilience.signals import Interrupted, Signals, Stopped
+
     with Signals() as signals:  # from here on: imports may take long where many processes make them
         from megatron_lcl.train.run import train
 

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.parallel.mesh import Axis, connect_on_demand, local_device
-from megatron_lcl.train.launch import hosts, keys_set, open_store, wait_for_keys
+from megatron_lcl.train.launch import hosts
+from megatron_lcl.train.launch_store import keys_set, open_store, wait_for_keys
 from megatron_lcl.train.resilience.faults import exit_if_lost, name_nodes, node
 from megatron_lcl.train.resilience.signals import leave
 from megatron_lcl.train.resilience.start import LOST

@@ -33,7 +33,8 @@ from megatron_lcl.selftest.reference import Trajectory, reference
 from megatron_lcl.selftest.worker import run_case
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.kernels import compile_fault
-from megatron_lcl.train.launch import exchange_in_store, is_launched, open_store, wait_for_keys
+from megatron_lcl.train.launch import is_launched
+from megatron_lcl.train.launch_store import exchange_in_store, open_store, wait_for_keys
 from megatron_lcl.units import counted, listed
 
 

@@ -19,7 +19,7 @@ from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_devi
 from megatron_lcl.selftest.cases import STEPS, Case, joined, lone_images_and_texts, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
-from megatron_lcl.train.launch import exchange_in_store
+from megatron_lcl.train.launch_store import exchange_in_store
 from megatron_lcl.units import listed
 
 AXES = ("world", "data", "pipeline", "tensor", "model_parallel", "data_tensor")

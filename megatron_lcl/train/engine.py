@@ -41,7 +41,7 @@ from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.settings import deepspeed_config, offloaded
 from megatron_lcl.train.skipping import forget_skipped_gradients, skip_on_device, skips_on_device
 from megatron_lcl.train.step import Stepper
-from megatron_lcl.train.uncompiled import import_muon_of_deepspeed
+from megatron_lcl.train.uncompiled import import_deepspeed
 
 KEPT = 32 << 20
 """bytes of the largest tensor whose memory a process on a CPU keeps when it is freed"""
@@ -56,9 +56,9 @@ def init_processes(config: Config) -> Mesh:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
+    quiet_deepspeed()
     import deepspeed
 
-    quiet_deepspeed()
     connect_on_demand()
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
@@ -100,6 +100,7 @@ def quiet_deepspeed() -> None:
     On CPU, which it may be asked to use beside a GPU too, DeepSpeed would build a shared-memory all-reduce with the
     machine's C++ compiler: a minute at first use, and an error where there is none. gloo does the same sums.
     """
+    import_deepspeed()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -108,7 +109,6 @@ def quiet_deepspeed() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
     if get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    import_muon_of_deepspeed()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -2,12 +2,14 @@
 
 A launcher (torchrun, DeepSpeed's) gives every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and
 most give LOCAL_WORLD_SIZE, which says how many share the machine; for the tasks of Slurm's srun `adopt_slurm` derives
-them. Without a launcher `start_local` starts the processes itself and gives them the same variables.
+them. Without a launcher `start_local` starts the processes itself and gives them the same variables. That needs no
+torch, whose import takes seconds and which each of the processes imports for itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import random
@@ -18,20 +20,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, MutableMapping, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]  # on Linux; elsewhere nothing
 
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError, complain
-from megatron_lcl.machine import num_cores
+from megatron_lcl.machine import num_cores, num_gpus
 from megatron_lcl.processes import same_code
-from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal
 
 GRACE_SECONDS = 30.0
@@ -42,6 +38,8 @@ WATCHED = "MEGATRON_LCL_WATCHED"
 """variable with the number of the pipe into which `start_local`'s processes say that they watch each other"""
 OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 """the ports that Linux gives to connections, first and last"""
+_PR_SET_PDEATHSIG = 1
+"""of Linux's prctl"""
 
 
 def is_launched() -> bool:
@@ -72,7 +70,7 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
     if tasks == 1 or "RANK" in environment:
         return
-    bound = torch.cuda.device_count() == 1  # by --gpus-per-task: the task's own GPU is number 0
+    bound = num_gpus() == 1  # by --gpus-per-task: the task's own GPU is number 0
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = str(tasks)
     environment["LOCAL_RANK"] = "0" if bound else environment["SLURM_LOCALID"]
@@ -107,72 +105,23 @@ def _expand(name: str) -> list[str]:
     return [f"{head}{number}{others}" for number in numbers for others in _expand(tail)]
 
 
-def open_store(timeout: float) -> dist.TCPStore:
-    """The launch's store, which its first process serves, or torchrun's agent. dist.DistError where none answers.
-
-    timeout: seconds for every request of it.
-    """
-    serves = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    host, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout)
-    return dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
-
-
-def keys_set(check: Callable[[list[str]], bool], keys: Sequence[str]) -> list[str]:
-    """Those of some keys that a store has: one question for all, and for halves while the answer is no.
-
-    A question for each, from each process, would be as many, to the one server, as the square of the processes. check:
-    the store's, whether all of some keys are set.
-    """
-    if not keys or check(list(keys)):
-        return list(keys)
-    half = len(keys) // 2
-    return [*keys_set(check, keys[:half]), *keys_set(check, keys[half:])] if half else []
-
-
-def wait_for_keys(check: Callable[[list[str]], bool], keys: list[str], timeout: float) -> bool:
-    """Whether a store has all of some keys within so many seconds. It is asked every 0.2 s: a wait in the store, as
-    `exchange_in_store` has it, lets no signal through. check: as of `keys_set`."""
-    deadline = time.monotonic() + timeout
-    while not (there := check(keys)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return there
-
-
-def exchange_in_store(
-    store: dist.Store, key: str, rank: int, ranks: Sequence[int], said: str, timeout: float
-) -> dict[int, str]:
-    """What each of some processes says, once all have, or as far as they have within so many seconds.
-
-    In few requests, whose number does not grow with that of the processes: one server answers all of them.
-    """
-    keys = {f"{key} {r}": r for r in ranks}
-    store.set(f"{key} {rank}", said)
-    there = list(keys)
-    try:
-        store.wait(there, timedelta(seconds=timeout))
-    except dist.DistStoreError:
-        there = keys_set(store.check, there)
-    return {keys[name]: value.decode() for name, value in zip(there, store.multi_get(there), strict=True)}
-
-
 def processes_at_hand() -> int:
     """One per CUDA device; on CPU two where there are two cores."""
-    return torch.cuda.device_count() or min(2, num_cores())
+    return num_gpus() or min(2, num_cores())
 
 
 def default_processes(config: Config, nodes: int = 1) -> int:
-    """How many start on each of so many machines like this one: those at hand, or the most below that with which the
-    layout of every phase divides; where none does, the check of the run says why. UserError as `phases_of`."""
-    phases, numbers = [phase.config for phase in phases_of(config)], range(processes_at_hand(), 0, -1)
+    """How many start on each of so many machines like this one: those at hand, or the most below that among which the
+    layout and the global batch of every phase divide; where none is, all, and the check of the run says why. UserError
+    as `phases_of`."""
+    phases = [phase.config for phase in phases_of(config)]
 
-    def divides(processes: int) -> bool:
-        try:
-            return all(check_layout(phase, nodes * processes) for phase in phases)
-        except UserError:
-            return False
+    def divides(processes: int, of: Config) -> bool:
+        replicas, rest = divmod(nodes * processes, of.parallel.tensor * of.parallel.pipeline)
+        return rest == 0 and of.train.global_batch % (replicas * of.train.micro_batch) == 0
 
-    by_batch = (n for n in numbers if not any(phase.train.global_batch % n for phase in phases))
-    return next(filter(divides, numbers), None) or next(by_batch)
+    at_hand = processes_at_hand()
+    return next((n for n in range(at_hand, 0, -1) if all(divides(n, phase) for phase in phases)), at_hand)
 
 
 def start_local(arguments: Sequence[str], processes: int) -> int:
@@ -195,7 +144,7 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches them once, through the handler below
             pass_fds=[say],
-            preexec_fn=partial(_end_with, os.getpid()),
+            preexec_fn=partial(_end_with, os.getpid(), getattr(ctypes.CDLL(None), "prctl", None)),
         )
         for rank in range(processes)
     ]
@@ -215,9 +164,10 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
         held.close()
 
 
-def _end_with(parent: int) -> None:
-    """In a new process: end when `parent` does, or has before this could be asked for."""
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+def _end_with(parent: int, prctl: Callable[[int, int], int] | None) -> None:
+    """In a new process: end when `parent` does, or has before this could be asked for. prctl: Linux's."""
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 

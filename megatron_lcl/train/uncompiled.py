@@ -1,4 +1,5 @@
 """What torch and DeepSpeed import of torch.compile, kept out of runs that compile nothing: two seconds of each start.
+So is MLflow, where it is installed, which DeepSpeed imports for its autotuner: another two.
 
 torch wraps methods of its optimizers so that torch.compile leaves them alone, and the wrappers import its machinery
 when they are first called. DeepSpeed's ZeRO optimizers import its Muon, whose functions are compiled, whoever uses it.
@@ -8,6 +9,7 @@ when they are first called. DeepSpeed's ZeRO optimizers import its Muon, whose f
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 from unittest import mock
@@ -25,9 +27,16 @@ def uncompiled(optimizer: C) -> C:
     return optimizer
 
 
-def import_muon_of_deepspeed() -> None:
-    """Import it now, and compile nothing: none of ours calls it."""
-    from deepspeed.runtime import compiler
+def import_deepspeed() -> None:
+    """Import it without MLflow, and its Muon uncompiled: nothing here calls its autotuner or its Muon."""
+    modules: dict[str, Any] = sys.modules
+    spared = {"mlflow"} - modules.keys()
+    modules |= dict.fromkeys(spared)  # None there: an ImportError, which DeepSpeed expects
+    try:
+        from deepspeed.runtime import compiler
+    finally:
+        for name in spared:
+            del modules[name]
 
     def as_it_is(*_: Any, **__: Any) -> Callable[[Any], Any]:
         return lambda function: function

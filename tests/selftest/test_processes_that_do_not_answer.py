@@ -22,7 +22,7 @@ from megatron_lcl.selftest import run, worker
 from megatron_lcl.selftest.cases import Case
 from megatron_lcl.selftest.run import selftest
 from megatron_lcl.selftest.worker import GroupError, check_group
-from megatron_lcl.train.launch import exchange_in_store
+from megatron_lcl.train.launch_store import exchange_in_store
 
 TENSOR = Case(tensor=2)
 

@@ -4,5 +4,5 @@ Begin with docs/faults.md, then `watchdog.py` (processes that die or hang), `bad
 spikes), `replicas.py` (parameters that differ), `signals.py` (requested ends), `faults.py` (exit codes), `lock.py` (one
 run a folder), `audit.py` (audit.jsonl).
 
-Of train it imports launch. It knows neither engine nor checkpoints: `run.py` connects them.
+Of train it imports launch and launch_store. It knows neither engine nor checkpoints: `run.py` connects them.
 """

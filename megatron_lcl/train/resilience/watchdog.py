@@ -24,7 +24,8 @@ import torch.distributed as dist
 from megatron_lcl.config import Guard
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Axis
-from megatron_lcl.train.launch import keys_set, say_watched
+from megatron_lcl.train.launch import say_watched
+from megatron_lcl.train.launch_store import keys_set
 from megatron_lcl.train.resilience.faults import code_of, is_distributed, is_local, name_nodes, node
 from megatron_lcl.train.resilience.signals import Stopped, leave
 from megatron_lcl.train.resilience.start import LOST
