@@ -12,4 +12,4 @@ def resident(field: str, process: int | str = "self") -> float:
     waited for yet; OSError of one that is not there.
     """
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return int(lines.get(field, "0").split()[0]) / 1024
+    return 0.0 if lines["State"].split()[0] in "ZX" else int(lines[field].split()[0]) / 1024

@@ -1,4 +1,4 @@
-"""What of this machine a process may use: cores, and the limits of the control groups around it."""
+"""What of this machine a process may use: cores, GPUs, and the limits of the control groups around it."""
 
 from __future__ import annotations
 

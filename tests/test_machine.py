@@ -1,14 +1,17 @@
-"""Cores that a process may use."""
+"""Cores and GPUs that a process may use."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_lcl import machine
-from megatron_lcl.machine import num_cores
+from megatron_lcl.machine import num_cores, num_gpus
 
 
 @pytest.fixture
@@ -52,3 +55,15 @@ def test_quotas_of_the_first_version_count(cores: Path) -> None:
     write(cores / "cpu" / "docker" / "1" / "cpu.cfs_quota_us", "50000\n")
     write(cores / "cpu" / "docker" / "1" / "cpu.cfs_period_us", "50000\n")
     assert num_cores() == 1
+
+
+def test_torch_is_asked_for_gpus_where_there_may_be_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert num_gpus() == 3, "it is imported already"
+    for device, is_asked in (("null", True), ("a-driver-s-that-is-not-there", False)):
+        program = (
+            f"import sys\nfrom megatron_lcl import machine\nmachine._GPU_DEVICES = ({device!r},)\n"
+            "print(machine.num_gpus() >= 0, 'torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["True", str(is_asked)]

@@ -25,7 +25,8 @@ from megatron_lcl.train.resilience.start import answer_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code. Without `arguments` they are the process's own, which ends with that code
+    whatever its program does afterwards."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     ended: list[object] = []
     """with which exit code"""
@@ -50,15 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end_at_once(ended: Sequence[object]) -> None:
-    """Where torch is imported, the process ends with its exit code before Python takes its modules apart.
+    """Where torch is imported, the process ends with its exit code before Python takes its modules apart, and after all
+    exit handlers but those that were registered before the command.
 
     That takes half a second and more. And threads of gloo may still let go of tensors: one that waits for Python's lock
     then is ended in the middle of a destructor, and C++ aborts the process, exit code 134.
     """
     if "torch" in sys.modules and ended and isinstance(code := ended[0], int):
         with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk: Python says so
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before the process began
+                stream.flush()
             os._exit(code)
 
 

@@ -161,9 +161,12 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
             f"--processes {options.processes}: a launcher has started {os.environ['WORLD_SIZE']} of them; leave it out"
         )
     if not launch.is_launched():
+        if processes == 1 or not launch.divides(config, processes):
+            from megatron_lcl.train.checks import check
+
+            check(config, processes)  # of several processes the first one does it, but where it is plain that they fail
         if processes > 1:
             return launch.start_local(["train", *arguments], processes)
-        import megatron_lcl.train.run  # noqa: F401 - a signal still ends the process at once: there are no others
     from megatron_lcl.train.resilience.signals import Interrupted, Signals, Stopped
 
     with Signals() as signals:  # from here on: imports may take long where many processes make them

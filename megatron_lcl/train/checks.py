@@ -1,4 +1,4 @@
-"""What is checked before a run starts. Each check raises UserError with one line that says what to set instead."""
+"""What is checked before anything is built. Each check raises UserError with one line that says what to set instead."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TRAINED_ONLY = tuple(f"model.vision.{x}" for x in ("patch_dropout", "patch_dropo
 
 
 def check(config: Config, processes: int, local: int | None = None, elsewhere: bool = False) -> dict[str, Any]:
-    """Everything that can be known to be wrong before anything starts; DeepSpeed's config, derived and checked.
+    """Everything that can be known to be wrong before anything is built; DeepSpeed's config, derived and checked.
 
     local: processes on a machine; None: all. elsewhere: the run's devices are not this machine's, as where a dry run is
     made on a login node.

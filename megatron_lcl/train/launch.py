@@ -2,8 +2,8 @@
 
 A launcher (torchrun, DeepSpeed's) gives every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and
 most give LOCAL_WORLD_SIZE, which says how many share the machine; for the tasks of Slurm's srun `adopt_slurm` derives
-them. Without a launcher `start_local` starts the processes itself and gives them the same variables. That needs no
-torch, whose import takes seconds and which each of the processes imports for itself.
+them. Without a launcher `start_local` starts the processes itself and gives them the same variables. On CPUs
+that needs no torch, whose import takes seconds and which each of the processes imports for itself.
 """
 
 from __future__ import annotations
@@ -110,18 +110,21 @@ def processes_at_hand() -> int:
     return num_gpus() or min(2, num_cores())
 
 
+def divides(config: Config, processes: int) -> bool:
+    """Whether the layout and the global batch of every phase divide among so many. UserError as `phases_of`."""
+    for phase in phases_of(config):
+        parallel, train = phase.config.parallel, phase.config.train
+        replicas, rest = divmod(processes, parallel.tensor * parallel.pipeline)
+        if rest or train.global_batch % (replicas * train.micro_batch):
+            return False
+    return True
+
+
 def default_processes(config: Config, nodes: int = 1) -> int:
-    """How many start on each of so many machines like this one: those at hand, or the most below that among which the
-    layout and the global batch of every phase divide; where none is, all, and the check of the run says why. UserError
-    as `phases_of`."""
-    phases = [phase.config for phase in phases_of(config)]
-
-    def divides(processes: int, of: Config) -> bool:
-        replicas, rest = divmod(nodes * processes, of.parallel.tensor * of.parallel.pipeline)
-        return rest == 0 and of.train.global_batch % (replicas * of.train.micro_batch) == 0
-
+    """How many start on each of so many machines like this one: those at hand, or the most below that among which
+    everything `divides`; where none is, all, and the check of the run says why. UserError as `phases_of`."""
     at_hand = processes_at_hand()
-    return next((n for n in range(at_hand, 0, -1) if all(divides(n, phase) for phase in phases)), at_hand)
+    return next((n for n in range(at_hand, 0, -1) if divides(config, nodes * n)), at_hand)
 
 
 def start_local(arguments: Sequence[str], processes: int) -> int:

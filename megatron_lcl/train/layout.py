@@ -1,4 +1,4 @@
-"""The layout of a run: which process does what, and what does not go together, checked before anything starts."""
+"""The layout of a run: which process does what, and what does not go together, checked before anything is built."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"  # CUDA does not survive a fork
 
 gc.disable()  # what is imported stays; looked at for garbage again and again it takes a fifth longer
+importlib.import_module("megatron_lcl.train.uncompiled").import_deepspeed()
 for name in (
     "megatron_lcl.train.run",
     "megatron_lcl.train.pipeline.engine",

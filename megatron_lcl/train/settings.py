@@ -1,6 +1,6 @@
 """DeepSpeed's config, derived from ours: what the other sections decide, and what `deepspeed:` adds.
 
-That section is checked by DeepSpeed's own classes, before anything starts. What DeepSpeed would ignore (a misspelled
+That section is checked by DeepSpeed's own classes, before anything is built. What DeepSpeed would ignore (a misspelled
 section, an option that its ZeRO stage does not know) is an error here.
 """
 

@@ -260,10 +260,10 @@ def _processes(processes: int, rank: int) -> Iterator[None]:
     with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"} | {k: str(v) for k, v in launched.items()}):
         dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
         try:
+            quiet_deepspeed()
             import deepspeed
             from deepspeed.accelerator import get_accelerator
 
-            quiet_deepspeed()
             deepspeed.init_distributed("gloo", verbose=False)
             # asked of this CPU, which computes nothing; devices have it
             with mock.patch.object(get_accelerator(), "is_fp16_supported", return_value=True):

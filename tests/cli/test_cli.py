@@ -58,7 +58,7 @@ def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_p
     assert configs.load(file) == configs.load(None, {"train.steps": "12", "optimizer.lr": "1e-3"})
 
 
-def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_exit_2(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     empty, other = tmp_path / "empty", tmp_path / "other"
     empty.mkdir()
     other.mkdir()
@@ -84,7 +84,7 @@ def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tm
         (["selftest", "--all-reduce", "--timeout", "nan"], "--timeout nan: give seconds above 0"),
         (["evaluate", "--nonsense"], "--corpus --data"),
     ):
-        code, error = run(capsys, *arguments)
+        code, error = run(capfd, *arguments)
         assert code == 2, arguments
         assert message in error, (arguments, error)
         if not error.startswith("usage:"):  # argparse prints its usage first

@@ -131,6 +131,14 @@ def test_as_many_processes_start_as_the_layout_and_the_batches_divide_among(
     assert f"processes   {processes}: {processes} on each of 1 node\n" in out
 
 
+def test_processes_among_which_the_batch_does_not_divide_are_not_started(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "start_local", None)
+    assert main(["train", *tiny, "--processes", "3"]) == 2
+    assert "8 packs do not divide into 3 data-parallel" in capsys.readouterr().err
+
+
 def test_where_no_number_of_processes_goes_it_is_said_why(
     capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

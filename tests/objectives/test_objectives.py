@@ -151,10 +151,10 @@ def test_a_term_of_another_package_may_call_the_constructor_of_its_base() -> Non
     assert term.weight == 0.5
 
 
-def test_a_wrong_name_is_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_name_is_one_line(files: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["train", "--config", str(files / "config.yaml"), "--train.output", str(files / "none")]
     assert main([*command, "--objective.name", "lcp"]) == 2
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert said.count("\n") == 1
     assert (
         "`objective.name` = 'lcp': there is no such objective; there are clip, coca, emu, generation, genlip, lcl, "

@@ -234,19 +234,19 @@ def test_dense_and_per_sequence_are_the_same() -> None:
     torch.testing.assert_close(Adaptive()(*qkv, bounds, 9), ours[1])
 
 
-def test_by_config(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:  # noqa: F811
+def test_by_config(capfd: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:  # noqa: F811
     if torch.cuda.is_available():
         pytest.skip("has a device")
     run = ["--processes", "2", *tiny, "--train.output", str(tmp_path / "run")]
     for how in (["--dry-run"], []):
         assert main(["train", *how, *run, "--train.attention", "flash_attn"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = capfd.readouterr().err.splitlines()
         # of a torch for CUDA, whose devices may be elsewhere, a dry run asks for less
         found = "is not installed" if torch.version.cuda and how else "needs a CUDA device, not cpu"
         assert line.endswith(f"flash_attn {found}; set train.attention to auto")
     assert main(["train", "--dry-run", *run, "--train.attention", "dense"]) == 0
     losses = "chosen on the run's devices" if torch.version.cuda else "torch"
-    assert f"\nkernels     attention dense, losses {losses}, blocks eager\n" in capsys.readouterr().out
+    assert f"\nkernels     attention dense, losses {losses}, blocks eager\n" in capfd.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

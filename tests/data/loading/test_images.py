@@ -107,6 +107,20 @@ def test_training_crops_are_torchvision_s(format: str, size: tuple[int, int]) ->
             assert np.abs(got - expected).mean() < 0.01
 
 
+@pytest.mark.parametrize(("size", "scale"), [((1600, 1400), 2), ((3000, 2800), 4), ((6000, 5600), 8)])
+def test_crops_of_large_jpegs_are_nearly_torchvision_s(size: tuple[int, int], scale: int) -> None:
+    functional = pytest.importorskip("torchvision.transforms.functional")
+    data = encode(picture(*size), "JPEG", quality=95)
+    left, top, width, height = crop_box(*size, draws(), (0.5, 1.0), (3 / 4, 4 / 3))
+    assert scale <= min(width, height) / (1.5 * 224) < 2 * scale or scale == 8
+    opened, bicubic = PIL.Image.open(io.BytesIO(data)), functional.InterpolationMode.BICUBIC
+    expected = np.asarray(functional.resized_crop(opened, top, left, height, width, [224, 224], bicubic), np.float32)
+    got = decode_train(data, 224, draws(), (0.5, 1.0), (3 / 4, 4 / 3))
+    difference = np.abs(got.transpose(1, 2, 0) - expected)
+    assert difference.mean() < 0.6
+    assert difference.max() <= 4
+
+
 @pytest.mark.parametrize(
     ("most", "scale"), [(0.4, 1), (1, 1), (1.9, 1), (2, 2), (3.9, 2), (4, 4), (7.9, 4), (8, 8), (99, 8)]
 )

@@ -414,5 +414,5 @@ def test_the_launcher_passes_signals_on_and_is_not_outlived(config_file: str, tm
 def test_a_process_whose_parent_has_died_already_ends_too() -> None:
     """Between its fork and its wish to end with its parent there is a moment."""
     for parent, code in ((os.getpid(), 0), (os.getpid() + 1, -signal.SIGKILL)):
-        child = subprocess.Popen([sys.executable, "-c", ""], preexec_fn=partial(launch._end_with, parent))
+        child = subprocess.Popen([sys.executable, "-c", ""], preexec_fn=partial(launch._end_with, parent, None))
         assert child.wait(60) == code
