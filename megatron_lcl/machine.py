@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 OWN = Path("/proc/self/cgroup")
 ROOT = Path("/sys/fs/cgroup")
-_GPU_DEVICES = ("nvidiactl", "nvmap", "kfd", "dxg")
-"""one of them is there for NVIDIA's driver, that of its Jetson, AMD's, or Windows' own under WSL"""
 
 
 def num_cores() -> int:
@@ -22,12 +24,38 @@ def num_cores() -> int:
 
 
 def num_gpus() -> int:
-    """GPUs that this process may use. torch, which takes seconds to import, is asked where the machine may have any."""
-    if "torch" not in sys.modules and not any(Path("/dev", name).exists() for name in _GPU_DEVICES):
-        return 0
-    import torch
+    """GPUs that this process may use: by CUDA's driver, or by torch where it is imported already or built for ROCm.
 
-    return torch.cuda.device_count()
+    Importing it takes seconds.
+    """
+    if "torch" in sys.modules or torch_built_for("hip"):
+        import torch
+
+        return torch.cuda.device_count()
+    return num_cuda_devices() if torch_built_for("cuda") else 0
+
+
+def torch_built_for(platform: Literal["cuda", "hip"]) -> str | None:
+    """The version of CUDA or ROCm that torch is built for, as its `version.py` says it; None: it is built without."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin is not None else None
+    if file is None or not file.exists():
+        return None
+    text = file.read_text(encoding="utf-8")
+    found = re.search(rf"^{platform}\b[^=\n]*= *['\"]([^'\"]+)['\"]", text, re.M)
+    return found[1] if found else None
+
+
+def num_cuda_devices() -> int:
+    """GPUs that CUDA's driver lets this process use, by its own count; 0 where there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 def _quotas() -> Iterator[float]:

@@ -57,13 +57,16 @@ def test_quotas_of_the_first_version_count(cores: Path) -> None:
     assert num_cores() == 1
 
 
-def test_torch_is_asked_for_gpus_where_there_may_be_any(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_asked_for_gpus_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert num_gpus() == 3, "it is imported already"
-    for device, is_asked in (("null", True), ("a-driver-s-that-is-not-there", False)):
+    for platform, is_asked in (("hip", True), ("cuda", False), ("", False)):
         program = (
-            f"import sys\nfrom megatron_lcl import machine\nmachine._GPU_DEVICES = ({device!r},)\n"
-            "print(machine.num_gpus() >= 0, 'torch' in sys.modules)"
+            "import sys\nfrom megatron_lcl import machine\nmachine.num_cuda_devices = lambda: 5\n"
+            f"machine.torch_built_for = {{{platform!r}: '6.4'}}.get\n"
+            "print(machine.num_gpus(), 'torch' in sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        assert done.stdout.split() == ["True", str(is_asked)]
+        found, asked = done.stdout.split()
+        assert asked == str(is_asked)
+        assert is_asked or int(found) == (5 if platform else 0)

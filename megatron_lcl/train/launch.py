@@ -2,8 +2,8 @@
 
 A launcher (torchrun, DeepSpeed's) gives every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and
 most give LOCAL_WORLD_SIZE, which says how many share the machine; for the tasks of Slurm's srun `adopt_slurm` derives
-them. Without a launcher `start_local` starts the processes itself and gives them the same variables. On CPUs
-that needs no torch, whose import takes seconds and which each of the processes imports for itself.
+them. Without a launcher `start_local` starts the processes itself and gives them the same variables. That needs no
+torch (but to count GPUs for ROCm), whose import takes seconds: each of the processes has its own.
 """
 
 from __future__ import annotations

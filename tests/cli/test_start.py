@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_lcl import machine
 from megatron_lcl.cli import main, version
 from megatron_lcl.interrupts import end_with_command, holding_interrupts
 from megatron_lcl.train.resilience.start import REQUEUE, SIGNALS
@@ -234,8 +235,8 @@ def test_cuda_or_not(
 ) -> None:
     (tmp_path / "version.py").write_text(f"cuda: Optional[str] = {built}\nhip: Optional[str] = None\n")
     found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(version.importlib.util, "find_spec", lambda name: found)
-    monkeypatch.setattr(version, "_num_devices", lambda: devices)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(version, "num_cuda_devices", lambda: devices)
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
@@ -244,5 +245,6 @@ def test_cuda_or_not(
 
 def test_cuda_as_torch_says_it() -> None:
     torch = pytest.importorskip("torch")
-    assert version._torch_cuda() == torch.version.cuda
-    assert version._num_devices() == torch.cuda.device_count()
+    assert machine.torch_built_for("cuda") == torch.version.cuda
+    assert machine.torch_built_for("hip") == torch.version.hip
+    assert machine.num_cuda_devices() == torch.cuda.device_count()
