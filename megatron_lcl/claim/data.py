@@ -37,7 +37,8 @@ from megatron_lcl.demo.write import (
     write_sources,
 )
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.sources import ImageSet, open_images
+from megatron_lcl.evaluate.image_set import ImageSet
+from megatron_lcl.evaluate.sources import open_images
 from megatron_lcl.machine import num_cores
 
 TRAINED = "emoji"

@@ -282,7 +282,8 @@ def _version(path: str) -> str:
     root = Path(path)
     if root.is_dir():
         return files_signature(sorted(file for file in root.rglob("*") if file.is_file()), root)
-    from megatron_lcl.evaluate.sources import FileBlob, all_pictures  # imports torch
+    from megatron_lcl.evaluate.image_set import FileBlob
+    from megatron_lcl.evaluate.sources import all_pictures  # imports torch
 
     images = (blob.path for blob in all_pictures(root) if isinstance(blob, FileBlob))
     return files_signature([root, *images], root.parent)

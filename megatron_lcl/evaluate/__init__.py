@@ -1,9 +1,9 @@
 """How good an encoder is: on labeled or captioned images, and on held-out documents.
 
-Any encoder on any images: `run` opens the images (`sources`), checks that they decode (`checking`), loads the encoders
-(`encoders`), refuses what the model has not learned (`trained`), computes features once (`features`, `patches`,
-`workers`) and hands them to the tasks (`zero_shot`, `retrieval`, `knn`, `probes`, `captioning`), whose options are in
-`settings`. `results` has the intervals, the table, the JSON and the picture.
+Any encoder on any images: `run` opens the images (`sources`, as an `image_set`), checks that they decode (`checking`),
+loads the encoders (`encoders`), refuses what the model has not learned (`trained`), computes features once (`features`,
+`patches`, `workers`) and hands them to the tasks (`zero_shot`, `retrieval`, `knn`, `probes`, `captioning`), whose
+options are in `settings`. `results` has the intervals, the table, the JSON and the picture.
 
 Held-out documents: `heldout` measures the contrast and the generation by the rules of `rules`; `heldout_results` is
 what was measured.

@@ -14,9 +14,9 @@ from megatron_lcl.convert.libraries import require
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
+from megatron_lcl.evaluate.image_set import Blob, ImageSet
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.settings import CaptioningSettings
-from megatron_lcl.evaluate.sources import Blob, ImageSet
 from megatron_lcl.evaluate.workers import map_batches
 from megatron_lcl.model.layers import Activations
 from megatron_lcl.model.lcl import LCL, pack_padded

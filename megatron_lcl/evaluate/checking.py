@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.probe import BadImage, probe
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.sources import Blob, ImageSet
+from megatron_lcl.evaluate.image_set import Blob, ImageSet
 from megatron_lcl.machine import num_cores
 
 T = TypeVar("T")

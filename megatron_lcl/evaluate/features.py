@@ -30,8 +30,8 @@ from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
 from megatron_lcl.data.loading.images import DECODING
 from megatron_lcl.errors import UserError, nearest_folder
 from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.image_set import DIGEST, ImageSet
 from megatron_lcl.evaluate.patches import CachedPatches, Patches, StreamedPatches
-from megatron_lcl.evaluate.sources import DIGEST, ImageSet
 from megatron_lcl.evaluate.workers import load, map_batches
 from megatron_lcl.interrupts import ending_on_sigterm
 

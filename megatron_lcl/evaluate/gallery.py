@@ -12,8 +12,8 @@ from scipy.spatial.distance import cdist
 
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.images import thumbnail
+from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.results import Result
-from megatron_lcl.evaluate.sources import ImageSet
 from megatron_lcl.evaluate.zero_shot import Classified
 from megatron_lcl.run_folder import GALLERY
 

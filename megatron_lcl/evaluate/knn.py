@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.results import Result, bootstrap
-from megatron_lcl.evaluate.sources import ImageSet, open_images
+from megatron_lcl.evaluate.sources import open_images
 
 _ROWS = 1024
 

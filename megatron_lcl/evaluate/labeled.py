@@ -33,8 +33,9 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.batches import image_batch, text_batch
 from megatron_lcl.evaluate.checking import BadBlob, attempt, without_bad
 from megatron_lcl.evaluate.heldout import Forward
+from megatron_lcl.evaluate.image_set import Blob, ImageSet
 from megatron_lcl.evaluate.knn import check_neighbors, knn_predict, with_training
-from megatron_lcl.evaluate.sources import Blob, ImageSet, open_images
+from megatron_lcl.evaluate.sources import open_images
 from megatron_lcl.evaluate.trained import why_untrained
 from megatron_lcl.evaluate.workers import ahead
 from megatron_lcl.evaluate.zero_shot import by_texts

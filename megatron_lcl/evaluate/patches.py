@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_lcl.evaluate.encoders.encoder import Encoder
-from megatron_lcl.evaluate.sources import Blob
+from megatron_lcl.evaluate.image_set import Blob
 from megatron_lcl.evaluate.workers import run_batches
 from megatron_lcl.machine import num_cores
 

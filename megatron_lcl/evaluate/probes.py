@@ -20,11 +20,11 @@ from torch import nn
 from tqdm import tqdm, trange
 
 from megatron_lcl.evaluate.encoders.encoder import drawn_from
+from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.knn import same_classes
 from megatron_lcl.evaluate.patches import Patches
 from megatron_lcl.evaluate.results import Result, bootstrap
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
-from megatron_lcl.evaluate.sources import ImageSet
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.load import EncoderSource
 from megatron_lcl.evaluate.features import FeatureStore, Kind, Shapes, default_cache, need_patches
 from megatron_lcl.evaluate.gallery import Gallery, make_gallery, write_gallery
+from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.knn import check_neighbors, knn, with_training
 from megatron_lcl.evaluate.probes import attentive_probe, linear_probe
 from megatron_lcl.evaluate.results import Result, make_output, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
 from megatron_lcl.evaluate.settings import Settings
-from megatron_lcl.evaluate.sources import ImageSet, open_images
+from megatron_lcl.evaluate.sources import open_images
 from megatron_lcl.evaluate.trained import check_trained, untrained_pool
 from megatron_lcl.evaluate.workers import check_workers
 from megatron_lcl.evaluate.zero_shot import accuracy, classify

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
-from megatron_lcl.evaluate.sources import Blob
+from megatron_lcl.evaluate.image_set import Blob
 from megatron_lcl.interrupts import ENDING, end_with_command, holding_interrupts
 from megatron_lcl.machine import num_cores
 from megatron_lcl.processes import NEVER_BEGAN, prepare_sockets

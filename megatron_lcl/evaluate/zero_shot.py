@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.results import Result, bootstrap
 from megatron_lcl.evaluate.retrieval import not_below
-from megatron_lcl.evaluate.sources import ImageSet
 
 _ROWS = 1024
 """of a similarity matrix at a time"""

@@ -26,8 +26,8 @@ from megatron_lcl.evaluate.captioning import (
     tokenize,
 )
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
+from megatron_lcl.evaluate.image_set import FileBlob, ImageSet
 from megatron_lcl.evaluate.settings import CaptioningSettings
-from megatron_lcl.evaluate.sources import FileBlob, ImageSet
 from megatron_lcl.model.layers import Activations
 from megatron_lcl.model.lcl import pack_padded
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lcl.evaluate import checking, sources
+from megatron_lcl.evaluate import checking, image_set
 from megatron_lcl.evaluate.checking import find_bad, without_bad
-from megatron_lcl.evaluate.sources import FileBlob, ImageSet, open_images
+from megatron_lcl.evaluate.image_set import FileBlob, ImageSet
+from megatron_lcl.evaluate.sources import open_images
 
 
 def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +41,7 @@ def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, monkeypatch
     (tmp_path / "first").write_bytes(b"first")
     monkeypatch.setattr(checking, "probe", overlapping)
     monkeypatch.setattr(checking, "num_cores", lambda: 2)
-    monkeypatch.setattr(sources, "content_digests", lambda *_: b"known")
+    monkeypatch.setattr(image_set, "content_digests", lambda *_: b"known")
     filters = warnings.filters
     before = list(filters)
     images = ImageSet("", (FileBlob(tmp_path / "first"), Second()))

@@ -28,8 +28,9 @@ from megatron_lcl.evaluate.captioning import caption
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.load import EncoderSource, load_encoder
 from megatron_lcl.evaluate.features import FeatureStore
+from megatron_lcl.evaluate.image_set import FileBlob, ImageSet
 from megatron_lcl.evaluate.settings import CaptioningSettings
-from megatron_lcl.evaluate.sources import FileBlob, ImageSet, open_images
+from megatron_lcl.evaluate.sources import open_images
 from megatron_lcl.evaluate.zero_shot import accuracy, classify
 from megatron_lcl.model.reference_format import open_clip_config
 from megatron_lcl.run_folder import CHECKPOINTS

@@ -18,8 +18,9 @@ from PIL import Image
 
 from megatron_lcl.evaluate.features import FeatureStore
 from megatron_lcl.evaluate.gallery import NUM_EXAMPLES, make_gallery, on_grid, t_sne, write_gallery
+from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.results import Result
-from megatron_lcl.evaluate.sources import ImageSet, open_images
+from megatron_lcl.evaluate.sources import open_images
 from megatron_lcl.evaluate.zero_shot import accuracy, classify
 
 

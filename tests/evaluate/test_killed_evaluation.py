@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from megatron_lcl.evaluate.encoders.encoder import Encoder, Features
 from megatron_lcl.evaluate.features import FeatureStore
-from megatron_lcl.evaluate.sources import FileBlob, ImageSet
+from megatron_lcl.evaluate.image_set import FileBlob, ImageSet
 
 class Slow(Encoder):
     def __init__(self, began, number):

@@ -18,6 +18,7 @@ from threadpoolctl import ThreadpoolController
 
 from megatron_lcl.evaluate import probes
 from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.image_set import FileBlob, ImageSet
 from megatron_lcl.evaluate.knn import knn, knn_predict
 from megatron_lcl.evaluate.patches import CachedPatches
 from megatron_lcl.evaluate.probes import (
@@ -31,7 +32,6 @@ from megatron_lcl.evaluate.probes import (
 from megatron_lcl.evaluate.results import bootstrap, chance_of_hit
 from megatron_lcl.evaluate.retrieval import retrieval, retrieval_ranks
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
-from megatron_lcl.evaluate.sources import FileBlob, ImageSet
 from megatron_lcl.evaluate.zero_shot import accuracy, classify
 
 Digits = tuple[np.ndarray, np.ndarray]

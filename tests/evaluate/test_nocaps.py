@@ -13,8 +13,9 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import captioning as module
 from megatron_lcl.evaluate.captioning import captioning, tokenize
 from megatron_lcl.evaluate.checking import find_bad, without_bad
+from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.settings import CaptioningSettings
-from megatron_lcl.evaluate.sources import ImageSet, open_images
+from megatron_lcl.evaluate.sources import open_images
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 NOUNS = "dog cat lizard tractor piano lantern anvil canoe kite".split()  # noqa: SIM905

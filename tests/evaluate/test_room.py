@@ -19,10 +19,11 @@ from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.features import FeatureStore, Shapes
+from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.patches import StreamedPatches
 from megatron_lcl.evaluate.probes import attentive_probe, fit_attentive
 from megatron_lcl.evaluate.settings import AttentiveSettings
-from megatron_lcl.evaluate.sources import ImageSet, open_images
+from megatron_lcl.evaluate.sources import open_images
 
 Usage = namedtuple("Usage", "total used free")
 SETTINGS = AttentiveSettings(epochs=2, batch_size=50, lr=3e-3, seeds=(0, 1))

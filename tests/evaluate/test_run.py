@@ -30,9 +30,10 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import run
 from megatron_lcl.evaluate.checking import find_bad
 from megatron_lcl.evaluate.encoders.load import load_encoder
+from megatron_lcl.evaluate.image_set import FileBlob
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import AttentiveSettings, CaptioningSettings, KnnSettings, Settings
-from megatron_lcl.evaluate.sources import FileBlob, open_images
+from megatron_lcl.evaluate.sources import open_images
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,10 @@ from megatron_lcl.data.corpus.store import Shard
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import features
 from megatron_lcl.evaluate.features import FeatureStore
+from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.results import Metric, Result, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
-from megatron_lcl.evaluate.sources import ImageSet, all_pictures, open_images
+from megatron_lcl.evaluate.sources import all_pictures, open_images
 from megatron_lcl.evaluate.zero_shot import accuracy, classify
 
 

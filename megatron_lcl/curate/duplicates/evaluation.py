@@ -31,7 +31,7 @@ from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_lcl.evaluate.sources import Blob
+    from megatron_lcl.evaluate.image_set import Blob
 
 MAX_CANDIDATES = 64
 """that are laid over an image, the nearest ones; more have only pictures like many others"""
