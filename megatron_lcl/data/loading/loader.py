@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -171,7 +172,8 @@ class PackedLoader(Iterable[PackedBatch]):
         )
         main = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD) if main else None
-        batches: Any = iter(loader)
+        with _no_garbage_collection():
+            batches: Any = iter(loader)
         if main:  # without torch's handler, which raises anywhere in the main program; a dead worker is noticed below
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         try:
@@ -225,11 +227,29 @@ class LoaderKilled(RuntimeError):
     """A loader process has gone without an error of its own: the machine is short of memory, as a rule."""
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """While workers are forked: see `_start_worker`."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _start_worker(worker: int) -> None:
     """A worker ends when the main process wants it to, and by no other SIGTERM, SIGINT or SIGUSR1.
 
     Schedulers and terminals signal the whole process group; the main process then saves, and needs its workers.
+
+    What the main process no longer uses is never taken apart here: an object that ends its threads first (a process
+    group of gloo, a compressor of zstd) would wait for threads that a fork does not copy, or crash. Nor do memory
+    pages that are shared with the main process become copies because the garbage collector has written into them.
     """
+    gc.freeze()
+    gc.enable()
     signal.set_wakeup_fd(-1)  # the main process may listen there, to its own signals
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -75,6 +76,44 @@ def test_a_worker_that_is_killed_before_its_first_pack(
         LoaderKilled, match=r"loader process \d+ was killed before its next pack\. If the machine is .* fewer"
     ):
         next(iter(loader_of(corpus.path, data={"workers": 1})))
+
+
+class _EndsItsThreads:
+    """Like a process group of gloo, whose destructor waits for its threads, which a forked process does not have."""
+
+    def __init__(self) -> None:
+        self.itself, self.process = self, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            os._exit(3)
+
+
+def test_a_worker_does_not_collect_the_garbage_of_the_main_process(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while it starts nor later; it collects its own."""
+    corpus, fork, decode = make_corpus("c", random_documents(50, 5)), os.fork, reader.decode_train
+
+    def fork_with_garbage() -> int:
+        assert not gc.isenabled()
+        _EndsItsThreads()
+        return fork()
+
+    def collect(*arguments: Any) -> np.ndarray:
+        assert gc.isenabled()
+        gc.collect()
+        return decode(*arguments)
+
+    monkeypatch.setattr(os, "fork", fork_with_garbage)
+    monkeypatch.setattr(reader, "decode_train", collect)
+    before = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)  # whatever is made starts a full collection
+    try:
+        next(iter(loader_of(corpus.path, data={"workers": 1})))
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled()
 
 
 def test_a_full_shared_memory_is_an_error_of_one_line(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
