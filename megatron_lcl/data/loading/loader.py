@@ -244,9 +244,9 @@ def _start_worker(worker: int) -> None:
 
     Schedulers and terminals signal the whole process group; the main process then saves, and needs its workers.
 
-    What the main process no longer uses is never taken apart here: an object that ends its threads first (a process
-    group of gloo, a compressor of zstd) would wait for threads that a fork does not copy, or crash. Nor do memory
-    pages that are shared with the main process become copies because the garbage collector has written into them.
+    What the main process no longer uses is never taken apart here: the destructor of gloo's process groups (one stays
+    behind in the traceback of a run that failed) waits for its threads, which a fork does not copy. Nor do memory pages
+    that are shared with the main process become copies because the garbage collector has written into them.
     """
     gc.freeze()
     gc.enable()
