@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import random
@@ -82,6 +83,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
+        gc.collect()  # what an error's traceback holds may be mapped from there
         subprocess.run(["umount", str(folder)], check=True)
 
 

@@ -111,6 +111,12 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(info, io.BytesIO(data))
 
 
+def add_header(archive: tarfile.TarFile, info: tarfile.TarInfo) -> None:
+    """Without the content that it announces, which `addfile` of Python 3.13 refuses."""
+    assert archive.fileobj is not None
+    archive.offset += archive.fileobj.write(info.tobuf(archive.format))
+
+
 def write_mint1t(documents: Sequence[Document], folder: Path) -> None:
     """Images as lossless frames of one TIFF."""
     folder.mkdir(parents=True, exist_ok=True)

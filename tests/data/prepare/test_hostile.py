@@ -216,7 +216,7 @@ def test_a_tar_whose_sizes_are_negative(tmp_path: Path) -> None:
         writers._add(archive, "0.png", picture(0))
         header = tarfile.TarInfo("1.png")
         header.size = -512
-        archive.addfile(header)
+        writers.add_header(archive, header)
         writers._add(archive, "2.png", picture(2))
     source = ImageSource(tmp_path)
     assert source.read("0.png") == picture(0)
