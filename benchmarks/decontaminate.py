@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def main() -> int:
     parser.add_argument("--exclude", nargs="*", default=[], help="texts of paths that are left out")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(arguments.workers) as pool:
+    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
         folders = [Path(name) / kind for kind in ("evaluation", "others", "facts", "index")]
         for folder in folders:
             folder.mkdir()

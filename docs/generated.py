@@ -30,6 +30,7 @@ def commands() -> str:
 
     def make(name: str, help: str, **options: Any) -> argparse.ArgumentParser:
         parsers[name] = argparse.ArgumentParser(f"megatron-lcl {name}", **options)
+        vars(parsers[name])["color"] = False  # of Python 3.14, in a terminal
         return parsers[name]
 
     add_commands(make, is_whole=lambda _: True)

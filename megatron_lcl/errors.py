@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from megatron_lcl.filesystem import is_dir
 from megatron_lcl.units import in_bytes
 
 
@@ -105,4 +106,4 @@ def free_space(path: Path) -> str:
 
 def nearest_folder(path: Path) -> Path:
     """The folder that a path is or lies in, as far as it exists."""
-    return next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
+    return next((folder for folder in (path, *path.absolute().parents) if is_dir(folder)), Path("/"))

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from megatron_lcl.filesystem import exists
+
 OWN = Path("/proc/self/cgroup")
 ROOT = Path("/sys/fs/cgroup")
 
@@ -39,7 +41,7 @@ def torch_built_for(platform: Literal["cuda", "hip"]) -> str | None:
     """The version of CUDA or ROCm that torch is built for, as its `version.py` says it; None: it is built without."""
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin is not None else None
-    if file is None or not file.exists():
+    if file is None or not exists(file):
         return None
     text = file.read_text(encoding="utf-8")
     found = re.search(rf"^{platform}\b[^=\n]*= *['\"]([^'\"]+)['\"]", text, re.M)

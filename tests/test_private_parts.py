@@ -192,6 +192,7 @@ PARTS = [
         "the loader's processes: has one of them been killed?",
         in_source="self._workers = []",
     ),
+    Part("tarfile", "TarInfo._proc_member", "each header passes it before more of it is read", ("self", "tarfile")),
     Part("torch.utils.data.dataloader", "_MultiProcessingDataLoaderIter._shutdown_workers", "ends them", ("self",)),
     Part("torch.nn", "Module._parameters", "stand-ins of shared parameters", in_source='"_parameters"'),
     Part("torch.nn", "Module._apply", "extended: the log scale stays float32", ("self", "fn", "recurse")),

@@ -39,6 +39,7 @@ from megatron_lcl.demo.write import (
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.sources import open_images
+from megatron_lcl.filesystem import is_file
 from megatron_lcl.machine import num_cores
 
 TRAINED = "emoji"
@@ -66,7 +67,7 @@ def prepare(sets: Path, output: Path) -> None:
     """
     made_of: dict[str, Any] = {"rules": _RULES}
     made_of |= {name: json.loads((sets / name / SOURCES).read_text(encoding="utf-8")) for name in SETS}
-    if (output / SOURCES).is_file():
+    if is_file(output / SOURCES):
         if json.loads((output / SOURCES).read_text(encoding="utf-8")) == made_of:
             return
         raise UserError(f"{output} was made of other sets than those in {sets}; give a new --output")

@@ -26,6 +26,7 @@ from megatron_lcl.evaluate.rules import VERSION
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings, Settings
 from megatron_lcl.evaluate.sources import open_images
+from megatron_lcl.filesystem import is_file
 
 RESULT, VALIDATION = "claim.json", "claim-validation.json"
 SETTINGS = Settings(
@@ -67,7 +68,7 @@ def measured(folder: Path, model: str, config: Config, data: Path) -> list[Measu
     side is left out where the objective trains none.
     """
     file = folder / RESULT
-    if not file.is_file() or any(m.data == HELD_OUT and m.rules != VERSION for m in read(file)):
+    if not is_file(file) or any(m.data == HELD_OUT and m.rules != VERSION for m in read(file)):
         folder.mkdir(parents=True, exist_ok=True)
         found = list(_measure(folder, model, config, data))
         replace_text(file, json.dumps([asdict(measure) for measure in found], indent=1, ensure_ascii=False) + "\n")
@@ -89,7 +90,7 @@ def validated(folder: Path, model: str, data: Path) -> float:
     side or pool.
     """
     file = folder / VALIDATION
-    if not file.is_file():
+    if not is_file(file):
         found = list(_labeled(folder, model, ["attentive-probe"], data, KINDS[0], "validation"))
         replace_text(file, json.dumps([asdict(measure) for measure in found], indent=1, ensure_ascii=False) + "\n")
     return next(measure.value for measure in read(file) if measure.metric == "accuracy")

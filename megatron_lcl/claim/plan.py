@@ -192,7 +192,7 @@ def _needs(row: Row, config: Config, corpora: Path) -> tuple[_Needs, dict[str, f
     slots, sequences = config.data.images_per_pack, objectives.create(config).sequences
     assert slots is not None
     wide = configs.replace(config, data__tokens_per_pack=2 * context + patches + 2).data  # nothing is cut for its sake
-    total, tokens, pieces, weights = sum(row.shares.values()), 0.0, 0.0, {}
+    total, tokens, pieces, weights = math.fsum(row.shares.values()), 0.0, 0.0, {}
     for name, share in row.shares.items():
         source = open_source(open_corpus(corpora / name), wide, patches, context, slots, sequences)
         stored = int(source.images.sum(dtype=np.int64))

@@ -30,6 +30,7 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.demo.run import demo
 from megatron_lcl.demo.write import SOURCES
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import is_file
 from megatron_lcl.report.runs import write_runs_report
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train import launch
@@ -45,7 +46,7 @@ Start = Callable[[Member], int]
 def default_config() -> Path:
     """configs/claim/cpu.yaml of the checkout. UserError outside of one."""
     file = Path(megatron_lcl.__file__).parents[1] / "configs" / "claim" / "cpu.yaml"
-    if not file.is_file():
+    if not is_file(file):
         raise UserError(f"there is no {file}, as this is no checkout; give --config FILE")
     return file
 
@@ -75,7 +76,7 @@ def claim(
     file, sets = file or default_config(), sets or output / "sets"
     configs.load(file, given)  # what is wrong with it is said before the data is made
     for name in SETS:
-        if not (sets / name / SOURCES).is_file():
+        if not is_file(sets / name / SOURCES):
             demo(name, sets / name)
     data = output / DATA
     prepare(sets, data)
@@ -160,7 +161,7 @@ def _checked(member: Member, processes: int) -> None:
 def _check_length(member: Member) -> None:
     """A run of another length is not gone on with: its learning rate fell over other steps."""
     file = Path(member.config.train.output) / CONFIG
-    if file.is_file() and (steps := configs.load(file).train.steps) != member.config.train.steps:
+    if is_file(file) and (steps := configs.load(file).train.steps) != member.config.train.steps:
         raise UserError(
             f"{file.parent} is a run of {steps} steps, and this would be one of {member.config.train.steps}; give a "
             "new --output"

@@ -16,6 +16,7 @@ from megatron_lcl.cli.arguments import (
     single_input,
 )
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import is_dir
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -50,7 +51,7 @@ def _curate(options: argparse.Namespace, rest: list[str]) -> None:
     if options.sample:
         page = Path(options.sample)
         made = options.output and page.absolute().parent == Path(options.output).absolute()
-        if page.is_dir() or not (made or page.absolute().parent.is_dir()):
+        if is_dir(page) or not (made or is_dir(page.absolute().parent)):
             raise UserError(f"--sample {page}: give a file in a folder that is there")
     settings = read_settings(options.preset, options.config, overrides_of(rest, switches=()))
     engine, job = jobs_of(options)

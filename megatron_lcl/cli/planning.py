@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lcl.cli.arguments import overrides_of
+from megatron_lcl.filesystem import exists
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -46,7 +47,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
 
     if options.images is not None and options.images <= 0:
         raise UserError(f"--images {options.images:g}: give a number above 0")
-    if options.write and Path(options.write).exists():
+    if options.write and exists(Path(options.write)):
         raise UserError(f"{options.write} exists; name another file for --write")
     config = configs.load(options.config, overrides_of(rest))
     for file in filter(None, (options.json, options.write)):  # before the minutes that a plan may take

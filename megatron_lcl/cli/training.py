@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lcl.cli.arguments import add_input, inputs, overrides_of
 from megatron_lcl.errors import RunError, UserError, complain
+from megatron_lcl.filesystem import exists, is_file
 
 if TYPE_CHECKING:
     from megatron_lcl.train.sweep import Member
@@ -301,7 +302,7 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.report import page, runs
 
     given, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None
-    paths = [path for path in given if not path.is_file()] or given  # of `runs/*` also the page about them is one
+    paths = [path for path in given if not is_file(path)] or given  # of `runs/*` also the page about them is one
     if options.watch:
         from megatron_lcl.report.serve import serve
 
@@ -311,7 +312,7 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
         return
     if options.port is not None:
         raise UserError("--port goes with --watch")
-    if len(paths) == 1 and (paths[0] / MANIFEST).exists():
+    if len(paths) == 1 and exists(paths[0] / MANIFEST):
         from megatron_lcl.curate.page import write_page
         from megatron_lcl.curate.run import read_curated
 

@@ -20,6 +20,7 @@ from megatron_lcl.config import Config, Model, to_dict
 from megatron_lcl.convert.find import average_of, find_checkpoint, known_config, step_of
 from megatron_lcl.data.corpus.corpus_manifest import read_manifest
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 from megatron_lcl.run_folder import CHECKPOINTS, HELDOUT
 
 README = "README.md"
@@ -236,7 +237,7 @@ def _sources(run: Config | None) -> list[str]:
 def _config_at(source: str) -> Config | None:
     """The config of a run whose folder is here; None of all else."""
     try:
-        return known_config(Path(source)) if Path(source).exists() else None
+        return known_config(Path(source)) if exists(Path(source)) else None
     except (UserError, OSError):  # a folder that holds no weights any more, or that this user may not enter
         return None
 

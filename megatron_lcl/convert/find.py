@@ -21,6 +21,7 @@ from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_sections
+from megatron_lcl.filesystem import exists, is_dir, is_file, matching
 from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, LOCK, METRICS, WEIGHTS
 
 WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
@@ -33,16 +34,16 @@ def find_checkpoint(path: Path) -> Path:
         from megatron_lcl.convert.remote import local_copy
 
         path = local_copy(url)
-    if path.is_file() or _is_checkpoint(path):
+    if is_file(path) or _is_checkpoint(path):
         return path
     if kind := export_kind(path):
-        return path / WHOLE if (path / WHOLE).is_file() else _checked(path, kind)
-    complete = [p for p in checkpoints_in(path) if (p / MANIFEST).is_file() and (p / WEIGHTS).is_file()]
+        return path / WHOLE if is_file(path / WHOLE) else _checked(path, kind)
+    complete = [p for p in checkpoints_in(path) if is_file(p / MANIFEST) and is_file(p / WEIGHTS)]
     if complete:
         return complete[-1]
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"there is no checkpoint {path}")
-    if (path / CORPUS_MANIFEST).is_file():
+    if is_file(path / CORPUS_MANIFEST):
         raise UserError(f"{path} is a corpus, not a checkpoint; name a run folder (train.output)")
     raise UserError(
         f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "
@@ -61,9 +62,9 @@ def find_average(path: Path, name: str) -> Path:
         checkpoint = local_copy(url, average=name)
     else:
         checkpoint = find_checkpoint(path)
-    if (checkpoint / AVERAGES / name / WEIGHTS).is_file():
+    if is_file(checkpoint / AVERAGES / name / WEIGHTS):
         return checkpoint / AVERAGES / name
-    others = sorted(folder.name for folder in (checkpoint / AVERAGES).glob("*"))
+    others = sorted(folder.name for folder in matching(checkpoint / AVERAGES, "*"))
     there = f"there are {', '.join(others)}" if others else "it has none (config section `average`)"
     raise UserError(f"{checkpoint} has no average {name}; {there}")
 
@@ -85,14 +86,14 @@ def checkpoints_in(path: Path) -> list[Path]:
     """
     if _is_step(path):
         return [path]
-    steps = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    return sorted(folder for folder in steps.glob("step-*") if _is_step(folder))
+    steps = path / CHECKPOINTS if is_dir(path / CHECKPOINTS) else path
+    return sorted(folder for folder in matching(steps, "step-*") if _is_step(folder))
 
 
 def is_run(path: Path) -> bool:
     """Whether a folder has a run's config and anything else that a run writes: a config alone is for runs elsewhere."""
-    begun = any((path / name).exists() for name in (METRICS, CHECKPOINTS, LOCK))
-    return begun and (path / CONFIG).is_file() and not _is_checkpoint(path)
+    begun = any(exists(path / name) for name in (METRICS, CHECKPOINTS, LOCK))
+    return begun and is_file(path / CONFIG) and not _is_checkpoint(path)
 
 
 def run_of(path: Path) -> Path:
@@ -117,7 +118,7 @@ def step_of(checkpoint: Path) -> int | None:
 def read_config(checkpoint: Path) -> Config:
     """The config of the run that wrote a checkpoint folder. UserError where there is none, or it is none."""
     file = checkpoint / CONFIG
-    if not file.is_file():
+    if not is_file(file):
         raise UserError(f"{checkpoint} has no {CONFIG}; name the run, one of its checkpoints, or what `import` wrote")
     tree = read_sections(file, "a config is a mapping of sections")
     if not tree:
@@ -129,7 +130,7 @@ def known_config(path: Path) -> Config | None:
     """The config of the run that trained what `path` names; None for what holds none: a file, an export, and an import
     of these."""
     found = find_checkpoint(path)
-    if not (found / CONFIG).is_file():
+    if not is_file(found / CONFIG):
         return None
     record = read_record(found, IMPORT)
     return read_config(found) if record is None or record[1].get(HAS_RUN) else None
@@ -141,14 +142,14 @@ def one_line(error: BaseException) -> str:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+    return is_file(path / WEIGHTS) and is_file(path / CONFIG)
 
 
 def _is_step(path: Path) -> bool:
-    return re.fullmatch(r"step-\d+", path.name) is not None and path.is_dir()
+    return re.fullmatch(r"step-\d+", path.name) is not None and is_dir(path)
 
 
 def _checked(path: Path, kind: str) -> Path:
-    if not (path / WEIGHTS).is_file():
+    if not is_file(path / WEIGHTS):
         raise UserError(f"{path} is an export to {kind} without {WEIGHTS}; export the run again")
     return path

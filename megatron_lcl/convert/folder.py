@@ -11,6 +11,7 @@ from typing import Any
 from megatron_lcl.convert.manifest import MANIFEST
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.scratch import whole_folder
+from megatron_lcl.filesystem import below, is_dir
 
 CERTIFICATE = "certificate.json"
 IMPORT = "import"
@@ -63,7 +64,7 @@ def _records(kind: str) -> tuple[str, ...]:
 
 def why_foreign(output: Path, kind: str) -> str:
     """Why writing an export of this kind to `output`, which is not empty, would destroy something; "" where not."""
-    if not output.is_dir():
+    if not is_dir(output):
         return "exists and is not a folder; give another --output"
     unchanged, names = False, _files(output)
     if record := read_record(output, kind):
@@ -76,7 +77,7 @@ def why_foreign(output: Path, kind: str) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(str(path.relative_to(folder)) for path in below(folder) if not is_dir(path))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from megatron_lcl.convert.libraries import usual_defaults
 from megatron_lcl.convert.manifest import verify
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import is_dir, is_file
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, published_config, some
 from megatron_lcl.run_folder import AVERAGES, CONFIG, PROGRESS, WEIGHTS
@@ -40,12 +41,12 @@ def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None =
     Pickles are read with `weights_only=True`. Raises UserError, in one line, for whatever is not such a checkpoint.
     """
     path = Path(path)
-    if path.is_dir() and config is not None:
+    if is_dir(path) and config is not None:
         raise UserError(f"{path} is a folder with a config of its own; `config` is for open_clip files")
     path = find_checkpoint(path)
     if kind := export_kind(path):
         return _load_export(path, kind)
-    if path.is_dir():
+    if is_dir(path):
         return _load_ours(path)
     state = read_state_dict(path)
     with torch.device("meta"):
@@ -92,7 +93,7 @@ def check_whole(checkpoint: Path) -> None:
     """UserError where a folder's weights are not those that a run or `import` wrote into it."""
     average = average_of(checkpoint)
     of_run, inside = (checkpoint.parent.parent, f"{AVERAGES}/{average}/") if average else (checkpoint, "")
-    if (of_run / PROGRESS).is_file():
+    if is_file(of_run / PROGRESS):
         damage = verify(of_run, only=(f"{inside}{WEIGHTS}", f"{inside}{CONFIG}"))
         if damage:
             raise UserError(f"{checkpoint} is damaged ({'; '.join(damage)}); name another of the run's checkpoints")
@@ -162,7 +163,7 @@ def open_clip_sizes(
     if isinstance(config, Mapping):
         return config
     beside = path.with_suffix(".json")
-    if config is None and not beside.is_file():
+    if config is None and not is_file(beside):
         return published_config(path, state)
     file = beside if config is None else Path(config)
     try:

@@ -25,6 +25,7 @@ from megatron_lcl.data.corpus.scratch import clear_dead, put_in_place, scratch_f
 from megatron_lcl.data.storage.names import is_within
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, PROGRESS, WEIGHTS
 
 LIMIT = 100e9
@@ -67,7 +68,7 @@ def local_copy(url: str, average: str | None = None) -> Path:
     holder = user_cache() / f"{PREFIX}{xxhash.xxh3_128_hexdigest(of)}"
     holder.mkdir(parents=True, exist_ok=True)
     with locked(holder.with_name(f"{holder.name}.lock")):
-        if not (holder / name).exists():
+        if not exists(holder / name):
             _fetch(store, RECORDS[at], record, holder, name, average)
         with contextlib.suppress(OSError):  # another user's
             os.utime(holder)

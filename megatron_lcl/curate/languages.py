@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megatron_lcl.curate.perplexity import perplexity_scores
-from megatron_lcl.curate.settings import PERPLEXITY, Language, Lists, Settings, is_file
+from megatron_lcl.curate.settings import PERPLEXITY, Language, Lists, Settings, names_file
 from megatron_lcl.errors import UserError
 
 _LINGUA = "lingua-language-detector"
@@ -91,7 +91,9 @@ def _fasttext(settings: Language) -> Callable[[str], tuple[str, float]]:
     try:
         import fasttext
     except ImportError:
-        raise UserError(f"a fastText model needs the package fasttext-predict: {_EXTRA}") from None
+        raise UserError(
+            "a fastText model needs the package fasttext-predict (`pip install fasttext-predict`)"
+        ) from None
     try:
         model = fasttext.load_model(str(settings.model))
     except (ValueError, RuntimeError):
@@ -106,7 +108,7 @@ def _fasttext(settings: Language) -> Callable[[str], tuple[str, float]]:
 
 def stop_words(lists: Lists) -> frozenset[str]:
     """In lower case. UserError where the package is not installed, or has no such language."""
-    if is_file(lists.stop_words):
+    if names_file(lists.stop_words):
         return read_words(lists.stop_words)
     try:
         from stop_words import StopWordError, get_stop_words
@@ -130,7 +132,7 @@ def read_words(path: str | Path) -> frozenset[str]:
 def libraries(rules: Set[str], language: Language, lists: Lists) -> dict[str, str]:
     """Versions of the packages on which the result depends. rules: fields of texts and documents that are on."""
     used = {}
-    if "min_stop_words" in rules and not is_file(lists.stop_words):
+    if "min_stop_words" in rules and not names_file(lists.stop_words):
         used["stop-words"] = version("stop-words")
     if "min_language" in rules and language.model is None:
         used[_LINGUA] = version(_LINGUA)

@@ -37,6 +37,7 @@ from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.prepare.preprocess_task import RECORD, Part, parts_of
+from megatron_lcl.filesystem import exists
 
 WHOLE = -1
 """in place of an item: the whole document"""
@@ -107,7 +108,7 @@ class Work:
 def once(work: Work, target: Path) -> Iterator[Path | None]:
     """A new folder that is put in place at the end; None where that is done already."""
     with waiting_for_others(work.folder / f"lock-{target.name}"), scratch_folder(work.folder) as scratch:
-        if target.exists():
+        if exists(target):
             yield None
             return
         folder = scratch / target.name
@@ -157,7 +158,7 @@ def _judge(work: Work, task: Range, folder: Path) -> None:
     rows.sort()
     for number, join in enumerate(work.joins):
         file = folder / work.facts(task.number, number).name
-        if not file.exists():
+        if not exists(file):
             join.facts(work.corpus, task, gone, file, work.prepared(number))
     columns = list(map(list, zip(*rows, strict=True))) or [[] for _ in _JUDGED]
     pq.write_table(pa.table(columns, schema=_JUDGED), folder / _JUDGED_FILE, compression="zstd")

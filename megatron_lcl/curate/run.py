@@ -56,6 +56,7 @@ from megatron_lcl.data.prepare.unfinished import WORK, clear_errors, clear_up, i
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists, matching
 from megatron_lcl.machine import num_cores
 from megatron_lcl.units import counted
 
@@ -181,14 +182,14 @@ def curate(
     work = Work(source, settings, joins, output / WORK)
 
     def is_useless(error: BaseException) -> bool:
-        return isinstance(error, _NothingLeft) or not any(work.folder.glob("judged-*"))
+        return isinstance(error, _NothingLeft) or not matching(work.folder, "judged-*")
 
     with work_folder(output, recipe, _WORK_VERSION, is_useless) as scratch:
         if not is_finished_corpus(output, recipe, _WORK_VERSION, ["names"]):  # by others, since the first look
             tasks, counted = _decide(work, task_bytes, workers, job, progress)
             parts = list(_each(write, "shards", work, groups(work, tasks), workers, job, progress))
             with waiting_for_others(work.folder / "lock"):
-                if not (output / MANIFEST).exists():
+                if not exists(output / MANIFEST):
                     _finish(output, work, recipe, tasks, parts, counted, scratch, workers)
     return read_curated(output)
 
@@ -210,7 +211,7 @@ def curate_in_jobs(
     """
     output = Path(output).resolve()
     settings = _resolved(settings)
-    if not (output / MANIFEST).exists():
+    if not exists(output / MANIFEST):
         _joins_of(settings)
         _check(settings, keep=False)
         models.check(settings.models, keep=False)
@@ -283,12 +284,12 @@ def _decide(
     _tell_idle_cores(work.settings, workers, len(tasks))
     with waiting_for_others(work.folder / "lock"):
         for number, join in enumerate(work.joins):
-            if not work.prepared(number).exists():
+            if not exists(work.prepared(number)):
                 _prepare(work, number, join, workers)
     deque(_each(judge, "texts and images", work, tasks, workers, job, progress), 0)
     with waiting_for_others(work.folder / "lock"):
         for number, join in enumerate(work.joins):
-            if not work.joined(number).exists():
+            if not exists(work.joined(number)):
                 _join(work, number, join, len(tasks), workers)
     counted = Counted()
     for of_task in _each(decide, "documents", work, tasks, workers, job, progress):

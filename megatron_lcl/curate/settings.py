@@ -24,6 +24,7 @@ from megatron_lcl.data.corpus.image_columns import FORMATS
 from megatron_lcl.data.corpus.store import is_corpus, open_corpus
 from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import below, is_dir, is_file, matching
 
 PRESETS = Path(__file__).parent / "presets"
 PERPLEXITY = ("min_perplexity", "max_perplexity")
@@ -241,16 +242,16 @@ def read_settings(
         fields.put(Settings, tree, key.replace("-", "_"), text)
     settings = fields.build(Settings, fields.without_null(Settings, tree), "--{}".format)
     for name, path in _files(settings):
-        if not Path(path).is_file():
+        if not is_file(Path(path)):
             raise UserError(f"--{name} {path}: there is no such file")
-    if settings.perplexity.model is not None and not Path(settings.perplexity.model).is_dir():
+    if settings.perplexity.model is not None and not is_dir(Path(settings.perplexity.model)):
         raise UserError(f"--perplexity.model {settings.perplexity.model}: there is no such folder")
     return settings
 
 
 def preset_names() -> list[str]:
     """The presets, sorted."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    return sorted(path.stem for path in matching(PRESETS, "*.yaml"))
 
 
 def describe() -> Iterator[tuple[str, str, str, str]]:
@@ -280,8 +281,8 @@ def _version(path: str) -> str:
     if is_corpus(path):
         return open_corpus(path).fingerprint
     root = Path(path)
-    if root.is_dir():
-        return files_signature(sorted(file for file in root.rglob("*") if file.is_file()), root)
+    if is_dir(root):
+        return files_signature(sorted(file for file in below(root) if is_file(file)), root)
     from megatron_lcl.evaluate.image_set import FileBlob
     from megatron_lcl.evaluate.sources import all_pictures  # imports torch
 
@@ -292,19 +293,19 @@ def _version(path: str) -> str:
 def _hash_folder(folder: str) -> str:
     """Of the names and hashes of its files, without those of folders in it."""
     digest = xxhash.xxh3_128()
-    for file in sorted(path for path in Path(folder).iterdir() if path.is_file()):
+    for file in sorted(path for path in Path(folder).iterdir() if is_file(path)):
         digest.update(f"{file.name}\0{hash_file(file)}\0".encode())
     return digest.hexdigest()
 
 
-def is_file(text: str) -> bool:
+def names_file(text: str) -> bool:
     """Whether what lists.stop_words says is a file, not a language."""
     return not text.isalpha()
 
 
 def _files(settings: Settings) -> Iterator[tuple[str, str]]:
     """The settings that are files."""
-    if is_file(settings.lists.stop_words):
+    if names_file(settings.lists.stop_words):
         yield "lists.stop_words", settings.lists.stop_words
     if settings.lists.flagged_words is not None:
         yield "lists.flagged_words", settings.lists.flagged_words

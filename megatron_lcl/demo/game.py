@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image as Pillow
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import below
 
 KINDS = {
     "ARMOR": "clothing", "TOOL_ARMOR": "clothing", "PET_ARMOR": "clothing",
@@ -87,7 +88,7 @@ def read_game(folder: Path) -> Game:
 
 
 def _objects(folder: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    for file in sorted(folder.rglob("*.json")):
+    for file in sorted(below(folder, "*.json")):
         if "obsolet" in str(file.relative_to(folder)):  # kept for old saved games
             continue
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from megatron_lcl.demo.licenses import LICENSES, License, license_text
 from megatron_lcl.demo.packages import Fetched, Package, fetch, unpack_debian
 from megatron_lcl.demo.write import DOCUMENTS, write_sources
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import below, exists, matching
 
 PACKAGE = Package(
     "apt-get", "gimp-help-en", "3.0.0-4", "b18e0b0763de45eb66a65305c443cf2a03572ec42fc01d6bb2817c5b33e600bf"
@@ -47,7 +48,7 @@ def fetch_manual(folder: str | Path, given: Path | None = None) -> Manual:
     folder.mkdir(parents=True, exist_ok=True)
     unpacked = folder / "unpacked"
     unpack_debian(fetched.file, unpacked)
-    pages = sorted(unpacked.rglob("index.html"), key=lambda p: len(p.parts))
+    pages = sorted(below(unpacked, "index.html"), key=lambda p: len(p.parts))
     if not pages:
         raise UserError(f"{PACKAGE.name} holds no HTML; {_REMEDY}")
     return Manual(pages[0].parent, fetched)
@@ -80,7 +81,7 @@ def make(output: Path, folder: Path, given: Path | None, html: Path | None, work
     assert made.held_out is not None
     for name in (CORPUS, HELD_OUT):
         documents = output / DOCUMENTS / Path(name).name
-        if not documents.exists():
+        if not exists(documents):
             export_corpus(output / name, documents)
     replace_text(output / LICENSES, license_text("manual", [entry]))
     sources = {"demo": "manual", "packages": [source] if source else [], "counts": made.counts}
@@ -90,7 +91,7 @@ def make(output: Path, folder: Path, given: Path | None, html: Path | None, work
 
 def _license(manual: Manual) -> License:
     """With the GNU Free Documentation License as it stands in the manual."""
-    pages = sorted(manual.html.glob("gfdl*.html"))
+    pages = matching(manual.html, "gfdl*.html")
     texts = [lxml_html.fromstring(page.read_bytes()).text_content() for page in pages]
     lines = [line.strip() for text in texts for line in text.splitlines()]
     package = f"{PACKAGE.name} {manual.fetched.version}"

@@ -19,6 +19,7 @@ from typing import Literal
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.scratch import clear_dead, put_in_place, scratch_folder
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists, is_dir
 
 _TIMEOUT = 600
 """seconds that a client may take"""
@@ -74,7 +75,7 @@ def fetch(packages: Sequence[Package], folder: Path, given: Path | None = None, 
     missing or fails, `given` lacks a package, or a package of the recorded version has other content than recorded.
     """
     if given is not None:
-        if not given.is_dir():
+        if not is_dir(given):
             raise UserError(f"there is no folder {given}")
         folder = given.resolve()
         if missing := [package for package in packages if package.find(folder) is None]:
@@ -98,7 +99,7 @@ def fetch(packages: Sequence[Package], folder: Path, given: Path | None = None, 
 
 def unpack_debian(file: Path, folder: Path) -> None:
     """The files of a Debian package into a new folder, which is complete or not there. UserError as `run_client`."""
-    if folder.exists():
+    if exists(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear_dead(folder.parent)

@@ -17,6 +17,7 @@ from megatron_lcl.demo.packages import Fetched, Package, unpack_debian
 from megatron_lcl.demo.pictures import Picture
 from megatron_lcl.demo.write import DataSet
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import is_file
 
 PACKAGE = Package(
     "apt-get",
@@ -71,7 +72,7 @@ def _pictures(game: Game, gfx: Path) -> tuple[list[Picture], dict[str, str]]:
     pictures, ids = [], {}
     seen = set[tuple[str, bytes]]()
     for artist in ARTISTS:
-        if not (gfx / artist / "tile_config.json").is_file():
+        if not is_file(gfx / artist / "tile_config.json"):
             raise UserError(f"the package has no tileset {artist}; its documented version is {PACKAGE.version}")
         sprites = read_sprites(gfx / artist, game.things)
         content = {name: xxhash.xxh3_128_digest(sprite.tobytes()) for name, sprite in sprites.items()}

@@ -29,6 +29,7 @@ from megatron_lcl.demo.packages import Fetched
 from megatron_lcl.demo.pictures import Picture
 from megatron_lcl.demo.split import Split, split
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 
 DOCUMENTS, CORPORA, EVALUATE, SOURCES = "documents", "corpora", "evaluate", "sources.json"
 TRAINING, HELD_OUT = ("labels", "contexts", "pairs"), "heldout"
@@ -114,7 +115,7 @@ def write(
 def write_sources(output: Path, sources: Mapping[str, Any]) -> None:
     """`sources.json`, by which a data set is taken for whole, once all else of it is on the disk."""
     for name in (DOCUMENTS, CORPORA, EVALUATE):  # in `output` may lie what is not ours
-        if (output / name).exists():
+        if exists(output / name):
             sync_all(output / name)
     sync(output)
     replace_text(output / SOURCES, json.dumps(sources, indent=1))

@@ -19,6 +19,7 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.probe import BadImage, probe
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.image_set import Blob, ImageSet
+from megatron_lcl.filesystem import is_file
 from megatron_lcl.machine import num_cores
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ def find_bad(data: ImageSet, cache: Path, progress: bool = False) -> list[BadBlo
         key = xxhash.xxh3_128(f"{_VERSION} {len(data)}".encode())
         key.update(data.read_digests(progress))
         file = cache / f"{key.hexdigest()}-good.txt"
-    if file is not None and file.is_file():
+    if file is not None and is_file(file):
         return []
     # `probe` sets the warnings' filters, which are the process's: of threads, the last puts back what another had set
     with warnings.catch_warnings(), ThreadPoolExecutor(num_cores()) as pool:

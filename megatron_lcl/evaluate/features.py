@@ -33,6 +33,7 @@ from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.image_set import DIGEST, ImageSet
 from megatron_lcl.evaluate.patches import CachedPatches, Patches, StreamedPatches
 from megatron_lcl.evaluate.workers import load, map_batches
+from megatron_lcl.filesystem import is_file
 from megatron_lcl.interrupts import ending_on_sigterm
 
 Kind = Literal["pooled", "patches"]
@@ -90,7 +91,7 @@ class FeatureStore:
         tokens.
         """
         file = _file(self.folder, encoder.fingerprint, kind, data.read_digests(self.progress))
-        if not file.is_file():
+        if not is_file(file):
             shape = getattr(encoder.encode(load(encoder, data.images[0])[None]), kind).shape[1:]
             if kind == "patches":
                 need_patches(encoder.name, shape)
@@ -125,7 +126,7 @@ class FeatureStore:
             of_whom = f" of {shapes.name}" if len(encoders) > 1 else ""
             for data, kind in wanted:
                 file = _file(self.folder, shapes.fingerprint, kind, data.read_digests(self.progress))
-                if not file.is_file():
+                if not is_file(file):
                     each = f"{' x '.join(map(str, shapes.of_image[kind]))} {np.dtype(_TYPES[kind]).name}"
                     size = shapes.num_bytes(kind, len(data))
                     sizes[file] = size, f"{kind} features{of_whom}, {len(data):,} images of {each}: {_gb(size)}"

@@ -13,6 +13,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.results import Result, bootstrap
 from megatron_lcl.evaluate.sources import open_images
+from megatron_lcl.filesystem import is_dir
 
 _ROWS = 1024
 
@@ -73,7 +74,7 @@ def with_training(
     """The training images of a data set beside the test ones, with the same classes. UserError where there are none, or
     an image is of both."""
     test.need_labels()  # which says it of what has no splits, such as a corpus
-    if not (Path(data) / train_split).is_dir():
+    if not is_dir(Path(data) / train_split):
         raise UserError(
             f"{data} has no folder {train_split!r}; k-NN and probes need training images beside the test ones"
         )

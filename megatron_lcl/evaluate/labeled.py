@@ -39,6 +39,7 @@ from megatron_lcl.evaluate.sources import open_images
 from megatron_lcl.evaluate.trained import why_untrained
 from megatron_lcl.evaluate.workers import ahead
 from megatron_lcl.evaluate.zero_shot import by_texts
+from megatron_lcl.filesystem import is_dir
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import LABELED
@@ -75,7 +76,7 @@ def open_labeled(config: Config) -> LabeledSets:
     tasks = named_tasks(config)
     trained = "retrieval" in objectives.trained_by(config)
     if not own.tasks:
-        possible = {"knn": (Path(own.labeled) / "train").is_dir(), "zero-shot": trained and not test.numbered}
+        possible = {"knn": is_dir(Path(own.labeled) / "train"), "zero-shot": trained and not test.numbered}
         tasks = tuple(task for task in TASKS if possible[task])
     if not tasks and not trained:
         raise UserError(

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_lcl.convert.card import Measured, is_hub_id
 from megatron_lcl.data.corpus.files import replace_bytes, replace_text
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import is_file
 from megatron_lcl.run_folder import RESULTS
 
 CONFIDENCE = 0.95
@@ -117,7 +118,7 @@ def read_measured(path: str | Path, fingerprint: str) -> list[Measured]:
     `FILE@ORG/NAME` also says the data's identifier on the Hub, for the card's model-index.
     """
     hub_data = ""
-    if not Path(path).is_file() and "@" in str(path):
+    if not is_file(Path(path)) and "@" in str(path):
         path, _, hub_data = str(path).rpartition("@")
     if hub_data and not is_hub_id(hub_data):
         raise UserError(f"{hub_data!r} is no identifier of a data set on the Hub, such as org/name")

@@ -18,6 +18,7 @@ from megatron_lcl.data.corpus.store import IMAGE, TEXT, Corpus, is_corpus, open_
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.image_set import DEFAULT_TEMPLATE, NAMES, Blob, CorpusBlob, FileBlob, ImageSet
+from megatron_lcl.filesystem import below, is_dir, is_file, matching
 from megatron_lcl.model.reference_format import some
 
 _NO_PICTURE = frozenset({".txt", ".json", ".csv", ".tsv", ".xml", ".md", ".db", ".ini", ".cls"})
@@ -56,11 +57,11 @@ def open_images(
                 f"{corpus.where} is a corpus, which has no splits; give another corpus in place of {split!r}"
             )
         found = _corpus(corpus)
-    elif path.is_file():
+    elif is_file(path):
         found = _captions_json(path, split, Path(images) if images else path.parent)
-    elif path.is_dir():
+    elif is_dir(path):
         folder = _split_folder(path, split)
-        tars = sorted(folder.glob("*.tar"))
+        tars = matching(folder, "*.tar")
         found = _webdataset(path, tars) if tars else _folder(folder)
     else:
         raise UserError(f"there is no {path}")
@@ -93,7 +94,7 @@ _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
 def _split_folder(path: Path, split: str | None) -> Path:
     """Where the images of a split are."""
-    folders = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(p.name for p in path.iterdir() if is_dir(p) and not p.name.startswith("."))
     if split is None and "test" not in folders:
         if folders and set(folders) <= _SPLITS:  # not classes
             raise UserError(
@@ -107,14 +108,14 @@ def _split_folder(path: Path, split: str | None) -> Path:
 
 
 def _folder(folder: Path) -> ImageSet:
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = sorted(p for p in folder.iterdir() if is_dir(p) and not p.name.startswith("."))
     if not classes:
         raise UserError(f"{folder} has no class folders, no .tar files and no {CORPUS_MANIFEST}")
     blobs: list[Blob] = []
     labels: list[int] = []
     others: list[Path] = []
     for label, sub in enumerate(classes):
-        files = sorted(p for p in sub.rglob("*") if p.is_file())
+        files = sorted(p for p in below(sub) if is_file(p))
         pictures = [p for p in files if p.suffix.lower() in image_suffixes()]
         if not pictures:
             raise UserError(f"the class folder {sub} has no images{_instead(files)}")
@@ -131,11 +132,11 @@ def all_pictures(path: Path) -> Sequence[Blob]:
 
     UserError where there is no such set.
     """
-    if not path.is_dir() or is_corpus(path):
+    if not is_dir(path) or is_corpus(path):
         return open_images(path).images
     folder = _split_folder(path, None)
-    tars = any(folder.glob("*.tar"))
-    files = sorted(p for p in {*path.iterdir(), *(() if tars else folder.rglob("*"))} if p.is_file())
+    tars = matching(folder, "*.tar")
+    files = sorted(p for p in {*path.iterdir(), *(() if tars else below(folder))} if is_file(p))
     pictures = [FileBlob(p) for p in files if p.suffix.lower() in image_suffixes()]
     if tars:
         return (*open_images(path).images, *pictures)
@@ -203,7 +204,7 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
 def _beside(root: Path, *names: str) -> Path | None:
     """The first of these files of a WebDataset that is there: in `root`, or, where that is a split's folder, above."""
     folders = [root, root.absolute().parent] if root.absolute().name in _SPLITS else [root]
-    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
+    return next((folder / name for folder in folders for name in names if is_file(folder / name)), None)
 
 
 def _class_index(path: Path, key: str, data: bytes) -> int:
@@ -237,7 +238,7 @@ def _karpathy(path: Path, entries: list[dict[str, Any]], split: str, folder: Pat
     captions = tuple(tuple(s["raw"].strip() for s in e["sentences"]) for e in chosen)
     if not chosen:
         raise UserError(f"{path} has no images in the split {split!r}; it has {sorted({e['split'] for e in entries})}")
-    if not files[0].is_file():  # some copies leave out filepath's folder
+    if not is_file(files[0]):  # some copies leave out filepath's folder
         files = [folder / file.name for file in files]
     return ImageSet(f"{path} ({split})", _files(path, files), captions=captions)
 
@@ -266,7 +267,7 @@ def _coco(path: Path, content: dict[str, Any], split: str | None, folder: Path) 
 
 def _files(path: Path, files: list[Path]) -> tuple[FileBlob, ...]:
     """The images that the file `path` names."""
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not is_file(file)]
     if missing:
         raise UserError(
             f"{path} names {len(files):,} images, of which {len(missing):,} are not there, first {missing[0]}; give "

@@ -12,6 +12,7 @@ from megatron_lcl.config.phases import phases_of
 from megatron_lcl.convert.find import known_config
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.spec import library_specs, parse_spec
+from megatron_lcl.filesystem import exists
 
 Part = EvaluationTask | Literal["captions"]
 """what of a model an evaluation needs; captions: trained by the generation of any text, or of images' captions alone"""
@@ -91,5 +92,5 @@ def _trained(config: Config) -> set[Part]:
         return trained
     if library_specs(config.train.init_from):  # which give neither an attention pool nor a head
         return trained
-    before = known_config(Path(config.train.init_from)) if Path(config.train.init_from).exists() else None
+    before = known_config(Path(config.train.init_from)) if exists(Path(config.train.init_from)) else None
     return everything if before is None else trained | _trained(before)

@@ -10,6 +10,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from megatron_lcl.filesystem import exists
+
 
 @functools.cache
 def triton_fault() -> str | None:
@@ -18,7 +20,7 @@ def triton_fault() -> str | None:
         return fault
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "triton needs a C compiler, and there is no gcc or clang on the PATH; install one, or name it in CC"
-    if not (_headers() / "Python.h").exists():  # its launchers are compiled with them
+    if not exists(_headers() / "Python.h"):  # its launchers are compiled with them
         return f"triton needs Python's headers, and there is no Python.h in {_headers()}; install python3-dev"
     if fault := _cache_fault():
         return f"triton cannot write what it compiles: {fault}; name a folder in TRITON_CACHE_DIR"

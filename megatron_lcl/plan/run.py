@@ -11,6 +11,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.phases import Phase, phases_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 from megatron_lcl.plan.calibrate import calibrate
 from megatron_lcl.plan.devices import DEVICES, assumed_rates, check_name
 from megatron_lcl.plan.layouts import MAX_SIMULATED, Layout, Target, bound, confirm, slots, survey
@@ -119,7 +120,7 @@ def _is_own(layout: Layout, config: Config) -> bool:
 
 def write(config: Config, file: Path) -> None:
     """The whole config as YAML. UserError where there is such a file."""
-    if file.exists():
+    if exists(file):
         raise UserError(f"{file} exists; name another file for --write")
     replace_text(file, configs.to_yaml(config))
 

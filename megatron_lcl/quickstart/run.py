@@ -28,6 +28,7 @@ from megatron_lcl.demo.train import CACHE, RUN, check_steps, name_pictures, pack
 from megatron_lcl.demo.write import CORPORA, DOCUMENTS, TRAINING, is_written, training_texts, write
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
+from megatron_lcl.filesystem import exists
 from megatron_lcl.machine import num_cores
 from megatron_lcl.report.page import REPORT, write_report
 from megatron_lcl.run_folder import CONFIG
@@ -115,7 +116,7 @@ class _Pages:
 def _add_emoji(pages: _Pages, given: Path | None) -> bool:
     """Write the emoji, and the pages, in one tokenizer. Whether they are there; if not nothing is written."""
     folder, workers = pages.output / EMOJI, min(2, num_cores())
-    if (pages.output / CORPUS / MANIFEST).exists() and not (folder / DOCUMENTS).exists():
+    if exists(pages.output / CORPUS / MANIFEST) and not exists(folder / DOCUMENTS):
         print(
             f"{pages.output} was begun with the pages alone, and goes on with them; with the emoji: a new --output",
             flush=True,
@@ -125,7 +126,7 @@ def _add_emoji(pages: _Pages, given: Path | None) -> bool:
         packages = fetch(emoji.PACKAGES, folder / SOURCE, given)
         data = None if is_written(folder, packages) else emoji.data_set(packages, folder / SOURCE, workers)
     except UserError as error:
-        if (folder / DOCUMENTS).exists():
+        if exists(folder / DOCUMENTS):
             raise
         print(f"without the emoji, on the pages alone: {error.said()}; and then give a new --output", flush=True)
         return False

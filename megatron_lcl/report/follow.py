@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lcl.filesystem import is_file
+
 _TAIL = 64
 """bytes by which a file is known to be the one that was read"""
 
@@ -33,7 +35,7 @@ class ReadSoFar:
 
     def new_lines(self, path: Path) -> Iterator[bytes]:
         """Those that have come since, without one that is not yet whole; none where there is no file."""
-        if not path.is_file():
+        if not is_file(path):
             return
         with path.open("rb") as file:
             file.seek(self._offset)

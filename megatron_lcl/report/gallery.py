@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_lcl.filesystem import matching
 from megatron_lcl.report.files import read_json
 from megatron_lcl.run_folder import GALLERY, RESULTS
 
@@ -18,7 +19,7 @@ def read_others(run: Path) -> list[dict[str, Any]]:
     """Zero-shot results of evaluations in folders of the run folder, each with `folder`, its name."""
     return [
         {**result, "folder": file.parent.name}
-        for file in sorted(run.glob(f"*/{RESULTS}"))
+        for file in matching(run, f"*/{RESULTS}")
         for result in read_json(file)
         if result["task"] == "zero-shot classification"
     ]

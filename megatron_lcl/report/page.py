@@ -26,6 +26,7 @@ from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import below, is_dir, is_file
 from megatron_lcl.report import charts
 from megatron_lcl.report.charts import short
 from megatron_lcl.report.curves import groups
@@ -60,7 +61,7 @@ class RunPage:
 
     def __init__(self, run: Path) -> None:
         """UserError where `run` is not a run folder."""
-        if not (run / CONFIG).is_file():
+        if not is_file(run / CONFIG):
             raise UserError(f"{run} is not a run folder: it has no {CONFIG}")
         self.run = run
         self.config = configs.load(run / CONFIG)
@@ -123,7 +124,7 @@ class RunPage:
             profile=profile,
             checkpoint=find_checkpoint(run).name if last and checkpoints_in(run) else None,
             run=run,
-            checkout=_quoted(root) if (root / "launch").is_dir() else None,
+            checkout=_quoted(root) if is_dir(root / "launch") else None,
             environment=_quoted(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None,
         )
 
@@ -266,7 +267,7 @@ def text_of(value: Any) -> str:
 
 def _profile(run: Path, folder: Path | None) -> Iterator[tuple[str, str | None, str]]:
     """Name, link, and size of the files of a profiler."""
-    files = sorted(path for path in (run / PROFILE).rglob("*") if path.is_file()) if (run / PROFILE).is_dir() else []
+    files = sorted(path for path in below(run / PROFILE) if is_file(path)) if is_dir(run / PROFILE) else []
     for path in files[:MAX_PROFILES]:
         href = None if folder is None else link(path, folder)
         yield str(path.relative_to(run)), href, in_bytes(path.stat().st_size)

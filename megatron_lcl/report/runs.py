@@ -24,6 +24,7 @@ from megatron_lcl.config.results import NO_RESULT
 from megatron_lcl.convert.find import is_run, run_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import is_file, matching
 from megatron_lcl.report.charts import NUM_STYLES, Line, chart, swatch
 from megatron_lcl.report.curves import FOLDED, figure, specs_for
 from megatron_lcl.report.events import numbers
@@ -155,7 +156,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         try:
             inside = [run_of(path)]
         except UserError:
-            inside = sorted(filter(is_run, path.glob("*")))
+            inside = sorted(filter(is_run, matching(path, "*")))
         if not inside:
             raise UserError(f"{path} is neither a run folder, which train.output names, nor a folder of such")
         found |= dict.fromkeys(inside)
@@ -249,7 +250,7 @@ def _link(folder: Path | None) -> Callable[[Run], str | None]:
 
     def link(run: Run) -> str | None:
         page = run.folder / REPORT
-        return link_to(page, folder) if folder is not None and page.is_file() else None
+        return link_to(page, folder) if folder is not None and is_file(page) else None
 
     return link
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import matching
 from megatron_lcl.report.page import RunPage
 from megatron_lcl.report.runs import RunsPage, find_runs
 from megatron_lcl.run_folder import RESULTS
@@ -259,7 +260,7 @@ def _files_of(run: Path) -> list[tuple[str, int, int]]:
     """The JSON files in a run folder and in the folders in it, which evaluations write."""
     found = []
     for pattern in ("*.json", f"*/{RESULTS}"):
-        for path in sorted(run.glob(pattern)):
+        for path in matching(run, pattern):
             try:
                 stat = path.stat()
             except FileNotFoundError:

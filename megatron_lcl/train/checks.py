@@ -19,6 +19,7 @@ from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.source import rules_of_kinds
 from megatron_lcl.data.storage.store import to_show
 from megatron_lcl.errors import UserError, free_space, nearest_folder
+from megatron_lcl.filesystem import exists, is_dir
 from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train.apex import check_apex
@@ -155,18 +156,18 @@ def without_pairs(config: Config) -> dict[str, str]:
 def check_output(run: Path, config: Config) -> None:
     """A run folder is new, empty, or holds the same run."""
     saved = run / CONFIG
-    if run.exists() and not run.is_dir():
+    if exists(run) and not is_dir(run):
         raise UserError(f"train.output = {run} is a file; name a folder")
     if read_record(run, IMPORT):
         raise UserError(f"train.output = {run} is an import; name another folder, and this one as train.init_from")
     folder = run / CHECKPOINTS
-    if folder.is_symlink() and not folder.exists():
+    if folder.is_symlink() and not exists(folder):
         raise UserError(
             f"{folder} is a link to {folder.readlink()}, which is not there; make it reachable again, or remove the "
             "link to begin anew"
         )
-    if not saved.exists():
-        if run.exists() and not all(_is_of_no_run(path) for path in run.iterdir()):
+    if not exists(saved):
+        if exists(run) and not all(_is_of_no_run(path) for path in run.iterdir()):
             raise UserError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
         return
     check_model(saved, config)
@@ -175,7 +176,7 @@ def check_output(run: Path, config: Config) -> None:
 def _is_of_no_run(path: Path) -> bool:
     """Whether a file of a run folder without a config.yaml is hidden, or what a fetched checkpoint left, which comes
     before that (`Mirror.restore`)."""
-    fetched = path.name == CHECKPOINTS and path.is_dir()
+    fetched = path.name == CHECKPOINTS and is_dir(path)
     return path.name.startswith(".") or (
         fetched and all(x.name.startswith(("step-", ".step-")) for x in path.iterdir())
     )

@@ -31,6 +31,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 from megatron_lcl.model.layers import num_of_parts
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
@@ -161,7 +162,7 @@ def is_elsewhere(nodes: int) -> bool:
 
 def check_writable(run: Path) -> None:
     """UserError where the run folder, or the folder in which it would be made, cannot be written."""
-    existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    existing = next(folder for folder in (run, *run.absolute().parents) if exists(folder))
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"train.output = {run}: {existing} cannot be written; name another folder")
 

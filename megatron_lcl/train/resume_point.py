@@ -16,6 +16,7 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import RunError, UserError, complain, describe_os_error
+from megatron_lcl.filesystem import exists
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train.changes import BlendChange, Changes, changes_since
@@ -236,7 +237,7 @@ def _from(
         simulated |= check_step(config, processes, has, slots)
     if simulated:
         stop_forkserver()
-    if not (finished and (run / CONFIG).exists()):  # which says what was trained
+    if not (finished and exists(run / CONFIG)):  # which says what was trained
         replace_text(run / CONFIG, to_yaml(config))
     return ResumePoint(
         folder,

@@ -23,6 +23,7 @@ from filelock import lock_descriptor
 from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, lock_file
 from megatron_lcl.data.storage.blocks import disk_use
 from megatron_lcl.errors import UserError, free_space, is_full
+from megatron_lcl.filesystem import exists, is_dir, matching
 
 ELSEWHERE = {"--data.cache": ", or set data.cache to another folder"}
 """what else to do about a cache folder, for UserError"""
@@ -110,7 +111,7 @@ class Use:
 def in_use(folder: Path, unknown: bool) -> bool:
     """Whether a process has the folder open, as far as locks on its `.json` files say so: see `Use`. unknown: what to
     say where they cannot."""
-    for path in folder.glob("*.json"):
+    for path in matching(folder, "*.json"):
         try:
             with open(path, "r+b") as file:  # NFS gives an exclusive lock only to who may write
                 if not lock_descriptor(file.fileno(), blocking=False):
@@ -125,9 +126,9 @@ def make_room(keep: Path, left: float, prefix: str) -> bool:
     """Delete folders beside `keep`, of a prefix, that nobody has used for a day until the others take up to `left`
     bytes; whether any was."""
     others = []
-    for folder in keep.parent.glob(f"{prefix}*"):
+    for folder in matching(keep.parent, f"{prefix}*"):
         with contextlib.suppress(OSError):
-            if folder != keep and folder.is_dir():
+            if folder != keep and is_dir(folder):
                 others.append((folder.stat().st_mtime, folder, disk_use(folder)))
     total = before = sum(size for *_, size in others)
     for used, folder, size in sorted(others):
@@ -136,7 +137,7 @@ def make_room(keep: Path, left: float, prefix: str) -> bool:
             with contextlib.suppress(OSError):
                 folder.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
-            if not folder.exists():  # of several processes that want room one has renamed it
+            if not exists(folder):  # of several processes that want room one has renamed it
                 total -= size
     return total < before
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from megatron_lcl.errors import naming
+from megatron_lcl.filesystem import below, exists, is_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,7 @@ def sync(path: Path) -> None:
 
 def sync_all(folder: Path) -> None:
     """`sync` of a folder, and of all files and folders in it; of nothing else: to open a pipe waits, a socket fails."""
-    for path in (*folder.rglob("*"), folder):
+    for path in (*below(folder), folder):
         mode = path.lstat().st_mode
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
             sync(path)
@@ -83,7 +84,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
     A link stays, its target is replaced. Where this fails nothing is left behind, and the OSError names the file.
     """
-    if path.exists() and not path.is_file():  # a pipe or a device, which is not replaced
+    if exists(path) and not is_file(path):  # a pipe or a device, which is not replaced
         path.write_bytes(content)
         return
     target = path.resolve()

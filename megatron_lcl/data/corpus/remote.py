@@ -34,6 +34,7 @@ from megatron_lcl.data.storage.blocks import Blocks, Room
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import About, Store
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 
 LIMIT = 100e9
 """bytes that the blocks of all corpora take, where no config says it"""
@@ -74,7 +75,7 @@ class Remote:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             kept = self.folder / manifest_name
-            if not kept.exists() or kept.read_bytes() != raw:  # damaged since
+            if not exists(kept) or kept.read_bytes() != raw:  # damaged since
                 replace_bytes(self.folder / manifest_name, raw)
             os.utime(self.folder)
             self._use = Use(self.folder, manifest_name, RENEW_SECONDS)
@@ -144,12 +145,12 @@ class Remote:
 
     def copy(self, names: Sequence[str]) -> None:
         """Have whole files on the disk, as the manifest says them. UserError where one is another."""
-        missing = [name for name in names if not (self.folder / name).exists()]
+        missing = [name for name in names if not exists(self.folder / name)]
         if not missing:
             return
         with locked(self.folder.with_name(self.folder.name + ".lock")):
             clear_dead(self.folder)
-            missing = [name for name in missing if not (self.folder / name).exists()]
+            missing = [name for name in missing if not exists(self.folder / name)]
             with scratch_folder(self.folder) as scratch:
                 for first in range(0, len(missing), BATCH):
                     some = missing[first : first + BATCH]

@@ -23,6 +23,7 @@ from filelock import lock_descriptor
 from megatron_lcl.data.corpus.files import sync, sync_all
 from megatron_lcl.data.storage.names import SCRATCH
 from megatron_lcl.errors import UserError, is_mendable
+from megatron_lcl.filesystem import below, exists, is_dir, matching
 from megatron_lcl.interrupts import ending_on_sigterm
 from megatron_lcl.processes import UNGUARDED, runs_script_again
 
@@ -92,7 +93,7 @@ def take_name(folder: Path, target: Path) -> None:
     try:
         os.rename(folder, target)
     except OSError:
-        if not target.is_dir():
+        if not is_dir(target):
             raise
 
 
@@ -117,7 +118,7 @@ def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Ite
 
     def to_move(place: Path) -> bool:
         """Whether something is there to be moved away. UserError where it has to stay."""
-        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        if not exists(place) or (is_dir(place) and not any(place.iterdir())):
             return False
         if why := objection(place):
             raise UserError(f"{output} {why}")
@@ -126,7 +127,7 @@ def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Ite
     beside.mkdir(parents=True, exist_ok=True)
     for left in _ended(beside, prefix):
         with suppress(OSError):  # nothing was replaced yet, or it is another user's
-            if (left / _NEW).exists():  # else killed after both renames below, perhaps while it removed the old folder
+            if exists(left / _NEW):  # else killed after both renames below, perhaps while it removed the old folder
                 (left / _REPLACED).rename(target)
         shutil.rmtree(left, ignore_errors=True)
     to_move(target)
@@ -143,7 +144,7 @@ def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Ite
                     raise UserError(f"{output} was written to by something else meanwhile; give another place")
             folder.rename(target)  # takes the place of an empty folder too, and fails at any other
         except BaseException:
-            if replaced.exists() and not target.exists():
+            if exists(replaced) and not exists(target):
                 replaced.rename(target)
             raise
         sync(beside)
@@ -163,7 +164,7 @@ def _named(output: Path, hidden: Path) -> Iterator[None]:
 
 def _files_of(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of each file in a folder."""
-    found = {path.relative_to(folder).as_posix(): path.lstat() for path in folder.rglob("*") if not path.is_dir()}
+    found = {path.relative_to(folder).as_posix(): path.lstat() for path in below(folder) if not is_dir(path)}
     return {name: (file.st_size, file.st_mtime_ns) for name, file in found.items()}
 
 
@@ -176,7 +177,7 @@ def clear_dead(work: Path) -> None:
 def _ended(work: Path, prefix: str) -> Iterator[Path]:
     """The scratch folders, of a prefix, of processes that have ended; one of another machine has where nothing in its
     folder was written for UNUSED_SECONDS, as `scratch_folder` writes its time."""
-    for folder in [*work.glob(glob.escape(prefix) + "*")]:
+    for folder in matching(work, glob.escape(prefix) + "*"):
         if (owner := _OWNER.fullmatch(folder.name.removeprefix(prefix))) is None:
             continue  # a user's
         machine, pid = owner[1], int(owner[2])
@@ -191,7 +192,7 @@ def is_scratch(path: Path) -> bool:
 
 def is_used(work: Path) -> bool:
     """Whether any process has a scratch folder here; one of another machine may be dead."""
-    return next(work.glob(SCRATCH + "*"), None) is not None
+    return bool(matching(work, SCRATCH + "*"))
 
 
 @contextmanager
@@ -216,7 +217,7 @@ def _open_lock(path: Path) -> int | None:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError:
-        if not path.exists():
+        if not exists(path):
             raise
     with suppress(OSError):
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

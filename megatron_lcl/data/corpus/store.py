@@ -48,6 +48,7 @@ from megatron_lcl.data.corpus.names import Names, NamesWriter
 from megatron_lcl.data.corpus.remote import Remote, open_remote
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists, is_file
 
 if TYPE_CHECKING:
     from megatron_lcl.data.corpus.tokenizer import Tokenizer
@@ -234,7 +235,7 @@ class Shard:
         """Where each document came from; None in a corpus of an earlier release."""
         if self._remote is not None and self._names_path.name in self._remote.files:
             self._remote.copy([self._names_path.name])
-        return Names(self._names_path, self.num_documents) if self._names_path.exists() else None
+        return Names(self._names_path, self.num_documents) if exists(self._names_path) else None
 
     def piece(self, k: int) -> np.ndarray | int:
         """Piece `k`: int32 token ids of a text, or the index of an image in this shard."""
@@ -438,4 +439,4 @@ def open_corpus(path: str | Path, cache: str | Path | None = None) -> Corpus:
 
 def is_corpus(path: str | Path) -> bool:
     """Whether a folder holds a finished corpus. A URL is taken for one's: `open_corpus` says what is wrong there."""
-    return url_of(path) is not None or (Path(path) / MANIFEST).is_file()
+    return url_of(path) is not None or is_file(Path(path) / MANIFEST)

@@ -26,6 +26,7 @@ import xxhash
 from megatron_lcl.data.corpus.clip_text import clip_words
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists, is_file
 
 JoinedEncoder = Callable[[list[str]], tuple[bytes, list[int]]]
 """Texts → all their ids one after another as int32, and how many each has. UnicodeEncodeError for lone surrogates."""
@@ -156,7 +157,7 @@ def load(source: str | Path) -> Tokenizer:
     if str(source) == "clip":
         return ClipTokenizer(_installed_merges())
     path = Path(source)
-    if (path / CORPUS_MANIFEST).exists():
+    if exists(path / CORPUS_MANIFEST):
         try:
             path /= json.loads((path / CORPUS_MANIFEST).read_bytes())["tokenizer"]["file"]
         except (ValueError, KeyError, TypeError):
@@ -262,7 +263,7 @@ def _installed_merges() -> list[tuple[str, str]]:
         spec = importlib.util.find_spec(package)
         for folder in (spec and spec.submodule_search_locations) or ():
             file = Path(folder) / _MERGES_FILE
-            if file.is_file():
+            if is_file(file):
                 lines = gzip.decompress(file.read_bytes()).decode().split("\n")
                 return [_pair(line) for line in lines[1 : _NUM_MERGES + 1]]
     raise UserError(

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from megatron_lcl.data.engines.task import Task
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 from megatron_lcl.interrupts import ending_on_sigterm
 from megatron_lcl.units import counted, listed
 
@@ -79,7 +80,7 @@ def run_jobs(
     still fail; the others' work stays.
     """
     for path in reads:
-        if not path.exists():
+        if not exists(path):
             raise UserError(f"there is no {path}")
     logs = output.with_name(f"{output.name}.{engine.executor}")
     environment = environment or {}

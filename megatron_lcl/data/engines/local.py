@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from megatron_lcl.data.engines.children import Children, Lost
 from megatron_lcl.data.engines.task import Task, do_logged
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 from megatron_lcl.machine import num_cores
 from megatron_lcl.processes import NEVER_BEGAN
 
@@ -48,6 +49,6 @@ class _Local:
             return result
         if result.exit_code < 0:
             return UserError(f"killed by {signal.Signals(-result.exit_code).name}, perhaps out of memory")
-        if not self._task.log(index).exists():
+        if not exists(self._task.log(index)):
             return UserError(NEVER_BEGAN)
         return UserError(f"ended with exit code {result.exit_code}")

@@ -27,6 +27,7 @@ from megatron_lcl.config.types import STRICT
 from megatron_lcl.data.engines.task import Task, do_logged, failure
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import build, put
+from megatron_lcl.filesystem import exists
 from megatron_lcl.machine import num_cores
 from megatron_lcl.units import in_bytes
 
@@ -200,7 +201,7 @@ class _Ray:
     def _tried(self, index: int) -> list[str]:
         """The nodes on which a job has failed."""
         log = self._task.log(index)
-        return _NODE.findall(log.read_text(errors="replace")) if index in self._failed and log.exists() else []
+        return _NODE.findall(log.read_text(errors="replace")) if index in self._failed and exists(log) else []
 
     def _wait_for_deaths(self, jobs: Sequence[int]) -> None:
         """Until Ray knows of the nodes that have died under these jobs: what it still sends to one of them can wait

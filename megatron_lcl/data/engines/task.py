@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.errors import UserError, describe_os_error
+from megatron_lcl.filesystem import exists
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def do(task: Task, index: int) -> UserError | None:
         with contextlib.suppress(OSError):  # this machine may lack it, and all paths be absolute
             os.chdir(task.directory)
         for path in (*task.reads, task.logs):
-            if not path.exists():
+            if not exists(path):
                 raise UserError(
                     f"{socket.gethostname()} does not see {path}: input and output must be on a file system that all "
                     "machines share"
@@ -55,7 +56,7 @@ def do(task: Task, index: int) -> UserError | None:
 
 def do_logged(task: Task, index: int, place: str) -> UserError | None:
     """The same, with all that this process and its children write in the job's log, after a line with the place."""
-    with _written_to(task.log(index) if task.logs.exists() else Path(os.devnull)):
+    with _written_to(task.log(index) if exists(task.logs) else Path(os.devnull)):
         print(f"{place}: job {index} of {task.jobs}, process {os.getpid()} on {socket.gethostname()}", flush=True)
         return do(task, index)
 

@@ -23,6 +23,7 @@ from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import is_dir
 
 FOLDER = "plan"
 ABOUT = "plan.json"
@@ -81,7 +82,7 @@ def make_plan(
 def open_plan(output: Path, signature: str, settings: Settings) -> Plan | None:
     """The plan of a store; None where there is none. UserError where it is of another input or other settings."""
     folder = output / FOLDER
-    if not folder.is_dir():
+    if not is_dir(folder):
         return None
     try:
         about = json.loads((folder / ABOUT).read_text())

@@ -28,6 +28,7 @@ from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError, describe_os_error, is_mendable
+from megatron_lcl.filesystem import exists, is_dir
 from megatron_lcl.processes import NEVER_BEGAN
 
 _POLL_SECONDS = 0.5
@@ -172,7 +173,7 @@ def summary(output: str | Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _folder(output: Path) -> Iterator[None]:
     """A folder, which is gone again if nothing came into it."""
-    if output.exists() and not output.is_dir():
+    if exists(output) and not is_dir(output):
         raise UserError(f"{output} is a file: give a folder")
     output.mkdir(parents=True, exist_ok=True)
     try:

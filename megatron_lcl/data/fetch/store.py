@@ -39,6 +39,7 @@ from megatron_lcl.data.prepare.importers.image_tables import (
 )
 from megatron_lcl.data.prepare.importers.urls import EXTENSIONS, TABLE_SUFFIX, url_key
 from megatron_lcl.errors import naming
+from megatron_lcl.filesystem import exists, matching
 
 Status = Literal["kept", "dead", "refused"]
 SCHEMA = pa.schema(
@@ -156,7 +157,7 @@ class PartStore:
     def _resume(self) -> tuple[FileIO, FileIO]:
         """Open the incomplete shard, cut after the last row whose image is whole."""
         tar = self._folder / f"{self._part:05d}-{self._number:05d}.tar"
-        if tar.exists():  # its table was not renamed into place
+        if exists(tar):  # its table was not renamed into place
             os.rename(tar, self._partial)
         if self._is_of_complete_shard():
             self._partial.unlink(missing_ok=True)
@@ -192,12 +193,12 @@ class PartStore:
 
 def part_tables(folder: Path, part: int) -> list[Path]:
     """The tables of a part's complete shards, in order."""
-    return sorted(folder.glob(f"{part:05d}-*.parquet"))
+    return matching(folder, f"{part:05d}-*.parquet")
 
 
 def tables(folder: Path) -> list[Path]:
     """The tables of all complete shards."""
-    return sorted(folder.glob("[0-9]*-[0-9]*.parquet"))
+    return matching(folder, "[0-9]*-[0-9]*.parquet")
 
 
 def num_done(folder: Path, part: int) -> int:
@@ -209,7 +210,7 @@ def kept_urls(folder: Path) -> Iterator[str]:
     """The URLs of which the image is in a store, also in incomplete shards."""
     for table in tables(folder):
         yield from _kept(table)
-    for log in folder.glob("*.log"):
+    for log in matching(folder, "*.log"):
         with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):  # complete by now; a line being written
             for line in log.read_bytes().splitlines():
                 if (row := msgspec.json.decode(line, type=_Logged).row).status == "kept":

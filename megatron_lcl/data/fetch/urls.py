@@ -23,6 +23,7 @@ from megatron_lcl.data.prepare.importers.lines import SUFFIXES, json_lines, line
 from megatron_lcl.data.prepare.importers.row_groups import open_parquet
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists, is_file
 
 READS = ".parquet, .jsonl (.gz, .zst, .zip), .txt"
 _SUFFIXES = (".parquet", *SUFFIXES, ".txt")
@@ -31,9 +32,9 @@ _LISTS, _SINGLE = "images", ("url", "URL", "image_url")
 
 def url_files(input: Path) -> Files:
     """The files to read. UserError where there is none."""
-    if not input.exists():
+    if not exists(input):
         raise UserError(f"{input} does not exist")
-    if input.is_file() and not input.name.lower().endswith((*_SUFFIXES, ".zip")):
+    if is_file(input) and not input.name.lower().endswith((*_SUFFIXES, ".zip")):
         raise UserError(f"{input} is none of {READS}")
     return find_files(input, (*_SUFFIXES, ".zip"), READS)
 

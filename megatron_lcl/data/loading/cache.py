@@ -40,6 +40,7 @@ from megatron_lcl.data.corpus.cache_folders import (
 from megatron_lcl.data.corpus.files import replace_bytes, sync_all
 from megatron_lcl.data.corpus.scratch import kept_fresh, lock_file, try_lock
 from megatron_lcl.errors import UserError, is_full
+from megatron_lcl.filesystem import exists, is_dir, matching
 
 RECORD = "chunk.json"
 """the file of a folder that outlives it, as <folder>.json"""
@@ -85,7 +86,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
     with contextlib.ExitStack() as until_built:
         try:
-            if folder.is_dir():
+            if is_dir(folder):
                 return folder
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = until_built.enter_context(lock_file(folder.with_name(folder.name + ".lock")))
@@ -94,7 +95,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         # by its own pauses: the clock of the file server may be another, and runs while a job is suspended as a whole
         seen, left = _beats(folder), LOST_SECONDS
         while not try_lock(lock):
-            if folder.is_dir():
+            if is_dir(folder):
                 return folder
             if left <= 0:
                 before, seen, left = seen, _beats(folder), LOST_SECONDS
@@ -102,7 +103,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
                     break
             time.sleep(POLL_SECONDS)
             left -= POLL_SECONDS
-        if not folder.is_dir():
+        if not is_dir(folder):
             _build(folder, build)
     return folder
 
@@ -141,7 +142,7 @@ def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable
 def _beats(folder: Path) -> dict[Path, int]:
     """The times of what is being built for a folder."""
     found = {}
-    for path in folder.parent.glob(folder.name + ".*.tmp"):
+    for path in matching(folder.parent, folder.name + ".*.tmp"):
         with contextlib.suppress(OSError):  # deleted meanwhile
             found[path] = path.stat().st_mtime_ns
     return found
@@ -241,15 +242,15 @@ def trim(cache: Path, limit: float, keep: Path) -> None:
     delete stays, and counts.
     """
     folders = []
-    for path in list(cache.glob("*")):
+    for path in matching(cache, "*"):
         age = age_of(path)
         if not path.name.removeprefix(".").startswith(_SHARED) or age == float("inf"):
             continue
-        if path.is_dir() and not path.suffix:
+        if is_dir(path) and not path.suffix:
             folders.append((age, path, _size(path)))
         elif age > _LEFT_OVER.get(path.suffix, float("inf")):
             with contextlib.suppress(OSError):  # another user's
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True) if is_dir(path) else path.unlink(missing_ok=True)
     total = sum(size for *_, size in folders)
     for age, path, size in sorted(folders, reverse=True):
         unused = age > _unused_seconds(path)
@@ -270,7 +271,7 @@ def _delete(folder: Path) -> bool:
     """Delete a folder but for its record, which is under its new name before it is gone under the old one."""
     gone = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.old")
     try:
-        if (folder / RECORD).exists():
+        if exists(folder / RECORD):
             replace_bytes(_record_of(folder), (folder / RECORD).read_bytes())
         folder.rename(gone)
     except OSError:  # another process was faster, or the folder is another user's

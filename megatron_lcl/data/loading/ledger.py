@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -471,7 +472,7 @@ def _with_blend(previous: Ledger, blend: list[dict[str, Any]], tokenizer: str, c
 
 def _choose_images(data: Data, num_placeholders: int, context_length: int, sequences: Sequences) -> int:
     images_per_token = sequences_per_token = 0.0
-    weights = sum(c.weight for c in data.corpora)
+    weights = math.fsum(c.weight for c in data.corpora)  # alike with every Python
     for c in data.corpora:
         corpus = open_corpus(c.path, data.cache)
         source = open_source(corpus, data, num_placeholders, context_length, 1, sequences)

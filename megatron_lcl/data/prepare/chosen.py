@@ -23,6 +23,7 @@ from megatron_lcl.data.prepare.holdout import Described, Describer, Grouping, gr
 from megatron_lcl.data.prepare.importers import Importer, Unit
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.data.prepare.workers import in_order
+from megatron_lcl.filesystem import exists, matching
 
 FOLDER = "chosen"
 """in the work folder"""
@@ -63,13 +64,13 @@ def kept(work: Path, scratch: Path, choose: Callable[[], Chosen]) -> Chosen:
     scratch: a folder of this process alone, on the same file system.
     """
     folder = work / FOLDER
-    if not folder.exists():
+    if not exists(folder):
         chosen, own = choose(), scratch / FOLDER
         own.mkdir()
         chosen.tokenizer.save(own / chosen.tokenizer.file_name)
         (own / _GROUPS).write_text(json.dumps(sorted(chosen.groups)), "ascii")
         put_in_place(own, folder)
-    (tokenizer,) = folder.glob("tokenizer.*")
+    (tokenizer,) = matching(folder, "tokenizer.*")
     return Chosen(tokenizers.load(tokenizer), frozenset(json.loads((folder / _GROUPS).read_text("ascii"))))
 
 

@@ -33,6 +33,7 @@ from megatron_lcl.data.prepare.holdout import groups_hash
 from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Part, TaskSettings, check_parts
 from megatron_lcl.data.prepare.sorting import sorted_rows
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 
 _THREADS = 4
 """files that are read at once, at least: while one waits for the disk, another is hashed"""
@@ -126,12 +127,12 @@ def assemble(
     with ThreadPoolExecutor(max(workers, _THREADS)) as pool:
         for file, fault in zip(moves, pool.map(_fault, moves), strict=True):
             if fault:
-                if (folder / MANIFEST).exists():
+                if exists(folder / MANIFEST):
                     raise FileNotFoundError(file.source)
                 raise UserError(f"{fault}; remove {file.part} and run the same command again")
     files: dict[str, FileInfo] = {}
     for file in moves:
-        if file.source.exists():  # else it was renamed before an interruption, or by another process
+        if exists(file.source):  # else it was renamed before an interruption, or by another process
             _replace(file.source, file.target)
         files[file.target.name] = file.info
     for name, content in ((tokenizer.file_name, tokenizer.content), (LOG, drops.log())):
@@ -171,7 +172,7 @@ def _replace(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
     except FileNotFoundError:
-        if not target.exists():
+        if not exists(target):
             raise
 
 

@@ -10,6 +10,7 @@ from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.data.storage.store import url_of
+from megatron_lcl.filesystem import exists
 
 
 def preprocess_in_jobs(
@@ -37,6 +38,6 @@ def preprocess_in_jobs(
             if name != "held_out":
                 reads.append(arguments[name])
     folders = [output, *(Path(held) for held in [arguments.get("held_out")] if held is not None)]
-    finished = all((folder / MANIFEST).exists() for folder in folders)
+    finished = all(exists(folder / MANIFEST) for folder in folders)
     run_jobs(preprocess, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress)
     return replace(preprocess(**arguments), reused=finished)  # only reads the summary

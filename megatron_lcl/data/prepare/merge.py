@@ -26,6 +26,7 @@ from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.storage.paths import path_of
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError, naming
+from megatron_lcl.filesystem import exists
 
 
 def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False) -> dict[str, Any]:
@@ -52,12 +53,12 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
 
 def _is_done(sources: list[Path], output: Path, move: bool) -> bool:
     """Whether `output` is what joining the sources gave; of moved ones some, or all, may be gone."""
-    if not (output / MANIFEST).exists():
+    if not exists(output / MANIFEST):
         return False
     recipe = read_manifest(output).get("recipe", {})
     merged = recipe.get("merged", ())
     names = recipe.get("names", [None] * len(merged))  # an earlier release did not record them
-    there = [open_corpus(s).manifest if url_of(s) or (s / MANIFEST).exists() else None for s in sources]
+    there = [open_corpus(s).manifest if url_of(s) or exists(s / MANIFEST) else None for s in sources]
 
     def is_it(manifest: dict[str, Any] | None, fingerprint: str, its_names: str | None) -> bool:
         if manifest is None:
@@ -73,7 +74,7 @@ def _join(sources: list[Path], output: Path) -> None:
         raise UserError("no corpus to merge")
     if len({s.resolve() for s in sources}) < len(sources):
         raise UserError("a corpus is given twice")
-    if output.exists() and any(output.iterdir()):
+    if exists(output) and any(output.iterdir()):
         raise UserError(f"{output} is not empty; give a new folder")
     opened = [open_corpus(s) for s in sources]
     manifests = [corpus.manifest for corpus in opened]
@@ -104,7 +105,7 @@ def _join(sources: list[Path], output: Path) -> None:
     links.append((opened[0], tokenizer["file"], tokenizer["file"]))
     files[tokenizer["file"]] = manifests[0]["files"][tokenizer["file"]]
 
-    created = not output.exists()
+    created = not exists(output)
     output.mkdir(parents=True, exist_ok=True)
     made: list[str] = []
     try:
@@ -136,14 +137,14 @@ def _join(sources: list[Path], output: Path) -> None:
 def _remove(source: Path) -> None:
     """Remove a corpus, and nothing else from its folder; repeatable, should it be interrupted."""
     moved = source / f"{MANIFEST}.moved"
-    if (source / MANIFEST).exists():
+    if exists(source / MANIFEST):
         os.replace(source / MANIFEST, moved)  # first: a corpus is complete or it is not there
-    if moved.exists():
+    if exists(moved):
         check_names(names := json.loads(moved.read_bytes())["files"], moved)
         for name in names:
             (source / name).unlink(missing_ok=True)
         moved.unlink()
-    if source.exists() and not any(source.iterdir()):
+    if exists(source) and not any(source.iterdir()):
         source.rmdir()
 
 

@@ -41,6 +41,7 @@ from megatron_lcl.data.prepare.unfinished import WORK, clear_errors, clear_up, i
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists, is_dir, matching
 
 TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes"""
@@ -154,7 +155,7 @@ def preprocess(
     with bars.waiting(f"{input}: looking for the files of the format {format}"):
         importer = importers.create(format, input, images, options or {})
     for folder in (output, *([Path(held_out)] if held_out is not None else [])):
-        if Path(input).is_dir() and folder.resolve().is_relative_to(Path(input).resolve()):
+        if is_dir(Path(input)) and folder.resolve().is_relative_to(Path(input).resolve()):
             raise UserError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
     given = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     recipe: dict[str, Any] = {
@@ -239,7 +240,7 @@ def preprocess(
 
 def _with_list(error: Unusable, folders: list[Path]) -> Unusable:
     """The error that also names a list of what was bad, which is written where the corpus would have been."""
-    folder = next((folder for folder in folders if not (folder / MANIFEST).exists()), None)
+    folder = next((folder for folder in folders if not exists(folder / MANIFEST)), None)
     if folder is None or not any(error.drops.rows()):
         return error
     with clear_errors(folder):
@@ -296,7 +297,7 @@ def _is_useless(work: Path, job: tuple[int, int] | None, chooses: bool, error: B
     """Whether the work of a failed run can go. error: why it failed. Of a run that is no job: where no part is finished
     and nothing chosen, or the input is unusable. Of a job: only where nothing is finished or chosen, and choosing
     failed for a UserError, since the other jobs use what is prepared. chooses: it had to choose."""
-    has_finished = any(work.glob("part-*")) or (work / CHOSEN).exists()
+    has_finished = bool(matching(work, "part-*")) or exists(work / CHOSEN)
     if job is None:
         return not has_finished or isinstance(error, Unusable)
     return not has_finished and chooses and isinstance(error, UserError)
@@ -326,13 +327,13 @@ def _write_corpus(
             budget.add(drops, [part.seen for part in parts_of(work, number)])
     with waiting_for_others(work / "lock"):
         parts = [parts_of(work, k) for k in range(len(tasks))]
-        if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():
+        if all(map(is_finished, parts)) and not exists(folder / MANIFEST):
             all_parts = list(itertools.chain.from_iterable(parts))
             finish(folder, recipe, settings, all_parts, max_bad_fraction, source, scratch, workers)
 
 
 def _summary(folder: Path) -> Summary:
-    if not (folder / MANIFEST).exists():  # other jobs are not done yet
+    if not exists(folder / MANIFEST):  # other jobs are not done yet
         return Summary(
             folder, dict.fromkeys(("documents", "tokens", "placements", "images", "image_bytes"), 0), Drops(), 0
         )

@@ -18,6 +18,7 @@ from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.scratch import clear_dead, is_scratch, is_used, scratch_folder, waiting_for_others
 from megatron_lcl.errors import UserError, free_space, is_full
+from megatron_lcl.filesystem import exists, is_dir
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
@@ -39,7 +40,7 @@ def is_finished_corpus(folder: Path, recipe: Mapping[str, Any], version: int, ne
         record = json.loads((work / _RECORD).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         record = None
-    if (folder / MANIFEST).exists():
+    if exists(folder / MANIFEST):
         theirs = read_manifest(folder).get("recipe", {})
         unknown = [key for key in new if key not in theirs]
         different = [key for key in ours if key not in unknown and (key not in theirs or theirs[key] != ours[key])]
@@ -74,8 +75,8 @@ def is_finished_corpus(folder: Path, recipe: Mapping[str, Any], version: int, ne
                 f"{work} was begun by another release and cannot be resumed; remove it and run the same command again, "
                 "or finish it with that release"
             )
-    elif folder.exists():
-        if not folder.is_dir():
+    elif exists(folder):
+        if not is_dir(folder):
             raise UserError(f"{folder} is a file; give a new folder")
         if others := sorted(p.name for p in folder.iterdir() if p.name not in (WORK, LOG)):
             raise UserError(
@@ -95,19 +96,19 @@ def work_folder(
     or the folder cannot be written. What fails because another process has finished and cleared up is no error.
     """
     work = folder / WORK
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not exists(path)]
     try:
         with clear_errors(folder), in_work_folder(work) as scratch:
             claim(work, recipe, version, scratch)
             yield scratch
     except BaseException as error:
-        if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
+        if not (isinstance(error, FileNotFoundError) and exists(folder / MANIFEST)):
             clear_dead(work)
             if is_useless(error) and not is_used(work):
                 remove_work(folder, created)
             raise
     finally:
-        if (folder / MANIFEST).exists():
+        if exists(folder / MANIFEST):
             clear_up(folder)
 
 
@@ -141,14 +142,14 @@ def _put_record(own: Path, work: Path) -> None:
     except FileExistsError:
         pass
     except OSError:  # a file system without links
-        if not (work / _RECORD).exists():
+        if not exists(work / _RECORD):
             os.replace(own, work / _RECORD)
 
 
 def _unrecorded(work: Path) -> list[Path]:
     """What is in a work folder that has no record."""
     found = [path for path in work.iterdir() if not is_scratch(path) and path.name != _LOCK]
-    return [] if (work / _RECORD).exists() else found  # looked for last: what is found was there before any record
+    return [] if exists(work / _RECORD) else found  # looked for last: what is found was there before any record
 
 
 def _clear_unrecorded(work: Path) -> None:

@@ -26,6 +26,7 @@ import xxhash
 from megatron_lcl.data.storage.open_files import allow_open_files
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import is_full
+from megatron_lcl.filesystem import matching
 
 BLOCK = 4096
 MERGE = 16
@@ -71,7 +72,7 @@ class Room:
         return True
 
     def _look(self) -> int:
-        return sum(map(disk_use, self.folder.glob(self.pattern)))
+        return sum(map(disk_use, matching(self.folder, self.pattern)))
 
 
 def disk_use(folder: Path) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import fnmatch
 import io
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PosixPath
 from typing import IO, Any
 
+from megatron_lcl import filesystem
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import About, Store, url_of
 from megatron_lcl.data.storage.upload import UPLOADING
@@ -98,15 +99,15 @@ class ObjectPath(PosixPath):
             raise FileNotFoundError(2, "No such object", str(self))
         return os.stat_result((0, 0, 0, 0, 0, 0, about[0], 0, 0, 0))
 
-    def glob(self, pattern: str, **_: Any) -> Generator[ObjectPath, None, None]:
+    def matching(self, pattern: str) -> list[Path]:
         """Objects directly below."""
-        return self._matching(pattern, deep=False)
+        return sorted(self._matching(pattern, deep=False))
 
-    def rglob(self, pattern: str, **_: Any) -> Generator[ObjectPath, None, None]:
+    def below(self, pattern: str = "*") -> Iterator[ObjectPath]:
         """All objects below."""
         return self._matching(pattern, deep=True)
 
-    def _matching(self, pattern: str, deep: bool) -> Generator[ObjectPath, None, None]:
+    def _matching(self, pattern: str, deep: bool) -> Iterator[ObjectPath]:
         for name, about in self._listed(deep).items():
             if about[0] >= 0 and fnmatch.fnmatchcase(name.rpartition("/")[2], pattern):
                 yield _with_about(f"{self}/{name}", about)
@@ -122,6 +123,13 @@ class ObjectPath(PosixPath):
             return raw  # type: ignore[return-value]
         buffered = io.BufferedReader(raw, max(1, min(size, WINDOW)))
         return buffered if mode == "rb" else io.TextIOWrapper(buffered, encoding, errors, newline)
+
+
+filesystem.exists.register(ObjectPath, ObjectPath.exists)
+filesystem.is_file.register(ObjectPath, ObjectPath.is_file)
+filesystem.is_dir.register(ObjectPath, ObjectPath.is_dir)
+filesystem.matching.register(ObjectPath, ObjectPath.matching)
+filesystem.below.register(ObjectPath, ObjectPath.below)
 
 
 def _with_about(path: str, about: About | None) -> ObjectPath:

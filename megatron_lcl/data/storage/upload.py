@@ -21,6 +21,7 @@ import xxhash
 from megatron_lcl.data.storage.names import SCRATCH, shortened
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import below, exists, is_dir, is_file
 
 UPLOADING = "_uploading.json"
 """{"fingerprint": of all that is being put, or null while that is being made}"""
@@ -72,7 +73,7 @@ def uploaded(
                 store.delete([UPLOADING])
             raise UserError(f"{url} holds such an output already (it has {last}); give another place")
         shutil.rmtree(folder, ignore_errors=True)
-    brought = complete and not folder.exists()
+    brought = complete and not exists(folder)
     above.mkdir(parents=True, exist_ok=True)
     if complete:
         assert last is not None
@@ -95,7 +96,7 @@ def uploaded(
     with open(above / f"{folder.name}.lock", "w") as lock:
         with contextlib.suppress(OSError):  # there are no locks, which only save work
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.is_dir() and (last is None or (folder / last).exists()):
+        if is_dir(folder) and (last is None or exists(folder / last)):
             _put_all(store, folder, last)
             if not keep:
                 if last is not None:  # first, so that what is left of a folder is not taken for one to go on with
@@ -113,7 +114,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of the files that belong to an output."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    files = sorted(path for path in below(folder) if is_file(path) and not path.name.endswith(".lock"))
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     return {name: size for name, size in sizes.items() if not name.startswith(SCRATCH)}
 
@@ -123,7 +124,7 @@ def _bring(store: Store, folder: Path, records: dict[str, int], last: str) -> No
 
     records: bytes of each. UserError where the folder has others: what is made in it may not be put among these.
     """
-    if (folder / last).exists():
+    if exists(folder / last):
         sizes = _sizes(folder)
         if other := [name for name, size in records.items() if sizes.get(name) != size]:
             raise UserError(

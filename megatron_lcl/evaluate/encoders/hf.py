@@ -18,6 +18,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder, Features, hash_tokenizer, loading, sequences_of
 from megatron_lcl.evaluate.encoders.hub import hub_file, optional_file
 from megatron_lcl.evaluate.encoders.spec import Spec
+from megatron_lcl.filesystem import is_dir, is_file
 from megatron_lcl.model.reference_format import some
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -37,7 +38,7 @@ class HfEncoder(Encoder):
 
         folder = self._folder = spec.name
         self._remote, pool = None, Path(folder) / POOL
-        if not Path(folder).is_dir():
+        if not is_dir(Path(folder)):
             if not _HUB_NAME.fullmatch(folder):
                 raise UserError(f"{spec.text}: there is no folder {folder}")
             self._remote = hub_file(folder, "config.json", "give the folder of a model: hf:DIR")
@@ -50,7 +51,7 @@ class HfEncoder(Encoder):
                 trust_remote_code=False,
             )
             self._processor: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-            found = pool if pool.is_file() else None
+            found = pool if is_file(pool) else None
             if self._remote is not None and _may_be_export(module, self._processor):
                 found = optional_file(folder, POOL)
             self._pool = None if found is None else read_pool(found)

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from megatron_lcl.convert.libraries import SETTINGS
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import is_file
 
 LIMIT = 1.0
 """seconds, where HF_HUB_ETAG_TIMEOUT, the hub's own variable, does not say another number"""
@@ -112,7 +113,7 @@ def by_cache_alone(spec: str, remote: Remote, fault: str) -> Iterator[None]:
         "machine that has it" + (" (HF_HOME says where it lies)" if remote.cached is None else "")
     )
     if remote.cached is not None:
-        if not remote.cached.is_file():
+        if not is_file(remote.cached):
             raise missing
         yield
         return

@@ -23,6 +23,7 @@ from megatron_lcl.evaluate.encoders.open_clip import OpenClipEncoder
 from megatron_lcl.evaluate.encoders.spec import Spec, parse_spec
 from megatron_lcl.evaluate.encoders.timm import TimmEncoder
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
+from megatron_lcl.filesystem import is_file
 from megatron_lcl.model.lcl import LCL
 
 
@@ -87,7 +88,7 @@ def _tokenizer(config: Config | None, model: LCL, given: str | Path | None) -> t
     if given is not None:
         tokenizer = tokenizers.load(given)
         for corpus in corpora:
-            if (Path(corpus.path) / CORPUS_MANIFEST).is_file():
+            if is_file(Path(corpus.path) / CORPUS_MANIFEST):
                 if open_corpus(corpus.path).tokenizer.fingerprint == tokenizer.fingerprint:
                     break
                 raise UserError(f"{given} is another tokenizer than that of {corpus.path}, the run's corpus; omit it")

@@ -25,6 +25,7 @@ from megatron_lcl.evaluate.encoders.encoder import (
 )
 from megatron_lcl.evaluate.encoders.hub import Remote, hub_file
 from megatron_lcl.evaluate.encoders.spec import Spec
+from megatron_lcl.filesystem import is_dir
 
 
 class OpenClipEncoder(Encoder):
@@ -81,7 +82,7 @@ class OpenClipEncoder(Encoder):
         if not name:
             return open_clip.get_tokenizer(self._architecture)
         remote = None
-        if not (self._architecture.startswith("local-dir:") or Path(name).is_dir()):
+        if not (self._architecture.startswith("local-dir:") or is_dir(Path(name))):
             remote = hub_file(name, "tokenizer_config.json", "give open_clip:local-dir:DIR with a tokenizer of its own")
         with loading(self.name, "OpenCLIP", remote):
             # the folder's config could ask for its code to be run

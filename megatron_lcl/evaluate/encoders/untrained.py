@@ -11,6 +11,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.convert.find import find_checkpoint, read_config
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import is_dir, is_file, matching
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.run_folder import CONFIG
 
@@ -26,11 +27,11 @@ def untrained_model(name: str, seed: int) -> tuple[LCL, Config]:
 
 def _find_config(name: str) -> Config:
     path = Path(name)
-    if url_of(name) or path.is_dir():
-        return read_config(path if (path / CONFIG).is_file() else find_checkpoint(path))
-    if path.is_file():
+    if url_of(name) or is_dir(path):
+        return read_config(path if is_file(path / CONFIG) else find_checkpoint(path))
+    if is_file(path):
         return configs.load(path)
-    ours = {file.stem: file for file in (Path(megatron_lcl.__file__).parents[1] / "configs").glob("*.yaml")}
+    ours = {file.stem: file for file in matching(Path(megatron_lcl.__file__).parents[1] / "configs", "*.yaml")}
     if name in ours:
         return configs.load(ours[name])
     near = difflib.get_close_matches(name, ours, 1, 0.5)

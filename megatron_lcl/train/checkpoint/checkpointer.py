@@ -32,6 +32,7 @@ from megatron_lcl.config import Checkpoint, Config, load, to_yaml
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.errors import RunError, UserError, describe_os_error
+from megatron_lcl.filesystem import below, exists
 from megatron_lcl.parallel.layers import shard
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.run_folder import AVERAGES, CONFIG, METRICS, PROGRESS, WEIGHTS
@@ -334,7 +335,7 @@ class Checkpointer:
             # beside no second moment, or one that AdamW left long before, Muon's momentum gives steps without bound
             model = self.config.model
             clear_moments(engine, lambda name, shape: muon_parts(name, shape, model, per_head=False) > 0)
-        if (folder / RNG / self._rng_file()).exists():
+        if exists(folder / RNG / self._rng_file()):
             set_random_state(torch.load(folder / RNG / self._rng_file(), weights_only=True))
         return said
 
@@ -357,7 +358,7 @@ class Checkpointer:
 
     def _refuse_foreign(self, folder: Path) -> None:
         """The processes look through the files together, so that one that is refused ends all of them alike."""
-        peers, files = self._peers, sorted(folder.rglob("*.pt"))
+        peers, files = self._peers, sorted(below(folder, "*.pt"))
         faults = peers.gather_objects(refused(files[peers.rank :: peers.size]))
         if fault := next((fault for fault in faults if fault), None):
             raise RunError(fault)
@@ -433,7 +434,7 @@ def frozen_values(module: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torc
 
 def make_room(temporary: Path) -> None:
     """Remove what interrupted saves have left; what cannot be removed is at least not where this save writes."""
-    if temporary.exists():
+    if exists(temporary):
         checkpoint.set_aside(temporary)
     checkpoint.clear_leftovers(temporary.parent)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import xxhash
 
+from megatron_lcl.filesystem import below, exists, is_file
+
 PACKAGE = Path(__file__).parents[2]
 
 
@@ -27,7 +29,7 @@ def code_versions() -> dict[str, str]:
     with contextlib.suppress(PackageNotFoundError):  # run from a checkout that is not installed
         versions["megatron_lcl"] = version("megatron-lcl")
     checkout = PACKAGE.parent
-    if (checkout / ".git").exists():
+    if exists(checkout / ".git"):
         command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             versions["commit"] = subprocess.run(
@@ -41,9 +43,9 @@ def source_hash(package: Path) -> str:
     from commit to commit, and all changes that are not committed have the same name. Hidden files, as editors leave
     them, and links to nothing do not count. OSError where a file cannot be read."""
     digest = xxhash.xxh3_128()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(below(package, "*.py")):
         relative = path.relative_to(package)
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+        if any(part.startswith(".") for part in relative.parts) or not is_file(path):
             continue
         content = path.read_bytes()
         digest.update(os.fsencode(f"{relative.as_posix()}\0{len(content)}\0"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.config import Config, load
+from megatron_lcl.filesystem import exists
 from megatron_lcl.run_folder import CONFIG, METRICS, PROGRESS
 
 TERMS = {"clip": ("contrastive", "contrastive_weight"), "generation": ("generation", "generation_weight")}
@@ -59,7 +60,7 @@ def rescale_moments(optimizer: Any, weight: float) -> None:
 def _in_metrics(path: Path, step: int, term: str) -> float | None:
     """By what a run has logged up to a step: its loss over the loss without weight; None where nothing tells."""
     found = None
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for text in path.read_text(encoding="utf-8").splitlines() if exists(path) else ():
         try:
             line = json.loads(text)
             if line["step"] <= step and line[term] > 0:

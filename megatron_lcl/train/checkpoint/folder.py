@@ -28,6 +28,7 @@ from megatron_lcl.convert.find import checkpoints_in, export_kind, run_of
 from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.convert.manifest import MANIFEST, Unread, verify
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists, is_dir, is_file, matching
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def read_progress(folder: Path) -> Progress:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run, oldest first. Under their final names they are complete, unless damage came later."""
-    return checkpoints_in(run) if (run / CHECKPOINTS).is_dir() else []
+    return checkpoints_in(run) if is_dir(run / CHECKPOINTS) else []
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -151,10 +152,10 @@ def config_and_ledger(path: Path) -> tuple[Config, Ledger | None]:
     """The config of a run and what its packs depend on: of a run folder, one of its checkpoints, or a config file."""
     from megatron_lcl.data.loading.ledger import Ledger
 
-    if not path.is_dir():
+    if not is_dir(path):
         config = load(path)
         return config, last_ledger(Path(config.train.output))
-    if (path / PROGRESS).is_file():
+    if is_file(path / PROGRESS):
         return load(path / CONFIG), Ledger.from_json(read_progress(path).ledger)
     run = run_of(path)
     return load(run / CONFIG), last_ledger(run)
@@ -210,7 +211,7 @@ def go_back(run: Path, step: int, begun_with: Path | None) -> tuple[Path | None,
     """
     own = list_checkpoints(run)
     before, between = ([f for f in own if (step_of(f) <= step) is wanted] for wanted in (True, False))
-    others = [f for f in [begun_with] if f is not None and f not in own and f.is_dir()]
+    others = [f for f in [begun_with] if f is not None and f not in own and is_dir(f)]
     folder, faults = newest([*between, *others, *before])
     for later in between if folder is not None else ():
         if folder not in between or step_of(later) > step_of(folder):
@@ -222,13 +223,13 @@ def resumable(resume: str) -> list[Path]:
     """The checkpoints that `checkpoint.resume` names, oldest first: a run's, or one. UserError where it names none."""
     named = Path(resume)
     kind = "import" if read_record(named, IMPORT) else export_kind(named)
-    if kind or named.is_file():
+    if kind or is_file(named):
         what = "a file" if kind is None else "an import" if kind == IMPORT else f"an export to {kind}"
         raise UserError(
             f"checkpoint.resume = {resume} is {what}: weights alone, without an optimizer and a place in the data; "
             f"begin with them by --train.init_from {resume}"
         )
-    found = checkpoints_in(named) or [named] * (named / MANIFEST).is_file()  # one that was renamed
+    found = checkpoints_in(named) or [named] * is_file(named / MANIFEST)  # one that was renamed
     if not found:
         raise UserError(f"checkpoint.resume = {resume} holds no checkpoint; name a run's folder, or a checkpoint")
     return found
@@ -262,22 +263,22 @@ def tidy(run: Path, keep: Checkpoint | None, step: int) -> list[str]:
 def give_name(temporary: Path, final: Path) -> None:
     """Give a complete checkpoint its final name. One of the same step that is there goes, and not before."""
     replaced = final.with_name(f".{final.name}{REPLACED}")
-    if final.exists():
+    if exists(final):
         final.rename(replaced)
     try:
         temporary.rename(final)
     except OSError:
         put_back(final.parent)
         raise
-    if replaced.exists():
+    if exists(replaced):
         set_aside(replaced)
 
 
 def put_back(folder: Path) -> None:
     """Give a checkpoint its name again that was to be replaced by another of its step, where that was interrupted."""
-    for replaced in folder.glob(f".step-*{REPLACED}"):
+    for replaced in matching(folder, f".step-*{REPLACED}"):
         final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(REPLACED))
-        if not final.exists():
+        if not exists(final):
             replaced.rename(final)
 
 
@@ -296,7 +297,7 @@ def clear_leftovers(folder: Path) -> list[str]:
 
     What cannot be removed, and why: on NFS a file that anybody has open stays until it is closed. A later call may.
     """
-    return [fault for leftover in folder.glob(".step-*") for fault in _remove(leftover)]
+    return [fault for leftover in matching(folder, ".step-*") for fault in _remove(leftover)]
 
 
 def _remove(folder: Path) -> list[str]:

@@ -34,6 +34,7 @@ from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.spec import library_specs
 from megatron_lcl.fields import flat
+from megatron_lcl.filesystem import is_dir, is_file
 from megatron_lcl.model.layers import layer_kinds, parameter_shapes
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import model_config, name_faults, some, state_dict_open_clip, under_our_names
@@ -103,8 +104,8 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
     else:
         url = url_of(path)
         path = pinned(url) if url else Path(path)
-        folder = find_checkpoint(Path(path)) if url or Path(path).is_dir() else Path(path)
-        if verify and folder.is_dir() and not export_kind(folder):
+        folder = find_checkpoint(Path(path)) if url or is_dir(Path(path)) else Path(path)
+        if verify and is_dir(folder) and not export_kind(folder):
             check_whole(folder)
         theirs, tensors, unused = _read(folder, config.model)
         path = path if url else folder
@@ -167,7 +168,7 @@ def _check_tokenizer(path: Path | str, folder: Path, config: Config) -> None:
     """UserError where a run's checkpoint, or an average in one, was trained with another tokenizer than that of
     `data.corpora`, as far as the checkpoint's ledger tells."""
     of_run = folder.parent.parent if average_of(folder) else folder
-    if not (of_run / PROGRESS).is_file() or not config.data.corpora:
+    if not is_file(of_run / PROGRESS) or not config.data.corpora:
         return
     trained = tokenizer_of(Ledger.from_json(read_progress(of_run).ledger), config.data)
     corpus = config.data.corpora[0].path
@@ -183,7 +184,7 @@ def _read(path: Path, ours: Model | None) -> tuple[Model, dict[str, torch.Tensor
 
     ours: the run's model, whose language model stands for the one that an export of the vision encoder does not hold.
     """
-    if path.is_dir() and export_kind(path):
+    if is_dir(path) and export_kind(path):
         encoder = load_model(path)
         unread = {f"{len(encoder.layers) - 1}.{name}" for name in ("embedding.weight", "positions")}
         held = {name: p.detach() for name, p in encoder.layers.named_parameters() if name not in unread}
@@ -195,13 +196,13 @@ def _read(path: Path, ours: Model | None) -> tuple[Model, dict[str, torch.Tensor
                 "here"
             )
         return replace(encoder.config, language=ours.language), held, []
-    if path.is_dir():
+    if is_dir(path):
         model, state = read_config(path).model, read_safetensors(path / WEIGHTS)
         expected = parameter_shapes(model)
         known = {name: tensor for name, tensor in state.items() if name in expected}
         _check_tensors(path / WEIGHTS, expected, known)
         return model, known, sorted(state.keys() - known.keys())
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"train.init_from = {path} does not exist; name an import, a run's folder, or a checkpoint")
     state = read_state_dict(path)
     model = model_config(open_clip_sizes(path, state))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 from megatron_lcl.run_folder import CHECKPOINTS, EXAMPLES, HELDOUT, LABELED, METRICS
 
 
@@ -18,7 +19,7 @@ def keep_lines_before(path: Path, step: int) -> None:
     In place: for that a full disk has room, and whoever has the file open goes on writing into it. Line by line: kept
     ones that stand behind dropped ones are moved to where these began.
     """
-    if not path.exists():
+    if not exists(path):
         return
     with path.open("rb") as lines, path.open("r+b") as kept:
         stop = 0  # of what is kept; never behind where `lines` reads
@@ -42,7 +43,7 @@ def set_metrics_aside(run: Path) -> str:
     where nothing was renamed.
     """
     path, saved = run / METRICS, 0
-    if path.exists():
+    if exists(path):
         with path.open("rb") as lines:
             found = (_values(line) for line in lines)
             saved = max((values["step"] for values in found if values and "checkpoint_bytes" in values), default=0)
@@ -75,7 +76,7 @@ def remove_results_after(run: Path, step: int) -> None:
 def measured_after(run: Path, step: int) -> set[str]:
     """The names of the numbers after a step, the last one that metrics.jsonl tells of; none where it does not."""
     path, names = run / METRICS, set[str]()
-    if path.exists():
+    if exists(path):
         with path.open("rb") as lines:
             for line in lines:
                 values = _values(line)
@@ -96,7 +97,7 @@ def _values(line: bytes) -> dict[str, Any] | None:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl. UserError where one is damaged; one cut off in writing may end the file."""
     path = run / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if exists(path) else []
     found = []
     for number, line in enumerate(lines, 1):
         if line.endswith("\n"):

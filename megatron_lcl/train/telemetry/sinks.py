@@ -23,6 +23,7 @@ from urllib.request import url2pathname
 from megatron_lcl.config import Config, to_dict
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 
 logger = logging.getLogger(__name__)
 FINISH_SECONDS = 50.0
@@ -181,4 +182,4 @@ def _is_copy(run: Path) -> bool:
 def _known(run: Path) -> dict[str, str]:
     """What the file in a run folder says: by the tracker the number of its run, and where the folder was."""
     path = run / IDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if exists(path) else {}

@@ -8,6 +8,7 @@ import random
 import runpy
 import sys
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -144,6 +145,25 @@ def test_sizes_that_no_file_has(size: int, tmp_path: Path) -> None:
     assert texts_of(tmp_path / "0.tar") == (["text 0"], {"image: no image in the sample": 1, LOST: 1})
     with pytest.raises(ValueError, match=r"not a readable \.tar"):
         open_images(tmp_path)
+
+
+def test_a_header_that_is_too_long_is_not_read() -> None:
+    """A few hundred KiB of a compressed tar may be as many MiB of a name."""
+    read: list[int] = []
+
+    class Stream(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            read.append(size or 0)
+            return super().read(size)
+
+    for size, error in (
+        (1 << 20, nullcontext()),
+        (2 << 20, pytest.raises(tarfile.ReadError, match="size of a header")),
+    ):
+        name = header(b"L", size) + b"n" * 100 + bytes(size - 100)
+        with error:
+            list(tars.tar_files(Stream(WHOLE[:AT] + name + WHOLE[AT:])))
+    assert max(read) <= 1 << 20
 
 
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9])

@@ -28,6 +28,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.storage.paths import ObjectPath, path_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import parse, plain_text
+from megatron_lcl.filesystem import exists
 from megatron_lcl.plugins import Plugins
 
 ENTRY_POINTS = "megatron_lcl.importers"
@@ -236,6 +237,6 @@ def create(format: str, input: str | Path, images: str | Path | None, options: M
     for place in places:
         if isinstance(place, ObjectPath) and not cls.reads_objects:
             raise UserError(f"format {format} reads files on a disk; copy {place} there first (`aws s3 sync`, rclone)")
-        if not place.exists():
+        if not exists(place):
             raise UserError(f"{place} does not exist")
     return cls(places[0], places[1] if images is not None else None, **given)

@@ -18,6 +18,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature, not_there
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import below, is_file
 
 MAX_FILE = 256 << 20
 """bytes of an image, a page or a file of a sample"""
@@ -99,14 +100,14 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str, strict: bool = 
     if it is there. UserError where there is nothing to read, or where a folder cannot be read or, if `strict`, is not
     there; else such a folder is among what is skipped.
     """
-    if input.is_file():
+    if is_file(input):
         return Files(input.parent, [input.name], [], {input.name: input} if isinstance(input, ObjectPath) else {})
     plain = {uncompressed(suffix) for suffix in suffixes}
     read: list[str] = []
     skipped: list[tuple[Path, str]] = []
     objects: dict[str, Path] = {}
     if isinstance(input, ObjectPath):
-        objects = {path.relative_to(input).as_posix(): path for path in input.rglob("*")}
+        objects = {path.relative_to(input).as_posix(): path for path in below(input)}
     for folder, files in _folders(input, objects):
         links = (input / folder / name for name in files if not objects and not _SUFFIX.search(name))
         lost = [path for path in links if _is_lost_folder(path)]
@@ -115,7 +116,7 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str, strict: bool = 
         skipped += [(path, GONE) for path in lost]
         for _, group in itertools.groupby(sorted(files, key=_base), key=_base):
             named = [name for name in group if _is_named(name, suffixes, plain)]
-            copies = [name for name in named if objects or Path(input, folder, name).is_file()]
+            copies = [name for name in named if objects or is_file(Path(input, folder, name))]
             skipped += [
                 (input / folder / name, GONE) for name in named if not objects and _is_gone(input, folder, name)
             ]
@@ -153,8 +154,8 @@ def _folders(input: Path, objects: Iterable[str]) -> Iterator[tuple[str, list[st
                     continue
                 known.add(real)
                 links += filter(os.path.islink, (os.path.join(path, folder) for folder in folders))
-                below = os.path.relpath(path, input)
-                yield "" if below == "." else below, files
+                relative = os.path.relpath(path, input)
+                yield "" if relative == "." else relative, files
         starts = links
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from megatron_lcl.data.prepare.importers.files import Files
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists, is_file
 
 _STATE, _DICT, _CARD = "state.json", "dataset_dict.json", "README.md"
 _FRONT_MATTER = re.compile(r"---[^\S\n]*\n(.*?)\n---", re.DOTALL)
@@ -44,7 +45,7 @@ def of_data_set(found: Files) -> Files:
 def _data_files(folder: Path) -> set[str] | None:
     """Names of a saved data set's files; None where the folder is none."""
     path = folder / _STATE
-    if not path.exists():
+    if not exists(path):
         return None
     try:
         state = json.loads(path.read_bytes())
@@ -54,7 +55,7 @@ def _data_files(folder: Path) -> set[str] | None:
         raise UserError(f"{path} is damaged, or not of a saved data set") from None
     if indices:
         raise UserError(f"{folder} has an index of its rows, as old releases of `datasets` wrote; save it anew")
-    if missing := sorted(name for name in names if not (folder / name).is_file()):
+    if missing := sorted(name for name in names if not is_file(folder / name)):
         raise UserError(f"{folder / missing[0]} is missing; {path.name} lists it")
     return names
 
@@ -82,9 +83,9 @@ def _split_of(file: Path, name: str) -> str:
 
     name: of the file below the folder that is the input.
     """
-    if (file.parent.parent / _DICT).exists():
+    if exists(file.parent.parent / _DICT):
         return file.parent.name
-    shard = None if (file.parent / _STATE).exists() else _SHARD.match(file.stem)
+    shard = None if exists(file.parent / _STATE) else _SHARD.match(file.stem)
     if shard and _WORD.search(shard[1]):  # a name such as `train_sft`
         return shard[1]
     for part in (file.stem, *reversed(name.split("/")[:-1])):

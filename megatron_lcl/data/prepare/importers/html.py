@@ -33,6 +33,7 @@ from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_key
 from megatron_lcl.data.prepare.importers.html_scan import Repeats, counting
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import below, is_file
 
 _PAGES_PER_UNIT = 64
 _PAGES_PER_LOOK = 16
@@ -83,13 +84,13 @@ class HtmlImporter(FilesImporter):
         text_pages: Annotated[bool, "keep pages without any image"] = False,
     ) -> None:
         super().__init__(input)
-        if images is not None and images.is_file():
+        if images is not None and is_file(images):
             raise UserError(f"--images {images} is a file; unpack it, and name the folder that its images are in then")
         self.image_root = (images or self.root).resolve()
         self._images: dict[str, Path] | None = None
         """where they are objects that can be listed: by name below the folder"""
         if isinstance(self.image_root, ObjectPath) and self.image_root in (images, input):
-            listed = self.image_root.rglob("*")
+            listed = below(self.image_root)
             self._images = {file.relative_to(self.image_root).as_posix(): file for file in listed} or None
         self.min_side, self.max_aspect = min_side, max_aspect
         self.max_page_share, self.max_repeats = max_page_share, max_repeats

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder
+from megatron_lcl.filesystem import exists, matching
 
 _RUN = 1 << 21
 """columns sorted together: 16 MiB a row"""
@@ -38,7 +39,7 @@ class SortedRuns(ABC):
         if not self._files:
             return
         self._folder = folder / self._name
-        if not self._folder.exists():
+        if not exists(self._folder):
             with scratch_folder(folder) as scratch:
                 unfinished = scratch / self._name
                 unfinished.mkdir()
@@ -52,7 +53,7 @@ class SortedRuns(ABC):
 
     def read_runs(self, folder: Path) -> list[np.ndarray]:
         """The runs that `write_runs` has written."""
-        return [np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))]
+        return [np.load(file, mmap_mode="r") for file in matching(folder, "*.npy")]
 
     def find(self, digest: int) -> list[list[int]]:
         """The columns of a hash, without it; as they came."""

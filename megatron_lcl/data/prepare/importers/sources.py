@@ -21,6 +21,7 @@ from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError, naming
+from megatron_lcl.filesystem import exists, is_file, matching
 
 MAX_PATH = 4096
 """characters; Linux's bound"""
@@ -43,7 +44,7 @@ class ImageSource(SortedRuns):
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self.archives = [] if root is None else _archives(root)
-        self._packed = "" if root is None or root.is_file() else _packed(root)
+        self._packed = "" if root is None or is_file(root) else _packed(root)
         self._damaged: list[str] = []
         super().__init__(self.archives, "images-in-tars", 3)
 
@@ -133,8 +134,8 @@ class ImagesByName(Importer):
 
 
 def _archives(root: Path) -> list[Path]:
-    if not root.is_file():
-        return sorted([*root.glob("*.tar"), *root.glob(f"*{TABLE_SUFFIX}")])
+    if not is_file(root):
+        return sorted([*matching(root, "*.tar"), *matching(root, f"*{TABLE_SUFFIX}")])
     if not root.name.lower().endswith((".tar", TABLE_SUFFIX)):
         raise UserError(
             f"--images {root}: give a folder of images, .tar files or *{TABLE_SUFFIX}, or one such file; "
@@ -145,8 +146,8 @@ def _archives(root: Path) -> list[Path]:
 
 def _packed(root: Path) -> str:
     """Name of an archive in the folder that is not read, as it is compressed; "" where there is none."""
-    found = sorted(path for pattern in ("*.tar.*", "*.tgz", "*.zip") for path in root.glob(pattern))
-    lost = (path.name for path in found if not path.with_name(uncompressed(path.name)).exists())
+    found = sorted(path for pattern in ("*.tar.*", "*.tgz", "*.zip") for path in matching(root, pattern))
+    lost = (path.name for path in found if not exists(path.with_name(uncompressed(path.name))))
     return next((name for name in lost if not name.lower().endswith(".jsonl.zip")), "")
 
 

@@ -72,13 +72,12 @@ def tar_files(file: IO[bytes], mode: Literal["r:", "r:*"] = "r:") -> Iterator[tu
 
 
 class _Header(tarfile.TarInfo):
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        """As tarfile's own, but for sizes that would be read at once, whatever they are."""
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in _HEADERS and not 0 <= header.size <= _MAX_HEADER:
-            raise tarfile.ReadError(f"{header.size} bytes as the size of a header")
-        return header  # type: ignore[return-value]
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        """As tarfile's own, but for sizes that would be read at once, whatever they are. (Later Pythons make a header
+        without `frombuf`.)"""
+        if self.type in _HEADERS and not 0 <= self.size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"{self.size} bytes as the size of a header")
+        return super()._proc_member(archive)  # type: ignore[misc,no-any-return]
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:  # type: ignore[override]

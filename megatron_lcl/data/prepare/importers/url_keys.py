@@ -12,6 +12,7 @@ import xxhash
 from megatron_lcl.data.prepare.importers.row_groups import opened
 from megatron_lcl.data.prepare.importers.sorted_runs import SortedRuns
 from megatron_lcl.data.prepare.importers.urls import EXTENSIONS
+from megatron_lcl.filesystem import is_dir, matching
 
 _WIDTH = 48
 """a key is its number, below 2^48, and above it how many digits it has"""
@@ -23,7 +24,7 @@ class UrlKeys(SortedRuns):
     """Keys of URLs below `root`. Each column is a URL's XXH3 and its key."""
 
     def __init__(self, root: Path | None) -> None:
-        self.tables = sorted(root.glob("*.parquet")) if root is not None and root.is_dir() else []
+        self.tables = matching(root, "*.parquet") if root is not None and is_dir(root) else []
         super().__init__(self.tables, "keys-of-urls", 2)
 
     def columns(self) -> Iterator[tuple[int, int]]:

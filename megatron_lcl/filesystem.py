@@ -1,0 +1,80 @@
+"""Questions about files that every version of Python answers alike: an error is no answer.
+
+From 3.12 on `Path.glob` and `Path.rglob` take a folder that cannot be listed for an empty one; from 3.14 on
+`Path.exists`, `is_file` and `is_dir` say of what cannot be looked at that it is not there. On network file systems such
+errors (EIO, ESTALE) pass; what would follow from the answer does not: a run would begin anew beside its checkpoints.
+Here they are raised, as `OSError`; what is not there, or is no folder, is no error. Of paths in object storage
+`data/storage/paths.py` registers the answers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import singledispatch
+from pathlib import Path
+
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+
+
+@singledispatch
+def exists(path: Path) -> bool:
+    """Whether a path leads to something; a link, to what it is a link to."""
+    return _mode(path) is not None
+
+
+@singledispatch
+def is_file(path: Path) -> bool:
+    """Whether a path leads to a regular file."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISREG(mode)
+
+
+@singledispatch
+def is_dir(path: Path) -> bool:
+    """Whether a path leads to a folder."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+@singledispatch
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """What is in a folder under a name that a shell pattern matches, sorted; `*/NAME`: in the folders inside."""
+    first, _, rest = pattern.partition("/")
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        return []
+    found = sorted(folder / name for name in names if fnmatchcase(name, first))
+    return [path for inside in found for path in matching(inside, rest)] if rest else found
+
+
+@singledispatch
+def below(folder: Path, pattern: str = "*") -> Iterator[Path]:
+    """What is in a folder and, at any depth, in the folders inside, under a name that a shell pattern matches; in no
+    order. Links to folders are not followed."""
+
+    def complain(error: OSError) -> None:
+        if error.errno not in _NOT_THERE:
+            raise error
+
+    for place, folders, files in os.walk(folder, onerror=complain):
+        for name in (*folders, *files):
+            if fnmatchcase(name, pattern):
+                yield Path(place, name)
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+    except ValueError:  # a zero byte, which no name has
+        pass
+    return None
