@@ -270,13 +270,12 @@ def _machine() -> str:
 
 
 def _written(folder: Path) -> float:
-    """When something was last written in a folder, as seconds since 1970."""
-    last = 0.0
-    for root, _, files in os.walk(folder):
-        for path in (root, *(os.path.join(root, name) for name in files)):
-            with suppress(OSError):  # renamed or deleted meanwhile
-                last = max(last, os.stat(path).st_mtime)
-    return last
+    """When something was last written in a folder, as seconds since 1970: now, where it changes while it is looked at,
+    or cannot be."""
+    try:
+        return max(path.lstat().st_mtime for path in (folder, *below(folder)))
+    except OSError:
+        return time.time()
 
 
 def _alive(pid: int) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from users import as_other, needs_root, shared_folder, succeeds
@@ -62,6 +63,26 @@ def test_one_in_use_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(scratch, "_machine", lambda: "another")
         scratch.clear_dead(tmp_path)
         assert folder.exists()
+
+
+def test_one_that_cannot_be_looked_at_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / f"scratch-{ANOTHER}-1-{'0' * 32}"
+    (folder / "below").mkdir(parents=True)
+    for path in (folder / "below", folder):
+        os.utime(path, times=(1, 1))
+
+    scandir, errors = os.scandir, [OSError(errno.ESTALE, os.strerror(errno.ESTALE))]
+
+    def fail_once(path: str) -> Any:
+        if errors:
+            raise errors.pop()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail_once)
+    scratch.clear_dead(tmp_path)
+    assert folder.exists()
+    scratch.clear_dead(tmp_path)
+    assert not folder.exists()
 
 
 def test_a_folder_of_the_user_stays(tmp_path: Path) -> None:
