@@ -247,7 +247,7 @@ def _do(output: Path, plan: Plan, todo: list[int], settings: Settings, workers: 
             _show(bar, before, [sum(counts[i] for counts in shared) for i in range(len(COUNTED))])
             for said in ended.values():
                 if isinstance(said, Lost):
-                    raise _Died(_DIED.format(said.exit_code)) if taken.value else UserError(NEVER_BEGAN)
+                    raise _Died(_DIED.format(said.exit_code)) if taken.get_obj().value else UserError(NEVER_BEGAN)
                 if said is not None:
                     raise UserError(said)
     finally:

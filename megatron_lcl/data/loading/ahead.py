@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.util import Finalize
 
 import torch
 from torch.utils.data import Dataset
@@ -35,11 +36,14 @@ class Turns(Dataset[PackedBatch | UserError | OSError]):
     def __init__(self, reader: PackReader, packs_of: Callable[[int], tuple[int, ...]], stop: int | None) -> None:
         self._reader, self._packs_of, self._stop = reader, packs_of, stop
         self._ahead: Ahead | None = None
+        self._end: Finalize | None = None
         self._remote = any(url_of(corpus.path) for corpus in reader.data.corpora)
 
     def __getitem__(self, turn: int) -> PackedBatch | UserError | OSError:
         worker = torch.utils.data.get_worker_info()
         assert worker is not None
+        if self._end is None:  # before the process waits for its threads
+            self._end = Finalize(None, self.close, exitpriority=0)
         try:
             return put_there(self.read(turn, worker.num_workers))
         except (UserError, OSError) as error:

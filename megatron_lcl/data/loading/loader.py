@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import os
-import signal
-import socket
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from megatron_lcl.data.loading.rules import INTERLEAVED, Sequences
 from megatron_lcl.data.loading.sequential_index import SequentialIndex
 from megatron_lcl.data.loading.shared_memory import PREFETCH
 from megatron_lcl.data.loading.source import open_source
+from megatron_lcl.data.loading.workers import forking, kill
 from megatron_lcl.errors import UserError
 from megatron_lcl.processes import prepare_sockets
 
@@ -158,24 +156,21 @@ class PackedLoader(Iterable[PackedBatch]):
             return
         prepare_sockets()
         self.reader.progress = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
-        loader: DataLoader[PackedBatch | UserError | OSError] = DataLoader(
-            turns,
-            sampler=numbers,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=PREFETCH,
-            pin_memory=self._pin,
-            worker_init_fn=_start_worker,
-            multiprocessing_context="fork",
-            # else each start draws the workers' seed from torch's own generator, and a resumed run is ahead
-            generator=torch.Generator(),
-        )
-        main = threading.current_thread() is threading.main_thread()
-        handler = signal.getsignal(signal.SIGCHLD) if main else None
-        with _no_garbage_collection():
+        with forking() as begin:
+            loader: DataLoader[PackedBatch | UserError | OSError] = DataLoader(
+                turns,
+                sampler=numbers,  # type: ignore[arg-type]
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=PREFETCH,
+                pin_memory=self._pin,
+                worker_init_fn=begin,
+                multiprocessing_context="fork",
+                # else each start draws the workers' seed from torch's own generator, and a resumed run is ahead
+                generator=torch.Generator(),
+            )
             batches: Any = iter(loader)
-        if main:  # without torch's handler, which raises anywhere in the main program; a dead worker is noticed below
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        main, end = os.getpid(), Finalize(None, kill, (batches._workers,), exitpriority=1)
         try:
             while True:
                 try:
@@ -188,9 +183,13 @@ class PackedLoader(Iterable[PackedBatch]):
                     raise batch
                 yield batch
         finally:
-            # of an error's traceback the garbage collector frees the queues first: it would wait 5 s for each worker,
-            # which waits for word by one of them
-            batches._shutdown_workers()
+            if os.getpid() == main:
+                # of an error's traceback the garbage collector frees the queues first: it would wait 5 s for each
+                # worker, which waits for word by one of them
+                batches._shutdown_workers()
+                end()
+            else:  # the program's own fork of the main process, whose workers are not its
+                batches._shutdown = True
 
     def _explained(self, error: RuntimeError, workers: Sequence[BaseProcess]) -> RuntimeError:
         assert self.reader.progress is not None
@@ -225,58 +224,3 @@ def loader_of(reading: Reading, data: Data, sequences: Sequences, **options: Any
 
 class LoaderKilled(RuntimeError):
     """A loader process has gone without an error of its own: the machine is short of memory, as a rule."""
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """While workers are forked: see `_start_worker`."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _start_worker(worker: int) -> None:
-    """A worker ends when the main process wants it to, and by no other SIGTERM, SIGINT or SIGUSR1.
-
-    Schedulers and terminals signal the whole process group; the main process then saves, and needs its workers.
-
-    What the main process no longer uses is never taken apart here: the destructor of gloo's process groups (one stays
-    behind in the traceback of a run that failed) waits for its threads, which a fork does not copy. Nor do memory pages
-    that are shared with the main process become copies because the garbage collector has written into them.
-    """
-    gc.freeze()
-    gc.enable()
-    signal.set_wakeup_fd(-1)  # the main process may listen there, to its own signals
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_on_request, args=(os.getppid(),), daemon=True).start()
-    _drop_connections()
-    torch.set_num_threads(1)
-
-
-def _drop_connections() -> None:
-    """Leave the main process's network connections to it alone.
-
-    While a copy of one is open here, the other end does not see that the main process has ended; and gloo, as it ends
-    with connections made on demand, is told again of one that it has closed, and aborts (Context::~Context in its
-    transport/tcp/context.cc stops the device first, and Loop::unregisterDescriptor then does nothing). Their numbers
-    stay in use, or an object that believes it has one would close another file.
-    """
-    with open(os.devnull) as nothing:
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError):  # no socket, or the descriptor of the list itself
-                one = socket.socket(fileno=int(name))
-                if one.family in (socket.AF_INET, socket.AF_INET6):
-                    os.dup2(nothing.fileno(), one.fileno())
-                one.detach()
-
-
-def _end_on_request(main: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
-        pass
-    os._exit(0)

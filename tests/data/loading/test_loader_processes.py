@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -24,7 +25,8 @@ from ports import hold_port
 from small_loaders import loader_of
 
 from megatron_lcl.data.corpus import store
-from megatron_lcl.data.loading import reader
+from megatron_lcl.data.loading import ahead, reader
+from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
@@ -96,12 +98,15 @@ def test_a_worker_does_not_collect_the_garbage_of_the_main_process(
     corpus, fork, decode = make_corpus("c", random_documents(50, 5)), os.fork, reader.decode_train
 
     def fork_with_garbage() -> int:
-        assert not gc.isenabled()
+        assert gc.get_threshold()[0] == 0
         _EndsItsThreads()
-        return fork()
+        child = fork()
+        if child == 0:
+            gc.enable()  # as DeepSpeed's hook does
+        return child
 
     def collect(*arguments: Any) -> np.ndarray:
-        assert gc.isenabled()
+        assert gc.get_threshold() == (1, 1, 1)
         gc.collect()
         return decode(*arguments)
 
@@ -113,7 +118,121 @@ def test_a_worker_does_not_collect_the_garbage_of_the_main_process(
         next(iter(loader_of(corpus.path, data={"workers": 1})))
     finally:
         gc.set_threshold(*before)
-    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_while_a_worker_starts_is_not_for_it(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch, signum: int
+) -> None:
+    """Nor does the main process get word of it, over the descriptor to which Python writes what comes."""
+    corpus, fork = make_corpus("c", random_documents(50, 5)), os.fork
+
+    def fork_signaled() -> int:
+        child = fork()
+        if child == 0:
+            os.kill(os.getpid(), signum)
+        return child
+
+    monkeypatch.setattr(os, "fork", fork_signaled)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with socket.socketpair()[0] as ours:
+        ours.setblocking(False)
+        listened = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
+        try:
+            next(iter(loader_of(corpus.path, data={"workers": 1})))
+        finally:
+            signal.set_wakeup_fd(listened)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_a_worker_that_is_killed_while_it_starts(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is noticed by who asks for a batch, and torch's handler of signals does not stay."""
+    corpus, fork = make_corpus("c", random_documents(50, 5)), os.fork
+
+    def fork_killed() -> int:
+        child = fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.2)
+        return child
+
+    monkeypatch.setattr(os, "fork", fork_killed)
+    handler = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(LoaderKilled, match=r"loader process \d+ was killed before its next pack\."):
+        next(iter(loader_of(corpus.path, data={"workers": 2})))
+    assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_a_worker_whose_main_process_ends_while_it_starts_ends_too(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    corpus = make_corpus("c", random_documents(50, 5))
+    script = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from small_loaders import loader_of
+
+def outlive():
+    main = os.getppid()
+    os.kill(main, signal.SIGKILL)
+    while os.getppid() == main:
+        time.sleep(0.01)
+    with open({str(tmp_path / "worker")!r}, "w") as file:
+        file.write(str(os.getpid()))
+
+os.register_at_fork(after_in_child=outlive)
+next(iter(loader_of(__import__("pathlib").Path({str(corpus.path)!r}), data={{"workers": 1}})))
+"""
+    process = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    worker, deadline = (tmp_path / "worker"), time.monotonic() + 60
+    while not worker.exists() or not worker.read_text() or Path(f"/proc/{worker.read_text()}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_with_pythons_lock_is_killed(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No SIGTERM reaches it; the main process would wait for it when it ends."""
+    corpus, read = make_corpus("c", random_documents(50, 5)), ahead.Turns.read
+    hangs = multiprocessing.get_context("fork").Event()
+
+    def hang(turns: ahead.Turns, turn: int, num_workers: int) -> PackedBatch:
+        if turn:
+            time.sleep(0.5)  # while another thread hands over the first one
+            hangs.set()
+            ctypes.PyDLL(None).sleep(60)
+        return read(turns, turn, num_workers)
+
+    monkeypatch.setattr(ahead.Turns, "read", hang)
+    others, batches = multiprocessing.active_children(), iter(loader_of(corpus.path, data={"workers": 1}))
+    next(batches)
+    (worker,) = (child for child in multiprocessing.active_children() if child not in others)
+    assert hangs.wait(60)
+    time.sleep(0.5)
+    batches.close()  # type: ignore[attr-defined]
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_the_end_does_not_wait_for_what_is_to_be_read_ahead(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = make_corpus("c", random_documents(50, 5))
+    monkeypatch.setattr(ahead, "url_of", lambda path: "s3://bucket")
+    monkeypatch.setattr(ahead, "_THREADS", 1)
+    monkeypatch.setattr(
+        ahead.Ahead, "begin", lambda self, turn: [self._pool.submit(time.sleep, 0.1) for _ in range(99)]
+    )
+    others, batches = multiprocessing.active_children(), iter(loader_of(corpus.path, data={"workers": 1}))
+    next(batches)
+    (worker,) = (child for child in multiprocessing.active_children() if child not in others)
+    ended: list[int | None] = []
+    terminate = worker.terminate
+    monkeypatch.setattr(worker, "terminate", lambda: (ended.append(worker.exitcode), terminate()))
+    batches.close()  # type: ignore[attr-defined]
+    assert ended == [], "it had to be told twice"
 
 
 def test_a_full_shared_memory_is_an_error_of_one_line(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
