@@ -81,7 +81,7 @@ def describe_os_error(error: OSError, place: str | os.PathLike[str] | None = Non
     place: what was written to, where the error may not know it.
     """
     where = error.filename if error.filename is not None else place
-    said = error.strerror or str(error)
+    said = error.strerror or " ".join(map(str, error.args))  # str would say "[Errno None] None" before a name
     if where is None or isinstance(where, int):
         return said
     where = os.fsdecode(where)

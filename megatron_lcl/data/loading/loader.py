@@ -196,9 +196,14 @@ class PackedLoader(Iterable[PackedBatch]):
         for worker, pack in zip(workers, self.reader.progress.tolist(), strict=True):
             if not worker.is_alive():
                 where = "before its next pack" if pack < 0 else f"at pack {pack}: {self._describe(pack)}"
+                how = (
+                    f"was killed (signal {-code})"
+                    if (code := worker.exitcode or 0) < 0
+                    else f"ended (exit code {code})"
+                )
                 return LoaderKilled(
-                    f"loader process {worker.pid} was killed {where}. If the machine is short of memory, fewer "
-                    "loader processes need less of it (data.workers of the run)"
+                    f"loader process {worker.pid} {how} {where}. If the machine is short of memory, fewer loader "
+                    "processes need less of it (data.workers of the run)"
                 )
         return error
 

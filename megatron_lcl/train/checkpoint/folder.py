@@ -27,7 +27,7 @@ from megatron_lcl.config import Checkpoint, Config, load
 from megatron_lcl.convert.find import checkpoints_in, export_kind, run_of
 from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.convert.manifest import MANIFEST, Unread, verify
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.filesystem import exists, is_dir, is_file, matching
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 
@@ -305,5 +305,5 @@ def _remove(folder: Path) -> list[str]:
         shutil.rmtree(folder)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)  # whatever else of it can go
-        return [f"{error.filename or folder}: {error.strerror or error}"]
+        return [describe_os_error(error, folder)]
     return []

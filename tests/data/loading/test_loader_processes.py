@@ -60,7 +60,7 @@ def test_a_killed_worker_is_an_error_that_names_the_sample(
     time.sleep(0.5)  # it does not break into whatever else the main process is at
     started = time.monotonic()
     with pytest.raises(
-        RuntimeError, match=rf"loader process {victim} was killed at pack \d+: document \d+ of "
+        RuntimeError, match=rf"loader process {victim} was killed \(signal 9\) at pack \d+: document \d+ of "
     ) as caught:
         list(batches)
     assert time.monotonic() - started < 30
@@ -75,7 +75,8 @@ def test_a_worker_that_is_killed_before_its_first_pack(
     corpus = make_corpus("c", random_documents(50, 5))
     monkeypatch.setattr("megatron_lcl.data.loading.ahead.Turns.read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(
-        LoaderKilled, match=r"loader process \d+ was killed before its next pack\. If the machine is .* fewer"
+        LoaderKilled,
+        match=r"loader process \d+ was killed \(signal 9\) before its next pack\. If the machine is .* fewer",
     ):
         next(iter(loader_of(corpus.path, data={"workers": 1})))
 
@@ -158,7 +159,7 @@ def test_a_worker_that_is_killed_while_it_starts(make_corpus: MakeCorpus, monkey
 
     monkeypatch.setattr(os, "fork", fork_killed)
     handler = signal.getsignal(signal.SIGCHLD)
-    with pytest.raises(LoaderKilled, match=r"loader process \d+ was killed before its next pack\."):
+    with pytest.raises(LoaderKilled, match=r"loader process \d+ was killed \(signal 9\) before its next pack\."):
         next(iter(loader_of(corpus.path, data={"workers": 2})))
     assert signal.getsignal(signal.SIGCHLD) == handler
 
