@@ -42,31 +42,34 @@ def is_dir(path: Path) -> bool:
 
 @singledispatch
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """What is in a folder under a name that a shell pattern matches, sorted; `*/NAME`: in the folders inside."""
-    first, _, rest = pattern.partition("/")
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        if error.errno not in _NOT_THERE:
-            raise
-        return []
-    found = sorted(folder / name for name in names if fnmatchcase(name, first))
-    return [path for inside in found for path in matching(inside, rest)] if rest else found
+    """What is in a folder under a name that a shell pattern matches, sorted."""
+    return sorted(folder / entry.name for entry in _entries(folder) if fnmatchcase(entry.name, pattern))
 
 
 @singledispatch
 def below(folder: Path, pattern: str = "*") -> Iterator[Path]:
     """What is in a folder and, at any depth, in the folders inside, under a name that a shell pattern matches; in no
     order. Links to folders are not followed."""
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        for entry in _entries(place):
+            if fnmatchcase(entry.name, pattern):
+                yield place / entry.name
+            if entry.is_dir(follow_symlinks=False):  # which raises what else keeps it from an answer
+                waiting.append(place / entry.name)
 
-    def complain(error: OSError) -> None:
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
         if error.errno not in _NOT_THERE:
-            raise error
-
-    for place, folders, files in os.walk(folder, onerror=complain):
-        for name in (*folders, *files):
-            if fnmatchcase(name, pattern):
-                yield Path(place, name)
+            raise
+    except ValueError:  # as below
+        pass
+    return []
 
 
 def _mode(path: Path) -> int | None:

@@ -193,6 +193,12 @@ PARTS = [
         in_source="self._workers = []",
     ),
     Part("tarfile", "TarInfo._proc_member", "each header passes it before more of it is read", ("self", "tarfile")),
+    Part(
+        "torch.utils.data.dataloader",
+        "_MultiProcessingDataLoaderIter._shutdown",
+        "set, it keeps a fork of the main process from ending them",
+        in_source="if not self._shutdown:",
+    ),
     Part("torch.utils.data.dataloader", "_MultiProcessingDataLoaderIter._shutdown_workers", "ends them", ("self",)),
     Part("torch.nn", "Module._parameters", "stand-ins of shared parameters", in_source='"_parameters"'),
     Part("torch.nn", "Module._apply", "extended: the log scale stays float32", ("self", "fn", "recurse")),

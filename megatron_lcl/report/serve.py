@@ -27,9 +27,9 @@ from typing import Protocol
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import matching
+from megatron_lcl.report.gallery import results_inside
 from megatron_lcl.report.page import RunPage
 from megatron_lcl.report.runs import RunsPage, find_runs
-from megatron_lcl.run_folder import RESULTS
 
 HOST = "127.0.0.1"
 EVERY = 2.0
@@ -259,11 +259,10 @@ def serve(paths: Sequence[Path], port: int = 0) -> None:
 def _files_of(run: Path) -> list[tuple[str, int, int]]:
     """The JSON files in a run folder and in the folders in it, which evaluations write."""
     found = []
-    for pattern in ("*.json", f"*/{RESULTS}"):
-        for path in matching(run, pattern):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue
-            found.append((str(path), stat.st_mtime_ns, stat.st_size))
+    for path in (*matching(run, "*.json"), *results_inside(run)):
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            continue
+        found.append((str(path), stat.st_mtime_ns, stat.st_size))
     return found

@@ -26,7 +26,10 @@ from megatron_lcl.train.prefetch import Prefetcher
 from megatron_lcl.train.simulate import without_others
 from megatron_lcl.train.step import StepLoss
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(torch.version.cuda), reason="a torch for CUDA asks the driver for the device"),
+]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ZeRO-1, two tensor ranks, averages": {"tensor": 2, "data": 2, "averages": True},
     "ZeRO-2, options": {"data": 4, "zero": 2, "options": True},

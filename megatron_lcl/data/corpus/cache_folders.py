@@ -111,7 +111,11 @@ class Use:
 def in_use(folder: Path, unknown: bool) -> bool:
     """Whether a process has the folder open, as far as locks on its `.json` files say so: see `Use`. unknown: what to
     say where they cannot."""
-    for path in matching(folder, "*.json"):
+    try:
+        files = matching(folder, "*.json")
+    except OSError:  # another user's
+        return unknown
+    for path in files:
         try:
             with open(path, "r+b") as file:  # NFS gives an exclusive lock only to who may write
                 if not lock_descriptor(file.fileno(), blocking=False):

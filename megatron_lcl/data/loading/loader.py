@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -156,22 +156,23 @@ class PackedLoader(Iterable[PackedBatch]):
             return
         prepare_sockets()
         self.reader.progress = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
-        with forking() as begin:
-            loader: DataLoader[PackedBatch | UserError | OSError] = DataLoader(
-                turns,
-                sampler=numbers,  # type: ignore[arg-type]
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=PREFETCH,
-                pin_memory=self._pin,
-                worker_init_fn=begin,
-                multiprocessing_context="fork",
-                # else each start draws the workers' seed from torch's own generator, and a resumed run is ahead
-                generator=torch.Generator(),
-            )
-            batches: Any = iter(loader)
-        main, end = os.getpid(), Finalize(None, kill, (batches._workers,), exitpriority=1)
+        main, batches, end = os.getpid(), None, None
         try:
+            with forking() as begin:
+                loader: DataLoader[PackedBatch | UserError | OSError] = DataLoader(
+                    turns,
+                    sampler=numbers,  # type: ignore[arg-type]
+                    batch_size=None,
+                    num_workers=workers,
+                    prefetch_factor=PREFETCH,
+                    pin_memory=self._pin,
+                    worker_init_fn=begin,
+                    multiprocessing_context="fork",
+                    # else each start draws the workers' seed from torch's own generator, and a resumed run is ahead
+                    generator=torch.Generator(),
+                )
+                batches = cast(Any, iter(loader))
+                end = Finalize(None, kill, (batches._workers,), exitpriority=1)
             while True:
                 try:
                     batch = next(batches)
@@ -183,13 +184,14 @@ class PackedLoader(Iterable[PackedBatch]):
                     raise batch
                 yield batch
         finally:
-            if os.getpid() == main:
+            if batches is not None and os.getpid() != main:  # the program's own fork, whose workers they are not
+                batches._shutdown = True
+            elif batches is not None:
                 # of an error's traceback the garbage collector frees the queues first: it would wait 5 s for each
                 # worker, which waits for word by one of them
                 batches._shutdown_workers()
+            if end is not None:
                 end()
-            else:  # the program's own fork of the main process, whose workers are not its
-                batches._shutdown = True
 
     def _explained(self, error: RuntimeError, workers: Sequence[BaseProcess]) -> RuntimeError:
         assert self.reader.progress is not None

@@ -17,13 +17,16 @@ import torch
 
 _IGNORED = {signal.SIGINT, signal.SIGUSR1}
 _HELD = {signal.SIGTERM, signal.SIGCHLD, *_IGNORED}
+_KILLED_SECONDS = 5.0
+"""which one needs to end, unless it waits for a file server, for which nobody else is to wait"""
 _ORPHAN_SECONDS = 1.0
 """how often a worker looks whether its main process is there"""
 
 
 @contextlib.contextmanager
 def forking() -> Iterator[Callable[[int], None]]:
-    """Around the start of workers. Gives what each does first (`worker_init_fn` of torch's DataLoader).
+    """Around the start of workers, in one thread at a time. Gives what each does first (`worker_init_fn` of torch's
+    DataLoader).
 
     Until then no signal reaches it, which would run a handler of the main process there or end it; and nothing is
     collected that the main process no longer uses: the destructor of gloo's process groups (one stays behind in the
@@ -36,9 +39,10 @@ def forking() -> Iterator[Callable[[int], None]]:
     threshold = gc.get_threshold()
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if is_main else None
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-    gc.set_threshold(0)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+        gc.set_threshold(0)
         yield partial(_begin, os.getpid(), threshold, mask)
     finally:
         gc.set_threshold(*threshold)
@@ -50,10 +54,11 @@ def forking() -> Iterator[Callable[[int], None]]:
 def kill(workers: Sequence[BaseProcess]) -> None:
     """End those that have not ended when they were asked to, such as one that hangs in foreign code with Python's lock:
     the main process would wait for it when it ends."""
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-            worker.join()
+    left = [worker for worker in workers if worker.is_alive()]
+    for worker in left:
+        worker.kill()
+    for worker in left:
+        worker.join(_KILLED_SECONDS)
 
 
 def _begin(main: int, threshold: tuple[int, int, int], mask: Collection[int], worker: int) -> None:

@@ -107,6 +107,14 @@ class ObjectPath(PosixPath):
         """All objects below."""
         return self._matching(pattern, deep=True)
 
+    def glob(self, pattern: str, **_: Any) -> Iterator[ObjectPath]:  # type: ignore[override]
+        """For importers of other packages."""
+        return self._matching(pattern, deep=False)
+
+    def rglob(self, pattern: str, **_: Any) -> Iterator[ObjectPath]:  # type: ignore[override]
+        """As `glob`."""
+        return self._matching(pattern, deep=True)
+
     def _matching(self, pattern: str, deep: bool) -> Iterator[ObjectPath]:
         for name, about in self._listed(deep).items():
             if about[0] >= 0 and fnmatch.fnmatchcase(name.rpartition("/")[2], pattern):

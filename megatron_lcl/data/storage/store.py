@@ -235,9 +235,14 @@ def _start() -> tuple[subprocess.Popen[bytes], str]:
     )
 
 
+def _before_fork() -> None:
+    """A copy of a pipe over which another thread starts the server would be open in what is forked, and that thread
+    wait for its end."""
+    _starting.acquire()
+
+
 def _after_fork() -> None:
-    global _starting
-    _starting = threading.Lock()  # another thread of the parent may have held it
+    _starting.release()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -23,6 +23,7 @@ import torch
 from corpora import MakeCorpus, random_documents
 from ports import hold_port
 from small_loaders import loader_of
+from train.resilience import fleet
 
 from megatron_lcl.data.corpus import store
 from megatron_lcl.data.loading import ahead, reader
@@ -107,7 +108,7 @@ def test_a_worker_does_not_collect_the_garbage_of_the_main_process(
         return child
 
     def collect(*arguments: Any) -> np.ndarray:
-        assert gc.get_threshold() == (1, 1, 1)
+        assert gc.get_threshold() == often
         gc.collect()
         return decode(*arguments)
 
@@ -115,6 +116,7 @@ def test_a_worker_does_not_collect_the_garbage_of_the_main_process(
     monkeypatch.setattr(reader, "decode_train", collect)
     before = gc.get_threshold()
     gc.set_threshold(1, 1, 1)  # whatever is made starts a full collection
+    often = gc.get_threshold()
     try:
         next(iter(loader_of(corpus.path, data={"workers": 1})))
     finally:
@@ -136,11 +138,15 @@ def test_a_signal_while_a_worker_starts_is_not_for_it(
 
     monkeypatch.setattr(os, "fork", fork_signaled)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    with socket.socketpair()[0] as ours:
+    told, ours = socket.socketpair()
+    with told, ours:
+        told.setblocking(False)
         ours.setblocking(False)
-        listened = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
+        listened = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
         try:
             next(iter(loader_of(corpus.path, data={"workers": 1})))
+            with pytest.raises(BlockingIOError):
+                ours.recv(1)
         finally:
             signal.set_wakeup_fd(listened)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
@@ -187,9 +193,21 @@ next(iter(loader_of(__import__("pathlib").Path({str(corpus.path)!r}), data={{"wo
     process = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     worker, deadline = (tmp_path / "worker"), time.monotonic() + 60
-    while not worker.exists() or not worker.read_text() or Path(f"/proc/{worker.read_text()}").exists():
+    while not worker.exists() or not worker.read_text() or fleet.alive([int(worker.read_text())]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_fork_of_the_main_process_leaves_its_workers_to_it(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(50, 5))
+    batches = iter(loader_of(corpus.path, data={"workers": 1}))
+    first = next(batches)
+    if not (child := os.fork()):
+        batches.close()  # type: ignore[attr-defined]
+        del batches
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert [next(batches).packs > first.packs for _ in range(5)] == [True] * 5
 
 
 @pytest.mark.slow

@@ -153,6 +153,28 @@ def test_forked_processes_ask_and_a_killed_server_comes_back(place: str) -> None
         assert store.get("object") == CONTENT
 
 
+def test_a_fork_waits_until_a_server_has_started() -> None:
+    """Else what is forked keeps a pipe open whose end the thread that starts it waits for."""
+    order = []
+
+    def start() -> None:
+        with module._starting:
+            begun.set()
+            time.sleep(0.5)
+            order.append("started")
+
+    begun, thread = threading.Event(), threading.Thread(target=start)
+    thread.start()
+    assert begun.wait(60)
+    if not (child := os.fork()):
+        os._exit(0 if module._starting.acquire(blocking=False) else 1)
+    order.append("forked")
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+    assert order == ["started", "forked"]
+    assert not module._starting.locked()
+
+
 def servers() -> list[Path]:
     """The folders of those that this process has started and that run."""
     children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
