@@ -64,7 +64,7 @@ def find_average(path: Path, name: str) -> Path:
         checkpoint = find_checkpoint(path)
     if is_file(checkpoint / AVERAGES / name / WEIGHTS):
         return checkpoint / AVERAGES / name
-    others = sorted(folder.name for folder in matching(checkpoint / AVERAGES, "*"))
+    others = [folder.name for folder in matching(checkpoint / AVERAGES, "*")]
     there = f"there are {', '.join(others)}" if others else "it has none (config section `average`)"
     raise UserError(f"{checkpoint} has no average {name}; {there}")
 
@@ -87,7 +87,7 @@ def checkpoints_in(path: Path) -> list[Path]:
     if _is_step(path):
         return [path]
     steps = path / CHECKPOINTS if is_dir(path / CHECKPOINTS) else path
-    return sorted(folder for folder in matching(steps, "step-*") if _is_step(folder))
+    return [folder for folder in matching(steps, "step-*") if _is_step(folder)]
 
 
 def is_run(path: Path) -> bool:

@@ -156,7 +156,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         try:
             inside = [run_of(path)]
         except UserError:
-            inside = sorted(filter(is_run, matching(path, "*")))
+            inside = [*filter(is_run, matching(path, "*"))]
         if not inside:
             raise UserError(f"{path} is neither a run folder, which train.output names, nor a folder of such")
         found |= dict.fromkeys(inside)

@@ -36,14 +36,11 @@ class Turns(Dataset[PackedBatch | UserError | OSError]):
     def __init__(self, reader: PackReader, packs_of: Callable[[int], tuple[int, ...]], stop: int | None) -> None:
         self._reader, self._packs_of, self._stop = reader, packs_of, stop
         self._ahead: Ahead | None = None
-        self._end: Finalize | None = None
         self._remote = any(url_of(corpus.path) for corpus in reader.data.corpora)
 
     def __getitem__(self, turn: int) -> PackedBatch | UserError | OSError:
         worker = torch.utils.data.get_worker_info()
         assert worker is not None
-        if self._end is None:  # before the process waits for its threads
-            self._end = Finalize(None, self.close, exitpriority=0)
         try:
             return put_there(self.read(turn, worker.num_workers))
         except (UserError, OSError) as error:
@@ -76,6 +73,9 @@ class Ahead:
         self._reader, self._packs_of, self._stride, self._stop = reader, packs_of, stride, stop
         self._depth = reader.data.look_ahead
         self._pool = ThreadPoolExecutor(_THREADS)
+        without_waiting = {"wait": False, "cancel_futures": True}
+        self.close = Finalize(self, self._pool.shutdown, kwargs=without_waiting, exitpriority=0)
+        """what was asked for and has not begun is not read, which else this process would do before it can end"""
         self._tokens: dict[int, dict[Blocks, Future[None]]] = {}
         """what was asked for, by the micro-batches that need it"""
         self._images: dict[int, dict[Blocks, Future[None]]] = {}
@@ -102,10 +102,6 @@ class Ahead:
             for past in [past for past in asked if past <= turn]:
                 for blocks in asked.pop(past):
                     blocks.release(turn)
-
-    def close(self) -> None:
-        """What was asked for and has not begun is not read, which else this process would do before it can end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _turns(self, turn: int, depth: int) -> range:
         stop = turn + depth * self._stride + 1

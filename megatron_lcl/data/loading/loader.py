@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -156,7 +156,8 @@ class PackedLoader(Iterable[PackedBatch]):
             return
         prepare_sockets()
         self.reader.progress = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
-        main, batches, end = os.getpid(), None, None
+        main, end = os.getpid(), None
+        batches: Any = None
         try:
             with forking() as begin:
                 loader: DataLoader[PackedBatch | UserError | OSError] = DataLoader(
@@ -171,7 +172,7 @@ class PackedLoader(Iterable[PackedBatch]):
                     # else each start draws the workers' seed from torch's own generator, and a resumed run is ahead
                     generator=torch.Generator(),
                 )
-                batches = cast(Any, iter(loader))
+                batches = iter(loader)
                 end = Finalize(None, kill, (batches._workers,), exitpriority=1)
             while True:
                 try:
@@ -184,13 +185,13 @@ class PackedLoader(Iterable[PackedBatch]):
                     raise batch
                 yield batch
         finally:
-            if batches is not None and os.getpid() != main:  # the program's own fork, whose workers they are not
-                batches._shutdown = True
-            elif batches is not None:
-                # of an error's traceback the garbage collector frees the queues first: it would wait 5 s for each
-                # worker, which waits for word by one of them
-                batches._shutdown_workers()
             if end is not None:
+                if os.getpid() == main:
+                    # of an error's traceback the garbage collector frees the queues first: it would wait 5 s for each
+                    # worker, which waits for word by one of them
+                    batches._shutdown_workers()
+                else:  # the program's own fork, whose workers they are not
+                    batches._shutdown = True
                 end()
 
     def _explained(self, error: RuntimeError, workers: Sequence[BaseProcess]) -> RuntimeError:

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from train.resilience import fleet
 from megatron_lcl.data.corpus import store
 from megatron_lcl.data.loading import ahead, reader
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.data.loading.loader import LoaderKilled
+from megatron_lcl.data.loading.loader import LoaderKilled, PackedLoader
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
 
@@ -43,16 +45,23 @@ def _slow(seconds: float) -> Any:
     return slow
 
 
+def _begun(loader: PackedLoader) -> tuple[Iterator[PackedBatch], BaseProcess]:
+    """Its batches but for the first, and its only worker."""
+    others, batches = multiprocessing.active_children(), iter(loader)
+    next(batches)
+    (worker,) = (child for child in multiprocessing.active_children() if child not in others)
+    return batches, worker
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_an_error_that_names_the_sample(
     make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = make_corpus("c", random_documents(50, 5))
     monkeypatch.setattr("megatron_lcl.data.loading.reader.decode_train", _slow(0.2))
-    loader, others = loader_of(corpus.path, data={"workers": 1}), multiprocessing.active_children()
-    batches = iter(loader)
-    next(batches)
-    (victim,) = (child.pid for child in multiprocessing.active_children() if child not in others)
+    loader = loader_of(corpus.path, data={"workers": 1})
+    batches, worker = _begun(loader)
+    victim = worker.pid
     deadline = time.monotonic() + 60
     while loader.reader.progress[0] < 0:  # type: ignore[index]
         assert time.monotonic() < deadline
@@ -226,9 +235,7 @@ def test_a_worker_that_hangs_with_pythons_lock_is_killed(
         return read(turns, turn, num_workers)
 
     monkeypatch.setattr(ahead.Turns, "read", hang)
-    others, batches = multiprocessing.active_children(), iter(loader_of(corpus.path, data={"workers": 1}))
-    next(batches)
-    (worker,) = (child for child in multiprocessing.active_children() if child not in others)
+    batches, worker = _begun(loader_of(corpus.path, data={"workers": 1}))
     assert hangs.wait(60)
     time.sleep(0.5)
     batches.close()  # type: ignore[attr-defined]
@@ -244,9 +251,7 @@ def test_the_end_does_not_wait_for_what_is_to_be_read_ahead(
     monkeypatch.setattr(
         ahead.Ahead, "begin", lambda self, turn: [self._pool.submit(time.sleep, 0.1) for _ in range(99)]
     )
-    others, batches = multiprocessing.active_children(), iter(loader_of(corpus.path, data={"workers": 1}))
-    next(batches)
-    (worker,) = (child for child in multiprocessing.active_children() if child not in others)
+    batches, worker = _begun(loader_of(corpus.path, data={"workers": 1}))
     ended: list[int | None] = []
     terminate = worker.terminate
     monkeypatch.setattr(worker, "terminate", lambda: (ended.append(worker.exitcode), terminate()))
