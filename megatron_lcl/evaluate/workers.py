@@ -96,27 +96,27 @@ def in_processes(jobs: Sequence[Job[T]], bar: tqdm, remedy: str = "") -> list[T]
     # without locks, which a process that is killed would keep: each counts for itself, and only this one says stop
     done, stop = context.Array("q", processes, lock=False), context.Value("b", lock=False)
     begun = context.Value("b", lock=False)
-    with contextlib.ExitStack() as until_end:
-        with holding_interrupts(ENDING):
-            pool = until_end.enter_context(ProcessPoolExecutor(processes, context, _start, (begun, done, stop)))
-            until_end.callback(setattr, stop, "value", 1)  # after an error or a signal the others need not go on
-            running = [pool.submit(_process, job, i, processes) for i, job in enumerate(jobs)]
-        waiting = set(running)
-        while waiting:
-            finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
-            bar.update(sum(done) - bar.n)
-            for job in finished:
-                try:
+    try:
+        with contextlib.ExitStack() as until_end:
+            with holding_interrupts(ENDING):
+                pool = until_end.enter_context(ProcessPoolExecutor(processes, context, _start, (begun, done, stop)))
+                until_end.callback(setattr, stop, "value", 1)  # after an error or a signal the others need not go on
+                running = [pool.submit(_process, job, i, processes) for i, job in enumerate(jobs)]
+            waiting = set(running)
+            while waiting:
+                finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+                bar.update(sum(done) - bar.n)
+                for job in finished:
                     job.result()
-                except BrokenProcessPool as error:
-                    if error.__cause__ is not None:  # what the process said cannot be read here
-                        raise
-                    raise UserError(
-                        NEVER_BEGAN
-                        if not begun.value
-                        else "a process that encodes was killed, perhaps out of memory; give fewer --processes" + remedy
-                    ) from None
-        return [job.result() for job in running]
+            return [job.result() for job in running]
+    except BrokenProcessPool as error:  # also by `submit`, where one has ended by then
+        if error.__cause__ is not None:  # what the process said cannot be read here
+            raise
+        raise UserError(
+            NEVER_BEGAN
+            if not begun.value
+            else "a process that encodes was killed, perhaps out of memory; give fewer --processes" + remedy
+        ) from None
 
 
 _told: list[Any] = []

@@ -355,7 +355,8 @@ def _start(
     # forked from a server that has imported everything; but CUDA does not survive a fork, and whether Triton interprets
     # is decided when it is imported
     spawned = torch.cuda.is_available() or isinstance(case, KernelCase)
-    context: Any = mp.get_context("spawn") if spawned else forkserver()
+    with holding_interrupts():
+        context: Any = mp.get_context("spawn") if spawned else forkserver()
     results: Any = context.Queue()
     arguments = (case, place, timeout, prepare, results)
     children = {rank: context.Process(target=_child, args=(rank, *arguments), daemon=True) for rank in ranks}

@@ -10,11 +10,14 @@ from megatron_lcl.processes import prepare_sockets
 
 
 def forkserver() -> ForkServerContext:
-    """Starts processes from a server that has imported what a run imports sooner or later (`preload.py`). UserError as
-    `prepare_sockets`."""
+    """Starts processes from a server that has imported what a run imports sooner or later (`preload.py`).
+
+    The server begins with that at once, also for who has no process to start yet. UserError as `prepare_sockets`.
+    """
     prepare_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_lcl.train.preload"])
+    multiprocessing.forkserver.ensure_running()
     return context
 
 

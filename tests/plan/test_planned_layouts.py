@@ -25,8 +25,9 @@ from megatron_lcl.data.loading.ledger import open_run_ledger
 from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives import create
+from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.plan import describe, layouts, run
-from megatron_lcl.plan.calibrate import Calibration, calibrate
+from megatron_lcl.plan.calibrate import ROUNDS, Calibration, calibrate, network
 from megatron_lcl.plan.calibrate import rates_of as measured_rates
 from megatron_lcl.plan.describe import lines, numbers_of
 from megatron_lcl.plan.layouts import Bound, Layout, Target, confirm, key_of, survey
@@ -427,7 +428,8 @@ def test_what_is_written_can_be_trained(tiny: list[str], tmp_path: Path, capsys:
 
 def test_this_machine_is_measured() -> None:
     calibration = Calibration(config_of(), IMAGES)
-    calibration.round()
+    for _ in range(ROUNDS):
+        calibration.round()
     rates = measured_rates([(calibration.found(), 1e9, 1e-5)])
     assert min(*rates.matmul.values(), *rates.attention.values(), rates.elements, rates.memory) > 1e6
     assert 1e-7 < rates.kernel < 1e-2
@@ -439,3 +441,13 @@ def test_processes_measure_together() -> None:
     rates = calibrate(config_of(), 2, IMAGES)
     assert rates.collective > 0
     assert 1e5 < rates.intra < 1e12
+
+
+@pytest.mark.parametrize(("small", "rate"), [(1e-3, 1.0), (0.5, 2.0), (0.999, 10.0), (1.0, 10.0), (2.0, 10.0)])
+def test_no_network_is_without_end(small: float, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a large message takes one second, and a small one may by chance take as long."""
+    monkeypatch.setattr(Axis, "of_group", lambda _: Axis(size=2, ranks=(0, 1)))
+    taken = iter([1.0, small])
+    monkeypatch.setattr("megatron_lcl.plan.calibrate._there_and_back", lambda *_: next(taken))
+    alone = 2 * 4 * (1 << 21)
+    assert network() == (pytest.approx(rate * alone, rel=2e-3), pytest.approx(small / 2))

@@ -279,10 +279,15 @@ def _written(folder: Path) -> float:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process runs: not where it has ended, and its parent only has not asked how."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except OSError:  # another user's, which the system may hide
+        return True
+    return state not in (b"Z", b"X")

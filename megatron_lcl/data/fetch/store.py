@@ -208,13 +208,16 @@ def num_done(folder: Path, part: int) -> int:
 
 def kept_urls(folder: Path) -> Iterator[str]:
     """The URLs of which the image is in a store, also in incomplete shards."""
-    for table in tables(folder):
+    complete = tables(folder)
+    for table in complete:
         yield from _kept(table)
     for log in matching(folder, "*.log"):
         with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):  # complete by now; a line being written
             for line in log.read_bytes().splitlines():
                 if (row := msgspec.json.decode(line, type=_Logged).row).status == "kept":
                     yield row.url
+    for table in sorted(set(tables(folder)).difference(complete)):  # meanwhile
+        yield from _kept(table)
 
 
 def _kept(table: Path) -> list[str]:

@@ -293,5 +293,5 @@ class Worker:
             part.had_its_turn = True
             self._schedule.open_parts -= 1
         if not part.left:
-            self._open.remove(part)
             part.finish()
+            self._open.remove(part)

@@ -97,19 +97,22 @@ def work_folder(
     """
     work = folder / WORK
     created = [path for path in (folder, *folder.parents) if not exists(path)]
-    try:
-        with clear_errors(folder), in_work_folder(work) as scratch:
-            claim(work, recipe, version, scratch)
-            yield scratch
-    except BaseException as error:
-        if not (isinstance(error, FileNotFoundError) and exists(folder / MANIFEST)):
-            clear_dead(work)
-            if is_useless(error) and not is_used(work):
-                remove_work(folder, created)
-            raise
-    finally:
-        if exists(folder / MANIFEST):
-            clear_up(folder)
+    entered = False
+    while not entered:  # again where another process has finished, and cleared up, before this one was in
+        try:
+            with clear_errors(folder), in_work_folder(work) as scratch:
+                claim(work, recipe, version, scratch)
+                entered = True
+                yield scratch
+        except BaseException as error:
+            if not (isinstance(error, FileNotFoundError) and exists(folder / MANIFEST)):
+                clear_dead(work)
+                if is_useless(error) and not is_used(work):
+                    remove_work(folder, created)
+                raise
+        finally:
+            if exists(folder / MANIFEST):
+                clear_up(folder)
 
 
 @contextmanager

@@ -66,21 +66,20 @@ def out_of_reach(remote: Remote) -> str | None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    with SETTINGS:  # which a load by the cache alone, in another thread, changes meanwhile
-        offline = constants.HF_HUB_OFFLINE
-    if remote.cached is None and offline:
-        return "HF_HUB_OFFLINE forbids to ask the hub"
     limit = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or LIMIT)
-    session = get_session()  # with the hub's proxies and certificates, which take their time to be read
-    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    # in a thread: resolving a name has no time limit of its own
-    Thread(target=lambda: answers.put(_ask(session, remote.url, 2 * limit)), daemon=True).start()
     parts = urlsplit(remote.url)
     host = f"{parts.scheme}://{parts.netloc}"
-    try:
-        said = answers.get(timeout=limit)
-    except queue.Empty:
-        return f"{host} has not answered for {limit:g} s (HF_HUB_ETAG_TIMEOUT=SECONDS waits longer)"
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    with SETTINGS:  # a load by the cache alone, in another thread, forbids the hub's client to ask
+        if remote.cached is None and constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE forbids to ask the hub"
+        session = get_session()  # with the hub's proxies and certificates, which take their time to be read
+        # in a thread: resolving a name has no time limit of its own
+        Thread(target=lambda: answers.put(_ask(session, remote.url, 2 * limit)), daemon=True).start()
+        try:
+            said = answers.get(timeout=limit)
+        except queue.Empty:
+            return f"{host} has not answered for {limit:g} s (HF_HUB_ETAG_TIMEOUT=SECONDS waits longer)"
     return said and f"{host} cannot be reached ({said})"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import fork_context
 from users import as_other, needs_root, shared_folder, succeeds
 
 from megatron_lcl.convert.folder import new_folder, write_record
@@ -38,7 +38,7 @@ ANOTHER = f"{'f' * 32}-1"
     ids=["at work", "killed", "on another machine", "on another machine, a day ago"],
 )
 def test_left_or_in_use(tmp_path: Path, here: bool, alive: bool, written: int | None, stays: bool) -> None:
-    process = multiprocessing.get_context("fork").Process()
+    process = fork_context().Process()
     process.start()
     process.join()
     machine, pid = scratch._machine() if here else ANOTHER, os.getpid() if alive else process.pid
@@ -50,6 +50,17 @@ def test_left_or_in_use(tmp_path: Path, here: bool, alive: bool, written: int | 
             os.utime(path, times=(when, when))
     scratch.clear_dead(tmp_path)
     assert folder.exists() == stays
+
+
+def test_a_process_that_nobody_has_asked_how_it_ended_has_left_its_folder(tmp_path: Path) -> None:
+    process = fork_context().Process()
+    process.start()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[arg-type]
+    folder = tmp_path / f"scratch-{scratch._machine()}-{process.pid}-{'0' * 32}"
+    folder.mkdir()
+    scratch.clear_dead(tmp_path)
+    process.join()
+    assert not folder.exists()
 
 
 def test_one_in_use_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +266,7 @@ def test_what_a_killed_command_left_is_of_its_output_alone(tmp_path: Path) -> No
 
 @needs_root
 def test_what_another_users_killed_command_left_stops_nobody() -> None:
-    process = multiprocessing.get_context("fork").Process()
+    process = fork_context().Process()
     process.start()
     process.join()
 

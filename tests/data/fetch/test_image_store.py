@@ -55,6 +55,25 @@ def check(folder: Path, wanted: list[tuple[Row, bytes]], kind: Store) -> None:
     assert {path.suffix for path in folder.iterdir()} == ({".tar", ".parquet"} if kind == "tar" else {".parquet"})
 
 
+def test_a_part_that_is_completed_while_images_are_looked_for_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was in no table yet, and is in no log any more."""
+    part, wanted = PartStore(tmp_path, 3, 4), rows(3)
+    for row, data in wanted:
+        part.add(row, data)
+    looked = store.matching
+
+    def complete(folder: Path, pattern: str) -> list[Path]:
+        found = looked(folder, pattern)
+        if pattern == "*.log":
+            part.finish()
+        return found
+
+    monkeypatch.setattr(store, "matching", complete)
+    assert list(store.kept_urls(tmp_path)) == [row.url for row, data in wanted if data]
+
+
 KINDS = pytest.mark.parametrize("kind", STORES)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import fcntl
 import hashlib
 from collections import Counter
@@ -82,6 +83,23 @@ def work_on(folder: Path, plan: Plan, max_open_parts: int, settings: Settings = 
         patch.setattr(work, "Client", Web)
         runner.run(worker.run())
         return runner.get_loop().time()
+
+
+@pytest.mark.timeout(60)
+def test_a_part_that_cannot_be_completed_is_not_held_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same process may go on with it, before Python's collector has come."""
+    plan, finish = planned(tmp_path, ["http://live.example/a"]), PartStore.finish
+
+    def fail(part: PartStore) -> None:
+        monkeypatch.setattr(PartStore, "finish", finish)
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(PartStore, "finish", fail)
+    with pytest.raises(OSError, match="no space") as caught:
+        work_on(tmp_path, plan, 1)
+    work_on(tmp_path, plan, 1)
+    assert reasons(tmp_path) == {"kept": 1}
+    del caught
 
 
 def reasons(folder: Path) -> Counter[str]:

@@ -290,6 +290,23 @@ def test_work_is_not_removed_from_one_that_has_come_since(tmp_path: Path, monkey
     assert {path.name for path in work.iterdir()} - {"lock"} == {"recipe.json", "chosen", "scratch-other"}
 
 
+def test_of_one_that_finishes_while_another_begins_the_corpus_is_taken(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second has looked for the corpus before, and has its scratch folder when the work folder is removed."""
+    output, original = tmp_path / "out", unfinished.claim
+
+    def overtaken(*arguments: object) -> None:
+        monkeypatch.setattr(unfinished, "claim", original)
+        preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+        original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(unfinished, "claim", overtaken)
+    preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+    assert unfinished.claim is original
+    assert contents(output) == expected
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_of_two_commands_at_once_one_has_the_folder(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
