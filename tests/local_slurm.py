@@ -90,10 +90,16 @@ class Slurm:
         return sum(map(int, result.stdout.split())) if result.returncode == 0 else 0
 
     def wait(self, reached: Callable[[], bool], what: str, timeout: float = 120.0) -> None:
-        """Until `reached`; fails with `what` and the ends of Slurm's own logs."""
+        """Until `reached`; fails with `what` and the ends of Slurm's own logs. Slurm may once not answer in time."""
         deadline = time.monotonic() + timeout
-        while not reached():
-            assert time.monotonic() < deadline, f"not after {timeout} s: {what}\n{self.logs()}"
+        while True:
+            failed: Exception | None = None
+            try:
+                if reached():
+                    return
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                failed = error
+            assert time.monotonic() < deadline, f"not after {timeout} s: {what}; {failed}\n{self.logs()}"
             time.sleep(0.2)
 
     def logs(self) -> str:

@@ -14,7 +14,7 @@ from ports import hold_port
 from megatron_lcl.train.forks import forkserver
 
 
-def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 180.0) -> list[Any]:
+def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 400.0) -> list[Any]:
     """`function(rank, *arguments)` in `world_size` fresh processes; their results in rank order.
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set; the function makes its process group from them. The
@@ -37,7 +37,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
             try:
                 rank, ok, value = results.get(timeout=1.0)
             except queue.Empty:
-                dead = [w.pid for w in workers if w.exitcode not in (None, 0)]
+                dead = [w.pid for r, w in enumerate(workers) if r not in collected and w.exitcode not in (None, 0)]
                 assert not dead, f"processes {dead} died without a result"
                 assert time.monotonic() < deadline, f"no result after {timeout} s; have those of {sorted(collected)}"
                 continue

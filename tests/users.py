@@ -3,7 +3,6 @@ root itself may do all."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from forks import fork_context
 
 OTHER = 65534
 """number of a user and of that user's group (nobody)"""
@@ -28,7 +28,7 @@ def as_other(action: Callable[[], object]) -> BaseProcess:
         os.setresuid(OTHER, OTHER, OTHER)
         action()
 
-    process = multiprocessing.get_context("fork").Process(target=act, daemon=True)
+    process = fork_context().Process(target=act, daemon=True)
     process.start()
     return process
 

@@ -11,9 +11,16 @@ import pytest
 
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare import bars
 from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.demo.manual import Manual, fetch_manual
+
+
+@pytest.fixture
+def no_waiting_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command does not say what takes it long, as it would on a machine that is busy with other tests."""
+    monkeypatch.setattr(bars, "_LONG", 600.0)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("huggingface_hub")
 
 from convert.conftest import random_model
-from ports import closed_port
+from ports import closed_port, hold_port
 
 from megatron_lcl.convert.export import export_model
 from megatron_lcl.convert.pool import POOL
@@ -30,7 +30,7 @@ from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, out_of_re
 
 
 @contextlib.contextmanager
-def hub(folder: Path, pause: float = 0.0) -> Iterator[str]:
+def hub(folder: Path, pause: float = 0.0, port: int = 0) -> Iterator[str]:
     """A hub on this machine: serves `folder/OWNER/NAME/…`, with a pause before the bytes of each file of `site/hf`.
     Repositories of `mute/` never get an answer, those of `broken/` get status 503."""
     stop = threading.Event()
@@ -64,7 +64,7 @@ def hub(folder: Path, pause: float = 0.0) -> Iterator[str]:
 
         do_GET = do_HEAD
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -93,7 +93,10 @@ def test_why_a_host_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 assert fault is None if said is None else said in str(fault), (url, fault)
 
 
-def test_a_load_by_the_cache_alone_keeps_no_other_thread_from_the_hub(tmp_path: Path) -> None:
+def test_a_load_by_the_cache_alone_keeps_no_other_thread_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "20")
     with hub(tmp_path) as address, ThreadPoolExecutor(1) as pool:
         remote = Remote(f"{address}/a/b/resolve/main/none", "give a path")
         with by_cache_alone("hf:x", remote, "out"):
@@ -162,8 +165,10 @@ def test_names_of_every_library(tmp_path: Path) -> None:
     pooled, plain = (load_encoder(f"hf:{served / name}").fingerprint for name in ("hf", "plain"))
     assert pooled != plain
     ours = load_encoder(f"timm:local-dir:{served / 'timm'}").fingerprint
-    with contextlib.ExitStack() as stack:
-        address = stack.enter_context(hub(tmp_path / "served", pause=4.0))  # longer than the limit
+    # of nobody else, also when the hub has ended
+    with hold_port() as held, contextlib.ExitStack() as stack:
+        port = held.getsockname()[1]
+        address = stack.enter_context(hub(tmp_path / "served", pause=4.0, port=port))  # longer than the limit
         load = Loader(address, tmp_path / "cache")
         try:
             of_hf, seconds = load("hf:site/hf")

@@ -14,16 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import hold_port
 
 from megatron_lcl.machine import num_cores
 from megatron_lcl.train import dryrun, launch
 from megatron_lcl.train.checkpoint import folder as checkpoint
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-# what pdsh does for DeepSpeed, on this machine: `pdsh -S -f N -w HOST,HOST COMMAND…`, %n becomes the host's number
+# what pdsh does for DeepSpeed, on this machine: `pdsh -S -f N -w HOST,HOST COMMAND…`, %n becomes the host's number; and
+# a port that no other test can get
 PDSH = """#!/usr/bin/env bash
 IFS=, read -ra hosts <<<"$5"
 command="${*:6}"
+command=${command/--master_port=29500/--master_port=$HELD_PORT}
 for n in "${!hosts[@]}"; do bash -c "${command//%n/$n}" & done
 code=0
 for job in $(jobs -p); do wait "$job" || code=$?; done
@@ -75,13 +78,15 @@ def test_deepspeed_starts_the_machines_of_a_hostfile(tiny: list[str], tmp_path: 
     run = tmp_path / "run"
     command = ["bash", str(LAUNCH / "hostfile.sh"), str(tmp_path / "hosts"), *tiny, "--train.steps", "2"]
     path = f"{tmp_path}:{os.environ['PATH']}"
-    result = subprocess.run(
-        [*command, "--train.output", str(run)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment(PATH=path, DS_ACCELERATOR="cpu"),
-    )
+    with hold_port() as held:
+        port = str(held.getsockname()[1])
+        result = subprocess.run(
+            [*command, "--train.output", str(run)],
+            capture_output=True,
+            text=True,
+            timeout=500,
+            env=environment(PATH=path, DS_ACCELERATOR="cpu", HELD_PORT=port),
+        )
     assert result.returncode == 0, result.stderr + result.stdout
     (folder,) = checkpoint.list_checkpoints(run)
     assert folder.name == "step-00000002"

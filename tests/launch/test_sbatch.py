@@ -142,8 +142,9 @@ def log(folder: Path, job: str) -> str:
 def test_before_the_time_limit_the_job_saves_and_goes_back_into_the_queue(
     slurm: Slurm, checkout: Path, folder: Path
 ) -> None:
-    # Slurm sends it up to a minute sooner than asked for; all tasks are to have started
-    job = submit(slurm, checkout, folder, "--time=2", "--signal=USR1@70")
+    job = submit(slurm, checkout, folder, "--time=10", "--signal=USR1@70")
+    slurm.wait(lambda: len(starts(folder, job)) == 4, "all tasks have started")
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
     slurm.wait(lambda: slurm.state(job) == "COMPLETED", "the second start has finished", 240)
     text = log(folder, job)
     assert slurm.field(job, "Restarts") == "1"

@@ -104,7 +104,7 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
         rf"^step (\d+)/{STEPS} loss [\d.]+ \(generation .*img/s.* left$", rank0.read_text(), re.MULTILINE
     )
     assert [int(step) for step in shown][: int(stopped[1])] == list(range(1, int(stopped[1]) + 1))
-    slurm.wait(lambda: losses(run)[-1][0] > int(stopped[1]), "a step of the second start", 60)
+    slurm.wait(lambda: losses(run)[-1][0] > int(stopped[1]), "a step of the second start", 300)
     for pid in processes_of(slurm, job, "n2"):
         os.kill(pid, signal.SIGKILL)
     slow.unlink()
@@ -133,7 +133,7 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
 @pytest.mark.slow
 def test_what_is_wrong_is_one_line_before_anything_starts(slurm: Slurm, tiny: list[str], tmp_path: Path) -> None:
     job = sbatch(slurm, tmp_path, *tiny, "--data.corpora", "/nowhere", MASTER_ADDR="127.0.0.1")
-    slurm.wait(lambda: slurm.state(job) == "FAILED", "the job fails")
+    slurm.wait(lambda: slurm.state(job) == "FAILED", "the job fails", 300)
     lines = (tmp_path / f"lcl_vitg-{job}.log").read_text().splitlines()
     assert lines[1:] == [
         "megatron-lcl train: /nowhere is not a corpus: it has no corpus.json; write one with `megatron-lcl preprocess` "

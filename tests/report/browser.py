@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -22,6 +23,17 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-extensions", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe",
 )  # fmt: skip
+
+GONE = {
+    "Inspected target navigated or closed",
+    "Execution context was destroyed.",
+    "Cannot find context with specified id",
+}
+"""errors of what was asked of a page while another took its place"""
+
+
+class Reloaded(AssertionError):
+    """The page was left before it answered."""
 
 
 class Browser:
@@ -54,7 +66,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command's result. AssertionError for an error, or where there is no answer in four minutes."""
+        """A command's result. AssertionError for an error, or where there is no answer in four minutes; Reloaded."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -63,6 +75,8 @@ class Browser:
         while True:
             answer = self._next(240)
             if answer.get("id") == self._number:
+                if answer.get("error", {}).get("message") in GONE:
+                    raise Reloaded(answer["error"])
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
 
@@ -97,9 +111,12 @@ class Browser:
         return result["result"].get("value")
 
     def wait_for(self, expression: str, seconds: float = 240.0) -> None:
-        """Until the expression is true."""
+        """Until the expression is true, also of another page that this one becomes."""
         deadline = time.monotonic() + seconds
-        while not self.evaluate(expression):
+        while True:
+            with contextlib.suppress(Reloaded):
+                if self.evaluate(expression):
+                    return
             assert time.monotonic() < deadline, f"never true: {expression}"
             time.sleep(0.05)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import hold_port
 from report.browser import Browser
 from report.conftest import STEPS, line, write_lines
 from report.test_browser import point_at
@@ -30,6 +31,13 @@ def leave(browser: Browser) -> Iterator[None]:
     browser.call("Page.navigate", url="about:blank")
 
 
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Nobody else's, also while nobody listens."""
+    with hold_port() as held:
+        yield held.getsockname()[1]
+
+
 def url(port: int) -> str:
     return f"http://127.0.0.1:{port}/"
 
@@ -41,7 +49,7 @@ def test_a_sweep_is_followed_from_its_first_run_to_the_third(tmp_path: Path, bro
         browser.open(url(served.port))
         assert "A vision encoder" in browser.evaluate(HEAD)
         write_lines(tmp_path / "s/b", map(line, range(1, 4)), 1)
-        browser.wait_for(f"{HEAD}.startsWith('2 runs of')")
+        browser.wait_for(f"document.readyState === 'complete' && {HEAD}.startsWith('2 runs of')")
         assert "No two runs differ" in browser.evaluate("document.getElementById('head').textContent")
         browser.evaluate("window.same = document.querySelector('#differences .wide'); undefined")
         write_lines(tmp_path / "s/c", map(line, range(1, 4)), 1)
@@ -65,11 +73,11 @@ def test_links_to_sections_come_with_them(run: Path, browser: Browser) -> None:
         assert browser.evaluate("document.activeElement === window.same"), "a link keeps the focus"
 
 
-def test_a_tab_goes_over_to_the_run_that_is_served_at_its_address(tmp_path: Path, browser: Browser) -> None:
+def test_a_tab_goes_over_to_the_run_that_is_served_at_its_address(tmp_path: Path, browser: Browser, port: int) -> None:
     a, b = (write_lines(tmp_path / name, map(line, range(1, steps)), n) for n, (name, steps) in
             enumerate((("a", 4), ("b", 9))))  # fmt: skip
-    with serving(a) as (served, _):
-        browser.open(url(served.port))
+    with serving(a, port=port):
+        browser.open(url(port))
         browser.evaluate("window.same = true; document.querySelector('#settings').scrollIntoView()")
     browser.wait_for(f"{LIVE}.endsWith('no connection: the command has ended, or the tunnel to it')")
     box = browser.evaluate(
@@ -78,12 +86,12 @@ def test_a_tab_goes_over_to_the_run_that_is_served_at_its_address(tmp_path: Path
     assert 0 <= box[0] < box[1] < 900, "seen wherever the reader is"
     assert browser.evaluate("scrollY") > 100
     assert browser.evaluate("document.getElementById('live').getAttribute('role')") == "status"
-    with serving(a, port=served.port):
+    with serving(a, port=port):
         browser.wait_for(f"{LIVE} === 'This page follows the run.'")
         assert browser.evaluate("window.same"), "the same run: as it was"
         assert browser.evaluate("document.getElementById('live').getBoundingClientRect().bottom") < 0
-    with serving(b, port=served.port):
-        browser.wait_for(f"{STEP} === '8'")
+    with serving(b, port=port):
+        browser.wait_for(f"document.readyState === 'complete' && {STEP} === '8'")
         assert str(b) in browser.evaluate("document.querySelector('h1 + p').textContent")
         assert str(a) not in browser.evaluate("document.body.textContent")
 

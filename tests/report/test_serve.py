@@ -122,12 +122,13 @@ def test_an_error_that_lasts_is_told_beside_what_was_shown(run: Path, fault: str
         (run / "labeled.json").write_text("{damaged}")
         return "labeled.json is damaged"
 
-    with serving(run) as (served, _):
+    every = 1.0
+    with serving(run, every=every) as (served, _):
         before = json.loads(served.get("/parts")[2])
         said = spoil()
-        time.sleep(0.1)
+        time.sleep(every)
         assert json.loads(served.get("/parts")[2]) == before, "at first a file may be in the making"
-        time.sleep(PATIENCE * 0.1)
+        time.sleep(PATIENCE * every)
         after = json.loads(served.get("/parts")[2])
         assert said in after.pop("error")
         assert after == {"page": before["page"], "parts": before["parts"]}
@@ -319,7 +320,7 @@ def test_what_a_stalled_reader_had_is_not_followed_by_another_answer(
 
 def test_a_slow_reader_gets_all_of_it(served: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """In more time than a connection may be silent."""
-    monkeypatch.setattr(_Handler, "timeout", 1.0)
+    monkeypatch.setattr(_Handler, "timeout", 3.0)
     monkeypatch.setattr(Watch, "page", lambda watch: "x" * 50_000_000)
     with socket.create_connection(("127.0.0.1", served.port), 60) as raw:
         raw.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n\r\n".encode())
@@ -328,7 +329,7 @@ def test_a_slow_reader_gets_all_of_it(served: Client, monkeypatch: pytest.Monkey
             chunk = raw.recv(1 << 20)
             assert chunk, f"ended after {had:,} bytes"
             had += len(chunk)
-            time.sleep(len(chunk) / 20_000_000)
+            time.sleep(len(chunk) / 10_000_000)
 
 
 def test_a_run_that_goes_on_has_its_new_settings_beside_the_others(tmp_path: Path) -> None:

@@ -20,4 +20,4 @@ def break_down(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    selftest([Case(tensor=2)], prepare=break_down)
+    selftest([Case(tensor=2)], prepare=break_down, timeout=400)

@@ -64,6 +64,15 @@ def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
     }
     if fault == "hangs by hosts":  # as on GPUs they have a group of their own; here both are gloo
         dist.get_backend = lambda: "nccl"  # type: ignore[assignment]
+    if fault == "stops" and rank != faulty:
+        made = dist.init_process_group
+
+        def make_slowly(*arguments: Any, **options: Any) -> None:
+            """So that the other one is silent for longer than this one waits for it."""
+            made(*arguments, **options)
+            time.sleep(3)
+
+        dist.init_process_group = make_slowly
     if rank != faulty:
         return
     if fault == "never comes":
@@ -94,7 +103,7 @@ def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("fault", "faulty", "seconds", "said"),
     [
@@ -127,7 +136,7 @@ def test_who_does_not_answer_is_named(fault: str, faulty: int, seconds: int, sai
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_the_bandwidth_is_printed_once(tmp_path: Path) -> None:
     planted = ("", -1, str(tmp_path))
     with Fleet(tmp_path / "run", command=(*COMMAND, "30"), plant=plant, planted=planted) as fleet:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from processes import run_processes
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.parallel.mesh import Axis, Mesh, set_timeouts
 from megatron_lcl.selftest import run, worker
 from megatron_lcl.selftest.cases import Case
 from megatron_lcl.selftest.run import selftest
@@ -69,7 +69,7 @@ def fall_silent_in_the_tensor_group(rank: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [fall_silent, fall_silent_in_the_tensor_group])
 def test_a_process_that_does_not_answer_is_named(fault: Callable[[int], None]) -> None:
-    (verdict,) = selftest([Case(tensor=2)], prepare=fault, timeout=40, say=lambda _: None)
+    (verdict,) = selftest([Case(tensor=2)], prepare=fault, timeout=80, say=lambda _: None)
     assert "process 1 did not answer" in verdict.faults[0], verdict
 
 
@@ -85,12 +85,14 @@ def check_with_a_silent_host(rank: int) -> str:
     if rank == 1:
         check_group(dataclasses.replace(mesh.tensor, host_group=None), "tensor", again, 60)
         again.wait(["said"], timedelta(seconds=60))
+        again.set("left", "")
     else:
         check_group(dataclasses.replace(mesh.tensor, host_group=None), "tensor", again, 60)
         with pytest.raises(GroupError) as error:
             check_group(dataclasses.replace(mesh.tensor, group=None), "tensor", again, 3)
         said = str(error.value)
         again.set("said", "yes")
+        again.wait(["left"], timedelta(seconds=60))  # it serves the store
     dist.destroy_process_group()
     return said
 
@@ -102,8 +104,11 @@ def test_a_host_that_does_not_answer_is_named() -> None:
 
 
 def check_with_failing(rank: int, failing: tuple[int, ...], takes_part: bool = True) -> str:
-    """What is said where some get an error from a collective, in which they take part or not; the others wait 5 s."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=5))
+    """What is said where some get an error from a collective, in which they take part or not: then the others wait."""
+    dist.init_process_group("gloo")
+    dist.barrier()  # all begin together
+    seconds = 60 if takes_part else 20
+    set_timeouts(seconds)
     store: Any = dist.distributed_c10d._get_default_store()
     all_gather = dist.all_gather
 
@@ -114,7 +119,7 @@ def check_with_failing(rank: int, failing: tuple[int, ...], takes_part: bool = T
 
     gather = patch.object(dist, "all_gather", broken if rank in failing else all_gather)
     with gather, pytest.raises(GroupError) as error:
-        check_group(Axis.of_all(), "world", store, 5)
+        check_group(Axis.of_all(), "world", store, seconds)
     ends = [f"ended {r}" for r in range(dist.get_world_size())]
     store.set(ends[rank], "")
     store.wait(ends, timedelta(seconds=60))
@@ -210,8 +215,8 @@ def test_a_program_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch
 def test_a_first_program_that_never_says_what_it_lacks_is_named(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
     """Be it late, or gone with the store that it served."""
     monkeypatch.setattr(run, "GRACE", 0.0)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=1), wait_for_workers=False)
-    client = dist.TCPStore("127.0.0.1", store.port, timeout=timedelta(seconds=1), wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", store.port, wait_for_workers=False)
     if lost:
         del store
     with pytest.raises(UserError, match=r"program that starts process 0 does not answer: .* --timeout"):

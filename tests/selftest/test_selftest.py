@@ -33,9 +33,10 @@ TENSOR, PIPELINE, DATA = Case(tensor=2), Case(pipeline=2), Case(data=2)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_layout_gives_what_one_process_gives() -> None:
-    command = [sys.executable, "-m", "megatron_lcl", "selftest", "--all"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
+    command = [sys.executable, "-m", "megatron_lcl", "selftest", "--all", "--timeout", f"{PATIENCE:g}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1150, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     equal = [line for line in done.stdout.splitlines() if line.endswith("equal")]
     rows = [line for line in equal if line.startswith("tp ")]
@@ -325,7 +326,7 @@ def test_a_kernel_that_ends_its_process_is_a_fault() -> None:
 def test_a_launch_goes_on_after_a_fault_and_uses_all_its_processes() -> None:
     launched = Path(__file__).with_name("launched.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(launched)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     first, second, last = done.stdout.splitlines()[-3:]
     assert "DIFFERS: process 1: a fault of this process alone" in first, done.stdout + done.stderr
     assert second.startswith("tp 1  pp 1  dp 3"), done.stdout + done.stderr

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch.conftest import tiny  # noqa: F401 - a fixture
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from train.resilience.fleet import line_of
 
 from megatron_lcl import attention, objectives
 from megatron_lcl import config as configs
@@ -240,7 +241,7 @@ def test_by_config(capfd: pytest.CaptureFixture[str], tiny: list[str], tmp_path:
     run = ["--processes", "2", *tiny, "--train.output", str(tmp_path / "run")]
     for how in (["--dry-run"], []):
         assert main(["train", *how, *run, "--train.attention", "flash_attn"]) == 2
-        (line,) = capfd.readouterr().err.splitlines()
+        line = line_of(capfd.readouterr().err)
         # of a torch for CUDA, whose devices may be elsewhere, a dry run asks for less
         found = "is not installed" if torch.version.cuda and how else "needs a CUDA device, not cpu"
         assert line.endswith(f"flash_attn {found}; set train.attention to auto")

@@ -388,7 +388,7 @@ def test_apex_is_used_where_it_is_asked_for(
     for words, message in ((asked[:2], "optimizer.name is apex_fused_adam"), (asked[2:], "train.apex_layer_norm is")):
         for how in (["--processes", "2"], ["--processes", "2", "--dry-run"]):
             assert main(["train", "--config", str(config_file), "--train.output", str(run), *words, *how]) == 2
-            (line,) = capfd.readouterr().err.splitlines()
+            line = fleet.line_of(capfd.readouterr().err)
             assert line.startswith(f"megatron-lcl train: {message}")
             assert "NVIDIA's apex is not installed" in line
     assert not run.exists()

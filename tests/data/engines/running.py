@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -32,8 +33,14 @@ def kill_tree(pid: int) -> None:
     pids = [pid]
     for parent in pids:
         for task in Path(f"/proc/{parent}/task").glob("*"):
-            pids += map(int, (task / "children").read_text().split())
-    for one in pids:
-        os.kill(one, signal.SIGSTOP)
-    for one in pids:
-        os.kill(one, signal.SIGKILL)
+            with gone():
+                pids += map(int, (task / "children").read_text().split())
+    for signum in (signal.SIGSTOP, signal.SIGKILL):
+        for one in pids:
+            with gone():
+                os.kill(one, signum)
+
+
+def gone() -> contextlib.suppress:
+    """For what may have ended by itself."""
+    return contextlib.suppress(FileNotFoundError, ProcessLookupError)

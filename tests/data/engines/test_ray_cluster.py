@@ -21,7 +21,7 @@ import psutil
 import pytest
 from data import writers
 from data.engines.engine_jobs import fails, fails_last, hashes
-from data.engines.running import kill_tree, marked, processes_marked
+from data.engines.running import gone, kill_tree, marked, processes_marked
 from data.fetch.faulty_server import serving
 from data.fetch.test_fetch import FLAGS, check_store, mixed
 from data.helpers import TOKENIZER, contents
@@ -95,7 +95,8 @@ def ray_cluster() -> Iterator[Ray]:
             cluster.shutdown()
             signal.signal(signal.SIGTERM, handler)
             for pid in processes_marked(mark):
-                os.kill(pid, signal.SIGKILL)
+                with gone():
+                    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def command() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in begun:
         process.kill()
         process.communicate()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while (left := processes_marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left

@@ -59,7 +59,7 @@ def test_a_job_of_a_dead_node_waits_until_ray_knows(
     node: str | None, asked: int, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once after another failure, also of a job that has not said where it began."""
-    monkeypatch.setattr(engine, "_POLL", 0.1)
+    monkeypatch.setattr(engine, "_POLL", 0.01)
     cluster, task = StandIn(port, notices=5), SimpleNamespace(log=lambda index: tmp_path / f"{index}")
     jobs = engine._Ray(cluster, task, 1.0, 0.0, {})
     jobs.submit([0, 1])
@@ -73,8 +73,11 @@ def test_a_job_of_a_dead_node_waits_until_ray_knows(
 def test_what_ray_never_notices_is_waited_for_a_while(
     port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_POLL", 0.1)
-    monkeypatch.setattr(engine, "_DEATH", 0.5)
+    monkeypatch.setattr(engine, "_POLL", 0.5)
+    monkeypatch.setattr(engine, "_DEATH", 2.0)
+    clock = [0.0]
+    moments = SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda seconds: clock.append(clock.pop() + seconds))
+    monkeypatch.setattr(engine, "time", moments)
     cluster, task = StandIn(port, notices=10**6), SimpleNamespace(log=lambda index: tmp_path / f"{index}")
     jobs = engine._Ray(cluster, task, 1.0, 0.0, {})
     jobs.submit([0])
@@ -82,4 +85,4 @@ def test_what_ray_never_notices_is_waited_for_a_while(
     jobs.ended()
     jobs.submit([0])
     assert [index for index, _ in cluster.submitted] == [0, 0]
-    assert cluster.asked > 5
+    assert cluster.asked == 1 + 16

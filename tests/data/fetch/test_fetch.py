@@ -30,6 +30,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.fetch.run import _process, fetch
 from megatron_lcl.data.fetch.settings import PROXY_LOGIN, Settings, Store
 from megatron_lcl.data.prepare.importers.urls import url_key
+from megatron_lcl.train.forks import stop_forkserver
 
 QUICK = Settings(
     timeout=10, retries=1, backoff=0.02, concurrency=48, per_host=32, delay=0, max_bytes=100_000, allow_private=True
@@ -96,6 +97,7 @@ def fetch_with_kills(
     """Begin, and kill soon after something was written, so often; then to the end."""
     listed, output = folder / "urls.txt", folder / "store"
     listed.write_text("\n".join(urls) + "\n")
+    stop_forkserver()  # one may have imported something else, and the next one is to
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_lcl.data.fetch.run", "megatron_lcl.data.fetch.work"])
     settings = dataclasses.replace(QUICK, shard_urls=shard_urls, store=store)
@@ -112,6 +114,7 @@ def fetch_with_kills(
         assert process.is_alive(), "done before the last kill"
         process.kill()
         process.join()
+    stop_forkserver()
     found = fetch(listed, output, settings)
     assert found["kept"] + found["dead"] + found["refused"] == len(urls)
     check_store(output, urls)

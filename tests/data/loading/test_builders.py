@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forks import fork_context
 from no_locks import without_locks
 
 from megatron_lcl.data.loading import cache as cache_module
@@ -33,7 +33,7 @@ def _build_without_locks(folder: str, how: str, turn: int, start: Any) -> None:
 
 @pytest.mark.parametrize("how", ["not coherent", "refused"])
 def test_builders_that_no_lock_keeps_apart_do_not_harm_each_other(tmp_path: Path, how: str) -> None:
-    context = multiprocessing.get_context("fork")
+    context = fork_context()
     start = context.Event()
     arguments = [(str(tmp_path / "packs-x"), how, turn, start) for turn in range(4)]
     processes = [context.Process(target=_build_without_locks, args=a) for a in arguments]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import multiprocessing
 import os
 import pwd
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 from corpora import MakeCorpus, jpeg, random_documents
+from forks import fork_context
 from no_locks import without_locks
 
 from megatron_lcl import config as configs
@@ -293,7 +293,7 @@ def _read(data: Data, ledger: Ledger, locks: bool, pipe: Connection, other_end: 
 @pytest.fixture(params=[True, False], ids=["locks", "no locks"])
 def reader(request: pytest.FixtureRequest, data: Data) -> Iterator[tuple[bool, Connection]]:
     """A process that has the first chunk open."""
-    context = multiprocessing.get_context("fork")
+    context = fork_context()
     ours, theirs = context.Pipe()
     ledger = open_ledger(data, P, CONTEXT)
     process = context.Process(target=_read, args=(data, ledger, request.param, theirs, ours))

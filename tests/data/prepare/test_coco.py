@@ -90,6 +90,7 @@ def test_tars_beside_the_file_are_of_the_input(tmp_path: Path) -> None:
     assert plain(documents) == [[(picture(k), None, None), str(k)] for k in range(4)]
 
 
+@pytest.mark.usefixtures("no_waiting_lines")
 def test_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = [{"id": 1, "file_name": "no.png"}, {"id": "x"}]
     annotations = [{"image_id": 1, "caption": "a"}, {"image_id": 9, "caption": "b"}, {"image_id": "x"}]

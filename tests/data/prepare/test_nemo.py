@@ -101,6 +101,7 @@ def test_rows_without_a_sample_are_counted_once(tmp_path: Path) -> None:
     assert drops.bad_counts == {"document: a row without sample_id": 5}
 
 
+@pytest.mark.usefixtures("no_waiting_lines")
 @pytest.mark.parametrize(
     ("format", "said"),
     [

@@ -93,6 +93,7 @@ def test_a_scan_in_any_groups_finds_the_same(site: Path, monkeypatch: pytest.Mon
     assert sum(number > 3 for number in num_pages) == 1 + 8  # the logo, and the images of nine pages each
 
 
+@pytest.mark.usefixtures("no_waiting_lines")
 def test_bars_from_the_start(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["preprocess", "--format", "html", "--input", str(site), "--output", str(tmp_path / "out"),
                "--held-out", str(tmp_path / "held"), "--vocab-size", "400", "--max-bad-fraction", "1"]  # fmt: skip

@@ -193,6 +193,7 @@ def test_rows_that_are_bad(tmp_path: Path, pictures: Path) -> None:
     assert drops.noted_counts == {"document: invalid UTF-8 replaced": 1}
 
 
+@pytest.mark.usefixtures("no_waiting_lines")
 def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_csv(tmp_path / "a.csv", ["foo", "bar baz"], [["x", "y"]])
     for options, message in (

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from corpora import random_documents, write_corpus
+from forks import status_of
 from s3_fixtures import readable_by_all, upload
 from s3_server import Proxy
 from users import mode_of, umask
@@ -41,16 +42,16 @@ class Objects:
 
 def in_child(action: Callable[[], None]) -> int:
     """Exit status of a forked process that has no file of this one open but stdout and stderr."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    try:
+
+    def act() -> None:
         os.closerange(3, 1 << 14)
-        action()
-    except BaseException:  # noqa: BLE001 the parent tells by the status
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+    return status_of(act)
 
 
 @pytest.mark.parametrize("hard", [64, 100])

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from corpora import jpeg, random_documents, write_corpus
+from forks import status_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from s3_fixtures import readable_by_all, upload
@@ -425,12 +426,14 @@ def test_a_fork_while_blocks_are_asked_for(place: str, s3: Proxy, tmp_path: Path
     thread.start()
     while not blocks._asked:
         time.sleep(0.001)
-    child = os.fork()
-    if not child:
+
+    def read() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(30)
         blocks.ahead([(BLOCK, 2 * BLOCK)], 0)
-        os._exit(0 if blocks.read(BLOCK, 3 * BLOCK) == content[BLOCK : 3 * BLOCK] else 1)
-    assert os.waitpid(child, 0)[1] == 0
+        assert blocks.read(BLOCK, 3 * BLOCK) == content[BLOCK : 3 * BLOCK]
+
+    assert status_of(read) == 0
     thread.join(30)
     assert blocks.read(0, 3 * BLOCK) == content[: 3 * BLOCK]
 

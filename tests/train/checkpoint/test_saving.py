@@ -129,6 +129,18 @@ def life(rank: int, folder: str) -> dict[str, Any]:
         watchdog._publish()
         return watchdog._state.sequences
 
+    def look_at_waits(found: list[dict[str, int]]) -> None:
+        """Once this process waits for the save; it ends when all have waited for more than a second."""
+        while not checkpoints._awaited:
+            time.sleep(0.01)
+        found.append(sequences())
+        (Path(folder) / f"waits {rank}").touch()
+        if mesh.is_first:
+            while not all((Path(folder) / f"waits {each}").exists() for each in range(mesh.world.size)):
+                time.sleep(0.01)
+            time.sleep(1.1)
+            go_on.set()
+
     def behind(own: dict[str, int]) -> list[int]:
         return suspects(dict(enumerate(mesh.world.gather_objects(own))))
 
@@ -175,8 +187,7 @@ def life(rank: int, folder: str) -> dict[str, Any]:
         while not any(mesh.world.gather_objects(finishing.is_set())) or behind(watchdogs._sequences(None)) != [0]:
             assert time.monotonic() < deadline
         beside, awaited = behind(sequences()), []
-        threading.Timer(0.5, lambda: awaited.append(sequences())).start()
-        threading.Timer(1.5, go_on.set).start()
+        threading.Thread(target=look_at_waits, args=(awaited,), daemon=True).start()
         started = time.perf_counter()
         saver.save(Progress(3, 18, {}))
         waited = time.perf_counter() - started

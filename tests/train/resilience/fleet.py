@@ -6,11 +6,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +23,9 @@ from ports import hold_port
 from megatron_lcl.train.forks import forkserver
 
 START_SECONDS = 90.0
+_POLLS = threading.Lock()
+"""held where multiprocessing looks which processes have ended, as it also does where one starts: of two threads that do
+so at once one finds no exit code"""
 
 
 class Fleet:
@@ -56,7 +62,8 @@ class Fleet:
         for log in self.logs:
             log.write_text("")
         for process in self.processes:
-            process.start()
+            with _POLLS:
+                process.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
@@ -71,21 +78,26 @@ class Fleet:
             for pid in (process.pid, *descendants(process.pid)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        for process in self.processes:
-            process.join()
+        self.wait(math.inf)
 
     def wait(self, timeout: float = 120.0, ranks: Sequence[int] | None = None) -> list[int | None]:
         """Exit codes, by rank, once all (or those of `ranks`) have ended; None for one that has not, in time or yet."""
         deadline = time.monotonic() + timeout
         for process in self.processes if ranks is None else [self.processes[rank] for rank in ranks]:
-            process.join(max(0.0, deadline - time.monotonic()))
-        return [process.exitcode for process in self.processes]
+            wait([process.sentinel], None if timeout == math.inf else max(0.0, deadline - time.monotonic()))
+        with _POLLS:
+            return [process.exitcode for process in self.processes]
+
+    def is_alive(self) -> bool:
+        """Whether any process is."""
+        with _POLLS:
+            return any(process.is_alive() for process in self.processes)
 
     def wait_for(self, done: Callable[[], bool], timeout: float = START_SECONDS) -> None:
         """Until something is seen; fails if all processes end before it, or after the timeout."""
         deadline = time.monotonic() + timeout
         while not done():
-            assert any(p.is_alive() for p in self.processes), f"all ended:\n{self.said()}"
+            assert self.is_alive(), f"all ended:\n{self.said()}"
             assert time.monotonic() < deadline, f"not seen after {timeout} s:\n{self.said()}"
             time.sleep(0.005)
 
@@ -125,6 +137,16 @@ def _work(
     if plant is not None:
         plant(rank, *planted)
     sys.exit(main(list(words)))
+
+
+def line_of(said: str) -> str:
+    """The one line of an error that both processes have. The first one may end before the second, to which torch then
+    tells at length that the store is gone."""
+    found = said.splitlines()
+    if "sendBytes failed" in said:
+        found = [line for line in found if line.startswith("megatron-lcl")]
+    (line,) = found
+    return line
 
 
 def descendants(pid: int | None) -> list[int]:

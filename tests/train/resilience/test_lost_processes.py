@@ -234,7 +234,8 @@ def suspended(config_file: str, folder: Path) -> int:
                 time.sleep(1.0)
             step = last_step(fleet.run)
             time.sleep(seconds)
-        assert all(process.is_alive() for process in fleet.processes), fleet.said()
+        fleet.wait_for_step(step + 1)
+        assert fleet.wait(0.0) == [None, None], fleet.said()
         return last_step(fleet.run) - step
 
 
@@ -246,8 +247,9 @@ def failed(error: Exception, config_file: str, folder: Path) -> Outcome:
 
 
 def failed_while_saving(where: str, config_file: str, folder: Path) -> Outcome:
-    words, mark = ["--config", config_file, *LONG, "--guard.long_timeout", str(LONG_TIMEOUT)], folder / "saves"
-    words += ["--checkpoint.every", "2"]
+    # where it is written the first process is to wait for it, however slow the disk is
+    long_timeout, mark = 60 if where == "writing" else LONG_TIMEOUT, folder / "saves"
+    words = ["--config", config_file, *LONG, "--guard.long_timeout", str(long_timeout), "--checkpoint.every", "2"]
     with Fleet(folder / "run", *words, plant=fail_while_saving, planted=(where, str(mark))) as fleet:
         fleet.wait_for(mark.exists)
         ended = outcome(fleet, time.time(), 2, range(2))

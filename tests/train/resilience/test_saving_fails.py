@@ -19,6 +19,13 @@ from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train.checkpoint import folder as checkpoint
 
 
+def without_tensorboard() -> None:
+    """Its thread, which writes whenever it has its turn, would meet the limits, too."""
+    from megatron_lcl.train.telemetry import sinks
+
+    sinks.TensorBoard.write = lambda *_: None  # type: ignore[method-assign]
+
+
 def full_disk(rank: int, faulty: int, failing: Container[int]) -> None:
     """A limit on the size of files stands in for the disk of one process, in some of its saves, counted from 1.
 
@@ -27,6 +34,7 @@ def full_disk(rank: int, faulty: int, failing: Container[int]) -> None:
     from megatron_lcl.train.checkpoint import checkpointer
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    without_tensorboard()
     plain, calls = checkpointer.write_files, []
 
     def write_files(*arguments: Any) -> Any:
@@ -53,6 +61,7 @@ def full_disk_for_all(rank: int) -> None:
     from megatron_lcl.train.telemetry import Telemetry
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    without_tensorboard()
     plain, write_heldout = Telemetry.step, heldout.write_heldout
 
     def limit(size: int) -> None:
@@ -80,7 +89,7 @@ def test_metrics_wait_for_space(config_file: str, undisturbed: list[tuple[Any, .
     """A disk that is full is full for metrics too, and for the files of an evaluation."""
     run = tmp_path / "run"
     corpus = json.loads(Path(config_file).with_suffix(".json").read_text())["corpus"]
-    evaluates = ["--train.evaluate_every", "9", "--evaluate.corpus", corpus]
+    evaluates = ["--train.evaluate_every", "9", "--evaluate.corpus", corpus, "--checkpoint.background", "false"]
     said = train(run, "--config", config_file, *evaluates, plant=full_disk_for_all)
     assert losses(run) == undisturbed
     assert said.count("metrics cannot be written") == 1
