@@ -310,7 +310,7 @@ def test_a_contrast_without_pairs(capsys: pytest.CaptureFixture[str], tiny: list
 
 def test_a_version_that_was_not_tested_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Private parts of both are used: pyproject.toml ends them below the first minor version that was not tested."""
-    versions = {"torch": "2.14.0", "deepspeed": "0.20.0"}
+    versions = {"torch": "2.16.0", "deepspeed": "0.20.0"}
     for name, version in versions.items():
         (wanted,) = (text for text in requirements_of_the_checkout() if Requirement(text).name == name)
         monkeypatch.setattr(dryrun, "_requirements", lambda wanted=wanted: [wanted])
