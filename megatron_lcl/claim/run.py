@@ -96,14 +96,16 @@ def claim(
         print(f"{len(plans) * (len(rates) + len(seeds) - 1)} runs, of which {len(plans) * len(seeds)} are compared")
         return 0
 
+    told: list[int] = []
+
     def launched(member: Member) -> int:
-        return launch.start_local(["train", "--config", str(file), *member.arguments()], processes)
+        return launch.start_local(["train", "--config", str(file), *member.arguments()], processes, told)
 
     start = start or launched
     tuned = {(name, rate): member(name, rate, seeds[0]) for name in plans for rate in rates}
     for run in tuned.values():
         _check_length(run)
-    if code := run_members(list(tuned.values()), start, fail_fast=True):
+    if code := run_members(list(tuned.values()), start, fail_fast=True, told=told):
         return code
     tried: dict[str, dict[float, float]] = {name: {} for name in plans}
     for (name, rate), run in tuned.items() if len(rates) > 1 else ():
@@ -113,7 +115,7 @@ def claim(
 
     members = {name: [member(name, chosen[name], seed) for seed in seeds] for name in plans}
     for of_seed in zip(*members.values(), strict=True):  # all rows of a seed: what is there can be compared
-        if code := run_members(of_seed, start, fail_fast=True):
+        if code := run_members(of_seed, start, fail_fast=True, told=told):
             return code
         for of_row, run in zip(part.rows, of_seed, strict=True):
             print(f"measuring {run.name}", flush=True)

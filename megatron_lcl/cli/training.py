@@ -229,11 +229,13 @@ def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member])
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from None
 
+    told: list[int] = []
+
     def start(run: Member) -> int:
         arguments = _arguments(options, [*rest, *run.arguments()])
-        return launch.start_local(["train", *arguments], processes[run.name])
+        return launch.start_local(["train", *arguments], processes[run.name], told)
 
-    return sweep.run_members(runs, start, options.fail_fast)
+    return sweep.run_members(runs, start, options.fail_fast, told=told)
 
 
 def _claim(options: argparse.Namespace, rest: list[str]) -> int:

@@ -133,16 +133,14 @@ class Averages:
     @contextlib.contextmanager
     def evaluated(self, averaged: Mapping[str, int]) -> Iterator[str | None]:
         """Inside, the model has the weights of `evaluate.average`, whose name is given, if it has begun; afterwards its
-        own."""
+        own, unless an error ends the run: then the other processes make no exchange with this one."""
         name = self._config.evaluate.average
         if name is None or not averaged.get(name):
             yield None
             return
         self._exchange(name)
-        try:
-            yield name
-        finally:
-            self._exchange(name)
+        yield name
+        self._exchange(name)
 
     @torch.no_grad()
     def _exchange(self, name: str) -> None:

@@ -127,13 +127,14 @@ def default_processes(config: Config, nodes: int = 1) -> int:
     return next((n for n in range(at_hand, 0, -1) if divides(config, nodes * n)), at_hand)
 
 
-def start_local(arguments: Sequence[str], processes: int) -> int:
+def start_local(arguments: Sequence[str], processes: int, told: list[int] | None = None) -> int:
     """Run `python -m megatron_lcl ARGUMENTS`, with the code of this process, in so many; their exit code (the first
     that failed).
 
     SIGTERM, SIGINT and SIGUSR1 are passed on; before the processes watch each other, where nothing has begun, they end
     all at once. When one process has ended with a failure, the others notice that by themselves (`watchdog`); those
     that do not, or have not even begun to watch, are killed after a while. None outlives this process (on Linux).
+    told: is given the signals that came, for a caller that has more to start.
     """
     threads = max(1, num_cores() // processes)
     watched, say = os.pipe()
@@ -154,7 +155,13 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     os.close(say)
 
     came: list[int] = []
-    before = {s: signal.signal(s, lambda signum, _frame: came.append(signum)) for s in SIGNALS}
+    told = [] if told is None else told
+
+    def note(signum: int, _frame: object) -> None:
+        came.append(signum)
+        told.append(signum)
+
+    before = {s: signal.signal(s, note) for s in SIGNALS}
     try:
         return _wait(" ".join(["megatron-lcl", *arguments[:1]]), children, _Heard(watched), came)
     finally:

@@ -21,12 +21,13 @@ from megatron_lcl.data.storage.names import shortened
 from megatron_lcl.data.storage.store import to_show
 from megatron_lcl.errors import UserError, complain
 from megatron_lcl.train.finished import is_finished
+from megatron_lcl.train.resilience.start import REQUEUE, SIGNALS, code_of_signal
 
 ARRAY_TASK = "SLURM_ARRAY_TASK_ID"
 MAX_NAME = 150
 """bytes of a member's name"""
-STOPPED = (75, 130)
-"""exit codes of a run that was told to end"""
+STOPPED = {REQUEUE, *(128 + signum for signum in SIGNALS)}
+"""exit codes of a run that was told to end, once or twice"""
 _OUTPUT, _MIRROR = "train.output", "checkpoint.mirror"
 
 
@@ -103,12 +104,17 @@ def of_array(sweep: Sequence[Member], environment: Mapping[str, str]) -> Member 
 
 
 def run_members(
-    sweep: Sequence[Member], start: Callable[[Member], int], fail_fast: bool, say: Callable[[str], Any] | None = None
+    sweep: Sequence[Member],
+    start: Callable[[Member], int],
+    fail_fast: bool,
+    say: Callable[[str], Any] | None = None,
+    told: Sequence[int] = (),
 ) -> int:
     """Run the members that are not finished, one after another; the exit code of the first that failed, else 0.
 
     start: runs a member to its end, and returns its exit code. fail_fast: the first failure ends the sweep. A run that
-    was told to end (75, 130) ends it always. What became of every member is said at the end.
+    was told to end (`STOPPED`) ends it always; told: signals that `start` has met by then, also those for which a run
+    that was at its end had no use. What became of every member is said at the end.
     """
     say = say or complain
     finished = {member.name for member in sweep if is_finished(member.config)}
@@ -122,6 +128,8 @@ def run_members(
         own = start(member)
         became[member.name] = "finished" if own == 0 else f"exit code {own}"
         code = code or own
+        if told and not own:
+            own = code_of_signal(told[0])
         if own in STOPPED:
             code = own
         if own in STOPPED or (own and fail_fast):

@@ -106,7 +106,9 @@ with answer_signals(training=True):
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here", flush=True)
     with Signals() as signals:
-        print(int(signals.received))
+        print(int(signals.received), flush=True)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print("at the end", flush=True)
 """
 
 
@@ -116,7 +118,7 @@ def test_a_process_of_several_ends_with_the_others(environment: dict[str, str]) 
     command = [sys.executable, "-c", OF_SEVERAL]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done
-    assert done.stdout.split("\n") == ["set()", "still here", str(int(signal.SIGTERM)), ""]
+    assert done.stdout.split("\n") == ["set()", "still here", str(int(signal.SIGTERM)), "at the end", ""]
 
 
 ENDING = """
@@ -147,6 +149,22 @@ def test_where_torch_is_imported_python_does_not_take_its_modules_apart(how: str
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (code, said), done.stderr
         assert done.stderr.count("Traceback") == (how == "raise ValueError")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_comes_when_the_command_has_ended_changes_no_exit_code(signum: int) -> None:
+    """It may come later to one process of several than to another, which has answered it for all."""
+    program = (
+        "import atexit, os, time\n"
+        "from megatron_lcl.cli import command, main\n"
+        "def run(given):\n"
+        f"    atexit.register(lambda: (os.kill(os.getpid(), {int(signum)}), time.sleep(60)))\n"
+        f"    return {REQUEUE}\n"
+        "command.run = run\n"
+        "raise SystemExit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (REQUEUE, "")
 
 
 def test_a_process_ends_though_nobody_reads_what_it_says() -> None:

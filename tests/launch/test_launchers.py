@@ -245,7 +245,9 @@ def test_a_signal_that_comes_while_the_launcher_reads_what_its_processes_say(
         return data
 
     monkeypatch.setattr(os, "read", read)
-    assert launch.start_local([], 1) == 75
+    told: list[int] = []
+    assert launch.start_local([], 1, told) == 75
+    assert told == [signal.SIGTERM]
     out, err = capfd.readouterr()
     assert (out, err) == ("saved\n", "")
 

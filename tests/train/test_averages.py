@@ -186,6 +186,21 @@ def test_a_change_late_in_a_long_run_is_not_lost() -> None:
     torch.testing.assert_close(run.state["ema_0.99999"].item() - 1, ema, rtol=0.1, atol=0)
 
 
+def test_after_an_error_in_an_evaluation_nothing_is_exchanged_with_processes_that_had_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are at another collective; and the run ends."""
+    run, exchanged = OneNumber(20, 0.5, 0.9), list[str]()
+    run._config = configs.replace(run._config, evaluate__average="ema_0.9")
+    monkeypatch.setattr(run, "_exchange", exchanged.append)
+    with run.evaluated({"ema_0.9": 3}) as name:
+        assert (name, exchanged) == ("ema_0.9", ["ema_0.9"])
+    assert exchanged == ["ema_0.9"] * 2
+    with pytest.raises(MemoryError), run.evaluated({"ema_0.9": 3}):
+        raise MemoryError
+    assert exchanged == ["ema_0.9"] * 3
+
+
 def test_of_a_long_tail_and_a_slow_average_every_kth_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the device alone knows what was skipped, and resumed anywhere, to the last bit; no host waits."""
     monkeypatch.setattr("megatron_lcl.train.averages.MOST", 4)

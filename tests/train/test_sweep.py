@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,8 @@ def test_the_command_of_an_array_task_is_that_of_its_member(
         ([0, 1, 0], True, 2, 1),
         ([0, 75, 0], False, 2, 75),
         ([1, 130, 0], False, 2, 130),
+        ([0, 143, 0], False, 2, 143),
+        ([0, 138, 0], False, 2, 138),
     ],
 )
 def test_a_failure_leaves_the_others_alone(
@@ -176,6 +179,19 @@ def test_a_failure_leaves_the_others_alone(
     assert started == list(range(begun))
     became = ["finished" if c == 0 else f"exit code {c}" for c in codes[:begun]] + ["not begun"] * (3 - begun)
     assert lines[-3:] == [f"seed={n}  {what}" for n, what in enumerate(became)]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_that_a_run_at_its_end_has_no_use_for_ends_the_sweep(signum: int, code: int, tmp_path: Path) -> None:
+    runs = sweep.members(None, {"train.output": str(tmp_path)}, ["train.seed=0,1,2"])
+    told, lines = list[int](), list[str]()
+
+    def start(member: Member) -> int:
+        told.extend([signum] * member.config.train.seed)
+        return 0
+
+    assert sweep.run_members(runs, start, False, lines.append, told) == code
+    assert lines[-3:] == ["seed=0  finished", "seed=1  finished", "seed=2  not begun"]
 
 
 def make_runs(folder: Path) -> Path:

@@ -35,28 +35,30 @@ def answer_signals(training: bool) -> Iterator[None]:
     """
     if not training or threading.current_thread() is not threading.main_thread():
         yield
-    elif _launched(os.environ):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            yield
-        finally:
-            while pending := signal.sigpending() & set(SIGNALS):  # the process ends by itself
-                signal.sigwait(pending)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    else:
-        wanted = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-        handlers = {signum: signal.signal(signum, _end) for signum in wanted}
-        try:
-            yield
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
+        return
+    launched = _launched(os.environ)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if launched else ())
+    wanted = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    # a late copy of a signal that the run has answered may find threads of the run which do not hold it back
+    handlers = {signum: signal.signal(signum, _ignore if launched else _end) for signum in wanted}
+    try:
+        yield
+    finally:
+        while launched and (pending := signal.sigpending() & set(SIGNALS)):  # the process ends by itself
+            signal.sigwait(pending)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _launched(environment: Mapping[str, str]) -> bool:
     """Whether this is a process of several: torchrun's, or a task of Slurm's srun (`launch.adopt_slurm`)."""
     given = "RANK" in environment and "WORLD_SIZE" in environment
     return given or (environment.get("SLURM_STEP_NUM_TASKS") or "1") != "1"
+
+
+def _ignore(_signum: int, _frame: FrameType | None) -> None:
+    """What ends is not ended again. (What SIG_IGN ignores, new programs would ignore, too.)"""
 
 
 def _end(signum: int, _frame: FrameType | None) -> NoReturn:

@@ -48,6 +48,8 @@ class Telemetry:
         self.total = config.train.steps
         self._run = run
         self._progress = config.train.progress
+        self._out = sys.stdout
+        """which a load of a checkpoint replaces for a while, in all threads"""
         objective = objectives.create(config)
         self._contrasts = objective.sequences.contrast
         no_losses = {*contrast.METRICS[1:], *contrast.SIGMOID_METRICS[1:]}
@@ -207,7 +209,8 @@ class Telemetry:
         return self._board
 
     def _draw(self, values: dict[str, Any]) -> None:
-        self._open_board(values["step"]).write(values["step"], _numbers(values))
+        # a line may be of an earlier step, as that of a save: what was drawn since is not to be hidden
+        self._open_board(self.last_step + 1).write(values["step"], _numbers(values))
 
     def _attempt(self, action: Callable[[], Any], errors: type[Exception] = OSError) -> bool:
         """Whether it was done. errors: of TensorBoard any, as it writes by TensorFlow where that is installed."""
@@ -225,8 +228,8 @@ class Telemetry:
         """A line for the person who watches, above the progress bar; in a log at once."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # nobody reads any more, or the log's disk is full: no reason to end
-                tqdm.write(message)
-                sys.stdout.flush()
+                tqdm.write(message, file=self._out)
+                self._out.flush()
 
     def __enter__(self) -> Telemetry:
         return self

@@ -24,6 +24,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.objectives.base import COUNTS
+from megatron_lcl.train.checkpoint.checkpointer import quiet
 from megatron_lcl.train.resilience.signals import Stopped
 from megatron_lcl.train.result import StepResult
 from megatron_lcl.train.telemetry import Telemetry, feed, log, read_metrics, sinks
@@ -334,6 +335,36 @@ def test_tensorboard_may_fail_by_any_error(
     assert drawn == [3, 4]
     assert capsys.readouterr().out.count("metrics cannot be written: ResourceExhausted: no space") == 2
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_tensorboard_that_is_opened_again_hides_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of a save in the background is of an earlier one."""
+    opened: list[int] = []
+
+    class Board:
+        def __init__(self, run: Path, first_step: int) -> None:
+            opened.append(first_step)
+
+        def write(self, step: int, numbers: object) -> None:
+            if step == 5 and len(opened) == 1:
+                raise OSError("no space")
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(log, "TensorBoard", Board)
+    with Telemetry(tmp_path, config_of(), True, 0) as telemetry:
+        for step in range(1, 6):
+            telemetry.count(step, {name: getattr(RESULT, name) for name in COUNTS})
+            telemetry.step(step, RESULT, 1e-3, RATES)
+        telemetry.write({"step": 2, "checkpoint_bytes": 7})
+    assert opened == [1, 6]
+
+
+def test_what_is_said_while_a_checkpoint_is_loaded_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tracker's thread may give up then, and says so once."""
+    with Telemetry(tmp_path, config_of(), True, 0) as telemetry, quiet():
+        telemetry.say("mlflow gets no more metrics")
+    assert "mlflow gets no more metrics\n" in capsys.readouterr().out
 
 
 def test_weights_and_biases_is_told_how_a_run_ends() -> None:
