@@ -11,6 +11,8 @@ from types import MappingProxyType
 import numpy as np
 
 from megatron_lcl.data.corpus.store import TEXT, Corpus, Shard
+from megatron_lcl.data.prepare.cut import task_size
+from megatron_lcl.data.prepare.preprocess import SHARD_BYTES
 
 MAX_PIECES = 1 << 20
 """a range has no more texts and images"""
@@ -38,15 +40,22 @@ class Range:
         return int(corpus.document_starts[self.shard]) + self.first
 
 
+def range_size(corpus: Corpus, task_bytes: int) -> int:
+    """Bytes of tokens and images of a range: `task_bytes`, of a large corpus more (`task_size`)."""
+    counts = corpus.manifest["counts"]
+    return task_size(4 * counts["tokens"] + counts["image_bytes"], task_bytes, SHARD_BYTES)
+
+
 def ranges(corpus: Corpus, task_bytes: int) -> list[Range]:
-    """All documents, in runs of about `task_bytes` of tokens and images, within a shard, by their sizes alone."""
+    """All documents, in runs of about `range_size`, within a shard, by their sizes alone."""
     found: list[Range] = []
+    size = range_size(corpus, task_bytes)
     for number, shard in enumerate(corpus.shards):
         offsets, ends = shard.document_offsets, bytes_before(shard)
         first = 0
         while first < shard.num_documents:
             last = min(
-                int(np.searchsorted(ends, ends[first] + task_bytes)),
+                int(np.searchsorted(ends, ends[first] + size)),
                 int(np.searchsorted(offsets, offsets[first] + MAX_PIECES)),
                 shard.num_documents,
             )

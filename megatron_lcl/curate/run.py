@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from megatron_lcl.curate.documents import Range, ranges
+from megatron_lcl.curate.documents import Range, range_size, ranges
 from megatron_lcl.curate.duplicates.rules import Duplicates, EvaluationSets
 from megatron_lcl.curate.duplicates.settings import EVALUATION_RULES
 from megatron_lcl.curate.joins import REMOVED as JOINED
@@ -49,14 +49,22 @@ from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiti
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.engines import Engine, run_jobs
+from megatron_lcl.data.prepare.cut import check_cut
 from megatron_lcl.data.prepare.finish import assemble
 from megatron_lcl.data.prepare.preprocess import TASK_BYTES
 from megatron_lcl.data.prepare.preprocess_task import Part
-from megatron_lcl.data.prepare.unfinished import WORK, clear_errors, clear_up, is_finished_corpus, work_folder
+from megatron_lcl.data.prepare.unfinished import (
+    WORK,
+    clear_errors,
+    clear_up,
+    holds_work,
+    is_finished_corpus,
+    work_folder,
+)
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
-from megatron_lcl.filesystem import exists, matching
+from megatron_lcl.filesystem import exists
 from megatron_lcl.machine import num_cores
 from megatron_lcl.units import counted
 
@@ -182,7 +190,7 @@ def curate(
     work = Work(source, settings, joins, output / WORK)
 
     def is_useless(error: BaseException) -> bool:
-        return isinstance(error, _NothingLeft) or not matching(work.folder, "judged-*")
+        return isinstance(error, _NothingLeft) or not holds_work(work.folder)
 
     with work_folder(output, recipe, _WORK_VERSION, is_useless) as scratch:
         if not is_finished_corpus(output, recipe, _WORK_VERSION, ["names"]):  # by others, since the first look
@@ -281,6 +289,8 @@ def _decide(
 ) -> tuple[list[Range], Counted]:
     """Both passes, with the joins between them; the ranges, and what was removed."""
     tasks = ranges(work.corpus, task_bytes)
+    names = ([f"{task.shard}: {task.first}-{task.last}"] for task in tasks)
+    check_cut(work.folder, names, "judged-*", range_size(work.corpus, task_bytes) == task_bytes, [work.folder])
     _tell_idle_cores(work.settings, workers, len(tasks))
     with waiting_for_others(work.folder / "lock"):
         for number, join in enumerate(work.joins):

@@ -19,6 +19,7 @@ from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.prepare.unfinished import WORK
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
 
@@ -109,6 +110,25 @@ def test_a_rule_of_another_package(source: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "1") == []
     with pytest.raises(UserError, match="holds another corpus"):
         curate(source, tmp_path / "1", rules, joins=[SameTexts()], task_bytes=100)
+
+
+def test_what_is_prepared_stays_where_the_run_is_interrupted(source: Path, tmp_path: Path) -> None:
+    class Interrupted(FirstItems):
+        def prepare(self, folder: Path, workers: int) -> None:
+            raise KeyboardInterrupt
+
+    class Prepared(SameTexts):
+        def prepare(self, folder: Path, workers: int) -> None:
+            pytest.fail("once more")
+
+    output, rules = tmp_path / "out", read_settings(overrides={})
+    with pytest.raises(KeyboardInterrupt):
+        curate(source, output, rules, joins=[SameTexts(), Interrupted()])
+    assert (output / WORK / "prepared-0" / "said").exists()
+    curate(source, output, rules, joins=[Prepared(), FirstItems()])
+    with pytest.raises(KeyboardInterrupt):
+        curate(source, tmp_path / "nothing", rules, joins=[Interrupted()])
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("block", [1, 2, 1 << 14])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from curate.corpora_of_rules import files
 from data.corpora import random_documents, write_corpus
 
 from megatron_lcl.curate import passes, run, write
+from megatron_lcl.curate.documents import ranges
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import Settings, read_settings
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare import cut
 from megatron_lcl.data.prepare.unfinished import WORK
 from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
 
 RULES = {"text.min_words": "4", "image.max_places": "6", "document.min_images": "1", "document.max_words": "15"}
 TASK_BYTES, SHARD_BYTES = 4000, 10_000
@@ -126,6 +130,48 @@ def test_killed_and_gone_on_with(
     assert not found.reused
     assert files(output) == expected
     assert done.isdisjoint(again), "what was finished is done again"
+
+
+@pytest.mark.parametrize(
+    ("most", "recorded", "said"),
+    [
+        (1 << 14, False, ""),
+        (4, False, "was begun by another release"),
+        (4, True, "would now be cut into other tasks"),
+    ],
+    ids=["of an earlier release", "and of a large corpus", "of one with other ranges"],
+)
+def test_unfinished_work_with_other_ranges_is_refused(
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    recorded: bool,
+    said: str,
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_join", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curate(source, output, rules(), task_bytes=TASK_BYTES)
+    if not recorded:
+        shutil.rmtree(output / WORK / "tasks")
+    monkeypatch.setattr(cut, "MOST_TASKS", most)
+    if said:
+        with pytest.raises(UserError, match=f"{said}.* remove {output / WORK} "):
+            curate(source, output, rules(), task_bytes=TASK_BYTES)
+    else:
+        curate(source, output, rules(), task_bytes=TASK_BYTES)
+        assert files(output) == expected
+
+
+def test_a_large_corpus_has_larger_ranges(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = open_corpus(source)
+    monkeypatch.setattr(cut, "MOST_TASKS", 6)
+    found = ranges(corpus, 1)
+    assert len(found) < 20, "of 80 documents in three shards"
+    assert sum(task.last - task.first for task in found) == 80
 
 
 def test_finished_tasks_are_not_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

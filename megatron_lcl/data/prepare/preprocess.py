@@ -1,6 +1,6 @@
 """Documents in any known format → a corpus (`store.py`), and, where asked for, a second one of held-out documents.
 
-The input is cut into tasks by its order and sizes alone. Tasks write parts into `output/_unfinished`
+The input is cut into tasks by its order and sizes alone (`cut.py`). Tasks write parts into `output/_unfinished`
 (`preprocess_task.py`) in any order, by any number of processes or machines; one of n jobs does every n-th task. At the
 end the parts get their shard numbers, and the manifest is written (`finish.py`). So the bytes never depend on who did
 the work, a run that was killed resumes where it stopped, and running the same command several times at once, on any
@@ -31,20 +31,28 @@ from megatron_lcl.data.prepare.bars import Bars
 from megatron_lcl.data.prepare.budget import Budget, Unusable
 from megatron_lcl.data.prepare.chosen import FOLDER as CHOSEN
 from megatron_lcl.data.prepare.chosen import Chosen, choose, kept
+from megatron_lcl.data.prepare.cut import check_cut, cut, task_size
 from megatron_lcl.data.prepare.finish import GROUPS_KEY, finish
 from megatron_lcl.data.prepare.holdout import groups_hash
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.first import FirstDocuments
 from megatron_lcl.data.prepare.importers.sources import images_signature
-from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
-from megatron_lcl.data.prepare.unfinished import WORK, clear_errors, clear_up, is_finished_corpus, work_folder
+from megatron_lcl.data.prepare.preprocess_task import Part, TaskSettings, is_finished, parts_of, run_task
+from megatron_lcl.data.prepare.unfinished import (
+    WORK,
+    clear_errors,
+    clear_up,
+    holds_work,
+    is_finished_corpus,
+    work_folder,
+)
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import exists, is_dir, matching
 
 TASK_BYTES = 32 << 20
-"""a task is a run of units of at least so many bytes"""
+"""a task is a run of units of at least so many bytes, of a large input of more (`cut.task_size`)"""
 SHARD_BYTES = 4 << 30
 SHARD_DOCUMENTS = 500_000
 _WORK_VERSION = 4
@@ -136,7 +144,7 @@ def preprocess(
     UserError where the folder holds something else or the disk is full, and, leaving nothing but the list of what was
     bad (`drops.jsonl`), where the input is unusable or more than `max_bad_fraction` of it is bad, held-out documents
     included (if that shows only when these are written, the training corpus stays). After any other failure finished
-    parts stay.
+    parts, what was chosen, and indexes of images stay.
     """
     output = Path(output)
     if held_out is not None and Path(held_out).resolve() == output.resolve():
@@ -197,7 +205,9 @@ def preprocess(
         importer.scan(bars.scan(importer, workers))
         if limit is not None:
             importer = FirstDocuments(importer, limit)
-        tasks = _tasks(importer.units(), task_bytes)
+        units = importer.units()
+        tasks = cut(units, task_size(sum(unit.size for unit in units), task_bytes, shard_bytes))
+        as_before = [*map(len, tasks)] == [*map(len, cut(units, task_bytes))]
 
         def choice() -> Chosen:
             known = given or (tokenizers.load(finished[0]) if finished else None)
@@ -223,6 +233,8 @@ def preprocess(
                 def write(folder: Path, side: Mapping[str, Any], scratch: Path) -> None:
                     training = output if side["side"] == "held out" else None
                     its = replace(settings, folder=folder / WORK, training=training)
+                    names = ([unit.name for unit in task] for task in tasks)
+                    check_cut(folder / WORK, names, "part-*", as_before, works)
                     _write_corpus(
                         folder, side, its, tasks, max_bad_fraction, dict(source or {}), scratch, workers, job, bars
                     )
@@ -272,19 +284,6 @@ def _check_chosen(folder: Path, chosen: Chosen) -> None:
         )
 
 
-def _tasks(units: list[Unit], task_bytes: int) -> list[list[Unit]]:
-    """Runs of consecutive units of at least `task_bytes`."""
-    tasks: list[list[Unit]] = []
-    size = task_bytes
-    for unit in units:
-        if size >= task_bytes:
-            tasks.append([])
-            size = 0
-        tasks[-1].append(unit)
-        size += unit.size
-    return tasks
-
-
 def _texts_in_recipe(texts: Sequence[str]) -> dict[str, str]:
     """Their hash; nothing where there are none, as older versions wrote it."""
     return {"more_texts": xxhash.xxh3_128_hexdigest("\0".join(texts).encode())} if texts else {}
@@ -294,13 +293,16 @@ def _texts_in_recipe(texts: Sequence[str]) -> dict[str, str]:
 
 
 def _is_useless(work: Path, job: tuple[int, int] | None, chooses: bool, error: BaseException) -> bool:
-    """Whether the work of a failed run can go. error: why it failed. Of a run that is no job: where no part is finished
-    and nothing chosen, or the input is unusable. Of a job: only where nothing is finished or chosen, and choosing
-    failed for a UserError, since the other jobs use what is prepared. chooses: it had to choose."""
-    has_finished = bool(matching(work, "part-*")) or exists(work / CHOSEN)
-    if job is None:
-        return not has_finished or isinstance(error, Unusable)
-    return not has_finished and chooses and isinstance(error, UserError)
+    """Whether the work of a failed run can go. error: why it failed. Of a run that is no job: where the input is
+    unusable, or nothing that took long is there, such as an index of images. Of any: where no part is finished and
+    nothing chosen, and choosing failed for a UserError, which may ask for other options. chooses: it had to choose."""
+    if job is None and isinstance(error, Unusable):
+        return True
+    if matching(work, "part-*") or exists(work / CHOSEN):
+        return False
+    if chooses and isinstance(error, UserError):
+        return True
+    return job is None and not holds_work(work)
 
 
 def _write_corpus(
@@ -326,10 +328,24 @@ def _write_corpus(
         for number, drops in zip(mine, bars.over(done, folder.name, "task", [1] * len(mine)), strict=True):
             budget.add(drops, [part.seen for part in parts_of(work, number)])
     with waiting_for_others(work / "lock"):
-        parts = [parts_of(work, k) for k in range(len(tasks))]
-        if all(map(is_finished, parts)) and not exists(folder / MANIFEST):
-            all_parts = list(itertools.chain.from_iterable(parts))
-            finish(folder, recipe, settings, all_parts, max_bad_fraction, source, scratch, workers)
+        if not exists(folder / MANIFEST) and (parts := _all_parts(work, len(tasks))) is not None:
+            finish(folder, recipe, settings, parts, max_bad_fraction, source, scratch, workers)
+
+
+def _all_parts(work: Path, num_tasks: int) -> list[Part] | None:
+    """The parts of all tasks, in order; None where one is not finished.
+
+    Of the jobs all but one find this out, so they read few records, which have all drops of their parts.
+    """
+    names = {path.name for path in matching(work, "part-*")}
+    if not names.issuperset(Part(task, 0, True, 0).name for task in range(num_tasks)):
+        return None
+    found: list[list[Part]] = []
+    for task in reversed(range(num_tasks)):  # mostly the last ones are finished last
+        found.append(parts_of(work, task))
+        if not is_finished(found[-1]):
+            return None
+    return list(itertools.chain.from_iterable(reversed(found)))
 
 
 def _summary(folder: Path) -> Summary:

@@ -17,8 +17,9 @@ from megatron_lcl.data.corpus.drops import LOG
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.scratch import clear_dead, is_scratch, is_used, scratch_folder, waiting_for_others
+from megatron_lcl.data.prepare.cut import FOLDER as TASKS
 from megatron_lcl.errors import UserError, free_space, is_full
-from megatron_lcl.filesystem import exists, is_dir
+from megatron_lcl.filesystem import exists, is_dir, matching
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
@@ -105,7 +106,7 @@ def work_folder(
                 entered = True
                 yield scratch
         except BaseException as error:
-            if not (isinstance(error, FileNotFoundError) and exists(folder / MANIFEST)):
+            if not (_is_gone(error) and exists(folder / MANIFEST)):
                 clear_dead(work)
                 if is_useless(error) and not is_used(work):
                     remove_work(folder, created)
@@ -113,6 +114,11 @@ def work_folder(
         finally:
             if exists(folder / MANIFEST):
                 clear_up(folder)
+
+
+def _is_gone(error: BaseException) -> bool:
+    """Whether what was needed was not there, or, of a file on NFS that was open already, is no more."""
+    return isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno == errno.ESTALE)
 
 
 @contextmanager
@@ -162,9 +168,23 @@ def _clear_unrecorded(work: Path) -> None:
                 path.rename(gone / path.name)
 
 
+def holds_work(work: Path) -> bool:
+    """Whether there is something in a work folder that took time to make: indexes, what was chosen, finished parts."""
+    quick = (_RECORD, TASKS)
+    found = (path for path in matching(work, "*") if not is_scratch(path) and not path.name.startswith(_LOCK))
+    return any(path.name not in quick and (not is_dir(path) or matching(path, "*")) for path in found)
+
+
 def clear_up(folder: Path) -> None:
-    """Once the manifest is written nothing else is needed."""
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    """Once the manifest is written nothing else is needed.
+
+    The work folder is moved away first, at once: while it is removed file by file, another process could find a folder
+    without finished parts, and begin anew there. The next one removes what is left where this is killed.
+    """
+    clear_dead(folder)
+    if exists(folder / WORK):
+        with suppress(OSError), scratch_folder(folder) as gone:
+            (folder / WORK).rename(gone / WORK)
 
 
 @contextmanager

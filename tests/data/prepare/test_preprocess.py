@@ -128,7 +128,7 @@ def test_jobs_at_the_same_moment(source: Path, expected: dict[str, bytes], tmp_p
         assert contents(tmp_path / str(trial)) == expected
 
 
-@pytest.mark.parametrize("where", ["_tasks", "in_order"])
+@pytest.mark.parametrize("where", ["cut", "in_order"])
 def test_a_job_whose_corpus_others_finish_meanwhile(
     source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -140,7 +140,7 @@ def test_a_job_whose_corpus_others_finish_meanwhile(
         monkeypatch.undo()
         for other in range(6):
             preprocess("jsonl", source, output, tokenizer=TOKENIZER, job=(other, 6), **SMALL)
-        return done if where == "_tasks" else (result for result in done)
+        return done if where == "cut" else (result for result in done)
 
     for index in (3, 5):
         output = tmp_path / str(index)

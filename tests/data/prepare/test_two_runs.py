@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +20,14 @@ from data import writers
 from data.helpers import TOKENIZER, contents, parts_in
 from data.writers import picture
 
+from megatron_lcl.data.corpus import scratch
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare import importers, unfinished
 from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
+from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import WORK, preprocess
 from megatron_lcl.data.prepare.unfinished import remove_work
 from megatron_lcl.data.prepare.verify import verify
@@ -305,6 +310,71 @@ def test_of_one_that_finishes_while_another_begins_the_corpus_is_taken(
     preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
     assert unfinished.claim is original
     assert contents(output) == expected
+
+
+def test_the_work_folder_is_gone_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is removed file by file, one that is overtaken would find it without parts, and begin anew."""
+    output, original = tmp_path / "out", shutil.rmtree
+    left: list[tuple[str, bool]] = []
+
+    def rmtree(folder: Path, **options: Any) -> None:
+        if (output / "corpus.json").exists():
+            left.append((folder.parent.name, (output / WORK).exists()))
+        original(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+    assert ("out", False) in left
+    assert ("out", True) not in left
+    assert not [path for path in output.iterdir() if path.is_dir()]
+
+
+def test_of_one_that_was_killed_while_it_cleared_up_the_rest_is_removed(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+    process = subprocess.Popen(["true"])
+    process.wait(timeout=60)
+    (output / f"scratch-{scratch._machine()}-{process.pid}-{'0' * 32}" / WORK).mkdir(parents=True)
+    assert preprocess("jsonl", source, output, **SMALL).reused  # type: ignore[arg-type]
+    assert contents(output) == expected
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE], ids=["not there", "gone while it was open, on NFS"])
+def test_what_is_gone_as_another_process_has_finished_is_no_error(tmp_path: Path, number: int) -> None:
+    def failing(finished: bool) -> None:
+        with unfinished.work_folder(tmp_path, {}, 4, lambda error: False):
+            if finished:
+                (tmp_path / "corpus.json").touch()
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=os.strerror(number)):
+        failing(finished=False)
+    failing(finished=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.json"]
+
+
+def test_what_took_long_stays_where_a_run_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of the images, before any document is read."""
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in/images.tar", "w") as archive:
+        (tmp_path / "0.png").write_bytes(picture(0))
+        archive.add(tmp_path / "0.png", "0.png")
+    (tmp_path / "in/a.jsonl").write_text('{"items": [{"text": "one"}, {"image": "0.png"}]}')
+    arguments: tuple[Any, ...] = "jsonl", tmp_path / "in/a.jsonl", tmp_path / "out"
+    options: dict[str, Any] = {**SMALL, "images": tmp_path / "in"}
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess_module, "run_task", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(*arguments, **options)
+    assert (tmp_path / "out" / WORK / "images-in-tars").is_dir()
+    monkeypatch.setattr(ImageSource, "write_runs", interrupt)
+    assert preprocess(*arguments, **options).counts["images"] == 1
 
 
 @pytest.mark.parametrize("links", [True, False])
