@@ -225,9 +225,9 @@ def _open_lock(path: Path) -> int | None:
 
 
 @contextmanager
-def waiting_for_others(file: Path) -> Iterator[None]:
-    """Hold a lock on `file`, once no other process does; without one where the file system has no locks. UserError
-    where that one waits for this process.
+def waiting_for_others(file: Path) -> Iterator[int | None]:
+    """Hold a lock on `file`, once no other process does; without one where the file system has no locks. Gives what
+    `lock_file` gives. UserError where that process waits for this one.
 
     The lock ends with its process, however that ends. (filelock's `FileLock` would put a marker file in its place where
     there are no locks, which a process that is killed on another machine leaves behind for ever.)
@@ -240,7 +240,7 @@ def waiting_for_others(file: Path) -> Iterator[None]:
             assert lock is not None
             with suppress(OSError):
                 lock_descriptor(lock, poll_interval=_POLL_SECONDS)
-        yield
+        yield lock
 
 
 @contextmanager
