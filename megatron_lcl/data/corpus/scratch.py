@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -168,9 +169,21 @@ def _files_of(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (file.st_size, file.st_mtime_ns) for name, file in found.items()}
 
 
-def clear_dead(work: Path) -> None:
-    """Remove the scratch folders of processes that have ended."""
-    for folder in _ended(work, SCRATCH):
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A scratch folder, for this user alone, where temporary files are (TMPDIR). What processes that were killed left
+    there under that prefix goes first."""
+    place = Path(tempfile.gettempdir())
+    with suppress(OSError):  # it may be written, and not listed
+        clear_dead(place, prefix)
+    with scratch_folder(place, prefix) as folder:
+        folder.chmod(0o700)
+        yield folder
+
+
+def clear_dead(work: Path, prefix: str = SCRATCH) -> None:
+    """Remove the scratch folders, of a prefix, of processes that have ended."""
+    for folder in _ended(work, prefix):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -147,11 +148,16 @@ def test_merge_retokenize_and_export_a_corpus(s3: Proxy, place: str, tmp_path: P
     assert left(cache) == []
 
 
-def test_verify_reads_every_byte(s3: Proxy, place: str, tmp_path: Path) -> None:
+def test_verify_reads_every_byte(s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = corpus(tmp_path / "c")
     url = upload(made, place)
     s3.cut = 5
-    assert main(["verify", url]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        left = tmp_path / f"megatron-lcl-verify-{scratch._machine()}-{2**30}-{'0' * 32}"  # no process has that number
+        left.mkdir()
+        assert main(["verify", url]) == 0
+        assert not [*tmp_path.glob("megatron-lcl-verify-*")]
     s3.reset()
     damaged = bytearray((made / "images-00001.bin").read_bytes())
     damaged[100] ^= 1
