@@ -114,11 +114,11 @@ def output_folder(
 ) -> Iterator[Path]:
     """The folder that a command writes: the output, or one that is uploaded to it at the end.
 
-    last, resumes: as `data.storage.upload.uploaded` has them. name: of the argument.
+    last, resumes: as `data.corpus.upload.uploaded` has them. name: of the argument.
     """
     from megatron_lcl.data.corpus.cache_folders import user_cache
+    from megatron_lcl.data.corpus.upload import uploaded
     from megatron_lcl.data.storage.store import url_of
-    from megatron_lcl.data.storage.upload import uploaded
 
     place = getattr(options, name)
     if (url := url_of(place)) is None:

@@ -224,6 +224,8 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
     for place in filter(None, map(url_of, filter(None, (options.output, options.held_out)))):
         if input and f"{place}/".startswith(f"{input}/"):
             raise UserError(f"{place} lies in the folder of the input, and would be part of it; give another place")
+    if options.held_out and (url := url_of(options.output)) and url == url_of(options.held_out):
+        raise UserError(f"the held-out corpus cannot have the place of the corpus itself, {url}; give another one")
     with contextlib.ExitStack() as outputs:
         places = [outputs.enter_context(output_folder(options, MANIFEST, resumes=True))]
         if options.held_out is not None:

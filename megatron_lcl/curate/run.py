@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +45,7 @@ from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, names_of, r
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
-from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
+from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, temporary_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.engines import Engine, run_jobs
@@ -165,12 +165,13 @@ def curate(
     encoder = models.check(settings.models, keep=workers == 1)
     if output is None:
         remedy = "a dry run works in the folder for temporary files: set TMPDIR to one with more"
-        with clear_errors(Path(tempfile.gettempdir()), remedy):
-            temporary = tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-")
-        with temporary as folder, clear_errors(Path(folder), remedy):
-            work = Work(source, settings, joins, Path(folder))
-            _, counted = _decide(work, task_bytes, workers, None, progress)
-            return _curated(None, source, work, counted)
+        with ExitStack() as made:
+            with clear_errors(Path(tempfile.gettempdir()), remedy):
+                folder = made.enter_context(temporary_folder("megatron-lcl-curate-"))
+            with clear_errors(folder, remedy):
+                work = Work(source, settings, joins, folder)
+                _, counted = _decide(work, task_bytes, workers, None, progress)
+                return _curated(None, source, work, counted)
     output = Path(output)
     inside, outside = output.resolve(), source.path.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -168,9 +169,21 @@ def _files_of(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (file.st_size, file.st_mtime_ns) for name, file in found.items()}
 
 
-def clear_dead(work: Path) -> None:
-    """Remove the scratch folders of processes that have ended."""
-    for folder in _ended(work, SCRATCH):
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A scratch folder, for this user alone, where temporary files are (TMPDIR). What processes that were killed left
+    there under that prefix goes first."""
+    place = Path(tempfile.gettempdir())
+    with suppress(OSError):  # it may be written, and not listed
+        clear_dead(place, prefix)
+    with scratch_folder(place, prefix) as folder:
+        folder.chmod(0o700)
+        yield folder
+
+
+def clear_dead(work: Path, prefix: str = SCRATCH) -> None:
+    """Remove the scratch folders, of a prefix, of processes that have ended."""
+    for folder in _ended(work, prefix):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -225,9 +238,9 @@ def _open_lock(path: Path) -> int | None:
 
 
 @contextmanager
-def waiting_for_others(file: Path) -> Iterator[None]:
-    """Hold a lock on `file`, once no other process does; without one where the file system has no locks. UserError
-    where that one waits for this process.
+def waiting_for_others(file: Path) -> Iterator[int | None]:
+    """Hold a lock on `file`, once no other process does; without one where the file system has no locks. Gives what
+    `lock_file` gives. UserError where that process waits for this one.
 
     The lock ends with its process, however that ends. (filelock's `FileLock` would put a marker file in its place where
     there are no locks, which a process that is killed on another machine leaves behind for ever.)
@@ -240,7 +253,7 @@ def waiting_for_others(file: Path) -> Iterator[None]:
             assert lock is not None
             with suppress(OSError):
                 lock_descriptor(lock, poll_interval=_POLL_SECONDS)
-        yield
+        yield lock
 
 
 @contextmanager

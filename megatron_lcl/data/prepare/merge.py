@@ -20,8 +20,9 @@ from megatron_lcl.data.corpus.corpus_manifest import (
     write_manifest,
 )
 from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
-from megatron_lcl.data.corpus.files import blocks, sync
+from megatron_lcl.data.corpus.files import blocks
 from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.scratch import whole_folder
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.storage.paths import path_of
 from megatron_lcl.data.storage.store import url_of
@@ -33,10 +34,11 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
     """Join corpora, in the given order, into the new folder `output`; returns its manifest.
 
     Files are hard-linked (copied to another file system, or from object storage), so the sources stay as they are; with
-    `move` they are removed once the new manifest is written. Done before with the same corpora, it is recognized, and
-    an interrupted removal goes on. Every shard keeps its kind of documents. Raises UserError where the tokenizers
-    differ, a corpus is given twice, has lost a file or part of one, or is in object storage and to be moved, or the
-    folder is one of the corpora or holds something else.
+    `move` they are removed once the new folder is whole. Done before with the same corpora, it is recognized, and an
+    interrupted removal goes on. Until all files are there they are in a folder beside the output; what is left of that
+    by a process that was killed, the next one removes. Every shard keeps its kind of documents. Raises UserError where
+    the tokenizers differ, a corpus is given twice, has lost a file or part of one, or is in object storage and to be
+    moved, or the folder is one of the corpora, holds something else, or cannot be replaced (`whole_folder`).
     """
     sources, output = [Path(c) for c in corpora], Path(output)
     if path_of(output).resolve() in (path_of(source).resolve() for source in sources):
@@ -44,7 +46,12 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
     if move and (remote := [url for source in sources if (url := url_of(source))]):
         raise UserError(f"--move removes corpora of a disk, and {remote[0]} is none; leave it out")
     if not _is_done(sources, output, move):
-        _join(sources, output)
+        if not sources:
+            raise UserError("no corpus to merge")
+        if len({s.resolve() for s in sources}) < len(sources):
+            raise UserError("a corpus is given twice")
+        with whole_folder(output) as folder:
+            _join(sources, folder)
     if move:
         for source in sources:
             _remove(source)
@@ -68,14 +75,9 @@ def _is_done(sources: list[Path], output: Path, move: bool) -> bool:
     return len(there) == len(merged) > 0 and all(map(is_it, there, merged, names))
 
 
-def _join(sources: list[Path], output: Path) -> None:
+def _join(sources: list[Path], folder: Path) -> None:
+    """The corpus of all shards into an empty folder."""
     recipe: dict[str, Any] = {"merged": [], "names": []}
-    if not sources:
-        raise UserError("no corpus to merge")
-    if len({s.resolve() for s in sources}) < len(sources):
-        raise UserError("a corpus is given twice")
-    if exists(output) and any(output.iterdir()):
-        raise UserError(f"{output} is not empty; give a new folder")
     opened = [open_corpus(s) for s in sources]
     manifests = [corpus.manifest for corpus in opened]
     tokenizers = {m["tokenizer"]["fingerprint"]: s for m, s in zip(manifests, sources, strict=True)}
@@ -105,33 +107,20 @@ def _join(sources: list[Path], output: Path) -> None:
     links.append((opened[0], tokenizer["file"], tokenizer["file"]))
     files[tokenizer["file"]] = manifests[0]["files"][tokenizer["file"]]
 
-    created = not exists(output)
-    output.mkdir(parents=True, exist_ok=True)
-    made: list[str] = []
-    try:
-        for corpus, old, new in links:
-            link_file(corpus, old, output / new)
-            made.append(new)
-        made.append(LOG)
-        files[LOG] = write_file(output / LOG, drops.log())
-        sync(output)
-        write_manifest(
-            output,
-            manifest_of(
-                source={"merged": [m["source"] for m in manifests]},
-                tokenizer=tokenizer,
-                drops=drops.to_dict(NAMES_KEPT),
-                shards=shards,
-                files=files,
-                recipe=recipe,
-            ),
-        )
-    except BaseException:
-        for name in made:  # what another process has put there stays
-            (output / name).unlink(missing_ok=True)
-        if created and not any(output.iterdir()):
-            output.rmdir()
-        raise
+    for corpus, old, new in links:
+        link_file(corpus, old, folder / new)
+    files[LOG] = write_file(folder / LOG, drops.log())
+    write_manifest(
+        folder,
+        manifest_of(
+            source={"merged": [m["source"] for m in manifests]},
+            tokenizer=tokenizer,
+            drops=drops.to_dict(NAMES_KEPT),
+            shards=shards,
+            files=files,
+            recipe=recipe,
+        ),
+    )
 
 
 def _remove(source: Path) -> None:
@@ -151,31 +140,16 @@ def _remove(source: Path) -> None:
 def link_file(corpus: Corpus, name: str, target: Path) -> None:
     """Hard-link a corpus's file; copy it where the file system has no links, or is another, or from object storage.
 
-    UserError where it is missing, or the target is there.
+    target: in a folder of this process alone, which it puts on the disk itself. UserError where the file is missing.
     """
     if corpus.remote:
         corpus.remote.download(name, target)
         return
     source = corpus.path / name
+    if not exists(source):
+        raise UserError(f"{source} is missing; `megatron-lcl verify` says what else is")
     try:
-        try:
-            os.link(source, target)
-        except (FileNotFoundError, FileExistsError):
-            raise
-        except OSError:  # another file system, or one without links
-            _copy(source, target)
-    except FileNotFoundError:
-        raise UserError(f"{source} is missing; `megatron-lcl verify` says what else is") from None
-    except FileExistsError:
-        raise UserError(f"{target} is there already: does another process write into this folder?") from None
-
-
-def _copy(source: Path, target: Path) -> None:
-    with naming(target), open(target, "xb") as copy:
-        try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        with naming(target), open(target, "xb") as copy:
             copy.writelines(blocks(source))
-            copy.flush()
-            os.fsync(copy.fileno())
-        except BaseException:
-            target.unlink()
-            raise

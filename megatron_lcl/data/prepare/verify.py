@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,15 @@ from megatron_lcl.data.corpus.corpus_manifest import COUNTS, MANIFEST, contents_
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.indexed import read_indexed
 from megatron_lcl.data.corpus.probe import BadImage, probe
+from megatron_lcl.data.corpus.scratch import temporary_folder
 from megatron_lcl.data.corpus.store import IMAGE, TEXT, Corpus, Shard, open_corpus
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
+from megatron_lcl.interrupts import ending_on_sigterm
 
-_BLOCK = 8 << 20
+_BLOCK = 1 << 22
+"""tokens that are looked at together; more where a single piece has more"""
 
 
 def verify(path: str | Path, quick: bool = False, max_faults: int = 10) -> list[str]:
@@ -30,14 +32,15 @@ def verify(path: str | Path, quick: bool = False, max_faults: int = 10) -> list[
     shard at a time is copied to the folder for temporary files (TMPDIR). UserError where the storage cannot be reached.
     """
     faults: list[str] = []
-    for fault in _faults(Path(path), quick):
-        faults.append(fault)
-        if len(faults) == max_faults:
-            break
+    with ending_on_sigterm(), closing(_faults(Path(path), quick)) as found:
+        for fault in found:
+            faults.append(fault)
+            if len(faults) == max_faults:
+                break
     return faults
 
 
-def _faults(path: Path, quick: bool) -> Iterator[str]:
+def _faults(path: Path, quick: bool) -> Generator[str, None, None]:
     try:
         corpus = open_corpus(path)
     except StorageError:
@@ -81,11 +84,11 @@ def _on_disk(corpus: Corpus, names: list[str]) -> Iterator[Path]:
     if corpus.remote is None:
         yield corpus.path
         return
-    with tempfile.TemporaryDirectory(prefix="megatron-lcl-verify-") as folder:
+    with temporary_folder("megatron-lcl-verify-") as folder:
         found = zip(names, corpus.remote.store.head(names), strict=True)
         there = {name: about for name, about in found if about}
-        corpus.remote.store.fetch(list(there), Path(folder), list(there.values()))
-        yield Path(folder)
+        corpus.remote.store.fetch(list(there), folder, list(there.values()))
+        yield folder
 
 
 def _file_faults(path: Path, info: dict[str, Any]) -> Iterator[str]:
@@ -153,19 +156,18 @@ def _content_faults(shard: Shard, base_size: int) -> Iterator[str]:
         yield "an image piece that is not one number"
         return
     elements = shard.pieces(0, shard.num_pieces)
-    for first in range(0, shard.num_pieces, _BLOCK // 64):  # in blocks, so that memory stays small
-        last = min(first + _BLOCK // 64, shard.num_pieces)
+    ends = np.cumsum(shard.lengths, dtype=np.int64)
+    for first, last in _blocks(ends):
         values = shard.pieces(first, last)
         limits = np.repeat(np.where(is_image[first:last], shard.num_images, base_size), shard.lengths[first:last])
         wrong = (values < 0) | (values >= limits)
         if wrong.any():
             where = int(np.argmax(wrong))
-            ends = np.cumsum(shard.lengths[first:last])
-            piece = first + int(np.searchsorted(ends, where, side="right"))
+            piece = int(np.searchsorted(ends, where + (ends[first - 1] if first else 0), side="right"))
             kind = "image index" if is_image[piece] else "token id"
             yield f"piece {piece}: {kind} {int(values[where])} is out of range"
             return
-    used = np.unique(elements[np.cumsum(shard.lengths, dtype=np.int64)[is_image] - 1])
+    used = np.unique(elements[ends[is_image] - 1])
     if len(used) != shard.num_images:
         yield f"{shard.num_images - len(used)} stored images that no document shows"
     infinite = np.isinf(shard.similarity)
@@ -178,6 +180,18 @@ def _content_faults(shard: Shard, base_size: int) -> Iterator[str]:
     if wrong.any():
         at = int(np.argmax(wrong))
         yield f"placement {at}: matched text {int(shard.matched_text[at])} of a document with {int(limit[at])} texts"
+
+
+def _blocks(ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """The pieces first … last-1 that are looked at together, so that memory stays small.
+
+    ends: int64 [pieces], the number of tokens up to the end of each.
+    """
+    first = tokens = 0
+    while first < len(ends):
+        last = max(first + 1, int(np.searchsorted(ends, tokens + _BLOCK, side="right")))
+        yield first, last
+        first, tokens = last, int(ends[last - 1])
 
 
 def _image_faults(shard: Shard, j: int) -> Iterator[str]:

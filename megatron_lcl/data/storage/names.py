@@ -7,6 +7,8 @@ import os
 
 SCRATCH = "scratch-"
 """how the names of folders begin that belong to one process, and to no output (`corpus/scratch.py`)"""
+UPLOADING = "_uploading.json"
+"""object beside those of an output that is not whole yet (`corpus/upload.py`)"""
 
 
 def is_within(name: str) -> bool:

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from megatron_lcl import filesystem
 from megatron_lcl.data.storage.faults import StorageError
+from megatron_lcl.data.storage.names import UPLOADING
 from megatron_lcl.data.storage.store import About, Store, url_of
-from megatron_lcl.data.storage.upload import UPLOADING
 from megatron_lcl.errors import UserError
 
 WINDOW = 4 << 20

@@ -22,9 +22,9 @@ from megatron_lcl.config import Checkpoint
 from megatron_lcl.convert.manifest import MANIFEST, read_manifest, verify
 from megatron_lcl.convert.remote import pinned
 from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.upload import put_files
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import Store, url_of
-from megatron_lcl.data.storage.upload import put_files
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train.checkpoint.folder import SMALL, list_checkpoints, step_of, superseded

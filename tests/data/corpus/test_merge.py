@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 from data import writers
 from data.corpus.conftest import DOCUMENTS
 from data.helpers import TOKENIZER, plain
+from forks import fork_context
 
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
-from megatron_lcl.data.prepare.merge import merge
+from megatron_lcl.data.prepare import merge as merge_module
+from megatron_lcl.data.prepare.merge import link_file, merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
@@ -132,7 +135,7 @@ def test_merge_never_reads_its_output(corpus: Path, tmp_path: Path) -> None:
 def test_of_two_merges_into_one_folder_the_first_stays_whole(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
-    """Both found it empty; the other was sooner to put its files there."""
+    """Both found it empty; the other was sooner. With `move`, too, nothing is removed of what was not merged."""
     output, original = tmp_path / "out", Corpus.check_sizes
 
     def overtaken(self: Corpus) -> None:
@@ -146,7 +149,35 @@ def test_of_two_merges_into_one_folder_the_first_stays_whole(
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     monkeypatch.setattr(Corpus, "check_sizes", overtaken)
-    with pytest.raises(ValueError, match=r"tokens-00000.bin is there already: does another process write"):
+    with pytest.raises(ValueError, match="/out is not empty; give a new folder"):
         merge([corpus], output, move=True)
     assert verify(output) == []
-    assert verify(corpus) == [], "nothing is removed of what was not merged"
+    assert verify(corpus) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "corpus", "out"}
+
+
+@pytest.mark.timeout(60)
+def test_after_a_kill_the_same_command_merges(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merge_module, "write_manifest", killed)
+        process = fork_context().Process(target=merge, args=([corpus], tmp_path / "out"))
+        process.start()
+        process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    merge([corpus], tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "corpus", "out"}
+
+
+def test_what_is_missing_is_named(corpus: Path, tmp_path: Path) -> None:
+    """The source, or the folder that it was to be put into."""
+    opened = open_corpus(corpus)
+    with pytest.raises(UserError, match=f"^{corpus}/nothing is missing; `megatron-lcl verify`"):
+        link_file(opened, "nothing", tmp_path / "copy")
+    with pytest.raises(FileNotFoundError) as raised:
+        link_file(opened, "tokens-00000.bin", tmp_path / "gone" / "copy")
+    assert raised.value.filename == str(tmp_path / "gone" / "copy")

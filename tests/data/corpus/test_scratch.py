@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -94,6 +95,28 @@ def test_one_that_cannot_be_looked_at_is_not_taken_for_left(tmp_path: Path, monk
     assert folder.exists()
     scratch.clear_dead(tmp_path)
     assert not folder.exists()
+
+
+def test_temporary_folders_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once another process makes one of the same prefix; that of others stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    process = fork_context().Process()
+    process.start()
+    process.join()
+    left = [tmp_path / f"{name}-{scratch._machine()}-{process.pid}-{'0' * 32}" for name in ("ours", "theirs")]
+    for folder in left:
+        folder.mkdir()
+    with scratch.temporary_folder("ours-") as folder, scratch.temporary_folder("ours-") as another:
+        assert [path.exists() for path in left] == [False, True]
+        assert (folder.parent, folder.stat().st_mode & 0o777, folder.exists()) == (tmp_path, 0o700, True)
+    assert (folder.exists(), another.exists()) == (False, False)
+    monkeypatch.setattr(scratch, "matching", lambda *_: as_listed(tmp_path))
+    with scratch.temporary_folder("theirs-") as folder:
+        assert folder.exists()
+
+
+def as_listed(folder: Path) -> list[Path]:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def test_a_folder_of_the_user_stays(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.fetch import run
 from megatron_lcl.data.fetch.plan import Plan
+from megatron_lcl.data.storage.names import UPLOADING
 from megatron_lcl.data.storage.store import Store
-from megatron_lcl.data.storage.upload import UPLOADING
 
 FLAGS = ["--allow-private", "--delay", "0", "--retries", "1", "--backoff", "0.02", "--shard-urls", "4"]
 

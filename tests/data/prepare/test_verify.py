@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data import writers
 from data.helpers import TOKENIZER
@@ -14,7 +17,8 @@ from data.writers import picture
 
 from megatron_lcl.data.corpus.corpus_manifest import write_manifest
 from megatron_lcl.data.corpus.document import Document, Text
-from megatron_lcl.data.corpus.store import ShardWriter
+from megatron_lcl.data.corpus.store import Shard, ShardWriter
+from megatron_lcl.data.prepare import verify as verify_module
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
 
@@ -69,6 +73,47 @@ def test_images(tmp_path: Path, write: Callable[[ShardWriter], None], fault: str
 def test_matches(tmp_path: Path, match: dict[str, float], fault: str) -> None:
     corpus = written(tmp_path, lambda writer: image(writer, **match))
     assert verify(corpus, quick=True) == [f"shard 00000: {fault}"]
+
+
+def test_long_pieces_are_looked_at_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their tokens, which decide on the memory: a piece that is longer than a block is one of its own."""
+
+    def write(writer: ShardWriter) -> None:
+        for k, length in enumerate((3, 4, 2, 20, 1, 1)):
+            writer.add_texts([array("i", [1] * (length - 1) + [10**6 if k == 4 else 1]).tobytes()])
+            writer.end_document()
+
+    sizes, pieces = [], Shard.pieces
+
+    def counted(self: Shard, start: int, stop: int) -> np.ndarray:
+        sizes.append(int(self.lengths[start:stop].sum()))
+        return pieces(self, start, stop)
+
+    corpus = written(tmp_path, write)
+    monkeypatch.setattr(verify_module, "_BLOCK", 8)
+    monkeypatch.setattr(Shard, "pieces", counted)
+    assert verify(corpus) == ["shard 00000: piece 4: token id 1000000 is out of range"]
+    assert sizes == [31, 7, 2, 20, 2]  # the first: a view of all, of which nothing is copied
+
+
+def test_sigterm_ends_it_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what it has on the disk."""
+    removed = []
+
+    def killed(*_: object) -> Iterator[str]:
+        try:
+            yield "a fault"
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield "another"
+        finally:
+            removed.append(True)
+
+    monkeypatch.setattr(verify_module, "_faults", killed)
+    with pytest.raises(SystemExit) as ended:
+        verify("corpus")
+    assert (ended.value.code, removed) == (128 + signal.SIGTERM, [True])
+    assert verify("corpus", max_faults=1) == ["a fault"]
+    assert removed == [True, True]
 
 
 @pytest.mark.parametrize("name", ["documents", "pieces", "tokens", "placements", "images", "image_bytes"])

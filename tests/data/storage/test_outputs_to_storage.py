@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,9 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import PIL.Image
@@ -26,15 +31,17 @@ from s3_server import Proxy
 from megatron_lcl.cli import main
 from megatron_lcl.curate.passes import REMOVED_FILE
 from megatron_lcl.curate.run import SAMPLES_FILE
+from megatron_lcl.data.corpus import scratch
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.corpus_manifest import read_manifest
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.upload import uploaded
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.data.storage.names import UPLOADING
 from megatron_lcl.data.storage.paths import path_of
 from megatron_lcl.data.storage.store import Store
-from megatron_lcl.data.storage.upload import UPLOADING, uploaded
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import below
 
@@ -141,11 +148,16 @@ def test_merge_retokenize_and_export_a_corpus(s3: Proxy, place: str, tmp_path: P
     assert left(cache) == []
 
 
-def test_verify_reads_every_byte(s3: Proxy, place: str, tmp_path: Path) -> None:
+def test_verify_reads_every_byte(s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = corpus(tmp_path / "c")
     url = upload(made, place)
     s3.cut = 5
-    assert main(["verify", url]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        left = tmp_path / f"megatron-lcl-verify-{scratch._machine()}-{2**30}-{'0' * 32}"  # no process has that number
+        left.mkdir()
+        assert main(["verify", url]) == 0
+        assert not [*tmp_path.glob("megatron-lcl-verify-*")]
     s3.reset()
     damaged = bytearray((made / "images-00001.bin").read_bytes())
     damaged[100] ^= 1
@@ -254,9 +266,13 @@ def test_what_is_there_is_not_written_over(place: str, tmp_path: Path, monkeypat
     there = {"a": b"one", "b.json": b"{}", "c": b"more"}
     assert objects(place) == there
 
-    def killed(folder: Path) -> None:
-        next(folder.glob("b*")).unlink()
-        raise KeyboardInterrupt
+    rmtree = shutil.rmtree
+
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if folder == left:
+            next(folder.glob("b*")).unlink()
+            raise KeyboardInterrupt
+        rmtree(folder, ignore_errors)
 
     with monkeypatch.context() as patch:  # while the folder is removed
         patch.setattr(shutil, "rmtree", killed)
@@ -271,6 +287,110 @@ def test_what_is_there_is_not_written_over(place: str, tmp_path: Path, monkeypat
         uploaded("https://host/folder", tmp_path / "work", None, resumes=False),
     ):
         pass
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once somebody waits for a lock."""
+    lock, waiting = scratch.lock_descriptor, threading.Event()
+
+    def noted(descriptor: int, **options: Any) -> bool:
+        if "poll_interval" in options:
+            waiting.set()
+        return lock(descriptor, **options)
+
+    monkeypatch.setattr(scratch, "lock_descriptor", noted)
+    return waiting
+
+
+@pytest.mark.timeout(60)
+def test_of_two_that_find_an_output_finished_one_waits(
+    s3: Proxy, place: str, tmp_path: Path, waits: threading.Event
+) -> None:
+    """Both find no folder. The records that the second one brings are not brought into that of the first, which would
+    upload them as far as they are there, and the first does not remove what the second one reads."""
+    there, store, work = {"a": b"one", "b.json": b"[1]", "c": b"more"}, Store(place), tmp_path / "work"
+    for name, content in there.items():
+        store.put(name, content)
+    second_is_in, may_end = threading.Event(), threading.Event()
+
+    def second() -> dict[str, bytes]:
+        with uploaded(place, work, "a", resumes=True) as folder:
+            second_is_in.set()
+            assert may_end.wait(30)
+            return files(folder)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with uploaded(place, work, "a", resumes=True) as folder:
+                begun = pool.submit(second)
+                assert waits.wait(30)
+                (folder / "b.json").read_bytes()
+            assert second_is_in.wait(30)
+            with (
+                pytest.raises(UserError, match=r"s3://.*: another process writes this output, in .*; wait until"),
+                uploaded(place, work, None, resumes=False),
+            ):
+                pytest.fail("the first has deleted the lock under the second")
+            may_end.set()
+            assert begun.result(30) == {"a": b"one", "b.json": b"[1]"}
+    finally:
+        may_end.set()
+    assert (objects(place), puts(s3)) == (there, ["a", "b.json", "c"])
+    assert [*work.iterdir()] == []
+
+
+def test_records_are_whole_where_others_read_them(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are no locks: a file that is being written has another name."""
+    for name in ("a", "b.json"):
+        Store(place).put(name, b"[1]")
+    fetch, target = Store.fetch, tmp_path / "work" / quote("s3://bucket", safe="") / place.rpartition("/")[2]
+    looked: list[dict[str, bytes]] = []
+
+    def fetched(self: Store, names: Sequence[str], folder: Path) -> None:
+        fetch(self, names, folder)
+        looked.append(files(target))
+
+    monkeypatch.setattr(Store, "fetch", fetched)
+    for job in range(2):  # the folder stays for jobs, also where one has failed
+        with (
+            pytest.raises(UserError, match=f"^bad: {place}$") if job == 0 else contextlib.nullcontext(),
+            uploaded(place, tmp_path / "work", "a", resumes=True, keep=True) as folder,
+        ):
+            assert (folder, files(folder)) == (target, {"a": b"[1]", "b.json": b"[1]"})
+            if job == 0:
+                raise UserError(f"bad: {folder}")
+    assert looked == [{}]
+
+
+def test_a_second_merge_removes_nothing_of_the_first(place: str, tmp_path: Path) -> None:
+    with uploaded(place, tmp_path / "work", "a", resumes=False) as folder:
+        folder.mkdir()
+        (folder / "a").write_text("one")
+        with (
+            pytest.raises(UserError, match="another process writes this output"),
+            uploaded(place, tmp_path / "work", "a", resumes=False),
+        ):
+            pytest.fail("it began")
+        assert files(folder) == {"a": b"one"}
+    assert objects(place) == {"a": b"one"}
+
+
+def test_an_output_that_lacks_a_file_is_not_put(place: str, tmp_path: Path) -> None:
+    folder = tmp_path / "work" / quote("s3://bucket", safe="") / place.rpartition("/")[2]
+    folder.mkdir(parents=True)
+    (folder / "a").write_text(json.dumps({"files": {"b": {}, "tokens": {}}}))
+    (folder / "b").touch()
+    with (
+        pytest.raises(UserError, match=r"lacks tokens \(1 in all\), which its a lists; remove that folder"),
+        uploaded(place, tmp_path / "work", "a", resumes=True),
+    ):
+        pass
+    assert [name for name, _ in Store(place).list()] == [UPLOADING]
+    (folder / "tokens").touch()
+    with uploaded(place, tmp_path / "work", "a", resumes=True):
+        pass
+    assert {*objects(place)} == {"a", "b", "tokens"}
 
 
 def test_what_a_killed_process_left_is_not_put(place: str, tmp_path: Path) -> None:
@@ -363,6 +483,10 @@ def test_places_that_are_refused(place: str, tmp_path: Path, capsys: pytest.Capt
     for words, said in (
         (["preprocess", "--format", "jsonl", "--input", given, "--output", place, "--job", "0/2"], "need --work DIR"),
         (["preprocess", "--format", "jsonl", "--input", place, "--output", f"{place}/c"], "lies in the folder of the"),
+        (
+            ["preprocess", "--format", "jsonl", "--input", given, "--output", place, "--held-out", f"{place}/"],
+            "the held-out corpus cannot have the place of the corpus itself",
+        ),
         (["fetch", given, "--output", place, "--job", "0/2"], "--job fetches a part of a store"),
         (["train", "--train.output", place], "checkpoint.mirror=s3://bucket/folder"),
         (["demo", "emoji", "--output", place], "--output is s3://…: use a path of a file system"),

@@ -2,15 +2,16 @@
 
 An object is whole or not there. The file of a folder that says what belongs to it is put last: before, there is nothing
 to open. While a command's output is put, and where that was interrupted, `_uploading.json` lies beside it; the same
-command goes on.
+command goes on. Of several processes that are given one URL and one `work`, one is at it, as far as there are locks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,13 +19,12 @@ from urllib.parse import quote
 
 import xxhash
 
-from megatron_lcl.data.storage.names import SCRATCH, shortened
+from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder, unless_others, waiting_for_others
+from megatron_lcl.data.storage.names import SCRATCH, UPLOADING, shortened
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import below, exists, is_dir, is_file
 
-UPLOADING = "_uploading.json"
-"""{"fingerprint": of all that is being put, or null while that is being made}"""
 MAX_NAME = 200
 """bytes of a folder's name below `work`; a URL has up to 1,024, and names are put behind it with suffixes"""
 _RECORDS = (".json", ".jsonl", ".parquet")
@@ -53,63 +53,89 @@ def uploaded(
 
     last: name of the file with which the output is complete, which it must have; None: it has no such file. Where it is
     not there at the end, as other jobs are not done, nothing is put. resumes: the command goes on with a folder that it
-    finds, and recognizes a finished one; else it wants a new one each time. keep: leave the folder, for other jobs.
+    finds, and recognizes a finished one; else it wants a new one each time. keep: leave the folder, in which other jobs
+    work at the same time; without, a command that resumes waits for another process that has the folder.
 
-    Raises UserError, before the command begins, where the place cannot be reached or written, or holds something else.
+    Raises UserError, before the command begins, where the place cannot be reached or written, or holds something else,
+    or where a command that does not resume finds another process at work; at the end, where the folder lacks a file
+    that its `last` lists.
     """
     if url.startswith("http"):
         raise UserError(f"{url}: outputs are written to a disk or to object storage, as s3://bucket/folder")
     parent, _, name = url.rpartition("/")
-    store, above = Store(url), work / shortened(quote(parent, safe=""), MAX_NAME)
-    folder = above / shortened(name, MAX_NAME)
-    found = dict(store.list())
-    complete = last in found
-    begun = _begun(store, found)
-    if not complete and begun is None and found:
-        raise UserError(f"{url} holds other objects ({min(found)}, {len(found)} in all); give another place")
-    if not resumes:
+    store, folder = Store(url), work / shortened(quote(parent, safe=""), MAX_NAME) / shortened(name, MAX_NAME)
+    with contextlib.ExitStack() as alone:
+        alone.enter_context(_alone(folder, None if resumes else f"{url}: another process writes this output"))
+        found = dict(store.list())
+        complete = last in found
+        begun = _begun(store, found)
+        if not complete and begun is None and found:
+            raise UserError(f"{url} holds other objects ({min(found)}, {len(found)} in all); give another place")
+        if not resumes:
+            if complete:
+                if begun is not None:  # the process that put it was killed before it could delete this
+                    store.delete([UPLOADING])
+                raise UserError(f"{url} holds such an output already (it has {last}); give another place")
+            shutil.rmtree(folder, ignore_errors=True)
+        brought = complete and not exists(folder)
         if complete:
-            if begun is not None:  # the process that put it was killed before it could delete this
-                store.delete([UPLOADING])
-            raise UserError(f"{url} holds such an output already (it has {last}); give another place")
-        shutil.rmtree(folder, ignore_errors=True)
-    brought = complete and not exists(folder)
-    above.mkdir(parents=True, exist_ok=True)
-    if complete:
-        assert last is not None
-        records = {name: size for name, size in found.items() if name.endswith(_RECORDS) and name != UPLOADING}
-        _bring(store, folder, records, last)
-    elif begun is None:
-        store.put(UPLOADING, _marker(None))  # says now, not after hours of work, if this may not be written
-    try:
-        yield folder
-    except BaseException as error:
-        if brought:  # what is wrong with the folder is so with the place
-            error.args = tuple(a.replace(str(folder), url) if isinstance(a, str) else a for a in error.args)
-            if _sizes(folder).keys() <= found.keys():  # else there is work in it to go on with
-                shutil.rmtree(folder, ignore_errors=True)
-        elif not complete and not (begun or {}).get("fingerprint"):
-            with contextlib.suppress(UserError):
-                store.delete([UPLOADING])
-        _remove_if_empty(above)
-        raise
-    with open(above / f"{folder.name}.lock", "w") as lock:
-        with contextlib.suppress(OSError):  # there are no locks, which only save work
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert last is not None
+            records = {name: size for name, size in found.items() if name.endswith(_RECORDS) and name != UPLOADING}
+            _bring(store, folder, records, last)
+        elif begun is None:
+            store.put(UPLOADING, _marker(None))  # says now, not after hours of work, if this may not be written
+        if keep:
+            alone.close()
+        try:
+            yield folder
+        except BaseException as error:
+            if brought:  # what is wrong with the folder is so with the place
+                error.args = tuple(a.replace(str(folder), url) if isinstance(a, str) else a for a in error.args)
+                if not keep and _sizes(folder).keys() <= found.keys():  # else there is work in it to go on with
+                    shutil.rmtree(folder, ignore_errors=True)
+            elif not complete and not (begun or {}).get("fingerprint"):
+                with contextlib.suppress(UserError):
+                    store.delete([UPLOADING])
+            raise
+        if keep:
+            alone.enter_context(_alone(folder))
         if is_dir(folder) and (last is None or exists(folder / last)):
             _put_all(store, folder, last)
             if not keep:
                 if last is not None:  # first, so that what is left of a folder is not taken for one to go on with
                     (folder / last).unlink()
                 shutil.rmtree(folder)
-    if not keep:
-        (above / f"{folder.name}.lock").unlink(missing_ok=True)
-        _remove_if_empty(above)
 
 
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+@contextlib.contextmanager
+def _alone(folder: Path, refusal: str | None = None) -> Iterator[None]:
+    """Hold the lock of a folder, in one that is made for both, and goes at the end where nothing else is in it.
+
+    refusal: what is said, as UserError, where another process holds the lock; None: that one is waited for.
+    """
+    above, file = folder.parent, folder.with_name(f"{folder.name}.lock")
+    with contextlib.ExitStack() as held:
+        while True:  # again where it has waited for a lock whose file is gone, and others lock a new one
+            above.mkdir(parents=True, exist_ok=True)
+            try:
+                if refusal is not None:
+                    with unless_others(file) as free:
+                        if not free:
+                            raise UserError(f"{refusal}, in {folder}; wait until it ends, or give another place")
+                lock = held.enter_context(waiting_for_others(file))
+                if lock is None or os.path.samestat(os.fstat(lock), file.stat()):
+                    break
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+            held.close()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # another user's
+                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                above.rmdir()
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -132,13 +158,15 @@ def _bring(store: Store, folder: Path, records: dict[str, int], last: str) -> No
                 "that folder to go on with what is there, or give another place"
             )
         return
-    names = [*records]
-    for name in (*names, last):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    store.fetch([name for name in names if name != last], folder)
-    temporary = folder / f"{last}.tmp"
-    temporary.write_bytes(store.get(last))
-    temporary.rename(folder / last)
+    names = [*(name for name in records if name != last), last]
+    clear_dead(folder.parent)
+    with scratch_folder(folder.parent) as scratch:
+        for name in names:
+            for place in (scratch, folder):
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+        store.fetch(names, scratch)
+        for name in names:  # each is whole, whoever else reads here
+            (scratch / name).replace(folder / name)
 
 
 def _put_all(store: Store, folder: Path, last: str | None) -> None:
@@ -150,6 +178,12 @@ def _put_all(store: Store, folder: Path, last: str | None) -> None:
             raise UserError(f"{store.url} holds another such output (its {last} differs); give another place")
     # one that an earlier release put before it was at its end lacks files
     if not complete or any(found.get(name) != size for name, size in sizes.items()):
+        there_or_put = {*sizes, *(found if complete else ())}
+        if lacking := [name for name in _listed(folder, last) if name not in there_or_put]:
+            raise UserError(
+                f"{folder} lacks {lacking[0]} ({len(lacking)} in all), which its {last} lists; remove that folder and "
+                "run the same command again"
+            )
         own, begun = _fingerprint(folder, sizes), _begun(store, found)
         there = begun["fingerprint"] if begun else None
         if there not in (None, own):
@@ -164,6 +198,16 @@ def _put_all(store: Store, folder: Path, last: str | None) -> None:
     store.delete([UPLOADING])
 
 
+def _listed(folder: Path, last: str | None) -> list[str]:
+    """The files of an output that it lists itself, as a corpus and an export do."""
+    if last is None:
+        return []
+    try:
+        return [*json.loads((folder / last).read_bytes())["files"]]
+    except (ValueError, KeyError, TypeError):  # such as a plan of URLs
+        return []
+
+
 def _fingerprint(folder: Path, names: Iterable[str]) -> str:
     """Of the names and contents of files."""
     digest = xxhash.xxh3_128()
@@ -174,6 +218,7 @@ def _fingerprint(folder: Path, names: Iterable[str]) -> str:
 
 
 def _marker(fingerprint: str | None) -> bytes:
+    """What UPLOADING holds: the fingerprint of all that is being put; none while that is being made."""
     return json.dumps({"fingerprint": fingerprint}).encode()
 
 
