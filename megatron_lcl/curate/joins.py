@@ -25,6 +25,8 @@ REMOVED = pa.schema([("document", pa.int64()), ("item", pa.int32()), ("value", p
 the name of what it is like, if it is removed for that"""
 _AT_ONCE = 1 << 23
 """images whose hashes are counted in memory together"""
+_SMALLEST = 1000
+"""rows that take about as much memory as a table does without any"""
 _PLACES = pa.schema([("xxh3", pa.binary(16)), ("places", pa.int64())])
 
 
@@ -94,18 +96,35 @@ class Places:
         too_many = pa.concat_tables([_PLACES.empty_table(), *map(self._too_many, parts)])
         wide = pa.large_binary()  # Arrow looks up at most 2 GiB of the narrow ones, which are 134 million
         known = too_many["xxh3"].combine_chunks().cast(wide)
-        for file in facts:
-            table = read_table(file)
-            found = pc.index_in(table["xxh3"].cast(wide), known)
-            chosen = table.append_column("value", pc.take(too_many["places"], found)).filter(pc.is_valid(found))
-            chosen = chosen.append_column("matched", pa.repeat("", len(chosen)))
-            yield chosen.select(REMOVED.names).cast(REMOVED)
+        for tables in _together(facts):  # as each lookup hashes all of `known` first
+            found_in_all = pc.index_in(pa.concat_tables(tables)["xxh3"].cast(wide), known)
+            start = 0
+            for table in tables:
+                found = found_in_all.slice(start, len(table))
+                start += len(table)
+                chosen = table.append_column("value", pc.take(too_many["places"], found)).filter(pc.is_valid(found))
+                chosen = chosen.append_column("matched", pa.repeat("", len(chosen)))
+                yield chosen.select(REMOVED.names).cast(REMOVED)
 
     def _too_many(self, hashes: np.ndarray) -> pa.Table:
         """Of all places of some hashes, uint64 [N, 2], those that stand too often, and how often (_PLACES)."""
         column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(hashes), [None, pa.py_buffer(hashes)])
         counted = pa.table({"xxh3": column}).group_by("xxh3").aggregate([([], "count_all")])
         return counted.rename_columns(["xxh3", "places"]).filter(pc.field("places") > self.threshold)
+
+
+def _together(facts: Sequence[Path]) -> Iterator[list[pa.Table]]:
+    """The tables of all files in their order, as many together as have about _AT_ONCE rows."""
+    waiting: list[pa.Table] = []
+    num = 0
+    for file in facts:
+        waiting.append(read_table(file))
+        num += max(len(waiting[-1]), _SMALLEST)
+        if num >= _AT_ONCE:
+            yield waiting
+            waiting, num = [], 0
+    if waiting:
+        yield waiting
 
 
 def _as_numbers(hashes: pa.ChunkedArray) -> np.ndarray:

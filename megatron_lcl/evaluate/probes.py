@@ -26,6 +26,11 @@ from megatron_lcl.evaluate.patches import Patches
 from megatron_lcl.evaluate.results import Result, bootstrap
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
 
+_ROWS = 1 << 16
+"""images whose logits are in memory together"""
+_COLUMNS = 32
+"""features whose deviations are computed together"""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -55,21 +60,25 @@ def fit_linear(
 
     Features are standardized first; the bias is not regularized. float64.
     """
-    x = np.asarray(features, np.float64)
-    mean, scale = x.mean(0), x.std(0)
-    scale[scale == 0] = 1
-    inputs = torch.from_numpy((x - mean) / scale).to(device)
+    x, mean, scale = _standardized(features)
+    inputs = torch.from_numpy(x).to(device)
+    del x  # on a GPU it is in host memory no longer than this
     targets = torch.from_numpy(np.asarray(labels)).to(device)
-    shape = (num_classes, x.shape[1] + 1)
+    shape = (num_classes, len(mean) + 1)
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         parameters = torch.from_numpy(flat).to(device).view(shape).requires_grad_()
-        weight, bias = parameters[:, :-1], parameters[:, -1]
-        per_image = F.cross_entropy(F.linear(inputs, weight, bias), targets, reduction="mean")
-        value = per_image + weight.square().sum() / (2 * strength * len(targets))
-        value.backward()
+        norm = parameters[:, :-1].square().sum() / (2 * strength * len(targets))
+        norm.backward()
+        value = norm.item()
+        # backward after each block, which lets go of its logits: of ImageNet they are 10 GB, and their gradient again
+        for rows, classes in zip(inputs.split(_ROWS), targets.split(_ROWS), strict=True):
+            per_image = F.cross_entropy(F.linear(rows, parameters[:, :-1], parameters[:, -1]), classes)
+            part = per_image * (len(rows) / len(inputs))
+            part.backward()
+            value += part.item()
         assert parameters.grad is not None
-        return value.item(), parameters.grad.cpu().numpy().ravel()
+        return value, parameters.grad.cpu().numpy().ravel()
 
     # between two losses SciPy adds vectors of a few thousand numbers: threads take longer to meet than to add them
     with ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1):
@@ -89,6 +98,19 @@ def fit_linear(
         )
     parameters = found.x.reshape(shape)
     return Linear(parameters[:, :-1], parameters[:, -1], mean, scale)
+
+
+def _standardized(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features [N, D] as float64, each column less its mean and divided by its deviation; the means; the deviations,
+    1 where one is 0. One copy of all features is made, and parts of another."""
+    x = np.array(features, np.float64)
+    mean = x.mean(0)
+    parts = np.array_split(x, max(1, x.shape[1] // _COLUMNS), axis=1)
+    scale = np.concatenate([part.std(0) for part in parts])  # for which NumPy copies what it is given
+    scale[scale == 0] = 1
+    x -= mean
+    x /= scale
+    return x, mean, scale
 
 
 def linear_probe(

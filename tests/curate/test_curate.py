@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import contents, files, left, picture, read, removed, write
 from data.corpora import random_documents, write_corpus
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 
 from megatron_lcl.curate import run
 from megatron_lcl.curate import write as copying
+from megatron_lcl.curate.joins import Places
 from megatron_lcl.curate.run import Curated, curate, read_curated
 from megatron_lcl.curate.settings import Settings, read_settings
 from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
@@ -127,6 +131,35 @@ def test_places_are_counted_in_slices(tmp_path: Path, monkeypatch: pytest.Monkey
     assert removed(whole) == removed(tmp_path / "sliced") != []
     assert len(+read) > 3
     assert set((+read).values()) == {2}
+
+
+@pytest.mark.parametrize(("at_once", "together"), [(1 << 23, 10), (2500, 3), (4, 1)])
+def test_places_are_looked_up_for_many_files_at_once(
+    at_once: int, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each lookup hashes all images that stand too often: of a large corpus a million, and as many files are read."""
+    numbers = np.random.default_rng(0).integers(0, 40, (10, 12))
+    numbers[3:5] = 100 + np.arange(24).reshape(2, 12)  # of these files no image stands too often
+    facts = [tmp_path / f"{k}.parquet" for k in range(10)]
+    for k, file in enumerate(facts):
+        digests = pa.array([bytes(15) + bytes([n]) for n in numbers[k]], pa.binary(16))
+        document, item = pa.array([k] * 12), pa.array(range(12), pa.int32())
+        pq.write_table(pa.table({"document": document, "item": item, "xxh3": digests}), file)
+    lookups: list[int] = []
+
+    def looked_up(values: pa.ChunkedArray, known: pa.Array) -> pa.ChunkedArray:
+        lookups.append(len(values) // 12)
+        return index_in(values, known)
+
+    index_in = pc.index_in
+    monkeypatch.setattr("megatron_lcl.curate.joins.pc.index_in", looked_up)
+    monkeypatch.setattr("megatron_lcl.curate.joins._AT_ONCE", at_once)
+    tables = list(Places(3).decide(facts, tmp_path, tmp_path, 1))
+    count = Counter(numbers.ravel().tolist())
+    expected = [[(k, i, count[n]) for i, n in enumerate(row) if count[n] > 3] for k, row in enumerate(numbers.tolist())]
+    columns = ("document", "item", "value")
+    assert [list(zip(*(t[name].to_pylist() for name in columns), strict=True)) for t in tables] == expected
+    assert lookups == [together] * (10 // together) + [1] * (10 % together)
 
 
 def test_rules_of_texts_and_of_documents(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +117,48 @@ def test_between_losses_scipy_has_one_thread(monkeypatch: pytest.MonkeyPatch) ->
         fit_linear(np.eye(4), np.arange(4), 4, 1.0)
         assert [pool.num_threads for pool in blas.lib_controllers] == [2] * len(threads[0])
     assert threads == [[1] * len(threads[0])]
+
+
+@pytest.mark.parametrize("columns", [1, 50, 64, 65, 200])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_features_are_standardized_with_little_memory(columns: int, kind: type) -> None:
+    """Of ImageNet's a copy in float64 is 10 GB; the numbers are those of the formula."""
+    features = np.random.default_rng(columns).normal(3, 2, (4000, columns)).astype(kind)
+    features[:, columns // 2] = 1.5
+    before = features.copy()
+    tracemalloc.start()
+    try:
+        standardized, mean, scale = probes._standardized(features)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    x = features.astype(np.float64)
+    deviation = np.where(x.std(0) == 0, 1, x.std(0))
+    assert np.array_equal(features, before)
+    assert np.array_equal(mean, x.mean(0))
+    np.testing.assert_allclose(scale, deviation, rtol=1e-13)
+    np.testing.assert_allclose(standardized, (x - x.mean(0)) / deviation, rtol=1e-13)
+    if columns > 128:
+        assert peak < 1.5 * x.nbytes
+
+
+def test_logits_of_few_images_are_in_memory_at_once(
+    split: tuple[np.ndarray, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit_linear(split[0], split[1], 10, 1.0)
+    seen: list[int] = []
+
+    def cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        seen.append(len(logits))
+        return plain(logits, classes)
+
+    plain = probes.F.cross_entropy
+    monkeypatch.setattr(probes.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(probes, "_ROWS", 500)
+    parts = fit_linear(split[0], split[1], 10, 1.0)
+    assert set(seen) == {500, 200}
+    np.testing.assert_allclose(parts.weight, whole.weight, rtol=0, atol=1e-4 * np.abs(whole.weight).max())
+    np.testing.assert_allclose(parts.bias, whole.bias, rtol=0, atol=1e-4 * np.abs(whole.bias).max())
 
 
 def test_linear_probe(split: tuple[np.ndarray, ...]) -> None:

@@ -24,6 +24,15 @@ def mix(key: Any, value: Any) -> Any:
 
 
 @compiled
+def mix_each(key: Any, values: np.ndarray) -> np.ndarray:
+    """`mix` of a key and each of some integers, uint64 [N]."""
+    out = np.empty(len(values), np.uint64)
+    for i in range(len(values)):
+        out[i] = mix(key, _U(values[i]))
+    return out
+
+
+@compiled
 def uniform(key: Any, value: Any) -> float:
     """A number in [0, 1) from the hash of (key, value)."""
     return float(mix(key, value) >> _U(11)) * 2.0**-53

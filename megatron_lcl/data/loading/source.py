@@ -23,7 +23,7 @@ from megatron_lcl.data.corpus.document import KINDS, Kind
 from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.data.corpus.store import Corpus, Shard
 from megatron_lcl.data.loading.cache import build_and_open, cache_folder, fingerprint, using
-from megatron_lcl.data.loading.hashes import mix
+from megatron_lcl.data.loading.hashes import mix, mix_each
 from megatron_lcl.data.loading.rules import INTERLEAVED, Rules, Sequences, rules_for
 from megatron_lcl.data.loading.sequence import (
     END,
@@ -70,6 +70,28 @@ def pieces_of(shard: Shard) -> Any:
     """A shard's lengths, modes, document offsets, similarities and matched texts, as `measure` takes them."""
     arrays = shard.lengths, shard.modes, shard.document_offsets, shard.similarity, shard.matched_text
     return tuple(map(plain, arrays))
+
+
+def _pieces_of_some(shard: Shard, documents: np.ndarray, placements: np.ndarray) -> Any:
+    """`pieces_of` a shard that had only these documents, and of each its first placement in it.
+
+    placements: of each its first in the shard. A window of a large corpus has a few documents of every shard, so what
+    others have is not copied.
+    """
+    first, last = shard.document_offsets[documents], shard.document_offsets[documents + 1]
+    pieces, offsets = _one_after_another(first, last - first)
+    modes = shard.modes[pieces]
+    images = np.concatenate([[0], np.cumsum(modes, dtype=np.int64)])[offsets]
+    chosen, _ = _one_after_another(placements, np.diff(images))
+    arrays = shard.lengths[pieces], modes, offsets, shard.similarity[chosen], shard.matched_text[chosen]
+    return *arrays, images[:-1]
+
+
+def _one_after_another(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers from starts[i] on, sizes[i] of them, of one i after another; and where those of each i begin and the
+    last end, int64."""
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    return np.repeat(starts - offsets[:-1], sizes) + np.arange(offsets[-1]), offsets
 
 
 class Source:
@@ -132,10 +154,6 @@ class Source:
             )
         return total / len(self.tokens)
 
-    def pieces(self, k: int) -> Any:
-        """See `pieces_of`."""
-        return pieces_of(self.corpus.shard(k))
-
     def document_key(self, document: int, epoch: int) -> Any:
         """What the selection and placement of a document in an epoch are drawn from."""
         return key(int(self.key), epoch, document)
@@ -191,14 +209,17 @@ class Source:
         blocks = [np.stack([whole, np.zeros_like(whole), tokens[whole], images[whole]], 1).astype(np.int32)]
         places = np.flatnonzero(several & (tokens > 0))
         shards = np.searchsorted(self.corpus.document_starts, documents[places], "right") - 1
-        for k in np.unique(shards):
-            mine = places[shards == k]
-            start = self.corpus.document_starts[k]
-            keys = np.array([self.document_key(int(d), epoch) for d in documents[mine]], np.uint64)
-            placements = self.placements[start : self.corpus.document_starts[k + 1]]
-            local = documents[mine] - start
+        by_shard = np.argsort(shards, kind="stable")
+        bounds = np.searchsorted(shards[by_shard], np.arange(self.corpus.num_shards + 1))
+        for k in np.flatnonzero(np.diff(bounds)).tolist():
+            mine = places[by_shard[bounds[k] : bounds[k + 1]]]
+            chosen = documents[mine]
+            of_these = _pieces_of_some(
+                self.corpus.shard(k), chosen - self.corpus.document_starts[k], self.placements[chosen]
+            )
+            keys = mix_each(key(int(self.key), epoch), chosen)  # `document_key` of each
             rows = arranged_sizes(  # type: ignore[call-arg]
-                *self.pieces(k), placements, local, keys, plain(ranges[mine]), self.rules_of(k)
+                *of_these, np.arange(len(mine)), keys, np.ascontiguousarray(ranges[mine]), self.rules_of(k)
             )
             first = np.searchsorted(rows[:, 0], np.arange(len(mine)))
             part = np.arange(len(rows)) - first[rows[:, 0]]

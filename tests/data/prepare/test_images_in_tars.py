@@ -91,6 +91,19 @@ def test_the_longest_end_of_all_names_goes_first(tmp_path: Path) -> None:
     assert read(source, ["1.png", "y/1.png"]) == SEVERAL
 
 
+@pytest.mark.parametrize(("near", "asked"), [((), 1), (("elsewhere",), 1), (("1",), 3)])
+def test_no_name_is_looked_for_behind_one_that_is_there(
+    near: tuple[str, ...], asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A URL has up to 40. But where an archive is near, it may have a later one."""
+    source = source_of(tmp_path, {"0": {"a.png": b"first", "c.png": b"last"}, "1": {"x.png": b"x"}})
+    looked: list[int] = []
+    find = ImageSource.find
+    monkeypatch.setattr(ImageSource, "find", lambda self, digest: looked.append(digest) or find(self, digest))
+    assert read(source, ["a.png", "b.png", "c.png"], near) == b"first"
+    assert len(looked) == asked
+
+
 def test_images_of_a_shard_of_mmc4_in_one_tar_of_all(tmp_path: Path) -> None:
     page = {"text_list": ["t"], "image_info": [{"image_name": "1.png", "matched_text_index": 0, "matched_sim": 0.3}]}
     (tmp_path / "in").mkdir()

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder
+from megatron_lcl.data.prepare.sorting import sorted_rows
 from megatron_lcl.filesystem import exists, matching
 
 _RUN = 1 << 21
@@ -19,16 +20,19 @@ _RUN = 1 << 21
 
 class SortedRuns(ABC):
     """Columns of numbers, of which the first is a hash: in files that all processes map, after `prepare`, else in
-    memory; in runs, each sorted by the hash."""
+    memory; in runs, each sorted by the hash. In files each run has hashes of its own, so that one is looked into for a
+    hash; earlier releases' runs, and those in memory, each have any."""
 
     def __init__(self, files: Sequence[Path], name: str, rows: int) -> None:
         """files: what `columns` reads. name: of the folder with the runs. rows: numbers of a column."""
         self._files, self._name, self._rows = files, name, rows
         self._folder: Path | None = None
         self._runs: list[np.ndarray] | None = None
+        self._bounds: np.ndarray | None = None
+        """uint64 [runs, 2]: the first and the last hash of each"""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_runs": None}
+        return {**vars(self), "_runs": None, "_bounds": None}
 
     @abstractmethod
     def columns(self) -> Iterator[tuple[int, ...]]:
@@ -47,9 +51,9 @@ class SortedRuns(ABC):
                 put_in_place(unfinished, self._folder)
 
     def write_runs(self, folder: Path) -> None:
-        """The runs, into an empty folder."""
-        for number, run in enumerate(self._sorted()):
-            save_array(folder / f"{number:06d}.npy", run)
+        """The runs, into an empty folder, which meanwhile takes twice their size."""
+        for number, part in enumerate(sorted_rows(self._blocks(), _RUN, folder / "unsorted")):
+            save_array(folder / f"{number:06d}.npy", np.ascontiguousarray(part.T))
 
     def read_runs(self, folder: Path) -> list[np.ndarray]:
         """The runs that `write_runs` has written."""
@@ -57,21 +61,29 @@ class SortedRuns(ABC):
 
     def find(self, digest: int) -> list[list[int]]:
         """The columns of a hash, without it; as they came."""
-        if self._runs is None:
-            self._runs = list(self._sorted()) if self._folder is None else self.read_runs(self._folder)
-        found = []
-        for run in self._runs:
-            first, last = (int(np.searchsorted(run[0], np.uint64(digest), side)) for side in ("left", "right"))
+        if self._runs is None or self._bounds is None:
+            runs = self._in_memory() if self._folder is None else self.read_runs(self._folder)
+            self._runs = [run for run in runs if run.shape[1]]
+            self._bounds = np.array([run[0, [0, -1]] for run in self._runs], np.uint64).reshape(-1, 2)
+        wanted, found = np.uint64(digest), []
+        for k in np.flatnonzero((self._bounds[:, 0] <= wanted) & (wanted <= self._bounds[:, 1])):
+            run = self._runs[k]
+            first, last = (int(np.searchsorted(run[0], wanted, side)) for side in ("left", "right"))
             found += run[1:, first:last].T.tolist()
         return found
 
-    def _sorted(self) -> Iterator[np.ndarray]:
-        """uint64 [rows, up to _RUN] each."""
-        run, length = np.empty((self._rows, _RUN), np.uint64), 0
+    def _in_memory(self) -> Iterator[np.ndarray]:
+        """Runs, uint64 [rows, up to _RUN] each."""
+        for block in self._blocks():
+            yield np.ascontiguousarray(block[np.argsort(block[:, 0], kind="stable")].T)
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """All columns as they come, uint64 [up to _RUN, rows]."""
+        block, length = np.empty((_RUN, self._rows), np.uint64), 0
         for column in self.columns():
-            run[:, length] = column
+            block[length] = column
             length += 1
             if length == _RUN:
-                yield run[:, np.argsort(run[0], kind="stable")]
-                length = 0
-        yield run[:, np.argsort(run[0, :length], kind="stable")]
+                yield block
+                block, length = np.empty_like(block), 0
+        yield block[:length]

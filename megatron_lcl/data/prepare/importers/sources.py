@@ -44,6 +44,7 @@ class ImageSource(SortedRuns):
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self.archives = [] if root is None else _archives(root)
+        self._stems = {path.stem for path in self.archives}
         self._packed = "" if root is None or is_file(root) else _packed(root)
         self._damaged: list[str] = []
         super().__init__(self.archives, "images-in-tars", 3)
@@ -93,9 +94,7 @@ class ImageSource(SortedRuns):
                     partial += [_ending(whole), *shorter]
             partial.sort(key=lambda end: -end.count("/"))
             for keys in (exact, partial):
-                found = [self._find(key) for key in dict.fromkeys(keys)]
-                own = [[member for member in members if self.archives[member[0]].stem in near] for members in found]
-                if members := next(filter(None, (*own, *found)), None):
+                if members := self._first(keys, near):
                     data = self._read_member(*members[0])
                     if any(self._read_member(*member) != data for member in members[1:]):  # nothing says which is meant
                         raise BadImage("several images of this name in the tars")
@@ -105,6 +104,18 @@ class ImageSource(SortedRuns):
         if self._packed:
             raise BadImage(f"file missing, and {self._packed} is compressed, which is not read: unpack it")
         raise BadImage("file missing")
+
+    def _first(self, keys: Iterable[str], near: Collection[str]) -> list[tuple[int, int, int]]:
+        """Members of the first key that has any in the archives `near`, else in any; [] where none has."""
+        elsewhere: list[tuple[int, int, int]] = []
+        for key in dict.fromkeys(keys):
+            found = self._find(key)
+            if own := [member for member in found if self.archives[member[0]].stem in near]:
+                return own
+            elsewhere = elsewhere or found
+            if elsewhere and self._stems.isdisjoint(near):  # then no later key can go before it
+                break
+        return elsewhere
 
     def _find(self, key: str) -> list[tuple[int, int, int]]:
         """(archive, first byte, size) of all members of a name."""
