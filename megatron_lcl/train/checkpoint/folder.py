@@ -19,7 +19,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,30 +162,42 @@ def config_and_ledger(path: Path) -> tuple[Config, Ledger | None]:
     return load(run / CONFIG), last_ledger(run)
 
 
-def newest(folders: list[Path], only: Container[str] | None = None) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The last of these that verifies (None: none does), and the faults of newer ones. only: as in `verify`."""
+def newest(
+    folders: list[Path], only: Container[str] | None = None, repair: Callable[[Path], str] | None = None
+) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The last of these that verifies (None: none does), and the faults of newer ones.
+
+    only: as in `verify`. repair: makes a damaged one whole where it can, and says how, before its faults; else "".
+    """
     rejected: dict[Path, list[str]] = {}
     for folder in reversed(folders):
         faults = verify(folder, only=only)
         if not faults:
             return folder, rejected
-        rejected[folder] = faults
+        repaired = repair(folder) if repair else ""
+        rejected[folder] = [repaired, *faults] if repaired else faults
+        if repaired:
+            return folder, rejected
     return None, rejected
 
 
 def choose(
-    run: Path, resume: str, mirror: str | None = None, only: Container[str] | None = None
+    run: Path,
+    resume: str,
+    mirror: str | None = None,
+    only: Container[str] | None = None,
+    repair: Callable[[Path], str] | None = None,
 ) -> tuple[Path | None, dict[Path, list[str]]]:
     """The checkpoint to go on from by `checkpoint.resume` (None: none) and those rejected, with their faults.
 
     mirror: where copies are (`checkpoint.mirror`), which a run without checkpoints of its own goes on from. only: the
-    files by which it is decided whether one is whole; None: all.
+    files by which it is decided whether one is whole; None: all. repair: as in `newest`, for the run's own.
 
     A run that has checkpoints of its own goes on from them whatever `resume` is, so that a job that is started again
     by the same command goes on where it stopped. UserError where all of them are damaged (weeks of work are not begun
     anew silently), or the one that `resume` names is.
     """
-    folder, rejected = newest(list_checkpoints(run), only)
+    folder, rejected = newest(list_checkpoints(run), only, repair)
     if folder is None and rejected:
         latest, faults = next(iter(rejected.items()))
         unread = any(isinstance(fault, Unread) for faults in rejected.values() for fault in faults)
