@@ -25,7 +25,7 @@ from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train.apex import check_apex
 from megatron_lcl.train.averages import average_names, check_averages
 from megatron_lcl.train.changes import Changes, changed_settings
-from megatron_lcl.train.checkpoint.folder import list_checkpoints, resumable
+from megatron_lcl.train.checkpoint.folder import last_progress, leftover_bytes, list_checkpoints, resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
 from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.determinism import check_determinism
@@ -74,7 +74,7 @@ def check(config: Config, processes: int, local: int | None = None, elsewhere: b
     run = Path(config.train.output)
     check_output(run, config)
     if not elsewhere:
-        check_space(config)
+        check_space(config, leftover_bytes(run / CHECKPOINTS))
     if config.checkpoint.mirror is not None:
         Mirror(config.checkpoint.mirror).check_owner(config.train.output)
     if not list_checkpoints(run):
@@ -182,9 +182,14 @@ def _is_of_no_run(path: Path) -> bool:
     )
 
 
-def check_space(config: Config) -> None:
-    """The disk of the run folder has room for one more checkpoint."""
+def check_space(config: Config, removable: int = 0) -> None:
+    """The disk of the run folder has room for one more checkpoint, where steps are left to make.
+
+    removable: bytes there that will be removed before the first save.
+    """
     run = Path(config.train.output)
+    if (progress := last_progress(run)) is not None and progress.step >= config.train.steps:
+        return
     averages, trained = len(average_names(config)), num_parameters(config.model, frozen_parameters(config))
     # the weights as one file, and averages; the optimizer's float32 weights, its two moments, and averages
     needed = 4 * ((1 + averages) * num_parameters(config.model) + (3 + averages) * trained)
@@ -192,7 +197,7 @@ def check_space(config: Config) -> None:
         free = shutil.disk_usage(nearest_folder(run)).free
     except OSError:
         return
-    if free < needed:
+    if free + removable < needed:
         raise UserError(
             f"train.output = {run}: a checkpoint of this model takes at least {in_bytes(needed)}, and "
             f"{free_space(run)}; make room, or name another folder"

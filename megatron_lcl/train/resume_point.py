@@ -57,7 +57,7 @@ class ResumePoint:
     progress: Progress
     """with the ledger from here on"""
     rejected: dict[Path, list[str]]
-    """newer checkpoints that are damaged, and how"""
+    """newer checkpoints that are damaged, and how; with `folder` where that was repaired"""
     deepspeed: dict[str, Any]
     """DeepSpeed's config"""
     config: Config
@@ -138,6 +138,7 @@ def resolve_resume_point(
     def lock() -> tuple[dict[str, Any], str]:
         settings = check(config, mesh.world.size, everywhere[0].local)
         until_end.enter_context(lock_run_folder(run))
+        checkpoint.clear_leftovers(run / CHECKPOINTS)  # as the first save does, for which there is to be room
         check_space(config)  # again: it is there now, and others write too
         return settings, holder_of(run)
 
@@ -223,7 +224,8 @@ def _from(
     run: Path, config: Config, settings: dict[str, Any], processes: int, has: Memory, is_own: bool
 ) -> ResumePoint:
     resume = "auto" if url_of(config.checkpoint.resume) else config.checkpoint.resume  # which lies in the run by now
-    folder, rejected = checkpoint.choose(run, resume, config.checkpoint.mirror)
+    repair = Mirror(config.checkpoint.mirror).repair if config.checkpoint.mirror is not None else None
+    folder, rejected = checkpoint.choose(run, resume, config.checkpoint.mirror, repair=repair)
     kept = kept_kernels(config, folder)
     config = kept or config
     origin = open_origin(folder, config, is_own)

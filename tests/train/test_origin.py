@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,10 @@ from megatron_lcl.data.loading import pack_index
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
-from megatron_lcl.train import checks, dryrun
+from megatron_lcl.model.layers import num_parameters
+from megatron_lcl.parallel.mesh import ALONE, Mesh
+from megatron_lcl.run_folder import CHECKPOINTS
+from megatron_lcl.train import checks, dryrun, resume_point
 from megatron_lcl.train.checkpoint.folder import Layout, Progress, progress_text, step_folder
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checks import check_readable
@@ -252,3 +257,33 @@ def test_what_a_dry_run_says_of_a_named_checkpoint(
     said = re.fullmatch(rf"in the 96 steps to come about ([\d.]+) of {corpora[0]}", lines["epochs"])
     assert said is not None
     assert float(said[1]) == pytest.approx(read, rel=0.1)
+
+
+def test_room_for_a_checkpoint(corpora: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed save has left is room too, as is what another run is writing that has the folder; where all steps
+    are made none is needed."""
+    config, folder = config_of(tmp_path, corpora[0]), tmp_path / "run" / CHECKPOINTS
+    left, room = folder / ".step-00000008.tmp" / "state", 16 * num_parameters(config.model)
+
+    def usage(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(total=room, free=room - sum(x.stat().st_size for x in folder.rglob("*") if x.is_file()))
+
+    def start() -> Any:
+        signals, watchdog = SimpleNamespace(received=0), SimpleNamespace(left=lambda: 0.0)
+        with contextlib.ExitStack() as end:
+            return resume_point.resolve_resume_point(config, Mesh(ALONE, ALONE), end, signals, watchdog)  # type: ignore
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(resume_point, "_resolve", lambda *_: "resolved")
+    left.mkdir(parents=True)
+    with (left / "a.pt").open("wb") as file:
+        file.truncate(room - 1)
+    checks.check(config, 1)
+    assert left.exists(), "nobody has locked the folder"
+    assert start() == "resolved"
+    assert list(folder.iterdir()) == []
+    saved(config)
+    with pytest.raises(UserError, match="a checkpoint of this model takes at least"):
+        start()
+    saved(config, config.train.steps)
+    assert start() == "resolved"

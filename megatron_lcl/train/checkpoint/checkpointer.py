@@ -286,15 +286,17 @@ class Checkpointer:
         part of a checkpoint (`unpickle`).
         """
         self.close()
-        self._refuse_foreign(folder)
+        self._refuse_foreign(folder / STATE, folder / RNG)
         before = checkpoint.read_progress(folder)
         self._reached = max(self._reached, before.step)
         said = []
         if self.mesh.is_first and (differ := versions_that_differ(before.code, self._code)):
             said.append(f"{folder} was written by {', '.join(differ)}")
         same = before.layout == self.layout
-        if not same and self._convert(folder):
-            said.append(f"converted {folder} from {before.layout} to {self.layout}")
+        if not same:
+            if self._convert(folder):
+                said.append(f"converted {folder} from {before.layout} to {self.layout}")
+            self._refuse_foreign(folder / reshard.UNIVERSAL)  # which is whole by now
         optimizer, engine = self.engine.optimizer, self.engine
         ours = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
         kept = ("clip_grad", "loss_scaler", "dynamic_loss_scale")
@@ -356,9 +358,13 @@ class Checkpointer:
                     whole = load_mapped(states / piece.name / f"{key}.pt")["param"]
                     piece.of(average).copy_(whole.flatten()[piece.offset : piece.offset + piece.length])
 
-    def _refuse_foreign(self, folder: Path) -> None:
-        """The processes look through the files together, so that one that is refused ends all of them alike."""
-        peers, files = self._peers, sorted(below(folder, "*.pt"))
+    def _refuse_foreign(self, *folders: Path) -> None:
+        """The processes look through the files together, so that one that is refused ends all of them alike.
+
+        folders: those that are read next. Beside them in a checkpoint may be half of its universal form, which another
+        run is writing, or has left.
+        """
+        peers, files = self._peers, sorted(file for folder in folders for file in below(folder, "*.pt"))
         faults = peers.gather_objects(refused(files[peers.rank :: peers.size]))
         if fault := next((fault for fault in faults if fault), None):
             raise RunError(fault)

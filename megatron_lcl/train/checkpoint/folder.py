@@ -15,10 +15,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from megatron_lcl.convert.find import checkpoints_in, export_kind, run_of
 from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.convert.manifest import MANIFEST, Unread, verify
 from megatron_lcl.errors import UserError, describe_os_error
-from megatron_lcl.filesystem import exists, is_dir, is_file, matching
+from megatron_lcl.filesystem import below, exists, is_dir, is_file, matching
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 
 if TYPE_CHECKING:
@@ -161,30 +162,42 @@ def config_and_ledger(path: Path) -> tuple[Config, Ledger | None]:
     return load(run / CONFIG), last_ledger(run)
 
 
-def newest(folders: list[Path], only: Container[str] | None = None) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The last of these that verifies (None: none does), and the faults of newer ones. only: as in `verify`."""
+def newest(
+    folders: list[Path], only: Container[str] | None = None, repair: Callable[[Path], str] | None = None
+) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The last of these that verifies (None: none does), and the faults of newer ones.
+
+    only: as in `verify`. repair: makes a damaged one whole where it can, and says how, before its faults; else "".
+    """
     rejected: dict[Path, list[str]] = {}
     for folder in reversed(folders):
         faults = verify(folder, only=only)
         if not faults:
             return folder, rejected
-        rejected[folder] = faults
+        repaired = repair(folder) if repair else ""
+        rejected[folder] = [repaired, *faults] if repaired else faults
+        if repaired:
+            return folder, rejected
     return None, rejected
 
 
 def choose(
-    run: Path, resume: str, mirror: str | None = None, only: Container[str] | None = None
+    run: Path,
+    resume: str,
+    mirror: str | None = None,
+    only: Container[str] | None = None,
+    repair: Callable[[Path], str] | None = None,
 ) -> tuple[Path | None, dict[Path, list[str]]]:
     """The checkpoint to go on from by `checkpoint.resume` (None: none) and those rejected, with their faults.
 
     mirror: where copies are (`checkpoint.mirror`), which a run without checkpoints of its own goes on from. only: the
-    files by which it is decided whether one is whole; None: all.
+    files by which it is decided whether one is whole; None: all. repair: as in `newest`, for the run's own.
 
     A run that has checkpoints of its own goes on from them whatever `resume` is, so that a job that is started again
     by the same command goes on where it stopped. UserError where all of them are damaged (weeks of work are not begun
     anew silently), or the one that `resume` names is.
     """
-    folder, rejected = newest(list_checkpoints(run), only)
+    folder, rejected = newest(list_checkpoints(run), only, repair)
     if folder is None and rejected:
         latest, faults = next(iter(rejected.items()))
         unread = any(isinstance(fault, Unread) for faults in rejected.values() for fault in faults)
@@ -209,6 +222,8 @@ def go_back(run: Path, step: int, begun_with: Path | None) -> tuple[Path | None,
     there is none at all, nothing is deleted. begun_with: the checkpoint with which this process began, which may be
     another run's.
     """
+    with contextlib.suppress(OSError):
+        put_back(run / CHECKPOINTS)  # after a save that failed
     own = list_checkpoints(run)
     before, between = ([f for f in own if (step_of(f) <= step) is wanted] for wanted in (True, False))
     others = [f for f in [begun_with] if f is not None and f not in own and is_dir(f)]
@@ -276,10 +291,17 @@ def give_name(temporary: Path, final: Path) -> None:
 
 def put_back(folder: Path) -> None:
     """Give a checkpoint its name again that was to be replaced by another of its step, where that was interrupted."""
-    for replaced in matching(folder, f".step-*{REPLACED}"):
-        final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(REPLACED))
-        if not exists(final):
-            replaced.rename(final)
+    for replaced, final in _without_successor(folder).items():
+        replaced.rename(final)
+
+
+def _without_successor(folder: Path) -> dict[Path, Path]:
+    """Checkpoints that were to be replaced by others of their steps, which are not there, and their names before."""
+    names = {
+        replaced: replaced.with_name(replaced.name.removeprefix(".").removesuffix(REPLACED))
+        for replaced in matching(folder, f".step-*{REPLACED}")
+    }
+    return {replaced: final for replaced, final in names.items() if not exists(final)}
 
 
 def set_aside(folder: Path) -> Path:
@@ -293,11 +315,29 @@ def delete(folder: Path) -> list[str]:
 
 
 def clear_leftovers(folder: Path) -> list[str]:
-    """Remove what was left in a run's folder of checkpoints by a save or a deletion that was interrupted.
+    """Remove what was left in a run's folder of checkpoints by a save or a deletion that was interrupted. A checkpoint
+    that was to be replaced gets its name back (`put_back`), or stays where even that fails.
 
     What cannot be removed, and why: on NFS a file that anybody has open stays until it is closed. A later call may.
     """
-    return [fault for leftover in matching(folder, ".step-*") for fault in _remove(leftover)]
+    with contextlib.suppress(OSError):
+        put_back(folder)
+    return [fault for leftover in _leftovers(folder) for fault in _remove(leftover)]
+
+
+def leftover_bytes(folder: Path) -> int:
+    """The size of what `clear_leftovers` would remove, as far as it can be looked at and stays meanwhile."""
+    total = 0
+    for leftover in _leftovers(folder):
+        with contextlib.suppress(OSError):
+            total += sum(file.lstat().st_size for file in below(leftover))
+    return total
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """What is to be removed: not a checkpoint without a successor, which is perhaps the last good one."""
+    kept = _without_successor(folder)
+    return [path for path in matching(folder, ".step-*") if path not in kept]
 
 
 def _remove(folder: Path) -> list[str]:

@@ -27,7 +27,7 @@ from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import Store, url_of
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
-from megatron_lcl.train.checkpoint.folder import SMALL, list_checkpoints, step_of, superseded
+from megatron_lcl.train.checkpoint.folder import SMALL, give_name, list_checkpoints, step_of, superseded
 
 RUN = "run.json"
 _OUTPUT = "train.output"
@@ -212,9 +212,29 @@ class Mirror:
     def restore(self, run: Path) -> Path | None:
         """Fetch the newest copy into a run folder that has no checkpoint; None where there is none, or no need.
         UserError as `newest_for`."""
-        if (newest := self.newest_for(run)) is None:
-            return None
-        final = run / CHECKPOINTS / newest
+        newest = self.newest_for(run)
+        return None if newest is None else self._fetch(run / CHECKPOINTS / newest)
+
+    def repair(self, folder: Path) -> str:
+        """Put in the place of a damaged checkpoint the copy of this very one, if there is a whole one; what was done,
+        in words, "" where nothing was."""
+        try:
+            if not self.has(folder):
+                return ""
+        except OSError:  # its manifest cannot be read: which checkpoint is it?
+            return ""
+        try:
+            self._fetch(folder)
+        except RunError:  # the copy is damaged too
+            return ""
+        except StorageError as error:
+            if not error.missing:
+                raise
+            return ""
+        return f"its copy in {self.store.url} has taken its place"
+
+    def _fetch(self, final: Path) -> Path:
+        """The copy of this name, whole, as this folder; RunError where it is damaged."""
         temporary = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -232,7 +252,7 @@ class Mirror:
             raise _damaged(source.url, faults)
         for name in (*names, MANIFEST, "."):
             sync(temporary / name)
-        temporary.rename(final)
+        give_name(temporary, final)
         sync(final.parent)
         return final
 

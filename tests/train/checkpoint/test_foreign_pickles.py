@@ -59,26 +59,25 @@ def plant(folder: Path, name: str, mark: Path) -> None:
     assert checkpoint.verify(top) == []
 
 
-def load_all(rank: int, folder: str, names: tuple[str, ...]) -> dict[str, str]:
-    """What loading each checkpoint says, at the layout that wrote it and at another."""
+def load_all(rank: int, folder: str, wanted: dict[str, list[str]]) -> dict[str, dict[str, str]]:
+    """What loading each checkpoint says, by job: at the layout that wrote it and at another."""
     import torch.distributed as dist
 
     from megatron_lcl.errors import UserError
     from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
     from megatron_lcl.train.engine import build_engine, build_module, init_processes
 
-    said = {}
+    said: dict[str, dict[str, str]] = {job: {} for job in wanted}
     for job in (JOB, OTHER):
         config = build_config(Path(folder), job)
         mesh = init_processes(config)
         engine = build_engine(build_module(config, mesh), config, mesh)
         with Checkpointer(engine, config, mesh, Path(folder) / "new") as checkpoints:
-            for name in names:
-                if name.startswith(UNIVERSAL) == (job is OTHER):
-                    try:
-                        said[name] = f"loaded {checkpoints.load(Path(folder) / name.replace('/', '-') / 'step')}"
-                    except UserError as error:
-                        said[name] = str(error)
+            for name in wanted[job.name]:
+                try:
+                    said[job.name][name] = f"loaded {checkpoints.load(Path(folder) / name.replace('/', '-') / 'step')}"
+                except UserError as error:
+                    said[job.name][name] = str(error)
     dist.destroy_process_group()
     return said
 
@@ -98,14 +97,41 @@ def test_each_kind_of_file_is_refused_on_all_processes_and_nothing_runs(original
         folder = tmp_path / name.replace("/", "-")
         shutil.copytree(original, folder / "step")
         plant(folder / "step", name, tmp_path / "ran")
-    first, second = run_processes(load_all, 2, str(tmp_path), FILES)
+    wanted = {job.name: [x for x in FILES if x.startswith(UNIVERSAL) == (job is OTHER)] for job in (JOB, OTHER)}
+    first, second = run_processes(load_all, 2, str(tmp_path), wanted)
     assert not (tmp_path / "ran").exists()
     assert first == second
     for name in FILES:
         file = tmp_path / name.replace("/", "-") / "step" / name
-        assert first[name].startswith(
+        assert first[(OTHER if name.startswith(UNIVERSAL) else JOB).name][name].startswith(
             f"{file} is refused: a checkpoint is data, and this pickle wants to build posix.mkdir;"
         )
+
+
+@pytest.mark.slow
+def test_half_of_a_conversion_keeps_no_run_from_a_checkpoint(original: Path, tmp_path: Path) -> None:
+    """Neither what a run has left that was killed, or is writing, nor what a power failure has cut."""
+    names = ["half", "cut", "gone"]
+    for name in names:
+        shutil.copytree(original, tmp_path / name / "step")
+    universal = Path(UNIVERSAL, "zero", "5.log_scale", "fp32.pt")
+    whole = (original / universal).read_bytes()
+    shutil.rmtree(tmp_path / "half" / "step" / UNIVERSAL)
+    half = tmp_path / "half" / "step" / "scratch-x-1-y" / universal
+    half.parent.mkdir(parents=True)
+    half.write_bytes(whole[: len(whole) // 2])
+    (half.parent / "exp_avg.pt").touch()
+    (half.parent / "exp_avg_sq.pt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "cut" / "step" / universal).write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "gone" / "step" / UNIVERSAL / "manifest.json").unlink()
+    first, second = run_processes(load_all, 2, str(tmp_path), {JOB.name: names, OTHER.name: names})
+    assert first == second
+    assert first[JOB.name] == dict.fromkeys(names, "loaded []")
+    for name in names:
+        folder = tmp_path / name / "step"
+        assert first[OTHER.name][name].startswith(f"loaded ['converted {folder} from ")
+        assert checkpoint.verify(folder / UNIVERSAL) == []
+        assert checkpoint.verify(folder) == []
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, METRICS
 from megatron_lcl.train import resume_point
+from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import list_checkpoints
 from megatron_lcl.train.checkpoint.mirror import RUN, Mirror
 from megatron_lcl.train.memory import Memory
@@ -275,3 +276,49 @@ def test_what_is_kept_is_not_listed(place: str, tmp_path: Path, monkeypatch: pyt
     assert mirror.restore(tmp_path / "run") is not None
     assert listed == [("", 4)]
     assert mirror.complete() == [f"step-{step:08d}" for step in (10, 20, 30, 40)]
+
+
+def test_a_damaged_checkpoint_is_fetched_again(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than to go on from the one before, if the copy is whole and of this very checkpoint."""
+    run, mirror, chosen = tmp_path / "run", Mirror(place), []
+    older, newer = (saved(run / CHECKPOINTS, step) for step in (10, 20))
+    config = configs.from_dict({"train": {"output": str(run)}, "checkpoint": {"mirror": place}})
+
+    def damage(*folders: Path) -> None:
+        for folder in folders:
+            (folder / "model.safetensors").write_bytes(b"x" * 2000)
+
+    def choose() -> tuple[Path | None, dict[Path, list[str]]]:
+        with pytest.raises(UserError):
+            resume_point._resolve(config, {}, 1, Memory(0, ""))
+        return chosen.pop()
+
+    def noted(*arguments: Any, **more: Any) -> Any:
+        chosen.append(choose_one(*arguments, **more))
+        raise UserError("enough")
+
+    choose_one = checkpoint.choose
+    monkeypatch.setattr(checkpoint, "choose", noted)
+    mirror.upload(newer, None)
+    fault = "model.safetensors: changed since it was written"
+    damage(older, newer)
+    assert choose() == (newer, {newer: [f"its copy in {place} has taken its place", fault]})
+    assert verify(newer) == []
+    assert checkpoint.clear_leftovers(newer.parent) == []
+    assert list_checkpoints(run) == [older, newer] == sorted(newer.parent.iterdir())
+
+    shutil.rmtree(older)
+    saved(run / CHECKPOINTS, 10)
+    damage(newer)
+    for spoil in (
+        lambda: (newer / MANIFEST).unlink(),
+        lambda: (newer / MANIFEST).write_text("{}"),
+        lambda: Store(place).put(f"{newer.name}/model.safetensors", b"y" * 2000),
+        lambda: Store(place).delete([f"{newer.name}/model.safetensors"]),
+        lambda: Store(place).delete([f"{newer.name}/{MANIFEST}"]),
+    ):
+        before = (newer / MANIFEST).read_bytes()
+        spoil()
+        assert choose()[0] == older
+        assert (newer / "model.safetensors").read_bytes() == b"x" * 2000, "it stays"
+        (newer / MANIFEST).write_bytes(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 from pathlib import Path
@@ -191,3 +192,29 @@ def test_a_checkpoint_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.M
     assert checkpoint.read_progress(old).guard == {"rewinds": 1}
     checkpoint.clear_leftovers(tmp_path / CHECKPOINTS)
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000004"]
+
+
+def test_the_only_checkpoint_is_no_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fails while one is replaced: the new one does not get its name, nor the old one its own again."""
+    old, new = save(tmp_path, 4), tmp_path / CHECKPOINTS / ".step-00000004.tmp"
+    save(tmp_path / "new", 4).rename(new)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if target == old:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError):
+        checkpoint.give_name(new, old)
+    assert saved_steps(tmp_path) == []
+    checkpoint.clear_leftovers(tmp_path / CHECKPOINTS)
+    assert checkpoint.go_back(tmp_path, 5, None) == (None, {})
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == [".step-00000004.replaced"]
+    monkeypatch.setattr(Path, "rename", rename)
+    assert checkpoint.leftover_bytes(tmp_path / CHECKPOINTS) == 0
+    checkpoint.clear_leftovers(tmp_path / CHECKPOINTS)
+    assert checkpoint.newest(checkpoint.list_checkpoints(tmp_path)) == (old, {})
+    old.rename(tmp_path / CHECKPOINTS / ".step-00000004.replaced")
+    assert checkpoint.go_back(tmp_path, 5, None) == (old, {}), "before the next save"
