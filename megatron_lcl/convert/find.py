@@ -87,7 +87,8 @@ def checkpoints_in(path: Path) -> list[Path]:
     if _is_step(path):
         return [path]
     steps = path / CHECKPOINTS if is_dir(path / CHECKPOINTS) else path
-    return [folder for folder in matching(steps, "step-*") if _is_step(folder)]
+    found = [folder for folder in matching(steps, "step-*") if _is_step(folder)]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))  # names have 8 digits, or more
 
 
 def is_run(path: Path) -> bool:

@@ -56,6 +56,14 @@ def test_what_a_path_means(run: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             run_of(path)
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    """Names have eight digits, and from 100,000,000 on more."""
+    names = ["step-00000005", "step-99999999", "step-100000000"]
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [folder.name for folder in checkpoints_in(tmp_path)] == names
+
+
 def test_an_argument_and_the_flag_of_before_say_the_same(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from filelock import lock_descriptor
 
 from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, lock_file
 from megatron_lcl.data.storage.blocks import disk_use
+from megatron_lcl.data.storage.open_files import allow_open_files
 from megatron_lcl.errors import UserError, free_space, is_full
 from megatron_lcl.filesystem import exists, is_dir, matching
 
@@ -71,6 +72,10 @@ def or_default(cache: Path) -> str:
         return ""
 
 
+_TRIES, _PAUSE_SECONDS = 100, 0.05
+"""of a shared lock: `in_use` holds the other one for a moment, or for long where its process is suspended then"""
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock on a file, once no other process does; there may be none, or one on each machine: it saves work."""
@@ -90,8 +95,13 @@ class Use:
         assert file.endswith(".json"), file
         self.folder, self._seconds = folder, seconds
         descriptor = descriptor_of(self, folder / file)
-        with contextlib.suppress(OSError):  # `filelock` has shared locks only through SQLite or marker files
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # no locks here
+            for _ in range(_TRIES):
+                try:  # `filelock` has shared locks only through SQLite or marker files
+                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(_PAUSE_SECONDS)
         self._renewed = -math.inf
         self.renew()
 
@@ -155,7 +165,8 @@ def age_of(path: Path) -> float:
 
 
 def descriptor_of(owner: Any, path: Path) -> int:
-    """A descriptor of a file, to be read; closed when its owner is gone."""
+    """A descriptor of a file, to be read; closed when its owner is gone. A run has one or more of each corpus."""
+    allow_open_files()
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     weakref.finalize(owner, os.close, descriptor).atexit = False
     return descriptor

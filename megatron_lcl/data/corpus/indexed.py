@@ -11,6 +11,7 @@ Source: megatron/core/datasets/indexed_dataset.py, which opens them with `Indexe
 from __future__ import annotations
 
 import errno
+import math
 import os
 import struct
 from array import array
@@ -51,6 +52,22 @@ def map_file(path: Path) -> pa.Buffer:
             f"{path} cannot be mapped into memory: this process has as many mappings, or as much address space, as it "
             "may have; raise the limits (`sysctl -w vm.max_map_count=262144`, `ulimit -v unlimited`)"
         ) from None
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The array of a `.npy` file, mapped as `map_file` does, read-only: `np.load` keeps a file descriptor for each.
+
+    ValueError where the file is damaged.
+    """
+    with path.open("rb") as file:
+        if (version := np.lib.format.read_magic(file)) != (1, 0):  # the one of all that NumPy writes here
+            raise ValueError(f"{path.name} has version {version}")
+        shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+    content = map_file(path)
+    if content.size < start + math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{path.name} ends too early")
+    return np.ndarray(shape, dtype, content, start, order="F" if in_columns else "C")
 
 
 class HashingFile:

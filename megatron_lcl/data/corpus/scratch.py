@@ -1,11 +1,12 @@
 """Several processes that write into one folder: each has a scratch folder of its own, and never touches another's.
 
 A complete folder is renamed into place, which succeeds for exactly one process; so nothing depends on a lock. Locks,
-where the file system has them, save work that would be done twice.
+where the file system has them, save work that would be done twice. What does depend on one is done in `unless_others`.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
 import os
@@ -238,9 +239,9 @@ def _open_lock(path: Path) -> int | None:
 
 
 @contextmanager
-def waiting_for_others(file: Path) -> Iterator[int | None]:
-    """Hold a lock on `file`, once no other process does; without one where the file system has no locks. Gives what
-    `lock_file` gives. UserError where that process waits for this one.
+def waiting_for_others(file: Path) -> Iterator[bool]:
+    """Hold a lock on `file`, once no other process does; without one where the file system has no locks. False where
+    the file was removed meanwhile: others then lock another one. UserError where that one waits for this process.
 
     The lock ends with its process, however that ends. (filelock's `FileLock` would put a marker file in its place where
     there are no locks, which a process that is killed on another machine leaves behind for ever.)
@@ -253,18 +254,44 @@ def waiting_for_others(file: Path) -> Iterator[int | None]:
             assert lock is not None
             with suppress(OSError):
                 lock_descriptor(lock, poll_interval=_POLL_SECONDS)
-        yield lock
+        yield lock is None or _is_at(lock, file)
 
 
 @contextmanager
 def unless_others(file: Path) -> Iterator[bool]:
-    """The same without waiting: False, and no lock, where another process holds it."""
+    """Hold a lock on `file`, for work that two processes must not do at once: False, and no lock, where another one
+    holds it. UserError where it cannot be locked, for whatever reason."""
     with lock_file(file) as lock:
-        yield try_lock(lock)
+        try:
+            if lock is None:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            locked = lock_descriptor(lock, blocking=False)
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be locked ({error.strerror}), and without locks two processes may write to one file; "
+                "take a folder on a file system that has locks (NFS 4, Lustre mounted with `flock`). Where it has "
+                "them, the same command goes on"
+            ) from None
+        yield locked
+
+
+def check_locks(folder: Path) -> None:
+    """UserError where files in a folder cannot be locked."""
+    with scratch_folder(folder) as scratch, unless_others(scratch / "lock"):
+        pass
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether an open file is still the one that is there, as far as that can be seen."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except OSError:  # it is gone; on NFS the open one perhaps too
+        return False
 
 
 def try_lock(lock: int | None) -> bool:
-    """Whether the lock of `lock_file`, which is asked for once, is ours by now, or there are none."""
+    """Whether the lock of `lock_file`, which is asked for once, is ours by now, or cannot be had: for work that is safe
+    without it, and only done twice."""
     if lock is None:
         return True
     try:

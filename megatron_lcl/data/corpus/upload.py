@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from urllib.parse import quote
 
 import xxhash
 
-from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder, unless_others, waiting_for_others
+from megatron_lcl.data.corpus.scratch import clear_dead, lock_file, scratch_folder, try_lock, waiting_for_others
 from megatron_lcl.data.storage.names import SCRATCH, UPLOADING, shortened
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
@@ -119,11 +118,10 @@ def _alone(folder: Path, refusal: str | None = None) -> Iterator[None]:
             above.mkdir(parents=True, exist_ok=True)
             try:
                 if refusal is not None:
-                    with unless_others(file) as free:
-                        if not free:
+                    with lock_file(file) as lock:
+                        if not try_lock(lock):
                             raise UserError(f"{refusal}, in {folder}; wait until it ends, or give another place")
-                lock = held.enter_context(waiting_for_others(file))
-                if lock is None or os.path.samestat(os.fstat(lock), file.stat()):
+                if held.enter_context(waiting_for_others(file)):
                     break
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ESTALE):

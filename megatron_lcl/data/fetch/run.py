@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.scratch import clear_dead, is_scratch, waiting_for_others
+from megatron_lcl.data.corpus.scratch import check_locks, clear_dead, is_scratch, waiting_for_others
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.engines.children import Children, Lost
@@ -32,6 +32,8 @@ from megatron_lcl.filesystem import exists, is_dir
 from megatron_lcl.processes import NEVER_BEGAN
 
 _POLL_SECONDS = 0.5
+_ANEW = 100
+"""times that a folder is made and locked, as each process that comes to nothing removes it under those that wait"""
 _PROBES = 4
 """URLs with which a proxy is tried"""
 _DIED = "a worker process ended with code {}, perhaps out of memory; the same command goes on"
@@ -134,12 +136,12 @@ def _planned(
     _check(settings, workers)
     files = url_files(input)
     signature = f"{files_signature(files.read, files.root)} {url_column or ''}".strip()
-    with _folder(output), contextlib.ExitStack() as lock:
-        lock.enter_context(waiting_for_others(output / ".lock"))
+    with _folder(output) as lock:
         clear_dead(output)
         if (plan := open_plan(output, signature, settings)) is None:
             if any(path.name != ".lock" and not is_scratch(path) for path in output.iterdir()):
                 raise UserError(f"{output} is not empty and no image store: give a new folder")
+            check_locks(output)  # before the input is read, which may take long
             drops = Drops()
             found = read_urls(files, url_column, drops)
             if settings.proxy:
@@ -171,18 +173,23 @@ def summary(output: str | Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _folder(output: Path) -> Iterator[None]:
-    """A folder, which is gone again if nothing came into it."""
+def _folder(output: Path) -> Iterator[contextlib.ExitStack]:
+    """A folder, which is gone again if nothing came into it, and its lock, which others wait for until it is closed."""
     if exists(output) and not is_dir(output):
         raise UserError(f"{output} is a file: give a folder")
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        if {path.name for path in output.iterdir()} <= {".lock"}:
-            with contextlib.suppress(OSError):
-                (output / ".lock").unlink(missing_ok=True)
-                output.rmdir()
+    with contextlib.ExitStack() as lock:
+        for _ in range(_ANEW):
+            output.mkdir(parents=True, exist_ok=True)
+            if lock.enter_context(waiting_for_others(output / ".lock")):
+                break
+            lock.close()  # who held it has removed the folder
+        try:
+            yield lock
+        finally:
+            if {path.name for path in output.iterdir()} <= {".lock"}:
+                with contextlib.suppress(OSError):
+                    (output / ".lock").unlink(missing_ok=True)
+                    output.rmdir()
 
 
 def _check(settings: Settings, workers: int) -> None:

@@ -38,7 +38,7 @@ from megatron_lcl.data.prepare.importers.image_tables import (
     write_image_table,
 )
 from megatron_lcl.data.prepare.importers.urls import EXTENSIONS, TABLE_SUFFIX, url_key
-from megatron_lcl.errors import naming
+from megatron_lcl.errors import UserError, naming
 from megatron_lcl.filesystem import exists, matching
 
 Status = Literal["kept", "dead", "refused"]
@@ -56,6 +56,10 @@ SCHEMA = pa.schema(
 )
 _SCHEMA_WITH_IMAGES = SCHEMA.append(pa.field(IMAGES, pa.binary()))
 _END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
+_TWO_WRITERS = (
+    "{}: another process has written to the same part, as can happen where locks are kept to one machine (Lustre's "
+    "`localflock`, some NFS); end the other `fetch`, and the same command goes on"
+)
 
 
 class Row(msgspec.Struct, array_like=True, frozen=True):
@@ -226,10 +230,14 @@ def _kept(table: Path) -> list[str]:
 
 
 def _append(file: FileIO, path: Path, data: bytes) -> None:
+    """UserError where another process has appended to the file since the last time, or cut it."""
+    end = file.tell() + len(data)
     with naming(path):
         rest = memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]
+    if file.tell() != end:
+        raise UserError(_TWO_WRITERS.format(path))
 
 
 def _member(name: str, data: bytes) -> bytes:
@@ -257,7 +265,7 @@ def _is_whole(partial: FileIO, logged: _Logged, start: int) -> bool:
 
 
 def _with_images(rows: list[Row], partial: Path) -> Iterator[pa.Table]:
-    """The table of a shard in row groups, with the images from its tar."""
+    """The table of a shard in row groups, with the images from its tar. UserError where these are not the rows'."""
     with open(partial, "rb") as tar:
         group: list[Row] = []
         images: list[bytes | None] = []
@@ -270,7 +278,9 @@ def _with_images(rows: list[Row], partial: Path) -> Iterator[pa.Table]:
             images.append(None)
             if row.status == "kept":
                 tar.seek(tarfile.BLOCKSIZE, os.SEEK_CUR)
-                images[-1] = tar.read(row.size)
+                data = images[-1] = tar.read(row.size)
+                if hashlib.sha256(data).hexdigest() != row.sha256:
+                    raise UserError(_TWO_WRITERS.format(partial))
                 tar.seek(-row.size % tarfile.BLOCKSIZE, os.SEEK_CUR)
                 size += row.size
         yield _table(group).append_column(_SCHEMA_WITH_IMAGES.field(IMAGES), pa.array(images, pa.binary()))

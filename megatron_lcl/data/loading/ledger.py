@@ -40,9 +40,11 @@ _OF_OBJECTIVE = ("contrast_only", "captions", "captions_alone")
 """what the ledger holds of the sequences that the objective reads; the keys that runs have stored"""
 PLANNED = ("tokens_per_pack", "images_per_pack", "num_patches", "context_length")
 """those settings that may change from phase to phase"""
-STATES = 1000
-"""that a ledger keeps at most: each names every corpus, and the chunks between two, at most 1/150 of a run's, are built
-again where they are needed"""
+STATES, _FEWEST_STATES = 1000, 20
+"""that a ledger keeps at most, and at most of however many corpora: the chunks between two, of 1000 at most 1/150 of a
+run's, are built again where they are needed"""
+_POSITIONS = 100_000
+"""of corpora, of about 100 bytes each, in all states of a ledger: each state names every corpus"""
 
 
 @dataclass(frozen=True)
@@ -275,14 +277,16 @@ class Ledger:
 
 
 def kept_states(states: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """Those of a run's states, in order, that its checkpoints keep: all up to STATES; of more the last one, from which
-    it goes on, and about half as many of the others, evenly."""
-    if len(states) <= STATES:
+    """Those of a run's states, in order, that its checkpoints keep: all up to STATES, or to fewer where there are more
+    than 100 corpora; of more the last one, from which it goes on, and about half as many of the others, evenly."""
+    corpora = max((len(state["positions"]) for state in states), default=0)
+    limit = min(STATES, max(_FEWEST_STATES, _POSITIONS // max(1, corpora)))
+    if len(states) <= limit:
         return states
     *before, last = states
     kept = before[:1]
     for state in before:
-        if (state["pack"] - kept[-1]["pack"]) * STATES >= last["pack"] * 2:
+        if (state["pack"] - kept[-1]["pack"]) * limit >= last["pack"] * 2:
             kept.append(state)
     return [*kept, last]
 

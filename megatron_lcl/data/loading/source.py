@@ -21,6 +21,7 @@ from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.corpus_manifest import KIND
 from megatron_lcl.data.corpus.document import KINDS, Kind
 from megatron_lcl.data.corpus.files import new_array
+from megatron_lcl.data.corpus.indexed import map_array
 from megatron_lcl.data.corpus.store import Corpus, Shard
 from megatron_lcl.data.loading.cache import build_and_open, cache_folder, fingerprint, using
 from megatron_lcl.data.loading.hashes import mix, mix_each
@@ -117,7 +118,7 @@ class Source:
         self.use = using(folder, "source.json")
         self.kinds: list[Kind] = json.loads((folder / "source.json").read_text())["kinds"]
         self.tokens, self.images, self.placements = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "images", "placements")
+            map_array(folder / f"{name}.npy") for name in ("tokens", "images", "placements")
         )
 
     def _measure(self, folder: Path) -> None:

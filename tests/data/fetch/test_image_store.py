@@ -19,6 +19,7 @@ from megatron_lcl.data.fetch import store
 from megatron_lcl.data.fetch.settings import STORES, Store
 from megatron_lcl.data.fetch.store import PartStore, Row
 from megatron_lcl.data.prepare.importers.urls import url_key
+from megatron_lcl.errors import UserError
 
 
 class Killed(BaseException):
@@ -151,6 +152,38 @@ def test_damaged_image_is_fetched_again(tmp_path: Path) -> None:
         file.write(bytes(10))
     assert add_all(tmp_path, wanted, "tar") == 4
     check(tmp_path, wanted, "tar")
+
+
+@KINDS
+def test_two_processes_in_one_part_are_noticed(tmp_path: Path, kind: Store) -> None:
+    """Where locks are kept to one machine. Images would get into the store under the names of others."""
+    wanted = rows(5)
+    first = PartStore(tmp_path, 3, 100, kind)
+    first.add(*wanted[0])
+    second = PartStore(tmp_path, 3, 100, kind)
+    second.add(*wanted[1])
+    with pytest.raises(UserError, match=r"00003\.partial: another process has written to the same part"):
+        first.add(*wanted[3])
+    for part in (first, second):
+        part.close()
+    assert add_all(tmp_path, wanted, kind) == 3, "the same command goes on"
+    check(tmp_path, wanted, kind)
+
+
+def test_an_image_that_is_not_its_rows_gets_into_no_table(tmp_path: Path) -> None:
+    """As where another process wrote to the place that this one took for the end: NFS appends like that."""
+    wanted = rows(4)
+    part = PartStore(tmp_path, 3, 100, "parquet")
+    for row, data in wanted:
+        part.add(row, data)
+    with open(tmp_path / "00003.partial", "r+b") as file:
+        file.seek(512 + 40)
+        file.write(bytes(10))
+    with pytest.raises(UserError, match=r"00003\.partial: another process has written to the same part"):
+        part.finish()
+    part.close()
+    assert add_all(tmp_path, wanted, "parquet") == 4
+    check(tmp_path, wanted, "parquet")
 
 
 def test_a_member_is_as_tarfile_writes_it() -> None:

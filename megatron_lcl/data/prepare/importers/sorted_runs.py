@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lcl.data.corpus.files import save_array
+from megatron_lcl.data.corpus.indexed import map_array
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder
 from megatron_lcl.data.prepare.sorting import sorted_rows
 from megatron_lcl.filesystem import exists, matching
@@ -57,7 +58,7 @@ class SortedRuns(ABC):
 
     def read_runs(self, folder: Path) -> list[np.ndarray]:
         """The runs that `write_runs` has written."""
-        return [np.load(file, mmap_mode="r") for file in matching(folder, "*.npy")]
+        return [map_array(file) for file in matching(folder, "*.npy")]
 
     def find(self, digest: int) -> list[list[int]]:
         """The columns of a hash, without it; as they came."""
