@@ -53,10 +53,12 @@ class Runner(Protocol):
     """An engine at work."""
 
     def submit(self, jobs: Sequence[int]) -> None:
-        """Begin these jobs, as soon as there is room; they may have been tried before."""
+        """Begin these jobs, as soon as there is room; they may have been tried before. UserError where none is taken,
+        which may pass."""
 
     def ended(self) -> Mapping[int, UserError | None]:
-        """Jobs that have ended since the last call, each with what went wrong, if anything; waits a moment."""
+        """Jobs that have ended since the last call, each with what went wrong, if anything; waits a moment where none
+        has."""
 
 
 def run_jobs(
@@ -76,8 +78,9 @@ def run_jobs(
     job. progress: a bar on stderr. environment: variables of the jobs, also of this process meanwhile, for passwords:
     Slurm's arguments lie in files beside the output. A job that fails or is lost (its process killed, its machine gone,
     out of memory) is run again up to `engine.retries` times, while the others go on; by Ray on another node if one is
-    free. Whatever ends this (Ctrl-C and SIGTERM too) ends all jobs. UserError where the engine cannot be had, or jobs
-    still fail; the others' work stays.
+    free. That it is not taken then is a further failure, and it is submitted again when another job has ended. Whatever
+    ends this (Ctrl-C and SIGTERM too) ends all jobs. UserError where the engine cannot be had, or jobs still fail; the
+    others' work stays.
     """
     for path in reads:
         if not exists(path):
@@ -146,25 +149,32 @@ def _run(runner: Runner, engine: Engine, bar: tqdm) -> dict[int, UserError]:
     """All jobs, each as often as need be; what went wrong in those that failed for good."""
     failures: Counter[int] = Counter()
     failed: dict[int, UserError] = {}
+    again: dict[int, UserError] = {}
+    """jobs to be submitted again, with what went wrong last"""
+
+    def count(errors: Mapping[int, UserError]) -> None:
+        for index, error in errors.items():
+            failures[index] += 1
+            (again if failures[index] <= engine.retries else failed)[index] = error
+
     runner.submit(range(engine.jobs))
     running = engine.jobs
-    while running:
-        again = {}
-        for index, error in runner.ended().items():
-            running -= 1
-            if not error:
-                bar.update()
-                continue
-            failures[index] += 1
-            if failures[index] <= engine.retries:
-                again[index] = error
-            else:
-                failed[index] = error
-        if again:
-            first = min(again)
-            logger.warning(
-                "%s failed, to be run again, the first after: %s", listed(sorted(again), "job"), again[first].said()
-            )
-            runner.submit(sorted(again))
-            running += len(again)
+    while running or again:
+        ended = runner.ended()
+        running -= len(ended)
+        bar.update(sum(error is None for error in ended.values()))
+        count({index: error for index, error in ended.items() if error is not None})
+        if not again or (running and not ended):  # what was refused is tried when another has ended: there may be room
+            continue
+        logger.warning(
+            "%s failed, to be run again, the first after: %s", listed(sorted(again), "job"), again[min(again)].said()
+        )
+        submitted = sorted(again)
+        try:
+            runner.submit(submitted)
+            running += len(submitted)
+            again.clear()
+        except UserError as error:  # as while Slurm's controller restarts, or at a limit; the others run on
+            again.clear()
+            count(dict.fromkeys(submitted, error))
     return failed

@@ -23,7 +23,7 @@ from megatron_lcl.data.prepare.importers.lines import SUFFIXES, json_lines, line
 from megatron_lcl.data.prepare.importers.row_groups import open_parquet
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
-from megatron_lcl.filesystem import exists, is_file
+from megatron_lcl.filesystem import exists, is_file, raise_if_passing
 
 READS = ".parquet, .jsonl (.gz, .zst, .zip), .txt"
 _SUFFIXES = (".parquet", *SUFFIXES, ".txt")
@@ -77,7 +77,8 @@ def _of_parquet(file: Path, name: str, wanted: str | None, drops: Drops) -> Iter
                 yield values.cast(pa.large_binary()).to_pylist()  # a string need not be valid UTF-8
     except UserError:
         raise
-    except (pa.ArrowException, OSError, ValueError):
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise_if_passing(error, file)
         drops.bad("document", "damaged parquet file", name)
 
 

@@ -18,7 +18,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     `vocab_size` counts the five special tokens; fewer pieces come out where the texts do not support so many. Lossless:
     no normalization, byte fallback for rare characters (only U+2581, SentencePiece's mark for a space, comes back as a
     space). No ids are spent on SentencePiece's `<s>`, `</s>` and `<pad>`. UserError without text or for an impossible
-    size.
+    size; whatever `texts` raises.
     """
     import sentencepiece
 
@@ -30,9 +30,21 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     first = next(lines, None)
     if first is None:
         raise UserError("no text to train a tokenizer on")
+    interrupted: list[BaseException] = []
+
+    def all_lines() -> Iterator[str]:
+        try:
+            yield first
+            yield from lines
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # of which the trainer's RuntimeError has no more than the text
+            interrupted.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=(line for part in ([first], lines) for line in part),
+            sentence_iterator=all_lines(),
             model_writer=model,
             vocab_size=vocab_size - len(SPECIAL_TOKENS),
             model_type="unigram",
@@ -49,6 +61,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
             minloglevel=2,
         )
     except RuntimeError as error:
+        if interrupted:
+            raise interrupted[0] from None
         raise UserError(f"cannot train a tokenizer of {vocab_size} ids on these texts: {error}") from None
     return SentencePieceTokenizer(model.getvalue())
 

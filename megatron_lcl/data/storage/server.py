@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from configparser import ConfigParser
 from configparser import Error as ConfigError
 from datetime import timedelta
@@ -102,7 +102,12 @@ class Remote:
                         written = os.pwrite(to, content, start)
                         content, start = content[written:], start + written
 
-                list(self._pool.map(one, range(0, size, CHUNK)))
+                chunks = [self._pool.submit(one, start) for start in range(0, size, CHUNK)]
+                try:
+                    for chunk in chunks:
+                        chunk.result()
+                finally:  # where one failed: the next file that is opened gets this descriptor
+                    wait([chunk for chunk in chunks if not chunk.cancel()])
 
     def put(self, name: str, content: bytes | str) -> None:
         """An object, of these bytes or of a file at this path; as it was or whole, whatever ends this process."""

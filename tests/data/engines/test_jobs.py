@@ -8,6 +8,9 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -17,6 +20,7 @@ from data.engines.engine_jobs import fails, waits
 from data.engines.running import marked, processes_marked
 from processes import Ends
 
+from megatron_lcl.data import engines
 from megatron_lcl.data.engines import Engine, parse_job, run_jobs
 from megatron_lcl.data.engines.task import Task, do
 from megatron_lcl.errors import UserError
@@ -79,6 +83,70 @@ def test_jobs_that_never_begin(tmp_path: Path) -> None:
     assert f"the first with: {NEVER_BEGAN}" in str(error.value)
 
 
+class Refuses:
+    """Of four jobs one ends at each call, in order; job 0 fails the first time. refused: which submissions are."""
+
+    def __init__(self, *refused: int) -> None:
+        self.refused, self.submitted = refused, list[list[int]]()
+        self.running: deque[int] = deque()
+
+    def submit(self, jobs: Sequence[int]) -> None:
+        self.submitted.append(list(jobs))
+        if len(self.submitted) - 1 in self.refused:
+            raise UserError("Slurm did not take the jobs: its controller restarts")
+        self.running += jobs
+
+    def ended(self) -> Mapping[int, UserError | None]:
+        if not self.running:
+            return {}
+        error = UserError("killed") if len(self.running) == 4 else None
+        return {self.running.popleft(): error}
+
+
+@pytest.mark.parametrize(
+    ("refused", "submitted"),
+    [
+        ((1,), [[0, 1, 2, 3], [0], [0]]),
+        ((1, 2), [[0, 1, 2, 3], [0], [0], [0]]),
+        ((1, 2, 3), [[0, 1, 2, 3], [0], [0], [0]]),
+    ],
+)
+@pytest.mark.timeout(30)
+def test_others_run_on_where_a_job_is_not_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: tuple[int, ...], submitted: list[list[int]]
+) -> None:
+    runner = Refuses(*refused)
+    monkeypatch.setattr(engines, "_opened", lambda *_: nullcontext(runner))
+    engine = Engine("slurm", 4, retries=3)
+    if len(refused) < engine.retries:
+        run_jobs(fails, {}, engine, output=tmp_path / "out")
+    else:
+        with pytest.raises(UserError, match=r"job 0 of 4 failed \(tried 4 times; .* with: Slurm did not take the jobs"):
+            run_jobs(fails, {}, engine, output=tmp_path / "out")
+    assert runner.submitted == submitted
+    assert not runner.running
+
+
+@pytest.mark.timeout(30)
+def test_the_last_job_is_submitted_until_its_tries_are_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other can end before it."""
+    runner = Refuses(1, 2)
+    monkeypatch.setattr(engines, "_opened", lambda *_: nullcontext(runner))
+    monkeypatch.setattr(runner, "ended", iter([{0: UserError("killed")}, {}, {0: None}]).__next__)
+    run_jobs(fails, {}, Engine("slurm", 1, retries=3), output=tmp_path / "out")
+    assert runner.submitted == [[0]] * 4
+
+
+def test_jobs_that_are_not_taken_the_first_time_are_an_error_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Refuses(0)
+    monkeypatch.setattr(engines, "_opened", lambda *_: nullcontext(runner))
+    with pytest.raises(UserError, match=r"^Slurm did not take the jobs"):
+        run_jobs(fails, {}, Engine("slurm", 4), output=tmp_path / "out")
+    assert len(runner.submitted) == 1
+
+
 def test_a_machine_that_does_not_see_the_folders_says_so(tmp_path: Path) -> None:
     arguments = {"folder": tmp_path, "times": 0, "how": ""}
     task = Task(fails, arguments, 1, 1, tmp_path, (tmp_path / "in",))
@@ -125,6 +193,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from data.engines.engine_jobs import waits
+from megatron_lcl.data import engines
 from megatron_lcl.data.engines import Engine, run_jobs
 if __name__ == "__main__":
     run_jobs(waits, {"folder": Path(sys.argv[1])}, Engine("local", 3), output=Path(sys.argv[1]))

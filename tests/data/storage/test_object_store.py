@@ -13,7 +13,7 @@ import threading
 import time
 from collections import UserDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +389,34 @@ def test_credentials_that_were_taken_before_are_read_again_once(monkeypatch: pyt
     with pytest.raises(StorageError, match=r"refused \(ExpiredToken\)"):
         remote._again("object", lambda: answered_from(100))
     assert len(tried) == 2
+
+
+@pytest.mark.timeout(30)
+def test_chunks_of_a_file_that_failed_are_written_to_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next file that is opened has the descriptor of the one before."""
+    began, opened = threading.Event(), threading.Event()
+    monkeypatch.setattr(server, "_open", lambda *_: None)
+    monkeypatch.setattr(server, "CHUNK", 4)
+    remote = server.Remote("s3://bucket/folder")
+
+    def read(_name: str, _etag: str | None, start: int, stop: int) -> bytes:
+        if start == 0:
+            assert began.wait(20)
+            raise StorageError("no answer")
+        began.set()
+        assert opened.wait(20)
+        return b"x" * (stop - start)
+
+    monkeypatch.setattr(remote, "_range", read)
+    with ThreadPoolExecutor(1) as pool:
+        fetched = pool.submit(remote.fetch, ["first"], [(8, None)], str(tmp_path))
+        wait([fetched], timeout=0.3)  # it is not over before its last chunk is
+        with (tmp_path / "second").open("wb"):
+            opened.set()
+            with pytest.raises(StorageError, match="no answer"):
+                fetched.result()
+            remote._pool.shutdown()
+    assert (tmp_path / "second").read_bytes() == b""
 
 
 def test_a_wrong_address_shows_soon(s3: Proxy, place: str, monkeypatch: pytest.MonkeyPatch) -> None:

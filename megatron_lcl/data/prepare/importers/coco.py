@@ -21,6 +21,7 @@ from megatron_lcl.data.prepare.importers.row_groups import some_columns
 from megatron_lcl.data.prepare.importers.sources import ImagesByName, text_item
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import raise_if_passing
 
 _IMAGES_PER_UNIT = 200
 _IMAGE_BYTES = 160_000
@@ -131,6 +132,7 @@ def _read(file: Path) -> _Captions | str:
     try:
         raw = file.read_bytes()
     except OSError as error:
+        raise_if_passing(error, file)
         return f"it cannot be read ({error.strerror})"
     try:
         return _Captions(msgspec.json.decode(raw, type=_File))

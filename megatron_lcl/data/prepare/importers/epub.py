@@ -22,6 +22,7 @@ from megatron_lcl.data.prepare.importers.html_page import Page
 from megatron_lcl.data.prepare.importers.zips import DAMAGE, open_member
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import raise_if_passing
 
 _PAGES = ("application/xhtml+xml", "text/html")
 _CONTAINER, _ENCRYPTION = "META-INF/container.xml", "META-INF/encryption.xml"
@@ -54,7 +55,8 @@ class EpubImporter(HtmlImporter):
                 members, self._ids[book], faults = _spine(self._archive(book))
                 if not members:
                     raise ValueError
-            except (*DAMAGE, KeyError, lxml.etree.LxmlError, StopIteration, AttributeError, TypeError):
+            except (*DAMAGE, KeyError, lxml.etree.LxmlError, StopIteration, AttributeError, TypeError) as error:
+                raise_if_passing(error, file)
                 self._faults[book] = "damaged book, or no EPUB"
                 pages.append(book)
                 continue
@@ -90,9 +92,11 @@ class EpubImporter(HtmlImporter):
 
     def _member(self, name: str) -> bytes:
         info = self._info(name)
+        book, _ = self._split(name)
         try:
-            return _read(self._archive(self._split(name)[0]), info)
+            return _read(self._archive(book), info)
         except DAMAGE as error:
+            raise_if_passing(error, self.found.path(book))
             raise ValueError from error
 
     def _info(self, name: str) -> zipfile.ZipInfo:
@@ -100,6 +104,7 @@ class EpubImporter(HtmlImporter):
         try:
             return self._archive(book).getinfo(member)
         except (*DAMAGE, KeyError) as error:
+            raise_if_passing(error, self.found.path(book))
             raise ValueError from error
 
     def _split(self, name: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature, not_there
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
-from megatron_lcl.filesystem import below, is_file
+from megatron_lcl.filesystem import below, is_file, raise_if_passing
 
 MAX_FILE = 256 << 20
 """bytes of an image, a page or a file of a sample"""
@@ -169,6 +169,7 @@ def _is_lost_folder(path: Path) -> bool:
     try:
         path.stat()
     except OSError as error:
+        raise_if_passing(error, path)
         return error.errno != errno.ELOOP
     return False
 

@@ -42,6 +42,7 @@ from megatron_lcl.data.prepare.importers.sources import (
 )
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import raise_if_passing
 
 _TEXTS = ("text", "texts", "caption", "captions", "sentences", "alt_text", "description", "title", "prompt")
 """names of columns of texts, the likeliest first"""
@@ -199,7 +200,8 @@ def _arrow_rows(file: Path, name: str, needed: list[str], drops: Drops) -> Itera
                     if num_bytes > _MAPPED_BYTES:  # else all that was read counts as memory of this process
                         give_back()
                         num_bytes = 0
-    except DAMAGE:
+    except DAMAGE as error:
+        raise_if_passing(error, file)
         drops.bad("document", "damaged or truncated Arrow file, the rows after it are lost", f"{name}:{row}")
 
 
@@ -273,7 +275,8 @@ def _schema(file: Path) -> pa.Schema | None:
                 schema = stream.schema
         _ = schema.names  # decoded only here
         return schema
-    except DAMAGE:
+    except DAMAGE as error:
+        raise_if_passing(error, file)
         return None
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_lcl.data.prepare.importers.files import Files
 from megatron_lcl.errors import UserError
-from megatron_lcl.filesystem import exists, is_file
+from megatron_lcl.filesystem import exists, is_file, raise_if_passing
 
 _STATE, _DICT, _CARD = "state.json", "dataset_dict.json", "README.md"
 _FRONT_MATTER = re.compile(r"---[^\S\n]*\n(.*?)\n---", re.DOTALL)
@@ -125,7 +125,8 @@ def _configs_of_card(folder: Path) -> dict[str, list[tuple[str, str]]]:
                 split, paths = ("train", entry) if isinstance(entry, str) else (str(entry["split"]), entry["path"])
                 patterns += [(path.replace("**/", "*"), split) for path in _several(paths)]
         return found
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise_if_passing(error, folder / _CARD)
         return {}
 
 

@@ -33,7 +33,7 @@ from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_key
 from megatron_lcl.data.prepare.importers.html_scan import Repeats, counting
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
-from megatron_lcl.filesystem import below, is_file
+from megatron_lcl.filesystem import below, is_file, raise_if_passing
 
 _PAGES_PER_UNIT = 64
 _PAGES_PER_LOOK = 16
@@ -121,7 +121,8 @@ class HtmlImporter(FilesImporter):
         """One with a `fault` where it cannot be read."""
         try:
             return parse_page(self.page_html(name), name)
-        except (OSError, lxml.etree.LxmlError, ValueError):
+        except (OSError, lxml.etree.LxmlError, ValueError) as error:
+            raise_if_passing(error, self.found.path(name))
             return Page(fault="page that cannot be read")
 
     def about(self, name: str) -> dict[str, str]:
@@ -306,7 +307,8 @@ class HtmlImporter(FilesImporter):
             raise BadImage("on another host" if url.netloc else "outside the folder")
         try:
             return self.image_bytes(file)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            raise_if_passing(error, file)
             raise BadImage("file missing") from None
 
 

@@ -22,6 +22,7 @@ from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.sources import decoded
 from megatron_lcl.data.prepare.importers.zips import DAMAGE, open_member
+from megatron_lcl.filesystem import raise_if_passing
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip")
 T = TypeVar("T", bound=msgspec.Struct)
@@ -108,6 +109,7 @@ def text_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
             else:
                 yield from _range(unit.name, file, start, end, drops)
     except OSError as error:
+        raise_if_passing(error, path)
         drops.bad("document", f"file cannot be read ({error.strerror})", unit.name)
 
 
@@ -194,7 +196,8 @@ def _unzip(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
     """
     try:
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, NotImplementedError):
+    except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, NotImplementedError) as error:
+        raise_if_passing(error, name)
         yield from _unzip_without_directory(name, file, drops)
         return
     # is_dir() raises for an empty name
@@ -212,7 +215,8 @@ def _unzip(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
                     last = chunk[-1:]
         except NotImplementedError:
             drops.bad("document", "zip method not known", name)
-        except DAMAGE:
+        except DAMAGE as error:
+            raise_if_passing(error, name)
             drops.bad("document", "damaged file, the lines after it are lost", name)
 
 

@@ -29,6 +29,7 @@ from megatron_lcl.data.prepare.importers.row_groups import (
 )
 from megatron_lcl.data.prepare.importers.sources import as_text, text_item
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import raise_if_passing
 
 _BATCH = 16
 """rows read at once: each may be a large image"""
@@ -64,7 +65,8 @@ class NemoImporter(ParquetImporter):
                         drops.bad("document", "a row without sample_id", f"{name}:{sample[0][0]}")
                     else:
                         yield _document(sample, f"{name}:{sample[0][0]}", drops)
-        except DAMAGE:
+        except DAMAGE as error:
+            raise_if_passing(error, file)
             count_damage(unit, row, stop, name, drops)
 
     def _samples_of(self, source: pq.ParquetFile, unit: Unit) -> Iterator[list[Row]]:

@@ -14,6 +14,7 @@ from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import raise_if_passing
 
 _BATCH = 64
 _NAMED = 12
@@ -61,7 +62,8 @@ def row_group_units(file: Path, name: str) -> list[Unit]:
     try:
         metadata = pq.read_metadata(opened(file))
         num_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    except DAMAGE:
+    except DAMAGE as error:
+        raise_if_passing(error, file)
         return [Unit(name, size, (file, -1, 0, 0))]
     units, first = [], 0
     for group, rows in enumerate(num_rows):
@@ -87,7 +89,8 @@ def column_names(file: Path) -> list[str] | None:
     """The columns of a parquet file; None where it cannot be read."""
     try:
         return pq.read_schema(opened(file)).names
-    except DAMAGE:
+    except DAMAGE as error:
+        raise_if_passing(error, file)
         return None
 
 
@@ -120,7 +123,8 @@ def rows_of_unit(
             for row, values in read_rows(source, [group], first, columns, batch) if columns else ():
                 yield row, dict(zip(columns, values, strict=True))
                 row += 1
-    except DAMAGE:
+    except DAMAGE as error:
+        raise_if_passing(error, file)
         count_damage(unit, row, stop, name, drops)
 
 

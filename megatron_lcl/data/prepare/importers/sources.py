@@ -21,7 +21,7 @@ from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError, naming
-from megatron_lcl.filesystem import exists, is_file, matching
+from megatron_lcl.filesystem import exists, is_file, matching, raise_if_passing
 
 MAX_PATH = 4096
 """characters; Linux's bound"""
@@ -184,14 +184,16 @@ def _members(path: Path, damaged: list[str]) -> Iterator[tuple[str, int, int]]:
 
         try:
             yield from image_tables.image_places(path)
-        except image_tables.DAMAGE:
+        except image_tables.DAMAGE as error:
+            raise_if_passing(error, path)
             damaged.append(f"{path.name} is damaged, or not as `fetch` wrote it")
         return
     try:
         with path.open("rb") as file:
             for _, member in tar_files(file):
                 yield member.name, member.offset_data, member.size
-    except DAMAGE:
+    except DAMAGE as error:
+        raise_if_passing(error, path)
         damaged.append(f"{path.name} is damaged or cut")
 
 
@@ -209,7 +211,8 @@ def _read_file(path: Path) -> bytes | None:
         if path.stat().st_size > MAX_FILE:
             raise BadImage(f"over {MAX_FILE >> 20} MiB")
         return path.read_bytes()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        raise_if_passing(error, path)
         return None
 
 

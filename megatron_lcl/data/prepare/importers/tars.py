@@ -10,12 +10,13 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal, cast
 
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import MAX_FILE, FilesImporter
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import raise_if_passing
 
 DAMAGE: tuple[type[Exception], ...] = (
     tarfile.TarError, OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError,
@@ -103,20 +104,42 @@ def tar_samples(unit: Unit, drops: Drops) -> Iterator[dict[str, Any]]:
 
     try:
         with unit.payload.open("rb") as stream:
-            yield from group_by_keys(_contents(stream, unit.name, drops), handler=count)
+            yield from group_by_keys(_contents(_Remembering(stream), unit, drops), handler=count)
     except OSError as error:
+        raise_if_passing(error, unit.payload)
         drops.bad("document", f"file cannot be read ({error.strerror})", unit.name)
 
 
-def _contents(stream: IO[bytes], name: str, drops: Drops) -> Iterator[dict[str, Any]]:
+class _Remembering:
+    """A file that keeps what it was last not read for: `tarfile` tries one compression after another, and of an error
+    in the file says no more than that it is of none."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _contents(stream: _Remembering, unit: Unit, drops: Drops) -> Iterator[dict[str, Any]]:
     """The files of a tar as `group_by_keys` takes them."""
+    name = unit.name
     try:
-        for archive, member in tar_files(stream, "r:*"):
+        for archive, member in tar_files(cast(IO[bytes], stream), "r:*"):
             if member.size > MAX_FILE:
                 drops.left_out("document", f"file over {MAX_FILE >> 20} MiB in a tar", f"{name}: {member.name}")
             elif not _ABOUT_THE_SET.match(member.name):
                 content = archive.extractfile(member)
                 assert content is not None
                 yield {"fname": member.name, "data": content.read(), "__url__": name}
-    except DAMAGE:
+    except DAMAGE as error:
+        raise_if_passing(stream.error or error, unit.payload)
         drops.bad("document", "damaged or truncated tar, the samples after it are lost", name)

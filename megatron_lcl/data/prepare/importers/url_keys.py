@@ -12,7 +12,7 @@ import xxhash
 from megatron_lcl.data.prepare.importers.row_groups import opened
 from megatron_lcl.data.prepare.importers.sorted_runs import SortedRuns
 from megatron_lcl.data.prepare.importers.urls import EXTENSIONS
-from megatron_lcl.filesystem import is_dir, matching
+from megatron_lcl.filesystem import is_dir, matching, raise_if_passing
 
 _WIDTH = 48
 """a key is its number, below 2^48, and above it how many digits it has"""
@@ -63,5 +63,6 @@ def _pairs(table: Path) -> Iterator[tuple[str, str]]:
                     there = row.get("status", "success") == "success"
                     if there and isinstance(url, str) and isinstance(key, str) and key.isdecimal() and len(key) < 15:
                         yield url, key
-    except (pa.ArrowException, OSError, ValueError):
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise_if_passing(error, table)
         return  # its images are missing then
