@@ -128,7 +128,7 @@ def run_members(
         own = start(member)
         became[member.name] = "finished" if own == 0 else f"exit code {own}"
         code = code or own
-        if told and not own:
+        if told and own not in STOPPED:
             own = code_of_signal(told[0])
         if own in STOPPED:
             code = own

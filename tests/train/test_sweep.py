@@ -181,17 +181,20 @@ def test_a_failure_leaves_the_others_alone(
     assert lines[-3:] == [f"seed={n}  {what}" for n, what in enumerate(became)]
 
 
+@pytest.mark.parametrize("own", [0, 1])
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_that_a_run_at_its_end_has_no_use_for_ends_the_sweep(signum: int, code: int, tmp_path: Path) -> None:
+def test_a_signal_that_a_run_at_its_end_has_no_use_for_ends_the_sweep(
+    signum: int, code: int, own: int, tmp_path: Path
+) -> None:
     runs = sweep.members(None, {"train.output": str(tmp_path)}, ["train.seed=0,1,2"])
     told, lines = list[int](), list[str]()
 
     def start(member: Member) -> int:
         told.extend([signum] * member.config.train.seed)
-        return 0
+        return own * member.config.train.seed
 
     assert sweep.run_members(runs, start, False, lines.append, told) == code
-    assert lines[-3:] == ["seed=0  finished", "seed=1  finished", "seed=2  not begun"]
+    assert lines[-3:] == ["seed=0  finished", f"seed=1  {'exit code 1' if own else 'finished'}", "seed=2  not begun"]
 
 
 def make_runs(folder: Path) -> Path:

@@ -138,9 +138,13 @@ def _alone(folder: Path, refusal: str | None = None) -> Iterator[None]:
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of the files that belong to an output."""
-    files = sorted(path for path in below(folder) if is_file(path) and not path.name.endswith(".lock"))
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    return {name: size for name, size in sizes.items() if not name.startswith(SCRATCH)}
+    sizes = {}
+    for path in sorted(below(folder)):
+        name = path.relative_to(folder).as_posix()
+        # its name first: another job may be removing what is in its scratch folder
+        if not name.startswith(SCRATCH) and not name.endswith(".lock") and is_file(path):
+            sizes[name] = path.stat().st_size
+    return sizes
 
 
 def _bring(store: Store, folder: Path, records: dict[str, int], last: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import multiprocessing
 from collections import Counter
@@ -178,10 +179,14 @@ def _folder(output: Path) -> Iterator[contextlib.ExitStack]:
     if exists(output) and not is_dir(output):
         raise UserError(f"{output} is a file: give a folder")
     with contextlib.ExitStack() as lock:
-        for _ in range(_ANEW):
+        for left in reversed(range(_ANEW)):
             output.mkdir(parents=True, exist_ok=True)
-            if lock.enter_context(waiting_for_others(output / ".lock")):
-                break
+            try:
+                if lock.enter_context(waiting_for_others(output / ".lock")):
+                    break
+            except OSError as error:  # removed between the two
+                if error.errno not in (errno.ENOENT, errno.ESTALE) or not left:
+                    raise
             lock.close()  # who held it has removed the folder
         try:
             yield lock

@@ -183,8 +183,11 @@ def clear_up(folder: Path) -> None:
     """
     clear_dead(folder)
     if exists(folder / WORK):
-        with suppress(OSError), scratch_folder(folder) as gone:
-            (folder / WORK).rename(gone / WORK)
+        try:
+            with scratch_folder(folder) as gone:
+                (folder / WORK).rename(gone / WORK)
+        except OSError:  # a full disk, for one, which this makes room on; or another process was first
+            shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import json
 import logging
 import random
 import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -394,6 +395,19 @@ def adopt_scale(scaler: Any, saved: Any) -> None:
         scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)
 
 
+class OfOtherThreads(io.TextIOBase):
+    """A stream that passes on what other threads write than the one that makes it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without what DeepSpeed prints and warns of while it loads, on which a user cannot act."""
@@ -401,7 +415,7 @@ def quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(OfOtherThreads(sys.stdout)):
             yield
     finally:
         logger.setLevel(level)

@@ -48,8 +48,6 @@ class Telemetry:
         self.total = config.train.steps
         self._run = run
         self._progress = config.train.progress
-        self._out = sys.stdout
-        """which a load of a checkpoint replaces for a while, in all threads"""
         objective = objectives.create(config)
         self._contrasts = objective.sequences.contrast
         no_losses = {*contrast.METRICS[1:], *contrast.SIGMOID_METRICS[1:]}
@@ -228,8 +226,8 @@ class Telemetry:
         """A line for the person who watches, above the progress bar; in a log at once."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # nobody reads any more, or the log's disk is full: no reason to end
-                tqdm.write(message, file=self._out)
-                self._out.flush()
+                tqdm.write(message)
+                sys.stdout.flush()
 
     def __enter__(self) -> Telemetry:
         return self

@@ -193,7 +193,6 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from data.engines.engine_jobs import waits
-from megatron_lcl.data import engines
 from megatron_lcl.data.engines import Engine, run_jobs
 if __name__ == "__main__":
     run_jobs(waits, {"folder": Path(sys.argv[1])}, Engine("local", 3), output=Path(sys.argv[1]))

@@ -21,7 +21,6 @@ from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.indexed import map_array
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.source import open_source
-from megatron_lcl.data.prepare.importers import sorted_runs
 from megatron_lcl.data.prepare.importers.sorted_runs import SortedRuns
 
 
@@ -55,11 +54,14 @@ class Numbers(SortedRuns):
         yield from ((k, 10 * k) for k in reversed(range(200)))
 
 
-def test_sorted_runs_keep_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sorted_runs, "_RUN", 2)
+def test_sorted_runs_keep_no_file_open(tmp_path: Path) -> None:
+    """They are many where an earlier release has written them."""
+    (tmp_path / "numbers").mkdir()
+    for k in range(0, 200, 2):
+        run = np.array([[k, k + 1], [10 * k, 10 * k + 10]], np.uint64)
+        save_array(tmp_path / "numbers" / f"{k:06d}.npy", run)
     numbers = Numbers([tmp_path], "numbers", 2)
     numbers.prepare(tmp_path)
-    assert len(list((tmp_path / "numbers").iterdir())) > 100
 
     def found() -> None:
         limited(20, raisable=False)

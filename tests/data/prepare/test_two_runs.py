@@ -428,3 +428,17 @@ def test_of_work_that_was_not_wholly_removed_nothing_is_taken(
     assert any(output.glob(f"{WORK}/part-*/part.json"))
     preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
     assert contents(output) == expected
+
+
+def test_on_a_full_disk_the_work_folder_of_a_finished_corpus_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no room for a folder that it could be moved to."""
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / WORK / "images-in-tars").mkdir(parents=True)
+    monkeypatch.setattr(unfinished, "scratch_folder", full)
+    unfinished.clear_up(tmp_path)
+    assert [*tmp_path.iterdir()] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pytest
 from data.storage.test_outputs_to_storage import files, objects, puts
 from s3_server import Proxy
 
-from megatron_lcl.data.corpus import scratch
+from megatron_lcl.data.corpus import scratch, upload
 from megatron_lcl.data.corpus.upload import uploaded
 from megatron_lcl.data.storage.names import UPLOADING
 from megatron_lcl.data.storage.store import Store
@@ -131,4 +132,22 @@ def test_what_a_killed_process_left_is_not_put(place: str, tmp_path: Path) -> No
         (folder / "scratch-x").mkdir(parents=True)
         for name in ("a", "scratch-x/b"):
             (folder / name).write_text(name)
+    assert objects(place) == {"a": b"a"}
+
+
+def test_what_another_job_is_removing_is_not_looked_at(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with uploaded(place, tmp_path / "work", "a", resumes=True) as folder:
+        (folder / "scratch-x").mkdir(parents=True)
+        for name in ("a", "scratch-x/b"):
+            (folder / name).write_text(name)
+        listed = upload.below
+
+        def removed(folder: Path) -> list[Path]:
+            found = [*listed(folder)]
+            shutil.rmtree(folder / "scratch-x", ignore_errors=True)
+            return found
+
+        monkeypatch.setattr(upload, "below", removed)
     assert objects(place) == {"a": b"a"}

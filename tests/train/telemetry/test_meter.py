@@ -127,7 +127,7 @@ def test_what_waits_for_a_checkpoint_is_counted_until_it_is_written(tmp_path: Pa
             with meter.waiting():
                 time.sleep(0.02)
         ended = time.perf_counter()
-        assert 0.04 <= one_line(meter, 1)["checkpoint_wait_seconds"] <= ended - began
+        assert 0.04 <= one_line(meter, 1)["checkpoint_wait_seconds"] <= ended - began + 0.001
         assert one_line(meter, 2)["checkpoint_wait_seconds"] == 0
 
 
@@ -141,7 +141,7 @@ def test_the_last_save_is_waited_for_behind_the_last_line(tmp_path: Path) -> Non
         ended = time.perf_counter()
         meter.finish()
     (line,) = read_metrics(tmp_path)
-    assert (line["step"], 0.02 <= line["checkpoint_wait_seconds"] <= ended - began) == (1, True)
+    assert (line["step"], 0.02 <= line["checkpoint_wait_seconds"] <= ended - began + 0.001) == (1, True)
     with Telemetry(tmp_path, config_of(), True, 1) as telemetry:
         meter = StepMeter(config_of(), MESH, Clock(CPU), telemetry)
         with meter.waiting():
@@ -162,7 +162,7 @@ def test_comparing_replicas_before_a_save_is_waited_for(tmp_path: Path) -> None:
         training._save()
         ended = time.perf_counter()
         training.saver.save.assert_called_once()
-        assert 0.05 <= one_line(training.meter, 1)["checkpoint_wait_seconds"] <= ended - began
+        assert 0.05 <= one_line(training.meter, 1)["checkpoint_wait_seconds"] <= ended - began + 0.001
 
 
 class Four(Axis):

@@ -197,7 +197,7 @@ def _unzip(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, NotImplementedError) as error:
-        raise_if_passing(error, name)
+        raise_if_passing(error, getattr(file, "name", name))
         yield from _unzip_without_directory(name, file, drops)
         return
     # is_dir() raises for an empty name
@@ -216,7 +216,7 @@ def _unzip(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
         except NotImplementedError:
             drops.bad("document", "zip method not known", name)
         except DAMAGE as error:
-            raise_if_passing(error, name)
+            raise_if_passing(error, getattr(file, "name", name))
             drops.bad("document", "damaged file, the lines after it are lost", name)
 
 
