@@ -69,7 +69,7 @@ def fall_silent_in_the_tensor_group(rank: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [fall_silent, fall_silent_in_the_tensor_group])
 def test_a_process_that_does_not_answer_is_named(fault: Callable[[int], None]) -> None:
-    (verdict,) = selftest([Case(tensor=2)], prepare=fault, timeout=80, say=lambda _: None)
+    (verdict,) = selftest([Case(tensor=2)], prepare=fault, timeout=60, say=lambda _: None)
     assert "process 1 did not answer" in verdict.faults[0], verdict
 
 
