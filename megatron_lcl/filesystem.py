@@ -24,6 +24,8 @@ _LASTING = _NOT_THERE | {
 }  # fmt: skip
 """what the system says where there is no file, a name cannot be one's, or it may not be read. EINVAL and EOVERFLOW: of
 a place that no file has, as a damaged header may name; EINVAL also of names that the file systems of Windows refuse"""
+GONE = (errno.ENOENT, errno.ESTALE)
+"""errors of a file or folder that another process has removed; the second of what is open, on NFS"""
 
 
 @singledispatch

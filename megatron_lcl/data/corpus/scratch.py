@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import lock_descriptor
@@ -25,7 +25,7 @@ from filelock import lock_descriptor
 from megatron_lcl.data.corpus.files import sync, sync_all
 from megatron_lcl.data.storage.names import SCRATCH
 from megatron_lcl.errors import UserError, is_mendable
-from megatron_lcl.filesystem import below, exists, is_dir, matching
+from megatron_lcl.filesystem import GONE, below, exists, is_dir, matching
 from megatron_lcl.interrupts import ending_on_sigterm
 from megatron_lcl.processes import UNGUARDED, runs_script_again
 
@@ -39,6 +39,8 @@ _OWNER = re.compile(r"([0-9a-f]{32}(?:-\d+)?)-(\d+)-[0-9a-f]{32}")
 the whole prefix, where names of outputs have dots (run, run.v2)"""
 _POLL_SECONDS = 0.2
 """between attempts at a lock that another process holds"""
+_ANEW = 100
+"""times that a folder is made and locked, as each process that comes to nothing removes it under those that wait"""
 logger = logging.getLogger(__name__)
 
 
@@ -255,6 +257,30 @@ def waiting_for_others(file: Path) -> Iterator[bool]:
             with suppress(OSError):
                 lock_descriptor(lock, poll_interval=_POLL_SECONDS)
         yield lock is None or _is_at(lock, file)
+
+
+@contextmanager
+def locked_in(folder: Path, name: str, refusal: str | None = None) -> Iterator[None]:
+    """Hold a lock on a file in a folder, both made if need be, as `waiting_for_others`. Its holder may remove both at
+    the end: who waits makes them anew.
+
+    refusal: what is said, as UserError, where another process holds the lock; None: that one is waited for.
+    """
+    with ExitStack() as held:
+        for left in reversed(range(_ANEW)):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                if refusal is not None:
+                    with lock_file(folder / name) as lock:
+                        if not try_lock(lock):
+                            raise UserError(refusal)
+                if held.enter_context(waiting_for_others(folder / name)):
+                    break
+            except OSError as error:  # removed between the two
+                if error.errno not in GONE or not left:
+                    raise
+            held.close()  # who held it has removed the file
+        yield
 
 
 @contextmanager

@@ -8,7 +8,6 @@ command goes on. Of several processes that are given one URL and one `work`, one
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import shutil
@@ -18,7 +17,7 @@ from urllib.parse import quote
 
 import xxhash
 
-from megatron_lcl.data.corpus.scratch import clear_dead, lock_file, scratch_folder, try_lock, waiting_for_others
+from megatron_lcl.data.corpus.scratch import clear_dead, locked_in, scratch_folder
 from megatron_lcl.data.storage.names import SCRATCH, UPLOADING, shortened
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
@@ -112,26 +111,15 @@ def _alone(folder: Path, refusal: str | None = None) -> Iterator[None]:
 
     refusal: what is said, as UserError, where another process holds the lock; None: that one is waited for.
     """
-    above, file = folder.parent, folder.with_name(f"{folder.name}.lock")
-    with contextlib.ExitStack() as held:
-        while True:  # again where it has waited for a lock whose file is gone, and others lock a new one
-            above.mkdir(parents=True, exist_ok=True)
-            try:
-                if refusal is not None:
-                    with lock_file(file) as lock:
-                        if not try_lock(lock):
-                            raise UserError(f"{refusal}, in {folder}; wait until it ends, or give another place")
-                if held.enter_context(waiting_for_others(file)):
-                    break
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ESTALE):
-                    raise
-            held.close()
+    above, name = folder.parent, f"{folder.name}.lock"
+    if refusal is not None:
+        refusal = f"{refusal}, in {folder}; wait until it ends, or give another place"
+    with locked_in(above, name, refusal):
         try:
             yield
         finally:
             with contextlib.suppress(OSError):  # another user's
-                file.unlink(missing_ok=True)
+                (above / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 above.rmdir()
 

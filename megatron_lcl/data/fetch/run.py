@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import multiprocessing
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.scratch import check_locks, clear_dead, is_scratch, waiting_for_others
+from megatron_lcl.data.corpus.scratch import check_locks, clear_dead, is_scratch, locked_in
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.engines.children import Children, Lost
@@ -33,8 +32,6 @@ from megatron_lcl.filesystem import exists, is_dir
 from megatron_lcl.processes import NEVER_BEGAN
 
 _POLL_SECONDS = 0.5
-_ANEW = 100
-"""times that a folder is made and locked, as each process that comes to nothing removes it under those that wait"""
 _PROBES = 4
 """URLs with which a proxy is tried"""
 _DIED = "a worker process ended with code {}, perhaps out of memory; the same command goes on"
@@ -179,15 +176,7 @@ def _folder(output: Path) -> Iterator[contextlib.ExitStack]:
     if exists(output) and not is_dir(output):
         raise UserError(f"{output} is a file: give a folder")
     with contextlib.ExitStack() as lock:
-        for left in reversed(range(_ANEW)):
-            output.mkdir(parents=True, exist_ok=True)
-            try:
-                if lock.enter_context(waiting_for_others(output / ".lock")):
-                    break
-            except OSError as error:  # removed between the two
-                if error.errno not in (errno.ENOENT, errno.ESTALE) or not left:
-                    raise
-            lock.close()  # who held it has removed the folder
+        lock.enter_context(locked_in(output, ".lock"))
         try:
             yield lock
         finally:

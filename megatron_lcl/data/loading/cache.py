@@ -40,7 +40,7 @@ from megatron_lcl.data.corpus.cache_folders import (
 from megatron_lcl.data.corpus.files import replace_bytes, sync_all
 from megatron_lcl.data.corpus.scratch import kept_fresh, lock_file, try_lock
 from megatron_lcl.errors import UserError, is_full
-from megatron_lcl.filesystem import exists, is_dir, matching
+from megatron_lcl.filesystem import GONE, exists, is_dir, matching
 
 RECORD = "chunk.json"
 """the file of a folder that outlives it, as <folder>.json"""
@@ -56,8 +56,6 @@ CONSUMED_SECONDS = 3600.0
 """chunks not used since are deleted, whatever the limit"""
 DAY = 86400.0
 """what others have mapped, and what may still be built, is deleted when its time is older"""
-GONE = (errno.ENOENT, errno.ESTALE)
-"""errors of a file that was deleted"""
 _LEFT_OVER = {".old": 0.0, ".tmp": DAY, ".lock": DAY, ".json": 30 * DAY}
 """ages at which what is no folder in use is deleted"""
 _SHARED = ("packs-", "documents-")

@@ -6,10 +6,8 @@ release of a library may choose otherwise. Therefore the choice is kept in the w
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +72,7 @@ def kept(work: Path, scratch: Path, choose: Callable[[], Chosen]) -> Chosen:
         put_in_place(own, folder)
     found = matching(folder, "tokenizer.*")
     if not found:  # another process has finished and cleared up
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        raise FileNotFoundError(folder)
     (tokenizer,) = found
     return Chosen(tokenizers.load(tokenizer), frozenset(json.loads((folder / _GROUPS).read_text("ascii"))))
 

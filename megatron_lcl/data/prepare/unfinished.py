@@ -19,7 +19,7 @@ from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.scratch import clear_dead, is_scratch, is_used, scratch_folder, waiting_for_others
 from megatron_lcl.data.prepare.cut import FOLDER as TASKS
 from megatron_lcl.errors import UserError, free_space, is_full
-from megatron_lcl.filesystem import exists, is_dir, matching
+from megatron_lcl.filesystem import GONE, exists, is_dir, matching
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
@@ -106,7 +106,8 @@ def work_folder(
                 entered = True
                 yield scratch
         except BaseException as error:
-            if not (_is_gone(error) and exists(folder / MANIFEST)):
+            is_gone = isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno in GONE)
+            if not (is_gone and exists(folder / MANIFEST)):
                 clear_dead(work)
                 if is_useless(error) and not is_used(work):
                     remove_work(folder, created)
@@ -114,11 +115,6 @@ def work_folder(
         finally:
             if exists(folder / MANIFEST):
                 clear_up(folder)
-
-
-def _is_gone(error: BaseException) -> bool:
-    """Whether what was needed was not there, or, of a file on NFS that was open already, is no more."""
-    return isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno == errno.ESTALE)
 
 
 @contextmanager
