@@ -83,6 +83,7 @@ def test_contents_and_fingerprint(tmp_path: Path, fingerprint: Callable[[Path], 
 IMAGES_IN_TARS = (
     "`table`, and formats not named here that look for images by name, with images in tars or `*.images.parquet`"
 )
+NOT_SEPARATED = "with a tokenizer that does not separate texts itself"
 
 
 @pytest.fixture
@@ -131,7 +132,9 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
     assert {format: number for format, number in more.items() if number} == dict.fromkeys(
         ("coco", "hf", "jsonl", "mint1t", "mmc4", "obelics", "omnicorpus", "table", "webdataset"), 1
     )
+    separating = sorted(format for format in importers.formats() if importers.importer_class(format).separator)
     expected |= {
+        f"{', '.join(f'`{format}`' for format in separating)} {NOT_SEPARATED}": "+ 1",
         "`hf` with `--images`": str(first["hf"] + more["hf"]),
         "`webdataset` with compressed tars": str(1 + more["webdataset"]),
         "`mint1t` with compressed tars": f"+ {more['mint1t']}",

@@ -121,6 +121,12 @@ class Tokenizer(ABC):
         except Exception:  # noqa: BLE001 - another library's, for a text that it cannot encode
             return False
 
+    @cached_property
+    def separates_texts(self) -> bool:
+        """Whether ids of two texts, one after the other, read as if a space stood between them: CLIP's ends of words,
+        the space that many SentencePiece models put before every text."""
+        return len(self.decode(2 * self.encode("a")).split()) > 1
+
     @property
     @abstractmethod
     def fingerprint(self) -> str:

@@ -20,7 +20,7 @@ from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare.bars import Bars
 from megatron_lcl.data.prepare.budget import nothing_left
 from megatron_lcl.data.prepare.holdout import Described, Describer, Grouping, group_name
-from megatron_lcl.data.prepare.importers import Importer, Unit
+from megatron_lcl.data.prepare.importers import Importer, Unit, separated
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.filesystem import exists, matching
@@ -109,7 +109,8 @@ def _train_tokenizer(
     bars: Bars,
 ) -> Tokenizer:
     documents = (d for d in _documents(importer, tasks, bars) if group_name(d) not in groups)
-    texts = (text.text.encode(errors="replace").decode() for document in documents for text in document.texts)
+    as_written = (separated(document, importer.separator) for document in documents)
+    texts = (text.text.encode(errors="replace").decode() for document in as_written for text in document.texts)
     return train_sentencepiece(itertools.chain(texts, more_texts), vocab_size)
 
 

@@ -180,6 +180,8 @@ def preprocess(
         recipe["limit"] = limit
     # earlier releases scaled down TIFFs of float levels from 0 to 1 as black pictures, and compared images inexactly
     rules = importer.rules + (max_image_side is not None) + (held_out is not None)
+    if importer.separator and not (given and given.separates_texts):  # they put nothing between texts
+        rules += 1
     if rules > 1:  # else as older versions wrote it
         recipe["rules"] = rules
     sides = [(output, {**recipe, "side": "training"})]

@@ -31,7 +31,7 @@ from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiti
 from megatron_lcl.data.corpus.store import ShardWriter
 from megatron_lcl.data.corpus.tokenizer import JoinedEncoder, Tokenizer
 from megatron_lcl.data.prepare.holdout import group_name, groups_hash
-from megatron_lcl.data.prepare.importers import Importer, Unit
+from megatron_lcl.data.prepare.importers import Importer, Unit, separated
 from megatron_lcl.errors import UserError
 
 BATCH = 384
@@ -73,6 +73,11 @@ class TaskSettings:
     def written_by(self) -> list[str]:
         """Fingerprints of what is chosen from all documents: of the tokenizer, and of the groups."""
         return [self.tokenizer.fingerprint, groups_hash(self.groups)]
+
+    @cached_property
+    def separator(self) -> str:
+        """What `separated` puts between texts; empty where none is needed, as the tokenizer puts a space there."""
+        return "" if self.tokenizer.separates_texts else self.importer.separator
 
     def wants(self, document: Document) -> bool:
         return (group_name(document) in self.groups) == self.is_held_out
@@ -161,7 +166,11 @@ def _write_parts(settings: TaskSettings, task: int, units: list[Unit], parts: li
     drops, others = Drops(), Counter[str]()
     # what the importer drops is counted once, with the training side
     reading = Drops() if settings.is_held_out else drops
-    every = (document for unit in units for document in settings.importer.documents(unit, reading))
+    every = (
+        separated(document, settings.separator)
+        for unit in units
+        for document in settings.importer.documents(unit, reading)
+    )
     documents = _wanted(settings, every, others) if settings.groups else every
     num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
     encode = settings.tokenizer.joined_encoder()

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import xxhash
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megatron_lcl.data.corpus.document import Document, Kind
+from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.storage.paths import ObjectPath, path_of
 from megatron_lcl.errors import UserError
@@ -87,6 +88,9 @@ class Importer(ABC):
     """its input and images may lie in object storage: it looks at them and opens them by methods of `Path` alone"""
     rules: int = 1
     """counted up, of a class or for some inputs, when the same input and options give other documents than before"""
+    separator: str = ""
+    """what stands between two texts of a document where there is no white space (`separated`); empty: all texts stay as
+    they are given, as where they are alternatives"""
 
     @abstractmethod
     def __init__(self, input: Path, images: Path | None = None, **options: Any) -> None:
@@ -119,8 +123,29 @@ class Importer(ABC):
         """The unit's documents in order; what cannot be read is counted in `drops`, never raised.
 
         A Text of "" keeps its place among the texts (`matched_text` counts them), is not written, and was counted here.
+        `separator` is not in the texts yet: whether it is needed depends on the tokenizer.
         Where images of a document were counted here as bad, its metadata have their number, as "lost_images".
         """
+
+
+def separated(document: Document, separator: str) -> Document:
+    """The document, with `separator` before each text but the first, where there is no white space at the border.
+
+    It begins the second text, since most tokenizers have a token of a space and the word after it. Images between two
+    texts do not matter: one that cannot be read is dropped, others are removed by `curate`, or moved or not selected in
+    training, and then the texts on both sides follow each other.
+    """
+    if not separator:
+        return document
+    items: list[Text | Image] = []
+    before = ""
+    for item in document.items:
+        if isinstance(item, Text) and item.text.strip():  # a blank one is not written
+            if before and not (before[-1].isspace() or item.text[0].isspace()):
+                item = Text(separator + item.text)
+            before = item.text
+        items.append(item)
+    return msgspec.structs.replace(document, items=tuple(items))
 
 
 def files_signature(files: Iterable[Path], root: Path) -> str:

@@ -18,6 +18,7 @@ class FirstDocuments(Importer):
         self._importer = importer
         self._limit = limit
         self.kind = importer.kind
+        self.separator = importer.separator
 
     def signature(self) -> str:
         return self._importer.signature()

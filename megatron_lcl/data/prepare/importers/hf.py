@@ -62,6 +62,7 @@ class HfImporter(ImagesByName, FilesImporter):
         "text column (each may be a list); images in the columns, else by their path in --images"
     )
     rules = 2
+    separator = " "
     suffixes = (".parquet", ".arrow")
     reads_objects = True
 

@@ -62,6 +62,7 @@ class HtmlImporter(FilesImporter):
 
     kind = "natural"
     rules = 3
+    separator = "\n"  # as between paragraphs
     reads_objects = True
     strict = False  # beside pages links to scripts of other packages are common
     reads = "folder of HTML pages (.html, .htm, .xhtml); images beside the pages (or in --images), or in data: URLs"

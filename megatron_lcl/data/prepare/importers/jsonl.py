@@ -2,7 +2,7 @@
 
 Image items may have "similarity" (a number) and "matched_text_index" (its segment's index among the line's text items).
 A line may say its "kind": "matched", "natural" or "pairs"; option `kind` says it for the lines that do not. Its "url",
-else its "id", is kept with the document's name.
+else its "id", is kept with the document's name. Texts stay exactly as they are given: nothing is put between them.
 Images are found below `images`, else below the folder of the input; those named by a URL, in what `fetch` stored there.
 """
 

@@ -31,6 +31,7 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 class Mint1tImporter(TarImporter):
     format, kind = "mint1t", "natural"
     rules = 2
+    separator = " "
     reads = (
         ".tar, .tar.gz with .json (lists texts and images) and the images that it names, or one multi-frame .tiff "
         "(experimental), under each key"

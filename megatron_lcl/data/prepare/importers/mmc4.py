@@ -30,6 +30,7 @@ class Mmc4Importer(ImagesByName, LinesImporter):
     """One shard, or a folder of them. An image stands before the sentence it is matched to."""
 
     kind = "matched"
+    separator = " "  # as OpenFlamingo joins the sentences (OmniCorpus, mllm_openflamingo/open_flamingo/train/data.py)
     reads = (
         "docs_shard_{i}_v2.jsonl.zip and variants, also .jsonl, .gz, .zst; images in --images: flat, a folder per "
         "shard, tars, or what `fetch` stored of their URLs"

@@ -40,6 +40,7 @@ class NemoImporter(ParquetImporter):
 
     kind = "natural"
     rules = 2
+    separator = " "
     reads = (
         ".parquet of NeMo Curator: a row for each text and image, with columns sample_id, position, modality, "
         "text_content and binary_content (the image's bytes)"

@@ -32,6 +32,7 @@ class ObelicsImporter(ImagesByName, ParquetImporter):
 
     kind = "natural"
     rules = 2
+    separator = "\n\n"  # as build_obelics/13_final_processing.py joins texts whose image it has removed
     reads = (
         ".parquet with columns images (URLs) and texts; images in --images, as `fetch` stores them, or named by the "
         "option image_name"
@@ -110,3 +111,5 @@ def _record(about: Any) -> Any:
 
 class OmniCorpusImporter(ObelicsImporter):
     """The same lists as OBELICS."""
+
+    separator = " "  # as its own loader joins them (mllm_llava/llava/train/datasets.py)
