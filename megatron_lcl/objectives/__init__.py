@@ -12,9 +12,15 @@ objective's and whose object is an `Objective` class.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 
 from megatron_lcl.config import Config, EvaluationTask
+from megatron_lcl.config.objective import Objective as Section
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives.base import Objective
@@ -42,14 +48,28 @@ def names() -> list[str]:
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The objective of this name. UserError names those there are and the nearest."""
+    """The objective of this name. UserError names those there are and the nearest, or what its class lacks."""
     if (found := _PLUGINS.find(name)) is not None:
+        if faults := "; ".join(_faults(found)):
+            raise UserError(f"config key `objective.name` = {name!r}: {faults} (`megatron_lcl.objectives.base`)")
         return found
     near = difflib.get_close_matches(name, names(), 1, 0)
     raise UserError(
         f"config key `objective.name` = {name!r}: there is no such objective; there are {', '.join(names())}, the "
-        f"nearest is {near[0]}"
+        f"nearest is {near[0]}; name one of these, or install the package that adds it"
     )
+
+
+def _faults(found: object) -> Iterator[str]:
+    """What the class of an objective does not declare, or declares of a config that has no such field."""
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        yield f"its entry point names {found!r}, which is no class made of `Objective`"
+        return
+    if missing := [name for name in ("sequences", "tasks", "metrics") if not hasattr(found, name)]:
+        yield f"{found.__name__} does not declare its {', '.join(missing)}"
+    known = [field.name for field in dataclasses.fields(Section) if field.name.endswith("_weight")]
+    if unknown := [name for name in found.published if name not in known]:
+        yield f"{found.__name__}.published names {', '.join(unknown)}; the config's `objective` has {', '.join(known)}"
 
 
 def trained_by(config: Config) -> tuple[EvaluationTask, ...]:
@@ -64,5 +84,27 @@ def has_triton(config: Config) -> bool:
 
 
 def create(config: Config) -> Objective:
-    """The objective of a run. UserError where there is none of this name, or its settings leave nothing to train."""
-    return objective_class(config.objective.name)(config)
+    """The objective of a run. UserError where there is none of this name, its settings leave nothing to train or lack
+    what a term needs, or it has parameters, which no optimizer would step."""
+    objective = objective_class(config.objective.name)(config)
+    for owner in (objective, *(term for term, _ in objective.parts)):
+        for name, value in _attributes(owner).items():
+            if _is_learned(value):
+                cls = owner if isinstance(owner, type) else type(owner)
+                raise UserError(
+                    f"objective.name = {config.objective.name}: {cls.__name__}.{name} requires gradients, and only the "
+                    "model's parameters are trained; a term may use latents, contexts, generation, log_scale and "
+                    "logit_bias of `Outputs`, and tensors that are not trained (requires_grad_(False))"
+                )
+    return objective
+
+
+def _attributes(owner: object) -> dict[str, Any]:
+    """Of an object or a class, those of its classes included."""
+    classes = (owner if isinstance(owner, type) else type(owner)).__mro__
+    return {name: value for place in (*reversed(classes), owner) for name, value in vars(place).items()}
+
+
+def _is_learned(value: object) -> bool:
+    values = value.parameters() if isinstance(value, torch.nn.Module) else (value,)
+    return any(isinstance(one, torch.Tensor) and one.requires_grad for one in values)

@@ -88,6 +88,10 @@ class Term(ABC):
     def metrics(self) -> Mapping[str, torch.Tensor]:
         """What is said of it, scalars by name, once all micro-batches were there."""
 
+    @classmethod  # noqa: B027 - few terms need a setting
+    def check_config(cls, config: Config) -> None:
+        """UserError, with the remedy, where the config lacks what the term needs; before anything is built."""
+
     @classmethod
     def gathers(cls, pairs: Sequence[int], width: int, mesh: Mesh) -> list[tuple[Axis, int]]:
         """The all-gathers that it makes in a step: the group, and the bytes that all its ranks have afterwards.
@@ -117,7 +121,7 @@ class Objective:
     """the fields of the config's `objective` that weight its terms, with the values for those that are not set"""
 
     def __init__(self, config: Config) -> None:
-        """UserError where the settings leave nothing to train."""
+        """UserError where the settings leave nothing to train, or lack what one of `parts` needs."""
         self.config = config
         given = {name: getattr(config.objective, name) for name in self.published}
         self.weights = {name: self.published[name] if value is None else value for name, value in given.items()}
@@ -125,6 +129,8 @@ class Objective:
         if self.weights and not any(self.weights.values()):
             names = " and ".join(f"objective.{name}" for name in self.weights)
             raise UserError(f"{names} are both 0, which leaves nothing to train for; give one of them a weight above 0")
+        for term, _ in self.parts:
+            term.check_config(config)
 
     def _weighted(self) -> list[tuple[type[Term], float]]:
         return [(term, self.weights[by] if isinstance(by, str) else by) for term, by in self.parts]

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses.contrastive import ContrastiveOutput, finish_contrastive_loss, start_gather
@@ -111,17 +112,26 @@ class SigmoidContrast(Contrast):
     sigmoid = True
 
     def __init__(self, step: StepInputs, weight: float) -> None:
-        """UserError where the model has no bias: `config` gives one to `objective.name: siglip` only."""
-        if step.logit_bias is None:
-            raise UserError(
-                "model.logit_bias is null, and the objective's sigmoid contrast needs a bias; set SigLIP's: "
-                "--model.logit_bias -10 --contrast.initial_log_scale 2.302585"
-            )
+        """UserError where the model has no bias, also of an objective that makes its own `terms`."""
+        _check_bias(step.logit_bias)
         super().__init__(step, weight)
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        _check_bias(config.model.logit_bias)
 
     def metrics(self) -> Mapping[str, torch.Tensor]:
         assert self.bias is not None
         return {**super().metrics(), "logit_bias": self.bias[0]}
+
+
+def _check_bias(bias: object) -> None:
+    """UserError where there is none: `config` gives one to `objective.name: siglip` only."""
+    if bias is None:
+        raise UserError(
+            "model.logit_bias is null, and the objective's sigmoid contrast needs a bias; set SigLIP's: "
+            "--model.logit_bias -10 --contrast.initial_log_scale 2.302585"
+        )
 
 
 def without_features(out: Outputs, batch: PackedBatch) -> torch.Tensor:

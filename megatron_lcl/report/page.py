@@ -142,10 +142,10 @@ class RunPage:
 
     @functools.cached_property
     def _batch(self) -> Markup | None:
-        """The first packs; None where the corpora that they were of are not here."""
-        packs, sequences = min(self.first_batch, MAX_PACKS), objectives.create(self.config).sequences
-        ledger = last_ledger(self.run)
+        """The first packs; None where the corpora that they were of, or the package of the objective, are not here."""
+        packs, ledger = min(self.first_batch, MAX_PACKS), last_ledger(self.run)
         try:
+            sequences = objectives.create(self.config).sequences
             return Markup(render_first_packs(self.config, sequences, packs, ledger))
         except (UserError, OSError):
             return None

@@ -38,6 +38,7 @@ from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import check_freeze, check_frozen_have_weights, frozen_parameters
 from megatron_lcl.train.precision import check_dtype
 from megatron_lcl.train.settings import deepspeed_config
+from megatron_lcl.train.telemetry.lines import has_steps
 from megatron_lcl.train.telemetry.profile import check_profile
 from megatron_lcl.train.telemetry.sinks import check_trackers
 from megatron_lcl.units import in_bytes
@@ -154,7 +155,8 @@ def without_pairs(config: Config) -> dict[str, str]:
 
 
 def check_output(run: Path, config: Config) -> None:
-    """A run folder is new, empty, or holds the same run."""
+    """A run folder is new, empty, or holds the same run. Of a run that made no step nothing is compared; whether it is
+    just beginning, its lock says (`resume_point`)."""
     saved = run / CONFIG
     if exists(run) and not is_dir(run):
         raise UserError(f"train.output = {run} is a file; name a folder")
@@ -170,7 +172,8 @@ def check_output(run: Path, config: Config) -> None:
         if exists(run) and not all(_is_of_no_run(path) for path in run.iterdir()):
             raise UserError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
         return
-    check_model(saved, config)
+    if list_checkpoints(run) or has_steps(run):  # else it ended before its first step, and nothing of its model is kept
+        check_model(saved, config)
 
 
 def _is_of_no_run(path: Path) -> bool:

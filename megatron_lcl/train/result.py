@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.model.layers import PARTS
 from megatron_lcl.objectives.base import GlobalCounts, Objective
 from megatron_lcl.parallel.mesh import Axis
@@ -71,7 +72,7 @@ class PendingResult:
         skipped: torch.Tensor | bool = False,
     ) -> None:
         """numbers: scalars by the names of `result_names`, where the head is, else None; what is missing is 0.
-        ValueError where there are others. norms: [2, parts] of gradient and update, the same on every process.
+        UserError where there are others. norms: [2, parts] of gradient and update, the same on every process.
         features: [n, 2 D] latents and contexts, without values where the head is not; both None where nothing is
         measured. wanted: whether this process is to have the features. skipped: whether the step has changed nothing;
         a scalar, 1 or 0, where only the device knows it."""
@@ -84,9 +85,9 @@ class PendingResult:
         if numbers is not None:
             if undeclared := numbers.keys() - {*self._names}:
                 named = ", ".join(sorted(undeclared))
-                raise ValueError(
-                    f"{type(objective).__name__}.metrics does not name {named}, which its terms give; add it"
-                )
+                # the other stages of a pipeline do not know of it, maybe the first process neither
+                kind = RunError if pipeline.size == 1 else UserError
+                raise kind(f"{type(objective).__name__}.metrics does not name {named}, which its terms give; add it")
             zero = own[0]
             own = torch.stack([numbers.get(name, zero).detach().float() for name in self._names])
         flag = skipped.reshape(1) if isinstance(skipped, torch.Tensor) else own.new_full((1,), skipped)

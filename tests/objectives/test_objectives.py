@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,20 @@ from megatron_lcl import objectives
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.rules import Sequences
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.losses.group import HEADER
 from megatron_lcl.losses.sigmoid import SUMS
 from megatron_lcl.objectives.base import GlobalCounts, Objective, StepInputs
 from megatron_lcl.objectives.generation import Generation
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
+from megatron_lcl.train.checks import check
 from megatron_lcl.train.result import PendingResult
 
 OF_ANOTHER_PACKAGE = '''
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.objectives.base import Objective
 from megatron_lcl.objectives.built_in import LatentCompression
-from megatron_lcl.objectives.contrast import Contrast
+from megatron_lcl.objectives.contrast import SIGMOID_METRICS, Contrast, SigmoidContrast
 from megatron_lcl.objectives.generation import Generation
 
 
@@ -50,7 +53,82 @@ class Weighted(LatentCompression):
 
     def terms(self, step):
         return [Contrast(step, 0.25 * step.counts.counts["num_pairs"]), Generation(step, 0.5)]
+
+
+class Sigmoid(Objective):
+    """SigLIP's contrast, and captions."""
+
+    sequences = Sequences(interleaved=False, captions=True)
+    tasks = ("retrieval",)
+    metrics = ("generation", *SIGMOID_METRICS)
+    parts = ((SigmoidContrast, "contrastive_weight"), (Generation, "generation_weight"))
+    published = {"contrastive_weight": 1.0, "generation_weight": 2.0}
 '''
+WITH_FAULTS = """
+import torch
+from megatron_lcl.objectives.base import Objective
+from megatron_lcl.objectives.built_in import Clip, GenerationOnly
+from megatron_lcl.objectives.generation import Generation
+
+
+class Learned(Clip):
+    def __init__(self, config):
+        super().__init__(config)
+        self.temperature = torch.nn.Parameter(torch.ones(()))
+
+
+class Projected(Clip):
+    def __init__(self, config):
+        super().__init__(config)
+        self.projection = torch.nn.Linear(2, 2)
+
+
+class WithTeacher(Clip):
+    def __init__(self, config):
+        super().__init__(config)
+        self.teacher = torch.nn.Linear(2, 2).requires_grad_(False)
+
+
+class Scaled(Generation):
+    scale = torch.nn.Parameter(torch.ones(()))
+
+
+class OfScaled(GenerationOnly):
+    parts = ((Scaled, 1.0),)
+
+
+class Undeclared(Objective):
+    tasks = ("generation",)
+
+
+class Unknown(GenerationOnly):
+    published = {"margin": 0.5}
+
+
+def function(config):
+    return Clip(config)
+"""
+FAULTS = {
+    "learned": (
+        "Learned",
+        r"Learned\.temperature requires gradients, and only .*latents, contexts, generation, log_sc",
+    ),
+    "projected": ("Projected", r"Projected\.projection requires gradients"),
+    "of_scaled": ("OfScaled", r"Scaled\.scale requires gradients"),
+    "undeclared": ("Undeclared", "'undeclared': Undeclared does not declare its sequences, metrics"),
+    "unknown": ("Unknown", r"Unknown\.published names margin; the config's `objective` has contrastive_weight, gen"),
+    "function": ("function", "names <function function at .*>, which is no class made of `Objective`"),
+    "missing": (
+        "Missing",
+        r"'missing' of megatron_lcl\.objectives \(with-faults 2\) cannot be loaded from with_faults:Missing: "
+        "AttributeError: module 'with_faults' has no attribute 'Missing'; mend that package, or remove it",
+    ),
+    "clip": (
+        "Learned",
+        r"'clip' is the name of more than one entry of .*: of megatron_lcl and of with-faults 2; rename",
+    ),
+}
+"""by name: the class in WITH_FAULTS, and what is said"""
 CONFIG = """
 model:
   vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64}}
@@ -64,19 +142,25 @@ checkpoint: {{every: 0}}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run's config and an installed package that adds two objectives."""
+    """A folder with a run's config and an installed package that adds three objectives."""
     folder = tmp_path_factory.mktemp("objectives")
     corpus = make_corpus(folder, seed=0)
     vocab_size = open_corpus(corpus).tokenizer.vocab_size
     text = CONFIG.format(vocab_size=vocab_size, corpus=corpus, cache=folder / "cache")
     (folder / "config.yaml").write_text(text)
-    site = folder / "site"
-    (site / "more_objectives-1.dist-info").mkdir(parents=True)
-    (site / "more_objectives.py").write_text(OF_ANOTHER_PACKAGE)
-    (site / "more_objectives-1.dist-info/METADATA").write_text("Name: more-objectives\nVersion: 1\n")
-    points = "on_pairs = more_objectives:OnPairs\nweighted = more_objectives:Weighted\n"
-    (site / "more_objectives-1.dist-info/entry_points.txt").write_text(f"[{objectives.ENTRY_POINTS}]\n{points}")
+    points = {"on_pairs": "OnPairs", "weighted": "Weighted", "sigmoid": "Sigmoid"}
+    write_package(folder / "site", "more_objectives", 1, OF_ANOTHER_PACKAGE, points)
     return folder
+
+
+def write_package(site: Path, module: str, version: int, text: str, points: Mapping[str, str]) -> None:
+    """A package of one module, as installed in `site`, with objectives: the class of each name."""
+    about = site / f"{module}-{version}.dist-info"
+    about.mkdir(parents=True)
+    (site / f"{module}.py").write_text(text)
+    (about / "METADATA").write_text(f"Name: {module.replace('_', '-')}\nVersion: {version}\n")
+    lines = [f"{name} = {module}:{cls}\n" for name, cls in points.items()]
+    (about / "entry_points.txt").write_text("".join([f"[{objectives.ENTRY_POINTS}]\n", *lines]))
 
 
 def test_what_the_built_in_objectives_ask_for() -> None:
@@ -131,8 +215,13 @@ def test_what_another_package_gets_wrong_is_said() -> None:
 
     given = {"generation": torch.ones(()), "perplexity": torch.ones(())}
     objective, counts = Counted(configs.from_dict({})), GlobalCounts.of([], Mesh(ALONE, ALONE), torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"Counted\.metrics does not name perplexity, which its terms give"):
-        PendingResult(given, objective, counts, ALONE, torch.device("cpu"))
+    two_stages = Axis(None, 0, 2, (0, 1))
+    for pipeline, kind in ((ALONE, RunError), (two_stages, UserError)):  # which the first stage would not say
+        with pytest.raises(
+            UserError, match=r"Counted\.metrics does not name perplexity, which its terms give"
+        ) as error:
+            PendingResult(given, objective, counts, pipeline, torch.device("cpu"))
+        assert type(error.value) is kind
 
 
 def test_a_term_of_another_package_may_call_the_constructor_of_its_base() -> None:
@@ -160,7 +249,43 @@ def test_a_wrong_name_is_one_line(files: Path, capfd: pytest.CaptureFixture[str]
         "`objective.name` = 'lcp': there is no such objective; there are clip, coca, emu, generation, genlip, lcl, "
         "siglip, the nearest" in said
     )
-    assert "the nearest is lcl" in said
+    assert "the nearest is lcl; name one of these, or install the package that adds it" in said
+
+
+def test_what_is_wrong_in_another_package_is_one_line(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {name: cls for name, (cls, _) in FAULTS.items()} | {"with_teacher": "WithTeacher"}
+    write_package(files / "faulty", "with_faults", 2, WITH_FAULTS, points)
+    monkeypatch.syspath_prepend(files / "faulty")
+    for name, (_, said) in FAULTS.items():
+        with pytest.raises(UserError, match=said):
+            objectives.create(configs.from_dict({"objective": {"name": name}}))
+    objectives.create(configs.from_dict({"objective": {"name": "with_teacher"}}))
+
+
+def test_a_module_that_cannot_be_imported_is_one_line(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_package(files / "broken", "broken_objectives", 3, "import no_such_module", {"broken": "Broken"})
+    monkeypatch.syspath_prepend(files / "broken")
+    command = ["train", "--config", str(files / "config.yaml"), "--train.output", str(files / "none")]
+    assert main([*command, "--objective.name", "broken", "--processes", "1", "--dry-run"]) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert "(broken-objectives 3) cannot be loaded from broken_objectives:Broken: ModuleNotFoundError: No mod" in said
+    assert "`python -c 'import broken_objectives'` shows where" in said
+
+
+def test_a_sigmoid_contrast_without_a_bias_is_refused_by_the_checks(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(files / "site")
+    output = files / "sigmoid"
+    given = {"objective.name": "sigmoid", "train.output": str(output)}
+    with pytest.raises(UserError, match=r"needs a bias; set .*: --model\.logit_bias -10 --contrast\.initial_log_sc"):
+        check(configs.load(files / "config.yaml", given), 1)
+    remedy = {"model.logit_bias": "-10", "contrast.initial_log_scale": "2.302585"}
+    check(configs.load(files / "config.yaml", given | remedy), 1)
+    assert not output.exists()
 
 
 def test_weights_that_are_both_0() -> None:

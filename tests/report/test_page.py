@@ -142,8 +142,14 @@ def test_the_first_batch_is_left_out_where_its_corpora_are_not_as_they_were(run:
     shutil.rmtree(corpus.path)
     write_corpus(corpus.path, random_documents(20, 2))
     page = write_report(run).read_text()
-    assert "(The corpora are not here.)" in section(page, "batch")
+    assert "(The corpora, or the package of the objective, are not here.)" in section(page, "batch")
     assert "20 documents" in section(page, "documents"), "those of today"
+
+
+def test_the_first_batch_is_left_out_where_the_objective_is_not_installed(run: Path) -> None:
+    config = configs.load(run / "config.yaml", {"objective.name": "of_another_package"})
+    (run / "config.yaml").write_text(configs.to_yaml(config))
+    assert "are not here" in section(write_report(run).read_text(), "batch")
 
 
 def test_links_start_where_the_page_lies(run: Path, tmp_path: Path) -> None:

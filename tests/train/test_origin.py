@@ -30,7 +30,7 @@ from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train import checks, dryrun, resume_point
 from megatron_lcl.train.checkpoint.folder import Layout, Progress, progress_text, step_folder
 from megatron_lcl.train.checkpoint.mirror import Mirror
-from megatron_lcl.train.checks import check_readable
+from megatron_lcl.train.checks import check_output, check_readable
 from megatron_lcl.train.dryrun import dry_run, find_origin
 from megatron_lcl.train.resume_point import ledger_from, open_origin
 
@@ -204,6 +204,25 @@ def test_a_dry_run_goes_on_from_what_the_start_does(corpora: list[str], tmp_path
     ):
         with pytest.raises(UserError, match=said):
             find_origin(configs.replace(config, **fields))
+
+
+def test_a_run_that_made_no_step_does_not_keep_others_out(corpora: list[str], tmp_path: Path) -> None:
+    config = config_of(tmp_path, corpora[0])
+    run = Path(config.train.output)
+    run.mkdir()
+    (run / "config.yaml").write_text(configs.to_yaml(config))
+    other = configs.replace(config, model__vision__layers=2)
+    check_output(run, other)
+    metrics = run / "metrics.jsonl"
+    metrics.write_text('{"step": 0, "images_per_pack": 4}\n')
+    check_output(run, other)
+    metrics.write_text('{"step": 0, "images_per_pack": 4}\n{"step": 1, "loss": 3.5}\n')
+    with pytest.raises(UserError, match="holds a run of another model"):
+        check_output(run, other)
+    metrics.unlink()
+    saved(config)
+    with pytest.raises(UserError, match="holds a run of another model"):
+        check_output(run, other)
 
 
 @pytest.mark.parametrize("kind", ["own", "named", "mirror"])

@@ -74,6 +74,8 @@ class Summary:
     reused: bool = False
     """the folder already held the finished corpus, and that of the held-out documents was there, too"""
     held_out: Summary | None = None
+    held_out_fraction: float | None = None
+    """of the documents, which was asked for"""
 
     def at(self, place: str, held_out: str | None) -> Summary:
         """The same, of corpora at these places."""
@@ -94,13 +96,26 @@ class Summary:
             example = f"  (e.g. {row['names'][0]})" if row["names"] else ""
             lines.append(f"  {row['what']}  {row['count']:,}  {row['reason']}{example}")
         if self.held_out is not None:
-            lines.append(f"held out: {self.held_out}")
+            lines.append(f"held out: {self.held_out}{self._far_fewer()}")
         if self.reused:
             lines.append(
                 "finished before, and not read again. Images in folders are not compared: if some were added or "
                 "changed, give new folders, or remove these"
             )
         return "\n".join(lines)
+
+    def _far_fewer(self) -> str:
+        """What is to be said where less than half of what was asked for is held out; else nothing."""
+        if self.held_out is None or not self.held_out.vocab_size or self.held_out_fraction is None:
+            return ""
+        held = self.held_out.counts["documents"]
+        asked = round(self.held_out_fraction * (self.counts["documents"] + held))
+        if 2 * held >= asked:
+            return ""
+        return (
+            f"\n  {held:,} of about {asked:,} documents asked for: those of one page, book or image, or with "
+            "near-duplicate images, stay together, and large groups are never held out"
+        )
 
 
 @reading()
@@ -193,7 +208,7 @@ def preprocess(
         clear_up(folder)
     if not unfinished:
         training, *rest = (_summary(folder) for folder, _ in sides)
-        return replace(_with(training, rest), reused=True)
+        return replace(_with(training, rest, held_out_fraction), reused=True)
     for folder, side in sides:
         if folder in finished and (_rules_differ(folder, side) or not has_names(read_manifest(folder), 0)):
             raise UserError(
@@ -249,7 +264,7 @@ def preprocess(
     except Unusable as error:
         raise _with_list(error, [folder for folder, _ in sides]) from None
     training, *rest = (_summary(folder) for folder, _ in sides)
-    return _with(training, rest)
+    return _with(training, rest, held_out_fraction)
 
 
 def _with_list(error: Unusable, folders: list[Path]) -> Unusable:
@@ -264,8 +279,8 @@ def _with_list(error: Unusable, folders: list[Path]) -> Unusable:
     return error
 
 
-def _with(training: Summary, rest: list[Summary]) -> Summary:
-    return Summary(**{**vars(training), "held_out": rest[0] if rest else None})
+def _with(training: Summary, rest: list[Summary], fraction: float) -> Summary:
+    return replace(training, held_out=rest[0], held_out_fraction=fraction) if rest else training
 
 
 # --- before the work ---------------------------------------------------------------------------------------------

@@ -61,6 +61,15 @@ def set_metrics_aside(run: Path) -> str:
     )
 
 
+def has_steps(run: Path) -> bool:
+    """Whether metrics.jsonl tells of a step."""
+    path = run / METRICS
+    if not exists(path):
+        return False
+    with path.open("rb") as lines:
+        return any((values := _values(line)) is not None and "loss" in values for line in lines)
+
+
 def remove_results_after(run: Path, step: int) -> None:
     """Remove what evaluations after later steps than `step` have left for the report; their model is gone."""
     for names in ((EXAMPLES, HELDOUT), (LABELED,)):

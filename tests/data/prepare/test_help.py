@@ -66,7 +66,7 @@ def test_the_help_names_all_formats(capsys: pytest.CaptureFixture[str]) -> None:
         assert reads
         assert f" {name} {' '.join(reads.split())}" in text
     assert " poem Poems, a stanza a line." in text
-    assert " broken (cannot be loaded: module" in text
+    assert f" broken ('broken' of megatron_lcl.importers (a package with {__name__}) cannot be loaded from" in text
     assert text.endswith("--format F --help lists the options of format F")
 
 
@@ -104,6 +104,15 @@ def test_other_packages_importers_take_their_options(tmp_path: Path) -> None:
     for name, value in (("max_lines", "many"), ("width", "3")):
         with pytest.raises(UserError, match=rf"--option {name}={value}|has no option '{name}'"):
             create("poem", tmp_path, None, read_options("poem", {name: value}))
+
+
+@pytest.mark.usefixtures("other_packages")
+def test_a_format_that_cannot_be_loaded_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    places = ["--input", str(tmp_path), "--output", str(tmp_path / "corpus")]
+    assert main(["preprocess", "--format", "broken", *places]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"AttributeError: module '{__name__}' has no attribute 'NoSuchImporter'; mend that package" in said
 
 
 def test_an_unknown_format(capsys: pytest.CaptureFixture[str]) -> None:

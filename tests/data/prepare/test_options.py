@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +88,18 @@ def test_the_seed_draws_what_is_held_out(tmp_path: Path) -> None:
         preprocess("jsonl", tmp_path / "in", folders[0], held_out=folders[1], tokenizer=TOKENIZER, seed=seed)
         drawn.append([document.texts[0].text for document in open_corpus(folders[1])])
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_far_fewer_held_out_than_asked_for_is_said(tmp_path: Path) -> None:
+    """All but one document have the same image, and so are one group."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(picture(0))
+    lines = [json.dumps({"items": [{"text": f"text {k}"}, *([{"image": "a.png"}] if k else [])]}) for k in range(40)]
+    (tmp_path / "in/a.jsonl").write_text("\n".join(lines))
+    for _ in range(2):  # also of a corpus that was finished before
+        found = preprocess("jsonl", tmp_path / "in", tmp_path / "out", held_out=tmp_path / "held", tokenizer=TOKENIZER)
+        assert "\n  1 of about 5 documents asked for: those of one page" in str(found)
+    assert "asked for" not in str(replace(found, held_out_fraction=0.05)), "that is half of it"
 
 
 @pytest.mark.parametrize("kind", ["document", "image", "damaged image"])

@@ -235,8 +235,8 @@ def what_it_reads(format: str) -> str:
     """A line on the input of a format, those of other packages included, for a list of them all."""
     try:
         importer = importer_class(format)
-    except Exception as error:  # noqa: BLE001 - another package's: the list is none the worse for it
-        return f"(cannot be loaded: {' '.join(str(error).split())})"
+    except UserError as error:  # another package's: the list is none the worse for it
+        return f"({' '.join(str(error).split())})"
     return importer.reads or (inspect.getdoc(importer) or "").partition("\n")[0]
 
 
