@@ -86,7 +86,7 @@ def _variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int,
         weight_dtype = tl.bfloat16 if dtype == tl.bfloat16 else tl.float32
         pointers = dict.fromkeys(("image_n", "text_n", "image_N", "text_N"), f"*{short}")
         pointers |= dict.fromkeys(("scale_ptr", "positive_ptr", "lse_ptr", "hardest_ptr"), "*fp32")
-        pointers |= dict.fromkeys(("image_lse", "text_lse", "grad_ptr"), "*fp32")
+        pointers |= dict.fromkeys(("image_lse", "text_lse", "shortfall_ptr", "grad_ptr"), "*fp32")
         for tile in tiles:
             constants = {
                 "ROWS": tile.rows, "COLUMNS": tile.columns, "WIDTH": tile.width, "DTYPE": dtype, "PRECISION": "tf32x3",

@@ -10,6 +10,10 @@ With x_i the image feature, t_i the context (text) feature, both of unit norm, a
     dx_i = s/(2N) [ sum_j (exp(s x_i.t_j - a_i) + exp(s x_i.t_j - b_j)) t_j - 2 t_i ]
     dt_i = s/(2N) [ sum_j (exp(s t_i.x_j - b_i) + exp(s t_i.x_j - a_j)) x_j - 2 x_i ]
 
+Of the own pair's weight, exp(s x_i.t_i - a_i) + exp(s x_i.t_i - b_i) - 2, float32 keeps little once the pairs are told
+apart well (a_i is near 100 there); it is computed as -sigmoid(a'_i - s x_i.t_i) - sigmoid(b'_i - s x_i.t_i), a' and b'
+being the logsumexp of the negatives alone, and so is exact at the smallest loss.
+
 A rank's gradient needs the features and the a and b of all ranks, and both are known after the forward pass: one
 all-gather of the features, one of a and b, and nothing on the network in backward. Logits exist one tile at a time and
 are computed again in backward, as in Inf-CL (arXiv 2410.17243): memory is O(n·D + N·D).
@@ -179,9 +183,11 @@ class _ContrastiveFunction(torch.autograd.Function):
                 + [positive.sum() / scale, (hardest[0] + hardest[1]).sum() / 2 / scale]
             )
             lse_2n = [torch.logaddexp(negatives, positive) for negatives in (rows.image_lse, rows.text_lse)]
+            # for the gradient, 1 - exp(positive - logsumexp) of both directions, exact for the same reason
+            shortfall_n = torch.sigmoid(rows.image_lse - positive) + torch.sigmoid(rows.text_lse - positive)
             sums, image_lse_N, text_lse_N = _gather_rows(gather, sums, lse_2n)
 
-        ctx.save_for_backward(image_nD, text_nD, image_ND, text_ND, image_lse_N, text_lse_N, scale)
+        ctx.save_for_backward(image_nD, text_nD, image_ND, text_ND, image_lse_N, text_lse_N, shortfall_n, scale)
         ctx.offset, ctx.log_scale, ctx.kernels = offset, (log_scale.shape, log_scale.dtype), gather.kernels
         loss, image_hits, text_hits, positive_mean, hardest_mean = (sums / max(N, 1)).unbind()
         if N < 2:
@@ -193,11 +199,12 @@ class _ContrastiveFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        image_nD, text_nD, image_ND, text_ND, image_lse_N, text_lse_N, scale = ctx.saved_tensors
+        *features, image_lse_N, text_lse_N, shortfall_n, scale = ctx.saved_tensors
+        image_nD, text_nD, image_ND, _ = features
         with torch.autocast(image_nD.device.type, enabled=False):
             factor = grad.to(scale.dtype) * scale / (2 * max(1, len(image_ND)))
             image_grad, text_grad, scale_grad = ctx.kernels.backward(
-                image_nD, text_nD, image_ND, text_ND, image_lse_N, text_lse_N, ctx.offset, scale, factor
+                *features, image_lse_N, text_lse_N, shortfall_n, ctx.offset, scale, factor
             )
         shape, dtype = ctx.log_scale
         return image_grad.to(image_nD.dtype), text_grad.to(text_nD.dtype), scale_grad.to(dtype).reshape(shape), None

@@ -119,14 +119,16 @@ def backward(
     text_ND: torch.Tensor,
     image_lse_N: torch.Tensor,
     text_lse_N: torch.Tensor,
+    shortfall_n: torch.Tensor,
     offset: int,
     scale: torch.Tensor,
     factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients [n, D] of own images and texts, and own rows' part of the gradient of log_scale.
 
-    image_lse_N, text_lse_N: log-sum-exp of every row's logits, own pair included. factor: scale / 2N times the incoming
-    gradient, a scalar.
+    image_lse_N, text_lse_N: log-sum-exp of every row's logits, own pair included. shortfall_n: [n] by how much the two
+    softmaxes at a row's own pair together fall short of 2; their difference to 2 would be rounding where they are near
+    it. factor: scale / 2N times the incoming gradient, a scalar.
     """
     n, N, dtype = len(image_nD), len(image_ND), scale.dtype
     tiles = _Tiles(scale, n, N, offset)
@@ -145,7 +147,10 @@ def backward(
         for columns in tiles.own_columns:
             keys = text_ND[columns].to(dtype)
             weight = softmaxes(query, keys, image_lse_N, text_lse_N, rows, columns)
-            _own_pairs(weight, rows, columns, offset).sub_(2)
+            own = _own_pairs(weight, rows, columns, offset)
+            if len(own):
+                first = max(rows.start, columns.start - offset)
+                torch.neg(shortfall_n[first : first + len(own)], out=own)
             image_grad[rows].addmm_(weight, keys)
             text_grad[columns.start - offset : columns.stop - offset].addmm_(weight.t(), image)
         for columns in tiles.other_columns:

@@ -97,12 +97,12 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=OF_A_STEP)
 def _backward_kernel(
-    image_n, text_n, image_N, text_N, scale_ptr, image_lse, text_lse, grad_ptr,
+    image_n, text_n, image_N, text_N, scale_ptr, image_lse, text_lse, shortfall_ptr, grad_ptr,
     n, N, D, offset, image_stride, text_stride, image_all_stride, text_all_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad [2, n, D], zero at the start: sums of the keys, weighted by both softmaxes (- 2 at the own pair)."""
+    """grad [2, n, D], zero at the start: sums of the keys, weighted by both softmaxes (the own: by -shortfall)."""
     direction = tl.program_id(1)
     if direction == 0:
         queries, keys, query_stride, key_stride = image_n, text_N, image_stride, text_all_stride
@@ -113,6 +113,7 @@ def _backward_kernel(
     scale = tl.load(scale_ptr)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     row_lse = tl.load(query_lse + offset + rows, mask=rows < n, other=0.0)
+    shortfall = tl.load(shortfall_ptr + rows, mask=rows < n, other=0.0)
     grads = grad_ptr + (direction.to(tl.int64) * n + rows[:, None]) * D
     for start in range(0, N, COLUMNS):
         columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)
@@ -121,7 +122,7 @@ def _backward_kernel(
         )
         column_lse = tl.load(key_lse + columns, mask=columns < N, other=0.0)
         weight = tl.exp(logits - row_lse[:, None]) + tl.exp(logits - column_lse[None, :])
-        weight = tl.where(rows[:, None] + offset == columns[None, :], weight - 2.0, weight)
+        weight = tl.where(rows[:, None] + offset == columns[None, :], -shortfall[:, None], weight)
         # where there is no row or column it may be infinite, and the key, 0, would make NaN of that
         weight = tl.where((rows < n)[:, None] & (columns < N)[None, :], weight, 0.0)
         weight = weight.to(WEIGHT_DTYPE).to(GRAD_DTYPE)
@@ -165,6 +166,7 @@ def backward(
     text_ND: torch.Tensor,
     image_lse_N: torch.Tensor,
     text_lse_N: torch.Tensor,
+    shortfall_n: torch.Tensor,
     offset: int,
     scale: torch.Tensor,
     factor: torch.Tensor,
@@ -177,7 +179,7 @@ def backward(
     _launch(
         _backward_kernel,
         image_nD,
-        (image_nD, text_nD, image_ND, text_ND, scale, image_lse_N, text_lse_N, grad_2nD, *sizes),
+        (image_nD, text_nD, image_ND, text_ND, scale, image_lse_N, text_lse_N, shortfall_n, grad_2nD, *sizes),
         WEIGHT_DTYPE=weight_dtype,
         GRAD_DTYPE=weight_dtype if image_nD.is_cuda else tl.float32,
         GRAD_PRECISION="tf32" if image_nD.dtype == torch.float16 and image_nD.is_cuda else _precision(image_nD),

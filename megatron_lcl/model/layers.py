@@ -37,6 +37,7 @@ from megatron_lcl.parallel.layers import (
     VocabularyEmbedding,
     gathered_linear,
     mark_split,
+    rows_of,
 )
 from megatron_lcl.parallel.mappings import (
     gather_from_sequence_parallel,
@@ -153,7 +154,7 @@ class Patches(nn.Module):
         positions = positions_for(self.positions, rows.shape[1])
         if kept_NK is not None:
             rows = rows[torch.arange(n, device=rows.device)[:, None], kept_NK]
-            positions = torch.cat([positions[:1].expand(n, 1, -1), positions[1:][kept_NK]], 1)
+            positions = torch.cat([positions[:1].expand(n, 1, -1), rows_of(positions[1:], kept_NK)], 1)
         patches = self.projection(rows.to(self.projection.weight.dtype))
         classes = self.class_embedding.expand(n, 1, -1)
         rows = torch.cat([classes, patches], 1) + positions
@@ -241,10 +242,8 @@ class PoolInterleave(nn.Module):
         patches_RD = patches_NKD.flatten(0, 1).to(tokens_RD.dtype)  # under autocast a linear layer's is another one
         # an empty slot's embeddings go to an extra row, which is dropped again
         rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NK.flatten(), patches_RD)[:-1]
-        rows_SD = (
-            reduce_scatter_to_sequence_parallel(rows_RD, self.axis)
-            + self.positions[local_shard(x.positions, self.axis)]
-        )
+        positions_SD = rows_of(self.positions, local_shard(x.positions, self.axis))
+        rows_SD = reduce_scatter_to_sequence_parallel(rows_RD, self.axis) + positions_SD
         return torch.cat([rows_SD, reduce_scatter_to_sequence_parallel(latents_ND, self.axis)])
 
     def patch_features(self, hidden_NLV: torch.Tensor) -> torch.Tensor:

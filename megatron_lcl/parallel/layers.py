@@ -196,6 +196,35 @@ class RowLinear(nn.Linear):
         return reduce_scatter_to_sequence_parallel(F.linear(rows, self.weight), self.axis) + self.bias
 
 
+def rows_of(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of a table [V, D] by ids [...] → [..., D], as `table[ids]`, with a gradient summed in float32.
+
+    torch sums that of `table[ids]` in the table's dtype, one row after the other: in bfloat16 a sum of 4,096 rows, as a
+    position of 4,096 sequences has, is off by up to a half. Sums of a float64 table are float64. The gradient has the
+    same bits in every run where torch.use_deterministic_algorithms is set.
+    """
+    return _Rows.apply(table, ids)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table, ids):
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype = table.shape, table.dtype
+        return table[ids]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        grad = grad.to(torch.promote_types(ctx.dtype, torch.float32))
+        if torch.are_deterministic_algorithms_enabled():  # the embedding's, on CUDA, adds rows in any order
+            total = grad.new_zeros(ctx.shape).index_put_((ids,), grad, accumulate=True)
+        else:
+            total = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.shape[0], -1, False)
+        return total.to(ctx.dtype), None
+
+
 class VocabularyEmbedding(nn.Embedding):
     """Embedding whose entries are split: gives the rows of the own ids and zeros for others, for the ranks to sum."""
 
@@ -215,6 +244,7 @@ class VocabularyEmbedding(nn.Embedding):
         return self._look_up(own.masked_fill(others, 0)).masked_fill(others[..., None], 0)
 
     def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
-        if torch.are_deterministic_algorithms_enabled():  # on CUDA the embedding's backward adds rows in any order
-            return self.weight[ids]
-        return super().forward(ids)
+        # CUDA's embedding sums its gradient in float32 without a float32 copy of it, but in any order
+        if ids.is_cuda and not torch.are_deterministic_algorithms_enabled():
+            return super().forward(ids)
+        return rows_of(self.weight, ids)

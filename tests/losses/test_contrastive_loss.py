@@ -132,6 +132,17 @@ def test_a_tiny_loss_is_exact():
     torch.testing.assert_close(loss.double(), torch.tensor(5 * math.exp(-30.0), dtype=torch.float64), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(("noise", "largest"), [(0.18, 1e-2), (0.16, 1e-5), (0.14, 1e-8)])
+def test_gradients_of_a_small_loss_are_exact(noise, largest, small_tiles):
+    """At the largest scale, where an own pair's two softmaxes are 1 but for what float32 rounds away."""
+    image, _ = features(40, width=64)
+    text = F.normalize(image + noise * torch.randn(40, 64, dtype=torch.float64, generator=torch.manual_seed(1)), dim=1)
+    arguments = [value.float() for value in (image, text, torch.tensor([math.log(100)]))]
+    expected = with_gradients(plain, *(value.double() for value in arguments))
+    assert largest / 10 < expected[0] < largest
+    assert_close(with_gradients(ours, *arguments), expected, 2e-4, 0.0)
+
+
 def test_statistics(small_tiles):
     n = 23
     image, text = features(n)

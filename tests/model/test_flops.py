@@ -135,7 +135,7 @@ def test_similarities_with_other_ranks() -> None:
     lse = torch.zeros(every)
     with counter() as counted:
         contrastive_tiles.forward(image[mine], text[mine], image, text, 4, scale)
-        contrastive_tiles.backward(image[mine], text[mine], image, text, lse, lse, 4, scale, scale)
+        contrastive_tiles.backward(image[mine], text[mine], image, text, lse, lse, lse[mine], 4, scale, scale)
     sizes = Sizes(0, 0, 0, 0, own, 0, 0)
     assert counted.get_total_flops() == of_step(model, sizes, every).loss
 

@@ -19,7 +19,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import build_layers, layer_specs
+from megatron_lcl.model.layers import Activations, build_layers, layer_specs
 from megatron_lcl.model.lcl import LayerList, pack_padded
 from megatron_lcl.parallel import layers as layers_module
 from megatron_lcl.parallel import mappings
@@ -33,6 +33,7 @@ from megatron_lcl.parallel.layers import (
     gathered_linear,
     is_split,
     mark_split,
+    rows_of,
     shard,
 )
 from megatron_lcl.parallel.mesh import ALONE, Axis, Pending
@@ -341,3 +342,52 @@ def test_in_a_micro_batch_no_host_waits_for_integers() -> None:
         assert all(dtype.is_floating_point for dtype in sent)
         assert torch.int64 in alone
         assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def assert_summed_in_float32(gradient: torch.Tensor | None, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    """The bfloat16 gradient of a table whose rows `ids` have the gradients `rows`, but for its own rounding."""
+    assert gradient is not None
+    assert gradient.dtype == torch.bfloat16
+    exact = torch.zeros(gradient.shape, dtype=torch.float64).index_add_(0, ids, rows.double())
+    assert (gradient.double() - exact).norm() <= 0.005 * exact.norm()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_of_looked_up_rows_are_summed_in_float32(deterministic: bool) -> None:
+    """Of which each of a table is read 4,096 times, as a position is by the sequences of a micro-batch."""
+    vision = configs.Vision(image_size=32, patch_size=16, width=16, layers=1, heads=1, embedding_norm=False)
+    language = configs.Language(vocab_size=12, context_length=4, width=16, layers=1, heads=1)
+    model = configs.Model(vision=vision, language=language, pool_heads=1)
+    built: list[Any] = build_layers(model, 1.0)
+    initialize(dict(enumerate(built)), model, 0)
+    patches, pool = (layer.bfloat16() for layer in (built[0], built[2]))
+    tokens, positions = (torch.arange(4 * 4096) % size for size in (12, 4))
+    kept = torch.tensor([[0, 2], [1, 3]]).repeat(4096, 1)
+    none = torch.empty(0, dtype=torch.long)
+    absent = torch.tensor([-1])  # no image: its latent's gradient is left out
+    hidden = draw(5, 16, seed=0).bfloat16()
+    inputs = Activations(hidden, tokens, positions, none, none, none, absent, absent, none, num_patches=4)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        out = pool(inputs).hidden[: len(tokens)]
+        rows = (1 + draw(*out.shape, seed=1)).bfloat16()
+        out.backward(rows)
+        embedded = patches.encode(torch.zeros(len(kept), 3, 32, 32), kept)[:, 1:]
+        of_patches = (1 + draw(*embedded.shape, seed=2)).bfloat16()
+        embedded.backward(of_patches)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_summed_in_float32(pool.positions.grad, positions, rows)
+    assert_summed_in_float32(pool.embedding.weight.grad, tokens, rows)
+    assert_summed_in_float32(patches.positions.grad, 1 + kept.flatten(), of_patches.flatten(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_looked_up_rows_are_those_of_indexing(dtype: torch.dtype) -> None:
+    """And so are their gradients; also without any."""
+    for ids in (torch.tensor([[3, 0, 3], [1, 3, 0]], dtype=torch.int32), torch.empty(0, 2, dtype=torch.long)):
+        table, weights = draw(5, 4, seed=0).to(dtype).requires_grad_(), draw(*ids.shape, 4, seed=1).to(dtype)
+        ours, theirs = rows_of(table, ids), table[ids]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        expected = torch.autograd.grad((theirs * weights).sum(), table)[0]
+        torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), table)[0], expected, rtol=0, atol=0)

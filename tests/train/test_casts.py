@@ -95,6 +95,9 @@ def test_nothing_is_cast_but_images_features_logits_and_weights_once() -> None:
         # a CPU has no product of bfloat16 numbers with a float32 result
         targets = sum(batch.num_targets for batch in batches)
         logits = (targets + len(batches) * language.vocab_size) * language.width
+        # the gradients of rows that are looked up are summed in float32
+        looked_up = 2 * sum(len(batch.tokens) for batch in batches) * language.width
+        tables = len(batches) * (language.vocab_size + language.context_length) * language.width
         weights = casts.pop(("DeepSpeed", "float32", "bfloat16")) - 2 * features  # of features it is the gradients
         assert numbers <= weights < numbers + 4, "once a step; partitions are filled up"
         assert casts == {
@@ -105,6 +108,8 @@ def test_nothing_is_cast_but_images_features_logits_and_weights_once() -> None:
             ("_chunked", "bfloat16", "float32"): logits,
             ("<genexpr>", "float32", "bfloat16"): logits,
             ("error", "bool", "float32"): targets,
+            ("backward", "bfloat16", "float32"): looked_up,
+            ("backward", "float32", "bfloat16"): tables,
             ("DeepSpeed", "bfloat16", "float32"): len(batches) * (numbers - 1),  # gradients; the log scale is float32
         }
 

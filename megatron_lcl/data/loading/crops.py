@@ -16,6 +16,11 @@ from megatron_lcl.data.loading.images import decode_rgb
 # EXIF orientation → (counter-clockwise quarter turns, then mirrored left to right)
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 
+_LEFT = 4
+"""times `size` is what a JPEG's decoder leaves of a crop at least, if it reduces it. It averages squares of pixels,
+which blurs: of the energy at 0.4 to 0.5 cycles a pixel of the result it leaves 96 % in a crop that is then 4 times as
+large, 94 % at 3 times, 91 % at 2.5, 87 % at 2, 82 % at 1.6"""
+
 
 def decode_train(
     data: bytes | memoryview,
@@ -27,8 +32,8 @@ def decode_train(
     """A random crop, resized: uint8 [3, size, size].
 
     Bicubic with antialiasing, of all of the crop's pixels: what torchvision's RandomResizedCrop makes of a picture of
-    Pillow's, as open_clip uses it, but for rounding. A JPEG of which that is left at least one and a half times as
-    large as `size` is decoded at 1/2, 1/4 or 1/8 of its size, which averages pixels first.
+    Pillow's, as open_clip uses it, but for rounding. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves
+    a crop at least `_LEFT` times as large as `size`.
 
     `draw` gives numbers in [0, 1); scale is the crop's share of the area, ratio its width over height (both as in
     torchvision's RandomResizedCrop). BadImage if the image does not decode.
@@ -46,7 +51,7 @@ def decode_train(
         shown = (height, width) if turns % 2 else (width, height)
         box = crop_box(*shown, draw, scale, ratio)
         left, top, crop_width, crop_height = _stored_box(box, width, height, turns, mirrored)
-        pixels = _decode_jpeg(data, width, height, min(crop_width, crop_height) / (1.5 * size))
+        pixels = _decode_jpeg(data, width, height, min(crop_width, crop_height) / (_LEFT * size))
         shrunk_x, shrunk_y = pixels.shape[1] / width, pixels.shape[0] / height
         left, crop_width = round(left * shrunk_x), max(1, round(crop_width * shrunk_x))
         top, crop_height = round(top * shrunk_y), max(1, round(crop_height * shrunk_y))
