@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,9 +29,9 @@ from megatron_lcl.train.result import PendingResult
 OF_ANOTHER_PACKAGE = '''
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.objectives.base import Objective
-from megatron_lcl.objectives.built_in import LatentCompression
 from megatron_lcl.objectives.contrast import Contrast
 from megatron_lcl.objectives.generation import Generation
+from small_latents import SmallLatents, Square
 
 
 class Perplexity(Generation):
@@ -45,11 +48,11 @@ class OnPairs(Objective):
     parts = ((Perplexity, 1.0),)
 
 
-class Weighted(LatentCompression):
+class Weighted(SmallLatents):
     """The contrast counts for the more, the more pairs there are."""
 
     def terms(self, step):
-        return [Contrast(step, 0.25 * step.counts.counts["num_pairs"]), Generation(step, 0.5)]
+        return [Contrast(step, 0.25 * step.counts.counts["num_pairs"]), Generation(step, 0.5), Square(step, 0.75)]
 '''
 CONFIG = """
 model:
@@ -64,7 +67,7 @@ checkpoint: {{every: 0}}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run's config and an installed package that adds two objectives."""
+    """A folder with a run's config and an installed package that adds two objectives, and the documented one."""
     folder = tmp_path_factory.mktemp("objectives")
     corpus = make_corpus(folder, seed=0)
     vocab_size = open_corpus(corpus).tokenizer.vocab_size
@@ -73,8 +76,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = folder / "site"
     (site / "more_objectives-1.dist-info").mkdir(parents=True)
     (site / "more_objectives.py").write_text(OF_ANOTHER_PACKAGE)
+    page = (Path(__file__).parents[2] / "docs/architecture.md").read_text("utf-8")
+    (example,) = re.findall(r"module `small_latents`:\n\n(.*?)\n\nand in the", page, re.S)
+    (site / "small_latents.py").write_text(textwrap.dedent(example))
+    (documented,) = re.findall(r"^ {4}(small_latents = .*)\n", page, re.M)
     (site / "more_objectives-1.dist-info/METADATA").write_text("Name: more-objectives\nVersion: 1\n")
     points = "on_pairs = more_objectives:OnPairs\nweighted = more_objectives:Weighted\n"
+    points += documented.replace('"', "") + "\n"
     (site / "more_objectives-1.dist-info/entry_points.txt").write_text(f"[{objectives.ENTRY_POINTS}]\n{points}")
     return folder
 
@@ -175,6 +183,23 @@ def test_weights_that_are_both_0() -> None:
         objectives.create(configs.from_dict({"objective": {"name": name, **weights}}))
 
 
+def test_the_documented_objective_is_what_it_says(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its entry point; its term, in a run: `test_an_objective_of_another_package_trains`."""
+    monkeypatch.syspath_prepend(str(files / "site"))
+    objective = objectives.create(configs.from_dict({"objective": {"name": "small_latents"}}))
+    *of_lcl, (square, weight) = objective._weighted()
+    assert of_lcl == objectives.create(configs.from_dict({}))._weighted()
+    assert (objective.trains, weight) == (("retrieval", "generation"), 0.01)
+    counts = GlobalCounts({"num_pairs": 4}, [4])
+    batches: Any = [SimpleNamespace(image_soi=torch.tensor([3, -1, 5]), num_pairs=2)] * 2
+    term: Any = square(StepInputs(batches, [], torch.zeros(1), counts, Mesh(ALONE, ALONE)), weight)  # type: ignore[call-arg]
+    latents = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    surrogates = [term.surrogate(m, SimpleNamespace(latents=latents[m])) for m in range(2)]
+    expected = weight * latents[:, [0, 2]].square().mean()
+    torch.testing.assert_close(term.loss(), expected.detach())
+    torch.testing.assert_close(torch.autograd.grad(sum(surrogates), latents), torch.autograd.grad(expected, latents))
+
+
 def install(rank: int, site: str) -> None:
     """The other package, as if it were installed."""
     sys.path.insert(0, site)
@@ -198,8 +223,9 @@ def test_an_objective_of_another_package_trains(files: Path, layout: tuple[str, 
             [a[key] for key in ("loss", "generation", "grad_norm")], rel=1e-5
         )
         if name == "weighted":
-            expected = 0.25 * a["num_pairs"] * a["contrastive"] + 0.5 * a["generation"]
+            expected = 0.25 * a["num_pairs"] * a["contrastive"] + 0.5 * a["generation"] + 0.75 * a["latent_square"]
             assert a["num_pairs"] > 1
+            assert 0 < b["latent_square"] == pytest.approx(a["latent_square"], rel=1e-5)
         else:
             expected = a["generation"]
             assert (a["num_pairs"], "contrastive" in a) == (0, False)
