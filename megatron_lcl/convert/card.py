@@ -178,6 +178,8 @@ class Usage:
     """which features to use"""
     example: str
     """Python that computes them, run in the export's folder"""
+    difference: str = ""
+    """what the library does otherwise, which the certificate does not see"""
 
 
 def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
@@ -198,7 +200,8 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
         f"{v.image_size} px; image latents of width {t.width}.",
         "## Which features to use\n\n" + usage.advice,
         f"Run in this folder:\n\n```python\n{usage.example}```",
-        "`certificate.json` has the measured difference between these features and megatron_lcl's own.",
+        "`certificate.json` has the measured difference between these features and megatron_lcl's own."
+        + (usage.difference and f" {usage.difference}"),
         f"## Data\n\n{data}",
         "## Metrics\n\n" + (table if metrics else "None were given."),
         f"## License\n\n{'Not stated.' if card.license == 'other' else card.license}",

@@ -21,6 +21,14 @@ from megatron_lcl.convert.pool import POOL
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 
+CROP = (
+    "It is measured on images of the model's size. Of other ones transformers' processor, which has no setting for it, "
+    "rounds the place of the center crop down; megatron_lcl, as torchvision, timm and OpenCLIP, rounds a half to the "
+    "even number: where the resized longer side is longer than the crop by 3, 7, 11 … pixels, the crops differ by one "
+    "pixel."
+)
+"""said of an export whose images transformers' CLIPImageProcessor prepares"""
+
 _USAGE = Usage(
     "transformers",
     advice=(
@@ -41,6 +49,7 @@ with torch.no_grad():
     patches = model(images).last_hidden_state[:, PREFIX:]  # [1, patches, width]
     z = attention_pool(patches, *read_pool("{POOL}"))  # [1, latent width]
 """,
+    difference=CROP,
 )
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from megatron_lcl.config import Model
 from megatron_lcl.convert import hf, timm
 from megatron_lcl.convert.find import average_of, export_kind, find_checkpoint, one_line, read_config
 from megatron_lcl.convert.folder import CERTIFICATE, IMPORT, read_record
@@ -58,13 +59,13 @@ def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None =
     return model
 
 
-def from_open_clip(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> LCL:
+def from_open_clip(state_dict: Mapping[str, torch.Tensor], config: Model | Mapping[str, Any]) -> LCL:
     """The model with the parameters of a state dict in the reference's format.
 
-    `config`: dict as in the reference's `model_configs/*.json`. Raises ValueError naming tensors that are missing,
-    unknown, or of the wrong shape.
+    `config`: a model's (`LCL.config`), or a dict as in the reference's `model_configs/*.json`. Raises ValueError naming
+    tensors that are missing, unknown, or of the wrong shape.
     """
-    model = LCL(model_config(config), seed=None)
+    model = LCL(config if isinstance(config, Model) else model_config(config), seed=None)
     load_open_clip(model.layers, model.config, state_dict)
     return model
 

@@ -133,7 +133,10 @@ def caption(
     processes: int = 1,
     progress: bool = True,
 ) -> list[str]:
-    """One caption an image. UserError naming an image that is broken.
+    """One caption an image. UserError naming an image that is broken, or where the tokenizer is not known.
+
+    images: `FileBlob(path)`, or others with a name and a `read` that gives encoded bytes. seed: of nucleus sampling.
+    processes: more than one need an encoder of `load_encoder`, which each of them loads. progress: a bar on stderr.
 
     The number of processes changes neither batches nor draws, but the threads that each has, and so the last bits of
     logits: where two tokens are as likely, a caption may be another one.

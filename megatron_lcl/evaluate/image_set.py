@@ -36,7 +36,7 @@ class Blob(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FileBlob:
-    """A file, or a part of one."""
+    """A file, or a part of one: `size` bytes from `offset`, -1: to its end. member: the part's name in messages."""
 
     path: Path
     offset: int = 0

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.encoders.encoder import Encoder, check_device
 from megatron_lcl.evaluate.image_set import Blob
 from megatron_lcl.interrupts import ENDING, end_with_command, holding_interrupts
 from megatron_lcl.machine import num_cores
@@ -42,13 +42,7 @@ def check_workers(processes: int, devices: Sequence[str]) -> None:
     if processes < 1:
         raise UserError(f"{processes} processes; give a number from 1")
     for name in devices:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            said = str(error).splitlines()[0]
-            raise UserError(
-                f"the device {name!r} cannot be used ({said}); give cpu, or cuda:0 … of this machine"
-            ) from None
+        check_device(name)
 
 
 def map_batches(

@@ -193,13 +193,13 @@ class VisionBlock(Block):
     def encode(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
         """The block in one process, on whole images [N, L, V]."""
         attend = functools.partial(_attend_images, hidden_NLV.shape[1])
-        hidden = self.residual(hidden_NLV.flatten(0, 1), hidden_NLV.shape[:2].numel(), attend)
-        return hidden.view_as(hidden_NLV)
+        rows = hidden_NLV.flatten(0, 1)  # their number not by `len`, which is a constant to torch.export
+        return self.residual(rows, rows.shape[0], attend).view_as(hidden_NLV)
 
 
 def _attend_images(length: int, *qkv: torch.Tensor) -> torch.Tensor:
     """Every row of an image of `length` rows sees every other."""
-    heads = (x.unflatten(0, (len(x) // length, length)).transpose(1, 2) for x in qkv)
+    heads = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in qkv)
     return full_attention(*heads).transpose(1, 2).flatten(0, 1)
 
 

@@ -120,10 +120,36 @@ class LCL(nn.Module):
             hidden = block.encode(hidden)
         return hidden
 
+    def patch_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, H, W], normalized float or uint8 → patch tokens after the final norm [N, P, V], row by row from
+        the top left: the features that LCL trains.
+
+        With a gradient, so that an encoder can be fine-tuned on them. ValueError as of `encode_image`.
+        """
+        return self.pool.patch_features(self.vision_tokens(images))
+
     def _check_size(self, images: torch.Tensor) -> None:
         size = self.config.vision.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images have the shape {tuple(images.shape)}; the model takes [N, 3, {size}, {size}]")
+
+    def _check_ids(self, token_ids: torch.Tensor) -> None:
+        """On a GPU this waits for the ids, as finding the rows' lengths does. (Training has packs, which come from a
+        corpus of the model's vocabulary.)"""
+        if token_ids.dim() != 2 or not token_ids.shape[1]:
+            raise ValueError(
+                f"token_ids have the shape {tuple(token_ids.shape)}; the model takes [B, S] with S from 1: of one text "
+                "give token_ids[None]"
+            )
+        if token_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"token_ids are {token_ids.dtype}; give int64")
+        size = self.config.language.vocab_size
+        outside = token_ids[(token_ids < 0) | (token_ids >= size)]
+        if len(outside):
+            raise ValueError(
+                f"token_ids hold {int(outside[0])}; the model's vocabulary has the ids 0 to {size - 1}: use the "
+                "tokenizer that it was trained with"
+            )
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, H, W], normalized float or uint8 → image latents z [N, D], unit norm, float32.
@@ -136,8 +162,10 @@ class LCL(nn.Module):
         """Token ids [B, S], right-padded with 0 → context features [B, D], unit norm, float32.
 
         Read at `<soi>`, which stands, in a copy, in place of each row's `<eot>`, or of its last token if it has none.
+        ValueError for another shape or dtype, ids outside the vocabulary, and an empty row.
         """
         self.need_language()
+        self._check_ids(token_ids)
         lengths = _lengths(token_ids)
         if (lengths == 0).any():
             raise ValueError("a row of token_ids is empty (all 0); every text needs at least one token")
@@ -165,10 +193,11 @@ class LCL(nn.Module):
 
         images [N, 3, H, W], normalized float or uint8, in the order of the `<soi>` in token_ids [B, S] (int64,
         right-padded with 0). Reference rules for the contrast: every image takes part unless its `<soi>` is its
-        sequence's first token. ValueError where images and placeholders do not fit each other, or images are of another
-        size than the model's, or dtype.
+        sequence's first token. ValueError where images and placeholders do not fit each other, images are of another
+        size than the model's, or dtype, or token_ids of another shape or dtype, or outside the vocabulary.
         """
         self.need_language()
+        self._check_ids(token_ids)
         self._check_size(images)
         batch = pack_padded(token_ids, _lengths(token_ids), images, self.config)
         out = self.layers(batch)

@@ -25,8 +25,9 @@ from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
 METRICS = ("contrastive", *ContrastiveOutput._fields[1:])
+"""what `Contrast` measures, to be repeated in `Objective.metrics`"""
 SIGMOID_METRICS = ("contrastive", *SigmoidOutput._fields[1:], "logit_bias")
-"""the last one: the bias with which the step's loss was taken"""
+"""what `SigmoidContrast` measures; the last one: the bias with which the step's loss was taken"""
 _FLOAT, _LONG, _DOUBLE = 4, 8, 8
 
 

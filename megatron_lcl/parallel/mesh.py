@@ -76,14 +76,13 @@ class Pending:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its processes, as a group and by their global ranks, and this process's index among them.
-
-    `group` is None where the axis has one process: then the collectives give back what they are given.
-    """
+    """One axis: its processes, as a group and by their global ranks, and this process's index among them."""
 
     group: dist.ProcessGroup | None = None
+    """None where the axis has one process: then the collectives give back what they are given"""
     rank: int = 0
     size: int = 1
+    """number of its processes"""
     ranks: tuple[int, ...] = (0,)
     """global ranks, in the order of the axis"""
     host_group: dist.ProcessGroup | None = None
@@ -176,7 +175,7 @@ class Axis:
         return Pending(own, reduce_scatter_single(own, sent, group=self.group, async_op=True), sent)
 
     def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-        """Reduce in place over the axis."""
+        """Reduce in place over the axis, to the sum unless `op` says otherwise; returns the tensor."""
         if self.group is not None:
             dist.all_reduce(tensor, op=op, group=self._group_of(tensor))
         return tensor

@@ -71,7 +71,7 @@ def test_example_computes_our_features(
     assert Path(sys.modules["lcl.attention_pool"].__file__ or "").resolve().is_relative_to(tmp_path)
     images = found["images"]
     assert images.shape == (1, 3, 64, 64)
-    patches = model.pool.patch_features(model.vision_tokens(images))
+    patches = model.patch_features(images)
     assert relative(found["patches"], patches) < 1e-5
     assert relative(torch.nn.functional.normalize(found["z"], dim=-1), model.encode_image(images)) < 1e-5
     if "mean" in found:

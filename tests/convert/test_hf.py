@@ -16,7 +16,7 @@ from PIL import Image
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision
-from megatron_lcl.convert import hf
+from megatron_lcl.convert import hf, hf_dinov2
 from megatron_lcl.convert.card import Card, Measured
 from megatron_lcl.convert.export import export, export_model, save_checkpoint
 from megatron_lcl.data.loading.images import decode_eval
@@ -148,3 +148,14 @@ def test_without_transformers(model: LCL, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ValueError, match=r"megatron-lcl\[hf\]"):
         export_model(model, "hf", tmp_path / "hf")
+
+
+def test_the_processors_crop_differs_as_the_card_says(transformers: Any, exported: Path) -> None:
+    """By one pixel, where the resized longer side is longer than the crop by 3, 7, 11 … pixels."""
+    assert hf_dinov2.CROP in (exported / "README.md").read_text("utf-8")
+    processor = transformers.AutoImageProcessor.from_pretrained(exported)
+    for longer in range(8):  # levels rise by 3 a pixel: the mean difference is that of the crops' places
+        levels = np.broadcast_to(3 * np.arange(64 + longer, dtype=np.uint8)[None, :, None], (64, 64 + longer, 3))
+        image = Image.fromarray(levels)
+        theirs = processor(image, return_tensors="pt", do_normalize=False)["pixel_values"][0].numpy() * 255
+        assert (decode_eval(image, 64) - theirs).mean() / 3 == pytest.approx(int(longer % 4 == 3), abs=0.01)

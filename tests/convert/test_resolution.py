@@ -39,7 +39,7 @@ def test_export_at_another_size(model: LCL, tmp_path: Path, format: str) -> None
     Image.new("RGB", (200, 150)).save(picture, "PNG")
     assert theirs.prepare(picture.getvalue()).shape == image[0].shape
     ours = at_image_size(model, 96)
-    patches = ours.pool.patch_features(ours.vision_tokens(image))
+    patches = ours.patch_features(image)
     assert torch.allclose(theirs.encode(image).patches, patches, rtol=1e-4, atol=1e-4)
     for size, remedy in ((100, "96 or 112"), (17, "16 or 32"), (8, "16, say"), (0, "16, say"), (-64, "16, say")):
         with pytest.raises(UserError, match=f"{size} px .* = 16.; give {remedy}$"):

@@ -61,7 +61,7 @@ def test_tiny_by_local_dir(timm: Any, model: LCL, tmp_path: Path) -> None:
     loaded = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     images = check_images(64)
     with torch.no_grad():
-        mean = model.pool.patch_features(model.vision_tokens(images)).mean(1)
+        mean = model.patch_features(images).mean(1)
         assert torch.allclose(loaded(images), mean, rtol=1e-4, atol=1e-5)
         probe = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=10).eval()
         assert probe(images).shape == (4, 10)
@@ -98,7 +98,7 @@ def test_real_sizes_by_checkpoint_path(
     file = tmp_path / "timm" / "model.safetensors"
     images = check_images(224)[:2]
     with torch.no_grad():
-        ours = model.pool.patch_features(model.vision_tokens(images))
+        ours = model.patch_features(images)
         peer = timm.create_model(name, checkpoint_path=str(file), **changes).eval()
         assert peer.head.weight.shape == (timm.create_model(name, depth=1).num_classes, vision.width)
         assert float((peer.forward_features(images)[:, 1:] - ours).norm() / ours.norm()) < 1e-5

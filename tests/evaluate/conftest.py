@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.evaluate.encoders.encoder import Encoder, Features
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -28,12 +26,8 @@ class PixelEncoder(Encoder):
         super().__init__("pixels", nn.ParameterList([nn.Parameter(prototypes)]))
         self.calls = 0
 
-    def prepare(self, data: bytes) -> torch.Tensor:
-        try:
-            pixels = np.array(Image.open(io.BytesIO(data)).convert("L"), np.float32)
-        except OSError as error:
-            raise BadImage(f"an image that does not decode: {error}") from None
-        return torch.from_numpy(pixels / 255)[None]
+    def _prepare(self, image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(image.convert("L"), np.float32) / 255)[None]
 
     def _encode(self, images: torch.Tensor) -> Features:
         self.calls += 1

@@ -214,6 +214,9 @@ def test_the_checkpoint_of_a_run_is_looked_for_once(model: LCL, tmp_path: Path) 
         return folder
 
     first = save(1, model)
+    for device in ("nowhere", "cuda"):  # no test but those of GPUs sees one
+        with pytest.raises(UserError, match=f"^the device '{device}' cannot be used .*; give cpu, or cuda:0"):
+            load_encoder(run, device=device)
     encoder = EncoderSource(str(run), devices=("cpu", "cpu:0"))(0)
     save(2, LCL(model.config, seed=2))
     assert (encoder.name, encoder.source) == (str(run), EncoderSource(str(first), devices=("cpu", "cpu:0")))

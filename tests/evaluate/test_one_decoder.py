@@ -73,13 +73,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("library", ["ours", "hf", "timm", "open_clip"])
 @pytest.mark.parametrize("file", [rotated, transparent, sixteen_bits])
-def test_every_encoder_is_given_the_same_pixels(folder: Path, library: str, file) -> None:  # type: ignore[no-untyped-def]
+def test_every_encoder_is_given_the_same_pixels(folder: Path, tmp_path: Path, library: str, file) -> None:  # type: ignore[no-untyped-def]
+    """Of bytes, paths and Pillow's images."""
     if library != "ours":
         pytest.importorskip(_PACKAGES[library])
     prefix = {"ours": "", "hf": "hf:"}.get(library, f"{library}:local-dir:")
     data, shown = file()
     expected = torch.from_numpy(np.ascontiguousarray(shown.transpose(2, 0, 1)))
-    given = load_encoder(f"{prefix}{folder / library}").prepare(data)
+    encoder, path = load_encoder(f"{prefix}{folder / library}"), tmp_path / "picture.png"
+    path.write_bytes(data)
+    given = encoder.prepare(data)
+    for image in (bytearray(data), memoryview(data), path, str(path), Image.open(path)):
+        assert torch.equal(encoder.prepare(image), given), type(image)
+    for wrong in (np.asarray(Image.open(path)), given, [data], None):
+        with pytest.raises(
+            TypeError, match=rf"type {type(wrong).__name__}; give encoded bytes, the path of a file, or"
+        ):
+            encoder.prepare(wrong)  # type: ignore[arg-type]
     if given.dtype == torch.uint8:
         assert torch.equal(given, expected)
     else:  # other libraries normalize, with the same mean and deviation

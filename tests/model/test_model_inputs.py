@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from torchvision.transforms.functional import normalize as torchvisions
 
-from megatron_lcl import LCL
+from megatron_lcl import LCL, from_open_clip
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD, normalize
 
@@ -38,6 +42,58 @@ def test_images_of_which_nobody_knows_what_they_mean_are_refused(pixels: torch.T
             model.encode_image(pixels.to(dtype))
     assert torch.equal(model.encode_image(pixels), model.encode_image(normalize(pixels)))
     assert model.vision_tokens(pixels).shape == (2, 1 + 2 + 4, 32)  # as its docstring says
+
+
+def test_patch_features_are_the_normed_patch_tokens_and_have_a_gradient(pixels: torch.Tensor) -> None:
+    model = LCL(CONFIG)
+    features = model.patch_features(pixels)
+    assert features.shape == (2, 4, 32)
+    assert torch.equal(features, model.pool.norm(model.vision_tokens(pixels))[:, 3:])
+    features.square().sum().backward()
+    assert all(p.grad is not None for p in [*model.patches.parameters(), *model.pool.norm.parameters()])
+
+
+def test_token_ids_that_the_model_cannot_read_are_refused(pixels: torch.Tensor) -> None:
+    model, text = LCL(CONFIG), torch.tensor([95, 5, 6, 96])
+    expected = model.encode_text(text[None])
+    assert torch.equal(model.encode_text(text[None].int()), expected)
+    for read in (model.encode_text, partial(model, pixels[:0])):
+        for wrong in (text, text[None, None], text[None, :0]):
+            with pytest.raises(
+                ValueError, match=re.escape(f"token_ids have the shape {tuple(wrong.shape)}; the model")
+            ):
+                read(wrong)
+        with pytest.raises(ValueError, match=r"token_ids are torch\.float32; give int64"):
+            read(text[None].float())
+        for outside in (99, -1):
+            with pytest.raises(
+                ValueError, match=f"token_ids hold {outside}; the model's vocabulary has the ids 0 to 98"
+            ):
+                read(torch.tensor([[95, 5, outside, 96]]))
+
+
+def test_a_state_dict_goes_back_with_the_models_own_config() -> None:
+    model = LCL(replace(CONFIG, vision=replace(CONFIG.vision, registers=0)))
+    back = from_open_clip(model.state_dict_open_clip(), model.config)
+    assert back.config == model.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+
+
+def test_the_encoder_is_exported_for_any_number_of_images(pixels: torch.Tensor) -> None:
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = LCL(CONFIG)
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.model.patch_features(images), self.model.encode_image(images)
+
+    encoder = Encoder()
+    exported = torch.export.export(encoder, (pixels,), dynamic_shapes=({0: torch.export.Dim("images")},)).module()
+    more = torch.cat([pixels, 255 - pixels, pixels[:1]])
+    for found, expected in zip(exported(more), encoder(more), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.usefixtures("other_torch_defaults")

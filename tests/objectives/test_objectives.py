@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,9 +32,9 @@ from megatron_lcl.train.result import PendingResult
 OF_ANOTHER_PACKAGE = '''
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.objectives.base import Objective
-from megatron_lcl.objectives.built_in import LatentCompression
 from megatron_lcl.objectives.contrast import SIGMOID_METRICS, Contrast, SigmoidContrast
 from megatron_lcl.objectives.generation import Generation
+from small_latents import SmallLatents, Square
 
 
 class Perplexity(Generation):
@@ -48,11 +51,11 @@ class OnPairs(Objective):
     parts = ((Perplexity, 1.0),)
 
 
-class Weighted(LatentCompression):
+class Weighted(SmallLatents):
     """The contrast counts for the more, the more pairs there are."""
 
     def terms(self, step):
-        return [Contrast(step, 0.25 * step.counts.counts["num_pairs"]), Generation(step, 0.5)]
+        return [Contrast(step, 0.25 * step.counts.counts["num_pairs"]), Generation(step, 0.5), Square(step, 0.75)]
 
 
 class Sigmoid(Objective):
@@ -142,7 +145,7 @@ checkpoint: {{every: 0}}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run's config and an installed package that adds three objectives."""
+    """A folder with a run's config and two installed packages: with three objectives, and with the documented one."""
     folder = tmp_path_factory.mktemp("objectives")
     corpus = make_corpus(folder, seed=0)
     vocab_size = open_corpus(corpus).tokenizer.vocab_size
@@ -150,6 +153,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text(text)
     points = {"on_pairs": "OnPairs", "weighted": "Weighted", "sigmoid": "Sigmoid"}
     write_package(folder / "site", "more_objectives", 1, OF_ANOTHER_PACKAGE, points)
+    page = (Path(__file__).parents[2] / "docs/architecture.md").read_text("utf-8")
+    (example,) = re.findall(r"module `small_latents`:\n\n(.*?)\n\nand in the", page, re.S)
+    ((name, module, cls),) = re.findall(r'^ {4}(small_latents) = "(.*):(.*)"\n', page, re.M)
+    write_package(folder / "site", module, 1, textwrap.dedent(example), {name: cls})
     return folder
 
 
@@ -300,6 +307,23 @@ def test_weights_that_are_both_0() -> None:
         objectives.create(configs.from_dict({"objective": {"name": name, **weights}}))
 
 
+def test_the_documented_objective_is_what_it_says(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its entry point; its term, in a run: `test_an_objective_of_another_package_trains`."""
+    monkeypatch.syspath_prepend(str(files / "site"))
+    objective = objectives.create(configs.from_dict({"objective": {"name": "small_latents"}}))
+    *of_lcl, (square, weight) = objective._weighted()
+    assert of_lcl == objectives.create(configs.from_dict({}))._weighted()
+    assert (objective.trains, weight) == (("retrieval", "generation"), 0.01)
+    counts = GlobalCounts({"num_pairs": 4}, [4])
+    batches: Any = [SimpleNamespace(image_soi=torch.tensor([3, -1, 5]), num_pairs=2)] * 2
+    term: Any = square(StepInputs(batches, [], torch.zeros(1), counts, Mesh(ALONE, ALONE)), weight)  # type: ignore[call-arg]
+    latents = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    surrogates = [term.surrogate(m, SimpleNamespace(latents=latents[m])) for m in range(2)]
+    expected = weight * latents[:, [0, 2]].square().mean()
+    torch.testing.assert_close(term.loss(), expected.detach())
+    torch.testing.assert_close(torch.autograd.grad(sum(surrogates), latents), torch.autograd.grad(expected, latents))
+
+
 def install(rank: int, site: str) -> None:
     """The other package, as if it were installed."""
     sys.path.insert(0, site)
@@ -323,8 +347,9 @@ def test_an_objective_of_another_package_trains(files: Path, layout: tuple[str, 
             [a[key] for key in ("loss", "generation", "grad_norm")], rel=1e-5
         )
         if name == "weighted":
-            expected = 0.25 * a["num_pairs"] * a["contrastive"] + 0.5 * a["generation"]
+            expected = 0.25 * a["num_pairs"] * a["contrastive"] + 0.5 * a["generation"] + 0.75 * a["latent_square"]
             assert a["num_pairs"] > 1
+            assert 0 < b["latent_square"] == pytest.approx(a["latent_square"], rel=1e-5)
         else:
             expected = a["generation"]
             assert (a["num_pairs"], "contrastive" in a) == (0, False)

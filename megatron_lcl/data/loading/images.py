@@ -7,6 +7,8 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,19 +16,25 @@ import PIL.Image
 
 from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, eight_bits, open_image, upright, what_it_is
 
+Source = bytes | bytearray | memoryview | str | os.PathLike[str] | PIL.Image.Image
+"""an image as callers have it: encoded bytes, the path of a file on a disk, or Pillow's"""
 _MAX_ASPECT = 64
 """of a picture that is resized as a whole: as one of 1 x 60,000 pixels would become one of 224 x 13,440,000"""
 DECODING = 2
-"""version of `decode_eval` and `decode_bounded`, to be raised when they give other pixels: caches are named by it"""
+"""version of `read_rgb`, `square` and `bounded`, to be raised when they give other pixels: caches are named by it"""
 
 
-def decode_eval(data: bytes | memoryview, size: int) -> np.ndarray:
+def decode_eval(image: Source, size: int) -> np.ndarray:
     """Shorter side to `size`, center crop: uint8 [3, size, size], equal to CLIP's Resize(bicubic) and CenterCrop.
 
-    Of a picture over 64 times as long as it is wide only the center is resized, and equal up to rounding. BadImage if
-    the image does not decode.
+    image: encoded bytes, the path of a file, or a PIL image. Of a picture over 64 times as long as it is wide only the
+    center is resized, and equal up to rounding. BadImage if the image does not decode, TypeError for anything else.
     """
-    image = decode_rgb(bytes(data))
+    return square(read_rgb(image), size)
+
+
+def square(image: PIL.Image.Image, size: int) -> np.ndarray:
+    """`decode_eval` of an image that `read_rgb` gave."""
     short, long = sorted(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -39,10 +47,8 @@ def decode_eval(data: bytes | memoryview, size: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def decode_bounded(data: bytes) -> PIL.Image.Image:
-    """As `decode_rgb`, for a transform that resizes the whole picture; of one over 64 times as long as it is wide, the
-    center."""
-    image = decode_rgb(data)
+def bounded(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image, for a transform that resizes all of it; of one over 64 times as long as it is wide, the center."""
     short, long = sorted(image.size)
     if long <= _MAX_ASPECT * short:
         return image
@@ -82,24 +88,49 @@ def thumbnail(data: bytes | memoryview, side: int, format: Literal["JPEG", "WEBP
 def decode_rgb(data: bytes, min_side: int | None = None) -> PIL.Image.Image:
     """First frame as RGB: turned as EXIF says, 16 bits and floats scaled to 8 bits, transparent parts on white.
 
-    What every encoder is given, ours and other libraries'. min_side: a JPEG's decoder may scale it down as long as both
-    sides stay that long. BadImage if the image does not decode.
+    min_side: a JPEG's decoder may scale it down as long as both sides stay that long. BadImage if the image does not
+    decode.
     """
     try:
         image = open_image(data)
         if min_side is not None:
             image.draft(None, (min_side, min_side))
-        image.load()
-        image = _rgb(upright(image))
+        return _rgb(image)
     except DAMAGE as error:
         reason = what_it_is(data) if isinstance(error, PIL.UnidentifiedImageError) else error
         raise BadImage(f"an image that does not decode: {reason}") from None
-    image.info = {}  # it still has the EXIF data, and whoever reads them would turn the picture once more
-    return image
+
+
+def read_rgb(image: Source) -> PIL.Image.Image:
+    """What every encoder is given, ours and other libraries': `decode_rgb` of encoded bytes or of a file.
+
+    A PIL image gives the same pixels as its file does, and stays as it is. BadImage if the image does not decode,
+    TypeError for what is no image, OSError for a file that cannot be read.
+    """
+    if isinstance(image, PIL.Image.Image):
+        try:
+            return _rgb(image)
+        except DAMAGE as error:  # one that `PIL.Image.open` gave is decoded here
+            raise BadImage(f"an image that does not decode: {error}") from None
+    if isinstance(image, str | os.PathLike):
+        return decode_rgb(Path(image).read_bytes())
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode_rgb(bytes(image))
+    raise TypeError(
+        f"an image of type {type(image).__name__}; give encoded bytes, the path of a file, or a PIL image (of an array "
+        "uint8 [H, W, 3]: PIL.Image.fromarray)"
+    )
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    image = eight_bits(image)
+    """The picture as `decode_rgb` says, a copy without what else Pillow knows of it: whoever reads the EXIF data would
+    turn it once more."""
+    image = _opaque(eight_bits(upright(image)))
+    image.info = {}
+    return image
+
+
+def _opaque(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         if image.mode in ("La", "RGBa"):
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])

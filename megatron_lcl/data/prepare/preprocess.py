@@ -34,7 +34,7 @@ from megatron_lcl.data.prepare.chosen import Chosen, choose, kept
 from megatron_lcl.data.prepare.cut import check_cut, cut, task_size
 from megatron_lcl.data.prepare.finish import GROUPS_KEY, finish
 from megatron_lcl.data.prepare.holdout import groups_hash
-from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers import Importer, Unit
 from megatron_lcl.data.prepare.importers.first import FirstDocuments
 from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import Part, TaskSettings, is_finished, parts_of, run_task
@@ -120,8 +120,8 @@ class Summary:
 
 @reading()
 def preprocess(
-    format: str,
-    input: str | Path,
+    format: str | Importer,
+    input: str | Path | None,
     output: str | Path,
     *,
     images: str | Path | None = None,
@@ -145,6 +145,8 @@ def preprocess(
 ) -> Summary:
     """Write the corpus `output` from `input`; returns what it holds.
 
+    format: a name, or an `Importer`, which has its own input and options: then `input` is None. With `workers` above 1
+    a copy of it is pickled for each of them, so its class must be in a module, and documents that it holds are sent.
     input, images: also URLs of objects, `s3://bucket/folder` or `http(s)://host/file`, which are read where they lie.
     tokenizer: "clip", a SentencePiece model, or None to train one of `vocab_size` ids on the (training) documents, and
     on `more_texts`, of another corpus that is to have the same tokenizer.
@@ -175,10 +177,17 @@ def preprocess(
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: give at least 1")
     bars = Bars(progress)
-    with bars.waiting(f"{input}: looking for the files of the format {format}"):
-        importer = importers.create(format, input, images, options or {})
+    if isinstance(format, Importer):
+        if input is not None or images is not None or options:
+            raise UserError("an Importer has its own input, images and options; give None for `input`, and no others")
+        importer, format = format, f"{type(format).__module__}.{type(format).__qualname__}"
+    elif input is None:
+        raise UserError(f"input = None, which is for an Importer; give the files of the format {format}")
+    else:
+        with bars.waiting(f"{input}: looking for the files of the format {format}"):
+            importer = importers.create(format, input, images, options or {})
     for folder in (output, *([Path(held_out)] if held_out is not None else [])):
-        if is_dir(Path(input)) and folder.resolve().is_relative_to(Path(input).resolve()):
+        if input is not None and is_dir(Path(input)) and folder.resolve().is_relative_to(Path(input).resolve()):
             raise UserError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
     given = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     recipe: dict[str, Any] = {

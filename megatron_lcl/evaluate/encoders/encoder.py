@@ -12,6 +12,7 @@ from functools import cached_property
 from pickle import UnpicklingError
 from typing import Any
 
+import PIL.Image
 import torch
 import xxhash
 from safetensors import SafetensorError
@@ -19,6 +20,7 @@ from torch import nn
 
 from megatron_lcl.convert.libraries import SETTINGS, only_weights, quietly, usual_defaults
 from megatron_lcl.data.corpus.tokenizer import several
+from megatron_lcl.data.loading.images import Source, read_rgb
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, causes, out_of_reach
 
@@ -53,9 +55,18 @@ class Encoder(ABC):
         self.module = module.to(device)
         self.device = torch.device(device)
 
+    def prepare(self, image: Source) -> torch.Tensor:
+        """An image → [3, H, W] as `encode` takes it.
+
+        image: encoded bytes, the path of a file (str or os.PathLike), or a PIL image. Each is turned as its EXIF data
+        say, levels of 16 bits are scaled to 8, and what is transparent becomes white. BadImage if it does not decode,
+        TypeError for anything else, an array or a tensor say.
+        """
+        return self._prepare(read_rgb(image))
+
     @abstractmethod
-    def prepare(self, data: bytes) -> torch.Tensor:
-        """Encoded bytes → [3, H, W] as `encode` takes it. BadImage if they do not decode."""
+    def _prepare(self, image: PIL.Image.Image) -> torch.Tensor:
+        """`prepare`, of an RGB image of any size."""
 
     @abstractmethod
     def _encode(self, images: torch.Tensor) -> Features: ...
@@ -117,6 +128,17 @@ class Encoder(ABC):
     def settings(self) -> Any:
         """What the modules do not show: preprocessing, a config that they look into, the library's version. As JSON."""
         return ""
+
+
+def check_device(device: str | torch.device) -> None:
+    """UserError where it cannot be used."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter by a torch that is built without CUDA
+        said = str(error).splitlines()[0]
+        raise UserError(
+            f"the device {str(device)!r} cannot be used ({said}); give cpu, or cuda:0 … of this machine"
+        ) from None
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

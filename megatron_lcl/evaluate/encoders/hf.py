@@ -7,13 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
 
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.pool import POOL
-from megatron_lcl.data.loading.images import decode_bounded
+from megatron_lcl.data.loading.images import bounded
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder, Features, hash_tokenizer, loading, sequences_of
 from megatron_lcl.evaluate.encoders.hub import hub_file, optional_file
@@ -67,10 +68,10 @@ class HfEncoder(Encoder):
             module.config.mask_ratio = 0.0
         super().__init__(spec.text, module, device)
 
-    def prepare(self, data: bytes) -> torch.Tensor:
+    def _prepare(self, image: PIL.Image.Image) -> torch.Tensor:
         # transformers 4 has processors that take the rows of an image one pixel high for its channels
         layout = {} if getattr(self._processor, "is_fast", True) else {"input_data_format": "channels_last"}
-        return self._processor(decode_bounded(data), return_tensors="pt", **layout)["pixel_values"][0]
+        return self._processor(bounded(image), return_tensors="pt", **layout)["pixel_values"][0]
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module

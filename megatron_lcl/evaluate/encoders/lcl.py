@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
-from megatron_lcl.data.loading.images import decode_eval
+from megatron_lcl.data.loading.images import square
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder, Features
 from megatron_lcl.model.lcl import LCL
@@ -48,8 +49,8 @@ class OurEncoder(Encoder):
             )
         return self.tokenizer
 
-    def prepare(self, data: bytes) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(decode_eval(data, self.module.config.vision.image_size)))
+    def _prepare(self, image: PIL.Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(square(image, self.module.config.vision.image_size)))
 
     def _encode(self, images: torch.Tensor) -> Features:
         hidden = self.module.vision_tokens(images)

@@ -16,7 +16,7 @@ from megatron_lcl.data.corpus.cache_folders import writable_cache
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.data.corpus.store import is_corpus, open_corpus
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.encoders.encoder import Encoder, check_device
 from megatron_lcl.evaluate.encoders.hf import HfEncoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.open_clip import OpenClipEncoder
@@ -34,10 +34,11 @@ def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: 
     `open_clip:NAME[@PRETRAINED]` (also `open_clip:local-dir:DIR`), or the path of an LCL checkpoint, whose tokenizer is
     that of its run's corpus, or CLIP's if its vocabulary has CLIP's size, unless `tokenizer` names another. Untrained:
     `timm:NAME?pretrained=no`, `open_clip:NAME@none`, `random:CONFIG` (see `untrained_model`), each with `?seed=N`.
-    Raises UserError where it does not load.
+    Raises UserError where it does not load, or the device cannot be used.
 
     Of a run, the newest checkpoint is looked for once: `source` of the encoder names that one.
     """
+    check_device(device)
     parsed, same = parse_spec(str(spec)), str(spec)
     if parsed.kind in _LIBRARIES:
         encoder: Encoder = _LIBRARIES[parsed.kind](parsed, device)

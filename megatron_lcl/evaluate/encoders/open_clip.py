@@ -8,12 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
 
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.open_clip import TOWER_CONFIG
-from megatron_lcl.data.loading.images import decode_bounded
+from megatron_lcl.data.loading.images import bounded
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import (
     Encoder,
@@ -62,8 +63,8 @@ class OpenClipEncoder(Encoder):
                 module, _, self._transform = open_clip.create_model_and_transforms(self._architecture, **options)
         super().__init__(spec.text, module, device)
 
-    def prepare(self, data: bytes) -> torch.Tensor:
-        return self._transform(decode_bounded(data))  # type: ignore[operator]
+    def _prepare(self, image: PIL.Image.Image) -> torch.Tensor:
+        return self._transform(bounded(image))  # type: ignore[operator]
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module

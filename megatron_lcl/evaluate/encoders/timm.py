@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import PIL.Image
 import torch
 
 from megatron_lcl.convert.libraries import require
-from megatron_lcl.data.loading.images import decode_bounded
+from megatron_lcl.data.loading.images import bounded
 from megatron_lcl.evaluate.encoders.encoder import Encoder, Features, drawn_from, loading
 from megatron_lcl.evaluate.encoders.hub import Remote, hub_file
 from megatron_lcl.evaluate.encoders.spec import Spec
@@ -32,8 +33,8 @@ class TimmEncoder(Encoder):
             self._transform: Any = timm.data.create_transform(**self._config)
         super().__init__(spec.text, module, device)
 
-    def prepare(self, data: bytes) -> torch.Tensor:
-        return self._transform(decode_bounded(data))
+    def _prepare(self, image: PIL.Image.Image) -> torch.Tensor:
+        return self._transform(bounded(image))
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module

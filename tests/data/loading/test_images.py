@@ -57,6 +57,43 @@ def test_evaluation_is_clip_s_preprocessing_bit_for_bit(size: tuple[int, int]) -
     np.testing.assert_array_equal(decode_eval(encode(image, "PNG"), 64), expected)
 
 
+def test_a_picture_of_pillow_gives_the_pixels_of_its_file() -> None:
+    """Opened or decoded before, and it stays as it is."""
+    color, (exif, exif2) = picture(30, 20), (PIL.Image.Exif(), PIL.Image.Exif())
+    exif[0x0112], exif2[0x0112] = 6, 5
+    see_through, gray = color.convert("RGBA"), np.asarray(color.convert("L"))
+    see_through.putalpha(PIL.Image.fromarray(255 - gray))
+    palette = color.quantize(9)
+    files = [
+        encode(color, "JPEG", exif=exif),
+        encode(color, "TIFF", exif=exif2),
+        encode(color.convert("L"), "PNG", exif=exif),
+        encode(color.convert("1"), "PNG"),
+        encode(color.convert("CMYK"), "JPEG"),
+        encode(see_through, "PNG"),
+        encode(see_through.convert("LA"), "PNG"),
+        encode(palette, "PNG", transparency=3),
+        encode(palette, "GIF"),
+        encode(PIL.Image.fromarray(gray.astype(np.uint16) * 257), "PNG"),
+        encode(PIL.Image.fromarray(gray.astype(np.int32) * 200), "TIFF"),
+        encode(PIL.Image.fromarray(gray.astype(np.float32) / 255), "TIFF"),
+    ]
+    for data in files:
+        expected = images.decode_rgb(data)
+        decoded = PIL.Image.open(io.BytesIO(data))
+        decoded.load()
+        before = decoded.mode, decoded.size, decoded.tobytes(), dict(decoded.info)
+        for given in (PIL.Image.open(io.BytesIO(data)), decoded):
+            rgb = images.read_rgb(given)
+            assert (rgb.mode, rgb.size, rgb.info) == ("RGB", expected.size, {})
+            assert rgb.tobytes() == expected.tobytes(), before[:2]
+            np.testing.assert_array_equal(decode_eval(given, 16), decode_eval(data, 16))
+        assert (decoded.mode, decoded.size, decoded.tobytes(), dict(decoded.info)) == before
+    whole_file = encode(color, "PNG")
+    with pytest.raises(BadImage, match="an image that does not decode: image file is truncated"):
+        images.read_rgb(PIL.Image.open(io.BytesIO(whole_file[: len(whole_file) // 2])))
+
+
 @pytest.mark.parametrize("size", [(4, 250), (250, 4), (40, 3001), (5000, 77), (70, 9000)])
 def test_of_a_thin_picture_the_center_is_resized_as_if_all_of_it_were(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
