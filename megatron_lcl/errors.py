@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,7 @@ _OF_FILES = {
     errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
 }  # fmt: skip
 """what the system says of files and folders; other OSErrors are faults of the program"""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def is_mendable(error: BaseException | None) -> bool:
@@ -91,7 +93,15 @@ def describe_os_error(error: OSError, place: str | os.PathLike[str] | None = Non
 def complain(line: str) -> None:
     """A line on stderr, at once. Where it cannot be written, as in a log on a full disk, nothing else changes."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: control characters (C0 without tab and line feed, DEL, C1) as \\xNN.
+
+    Names and texts of other people's data may hold sequences by which a terminal hides lines, or fills the clipboard.
+    """
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def free_space(path: Path) -> str:

@@ -24,6 +24,13 @@ from pydantic.fields import FieldInfo
 
 from megatron_lcl.errors import UserError
 
+_MAX_REPEATED = 100_000
+"""characters, and lists and mappings, that aliases of a YAML text may stand for: of ten lines, each with ten aliases of
+the one before, they would be 10^10"""
+_SHOWN = 200
+"""characters of a value that an error message shows"""
+_FAULTS = 20
+"""that an error message names"""
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -120,7 +127,8 @@ def convert(annotation: Any, value: Any) -> Any:
 
 
 def read_yaml(text: str) -> Any:
-    """What YAML makes of a text. Raises yaml.YAMLError, also for a key that stands twice in a mapping."""
+    """What YAML makes of a text. Raises yaml.YAMLError, also for a key that stands twice in a mapping, for aliases that
+    stand for more than _MAX_REPEATED characters, and for one inside of what it stands for."""
     return yaml.load(text, _Loader)
 
 
@@ -141,11 +149,38 @@ def read_sections(file: str | Path, wanted: str) -> dict[str, Any]:
     return tree or {}
 
 
-class _UniqueKeys(yaml.composer.Composer):
-    """Raises ConstructorError for a key that stands twice, of which PyYAML takes the last.
+class _Checked(yaml.parser.Parser, yaml.composer.Composer):
+    """Raises ConstructorError for a key that stands twice, of which PyYAML takes the last, and for aliases that stand
+    for too much: they cost PyYAML nothing, but whoever walks through the values meets each of them.
 
     Before merges (`<<`), which put a mapping's own keys behind those it takes from others.
     """
+
+    def compose_document(self) -> yaml.Node | None:
+        self._sizes: dict[yaml.Node, int] = {}
+        """of each node that is whole, with all inside it, its aliases written out"""
+        self._size = self._repeated = 0
+        return super().compose_document()
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event, before = self.peek_event(), self._size
+        alias = event if isinstance(event, yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        assert node is not None
+        if alias is None:
+            self._size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+            self._sizes[node] = self._size - before
+            return node
+        mark: Any = alias.start_mark
+        if node not in self._sizes:
+            problem = f"the alias *{alias.anchor} is inside of what it stands for"
+            raise yaml.constructor.ConstructorError(None, None, problem, mark)
+        self._size += self._sizes[node]
+        self._repeated += self._sizes[node]
+        if self._repeated > _MAX_REPEATED:
+            problem = f"aliases stand for more than {_MAX_REPEATED:,} characters; write their values out"
+            raise yaml.constructor.ConstructorError(None, None, problem, mark)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -160,11 +195,11 @@ class _UniqueKeys(yaml.composer.Composer):
         return node
 
 
-class _TextLoader(_UniqueKeys, yaml.BaseLoader):
+class _TextLoader(_Checked, yaml.BaseLoader):
     """Every scalar is text."""
 
 
-class _Loader(_UniqueKeys, yaml.SafeLoader):
+class _Loader(_Checked, yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, and 1e-3 is a number, as in YAML 1.2."""
 
 
@@ -275,7 +310,7 @@ def _config_key(key: str) -> str:
 
 
 def build(cls: type, tree: Mapping[str, Any], called: Callable[[str], str] = _config_key) -> Any:
-    """`cls` from nested dicts of plain values. UserError naming every key that is not there or does not fit.
+    """`cls` from nested dicts of plain values. UserError naming the keys that are not there or do not fit.
 
     called: what a key is called in it.
     """
@@ -283,7 +318,10 @@ def build(cls: type, tree: Mapping[str, Any], called: Callable[[str], str] = _co
         # strict as JSON is: a list does for a tuple and 1 for 1.0, but true for no number and 1 for no truth value
         return _adapter(cls).validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(cls, e, called) for e in error.errors())) from None
+        faults = error.errors()
+        said = [_explain(cls, fault, called) for fault in faults[:_FAULTS]]
+        more = [f"and {len(faults) - _FAULTS:,} more"] if len(faults) > _FAULTS else []
+        raise UserError("; ".join(said + more)) from None
 
 
 def dump(value: Any) -> dict[str, Any]:
@@ -321,5 +359,11 @@ def _explain(cls: type, error: Any, called: Callable[[str], str]) -> str:
     if error["type"] == "value_error":  # our own, from __post_init__
         return str(error["ctx"]["error"])
     if error["type"] == "dataclass_type":
-        return f"config section `{key}` is {error['input']!r}; it must be a mapping of fields"
-    return f"{called(key)} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        return f"config section `{key}` is {_shown(error['input'])}; it must be a mapping of fields"
+    return f"{called(key)} = {_shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message: its beginning, where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -223,6 +224,46 @@ def test_a_merged_key_may_stand_again() -> None:
     """
     one, inner, last = {"steps": 1, "seed": 2}, {"steps": 1, "seed": 3}, {"steps": 4, "seed": 3}
     assert read_yaml(text) == {"one": one, "outer": {"inner": inner}, "last": last, "both": one | {"train": 5}}
+
+
+def aliases(depth: int) -> str:
+    """Of ten values, then lists of ten aliases of the list before: 10^depth values."""
+    lines = ["data: {corpora: [{path: c}]}", "train:", "  output: o", "  trackers:", f"  - &a0 [{', '.join('x' * 10)}]"]
+    return "\n".join([*lines, *(f"  - &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, depth))])
+
+
+@pytest.mark.parametrize("depth", [5, 7])
+def test_aliases_that_stand_for_too_much_are_no_config(tmp_path: Path, depth: int) -> None:
+    """Whoever walks through the values would meet each of them."""
+    file = tmp_path / "config.yaml"
+    file.write_text(aliases(depth))
+    with pytest.raises(UserError, match=r"is not YAML: aliases stand for more than 100,000 characters; .* line 9,"):
+        configs.load(file)
+    with pytest.raises(yaml.constructor.ConstructorError, match="aliases stand for more"):
+        parse(annotation_of(configs.Config, "data.corpora"), f"[&a {'x' * 1000}, {', '.join(['*a'] * 100)}]")
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "a: &a {<<: *a}"])
+def test_an_alias_inside_of_what_it_stands_for(text: str) -> None:
+    with pytest.raises(yaml.constructor.ConstructorError, match=r"the alias \*a is inside of what it stands for"):
+        read_yaml(text)
+
+
+def test_what_is_written_out_may_be_long() -> None:
+    written = [{"path": "x" * 50, "weight": 1}] * 3000
+    assert read_yaml(json.dumps(written)) == written
+    assert read_yaml("[&a [x, y], *a, *a]") == [["x", "y"]] * 3
+
+
+def test_an_error_shows_the_beginning_of_long_values(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(aliases(4))
+    with pytest.raises(UserError, match=r"`train\.trackers\.3` = \[\[\[\['x', .*…: input should be 'wandb'") as found:
+        configs.load(file)
+    assert len(str(found.value)) < 1500
+    file.write_text(json.dumps({"data": {"corpora": [{"path": "c", **{f"nope{k}": 1 for k in range(500)}}]}}))
+    with pytest.raises(UserError, match=r"`data\.corpora\.0\.nope0`; .*; and 480 more$"):
+        configs.load(file)
 
 
 def test_every_field_is_documented() -> None:

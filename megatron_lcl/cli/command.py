@@ -12,6 +12,7 @@ from functools import cache, partial
 
 from megatron_lcl.cli import corpus, curating, evaluation, fetching, planning, training
 from megatron_lcl.cli.arguments import Imported, settings_joined, settle_inputs
+from megatron_lcl.cli.output import say
 from megatron_lcl.errors import RunError, UserError, check_on_disk, complain, describe_os_error, is_mendable
 
 _EXIT_CODES = """\
@@ -115,7 +116,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         from megatron_lcl.cli.version import version_text
 
-        print(version_text())
+        say(version_text())
         parser.exit()
 
 

@@ -20,6 +20,7 @@ from megatron_lcl.cli.arguments import (
     pairs,
     single_input,
 )
+from megatron_lcl.cli.output import say
 from megatron_lcl.errors import UserError
 
 
@@ -244,14 +245,14 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
             found = preprocess(options.format, options.input, places[0], job=job, progress=True, **arguments)
         else:
             found = preprocess_in_jobs(options.format, options.input, places[0], engine, progress=True, **arguments)
-    print(found.at(options.output, options.held_out))
+    say(found.at(options.output, options.held_out))
 
 
 def _verify(options: argparse.Namespace, _rest: list[str]) -> int:
     from megatron_lcl.data.prepare.verify import verify
 
     faults = verify(options.corpus, options.quick)
-    print("\n".join(faults) if faults else f"{options.corpus}: no fault found")
+    say("\n".join(faults) if faults else f"{options.corpus}: no fault found")
     return 1 if faults else 0
 
 
@@ -267,17 +268,17 @@ def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
         raise UserError("--json prints numbers of the whole corpus; give it without --source")
     corpus = open_corpus(options.corpus)
     if options.html:
-        print(inspect.write_page(corpus, options.html, source=options.source))
+        say(inspect.write_page(corpus, options.html, source=options.source))
         return
     if options.source:
-        print(inspect.found(corpus, options.source))
+        say(inspect.found(corpus, options.source))
         return
     match options.what:
         case [] | ["stats"]:
             numbers = inspect.stats(corpus)
-            print(json.dumps(numbers, indent=1) if options.json else inspect.table(numbers))
+            say(json.dumps(numbers, indent=1) if options.json else inspect.table(numbers))
         case ["show", number] if number.isdecimal():
-            print(inspect.show(corpus, int(number)))
+            say(inspect.show(corpus, int(number)))
         case _:
             raise UserError(f"inspect takes `stats` or `show N`, not {' '.join(options.what)!r}")
 
@@ -291,7 +292,7 @@ def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
         raise UserError("--move removes corpora once they are joined, which is before the upload; leave it out")
     with output_folder(options, MANIFEST) as folder:
         counts = merge(options.corpora, folder, options.move)["counts"]
-    print(f"{options.output}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
+    say(f"{options.output}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
 
 
 def _retokenize(options: argparse.Namespace, _rest: list[str]) -> None:
@@ -301,7 +302,7 @@ def _retokenize(options: argparse.Namespace, _rest: list[str]) -> None:
     with output_folder(options, MANIFEST) as folder:
         manifest = retokenize(options.corpus, folder, options.tokenizer, progress=True)
     counts, size = manifest["counts"], manifest["tokenizer"]["vocab_size"]
-    print(f"{options.output}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {size:,} token ids")
+    say(f"{options.output}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {size:,} token ids")
 
 
 def _export_corpus(options: argparse.Namespace, _rest: list[str]) -> None:
@@ -309,7 +310,7 @@ def _export_corpus(options: argparse.Namespace, _rest: list[str]) -> None:
 
     with output_folder(options, None) as folder:
         found = export_corpus(options.corpus, folder, options.format, progress=True)
-    print(dataclasses.replace(found, path=options.output))
+    say(dataclasses.replace(found, path=options.output))
 
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
@@ -324,4 +325,4 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
     )
     file = Path(options.output or f"replay-{options.step}.html")
     replace_text(file, page)
-    print(file)
+    say(file)

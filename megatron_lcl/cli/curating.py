@@ -15,6 +15,7 @@ from megatron_lcl.cli.arguments import (
     overrides_of,
     single_input,
 )
+from megatron_lcl.cli.output import say
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import is_dir
 
@@ -66,9 +67,9 @@ def _curate(options: argparse.Namespace, rest: list[str]) -> None:
                 found = curate(corpus, folder, job=job, **common)
             else:
                 found = curate_in_jobs(corpus, folder, engine, **common)
-    print(found)
+    say(found)
     if options.sample:
-        print(f"samples: {write_page(found, options.sample)}")
+        say(f"samples: {write_page(found, options.sample)}")
 
 
 def _add_rules(sub: argparse.ArgumentParser) -> None:

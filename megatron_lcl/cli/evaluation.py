@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lcl.cli.arguments import MODEL, Several, add_input, add_output, inputs, output_folder, single_input
+from megatron_lcl.cli.output import say
 from megatron_lcl.errors import UserError
 
 _AVERAGE = "an average of the run's weights in their place: ema_0.999, tail_0.1 … (config section `average`)"
@@ -134,7 +135,7 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
         devices=options.devices or default_devices(),
         skip_bad_images=bool(options.skip_bad_images),
     )
-    print(table(results))
+    say(table(results))
 
 
 def _averaged(model: str, name: str | None) -> str:
@@ -160,7 +161,7 @@ def _evaluate_corpus(models: list[str], options: argparse.Namespace) -> None:
         raise UserError("the results of one model fill --output; give one MODEL at a time, or no --output")
     output = Path(options.output) if options.output else None
     for model in models:
-        print(evaluate_checkpoint(model, Path(options.corpus), output, options.processes, options.devices or ()))
+        say(evaluate_checkpoint(model, Path(options.corpus), output, options.processes, options.devices or ()))
 
 
 def _import(options: argparse.Namespace, _rest: list[str]) -> None:
@@ -168,7 +169,7 @@ def _import(options: argparse.Namespace, _rest: list[str]) -> None:
 
     checkpoint = single_input(options)
     import_checkpoint(options.format, checkpoint, options.output, options.model_config)
-    print(f"{options.output}: the weights of {checkpoint}")
+    say(f"{options.output}: the weights of {checkpoint}")
 
 
 def _export(options: argparse.Namespace, _rest: list[str]) -> None:
@@ -190,4 +191,4 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
     card = card_of(checkpoint).replaced(options.name, options.license, options.datasets, metrics)
     with output_folder(options, CERTIFICATE) as folder:
         facts = export(checkpoint, options.format, folder, options.dtype, options.image_size, card)
-    print(f"{options.output}: {summary(facts)}")
+    say(f"{options.output}: {summary(facts)}")

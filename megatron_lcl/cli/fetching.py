@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 from megatron_lcl.cli.arguments import add_input, add_jobs, add_output, jobs_of, output_folder, single_input
+from megatron_lcl.cli.output import say
 from megatron_lcl.data.fetch.settings import STORES, Settings
 from megatron_lcl.errors import UserError
 
@@ -70,11 +71,11 @@ def _fetch(options: argparse.Namespace, _rest: list[str]) -> None:
         else:
             found = fetch_in_jobs(input, folder, engine, settings, **common)
     total = sum(found[status] for status in ("kept", "dead", "refused"))
-    print(
+    say(
         f"{options.output}: {total:,} URLs: {found['kept']:,} kept ({found['bytes']:,} bytes), {found['dead']:,} dead, "
         f"{found['refused']:,} refused"
     )
     for reason, count in found["reasons"].items():
-        print(f"{count:>12,}  {reason}")
+        say(f"{count:>12,}  {reason}")
     for reason, count in found["dropped"].items():
-        print(f"{count:>12,}  not in the store: {reason}")
+        say(f"{count:>12,}  not in the store: {reason}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lcl.cli.arguments import overrides_of
+from megatron_lcl.cli.output import say
 from megatron_lcl.filesystem import exists
 
 
@@ -42,7 +42,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     from megatron_lcl import config as configs
     from megatron_lcl.data.corpus.files import replace_text
-    from megatron_lcl.errors import UserError
+    from megatron_lcl.errors import UserError, complain
     from megatron_lcl.plan import describe, run
 
     if options.images is not None and options.images <= 0:
@@ -52,13 +52,13 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     config = configs.load(options.config, overrides_of(rest))
     for file in filter(None, (options.json, options.write)):  # before the minutes that a plan may take
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    say = lambda line: print(f"({line})", file=sys.stderr, flush=True)  # noqa: E731
-    found = run.plan(config, options.gpus, options.gpu, options.nodes, options.images_per_pack, say)
+    report = lambda line: complain(f"({line})")  # noqa: E731
+    found = run.plan(config, options.gpus, options.gpu, options.nodes, options.images_per_pack, report)
     for line in describe.lines(found, options.images):
-        print(line)
+        say(line)
     if options.json:
         replace_text(Path(options.json), json.dumps(describe.numbers(found), indent=1) + "\n")
-        print(f"written     {options.json}")
+        say(f"written     {options.json}")
     if options.write:
         run.write(found.best.config, Path(options.write))
-        print(f"written     {options.write}")
+        say(f"written     {options.write}")

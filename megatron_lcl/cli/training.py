@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lcl.cli.arguments import Several, add_input, inputs, overrides_of
+from megatron_lcl.cli.output import say
 from megatron_lcl.errors import RunError, UserError, complain
 from megatron_lcl.filesystem import exists, is_file
 
@@ -139,21 +140,21 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         if (of_task := sweep.of_array(runs, os.environ)) is None:
             return _sweep(options, rest, runs)
         if not (options.dry_run or options.print_config) and finished.is_finished(of_task.config):
-            print(f"{of_task.name} was finished before")
+            say(f"{of_task.name} was finished before")
             return 0
         rest = [*rest, *of_task.arguments()]
     elif options.fail_fast:
         raise UserError("--fail-fast goes with --sweep")
     config = configs.load(options.config, overrides_of(rest))
     if options.print_config:
-        print(configs.to_yaml(config), end="")
+        say(configs.to_yaml(config), end="")
         return 0
     arguments = _arguments(options, rest)
     processes = options.processes or launch.default_processes(config, options.nodes)
     if options.dry_run:
         from megatron_lcl.train.dryrun import dry_run
 
-        print(dry_run(config, arguments, options.nodes, processes))
+        say(dry_run(config, arguments, options.nodes, processes))
         return 0
     if options.nodes != 1:
         raise UserError(_NODES)
@@ -210,14 +211,14 @@ def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member])
     processes = {r.name: options.processes or launch.default_processes(r.config, options.nodes) for r in runs}
     if options.print_config:
         for run in runs:
-            print(f"---  # {run.name}\n{configs.to_yaml(run.config)}", end="")
+            say(f"---  # {run.name}\n{configs.to_yaml(run.config)}", end="")
         return 0
     if options.dry_run:
         from megatron_lcl.train.dryrun import dry_run
 
         for run in runs:
             arguments = _arguments(options, [*rest, *run.arguments()])
-            print(f"--- {run.name}\n{dry_run(run.config, arguments, options.nodes, processes[run.name])}")
+            say(f"--- {run.name}\n{dry_run(run.config, arguments, options.nodes, processes[run.name])}")
         return 0
     if options.nodes != 1:
         raise UserError(_NODES)
@@ -288,14 +289,14 @@ def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} goes with {goes}, not with {options.what}; leave it out")
     folder = Path(options.folder)
     if options.what == "list":
-        print(inventory.table(folder, options.quick))
+        say(inventory.table(folder, options.quick))
     elif options.what == "verify":
         faults = list(inventory.faults(folder, options.quick))
-        print("\n".join(faults) if faults else f"{folder}: no fault found")
+        say("\n".join(faults) if faults else f"{folder}: no fault found")
         return 1 if faults else 0
     else:
         lines = list(inventory.prune(folder, options.keep_last, options.keep_every, options.dry_run))
-        print("\n".join(lines) if lines else "nothing to delete")
+        say("\n".join(lines) if lines else "nothing to delete")
     return 0
 
 
@@ -318,10 +319,10 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
         from megatron_lcl.curate.page import write_page
         from megatron_lcl.curate.run import read_curated
 
-        print(write_page(read_curated(paths[0]), output))
+        say(write_page(read_curated(paths[0]), output))
         return
     found = runs.find_runs(paths)
-    print(page.write_report(found[0], output) if len(found) == 1 else runs.write_runs_report(paths, output))
+    say(page.write_report(found[0], output) if len(found) == 1 else runs.write_runs_report(paths, output))
 
 
 def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
@@ -340,7 +341,7 @@ def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
         from megatron_lcl.selftest.all_reduce import check_all_reduce
 
         if said := check_all_reduce(options.timeout):
-            print(said)
+            say(said)
         return 0
     cases = (KernelCase(), *CASES, *(MORE_CASES if options.all else ()))
     failed = [verdict for verdict in selftest(cases, timeout=options.timeout) if verdict.faults]

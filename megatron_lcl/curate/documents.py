@@ -10,7 +10,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from megatron_lcl.data.corpus.store import TEXT, Corpus, Shard
+from megatron_lcl.data.corpus.store import Corpus, Shard
+from megatron_lcl.data.corpus.structure import TEXT
 from megatron_lcl.data.prepare.cut import task_size
 from megatron_lcl.data.prepare.preprocess import SHARD_BYTES
 
@@ -86,7 +87,9 @@ def _images_of(shard: Shard, start: int, stop: int) -> tuple[np.ndarray, np.ndar
     if not is_image.any():
         return is_image, np.empty(0, np.int32)
     ends = np.cumsum(shard.lengths[start:stop], dtype=np.int64)
-    return is_image, shard.pieces(start, stop)[ends[is_image] - 1]
+    images = shard.pieces(start, stop)[ends[is_image] - 1]
+    shard.check_ids(images, shard.num_images, start + np.flatnonzero(is_image))
+    return is_image, images
 
 
 def places(corpus: Corpus, task: Range, gone: Gone = NOTHING) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -135,7 +138,9 @@ class Source:
 
     def image(self, item: int) -> int:
         """Index of an image in the shard: of `shard.image(j)`, `shard.image_width[j]`, `shard.image_xxh3[j]` …"""
-        return int(self.ids(item)[0])
+        index = self.shard.piece(self.start + item)
+        assert isinstance(index, int)
+        return index
 
     def placement(self, item: int) -> int:
         """Of an image: index into `shard.similarity` and `shard.matched_text`."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
 from megatron_lcl.data.corpus.probe import image_suffixes
-from megatron_lcl.data.corpus.store import IMAGE, TEXT, Corpus, is_corpus, open_corpus
+from megatron_lcl.data.corpus.store import Corpus, is_corpus, open_corpus
+from megatron_lcl.data.corpus.structure import IMAGE, TEXT
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.image_set import DEFAULT_TEMPLATE, NAMES, Blob, CorpusBlob, FileBlob, ImageSet
@@ -280,15 +281,14 @@ def _corpus(corpus: Corpus) -> ImageSet:
     """Of its texts and of where images stand; the images themselves are not read."""
     blobs: list[Blob] = []
     captions: list[tuple[str, ...]] = []
-    for d in range(len(corpus)):
-        number, local = corpus.locate(d)
-        shard = corpus.shard(number)
+    documents = ((shard, local) for shard in corpus.shards for local in range(shard.num_documents))
+    for d, (shard, local) in enumerate(documents):
         start, stop = map(int, shard.document_offsets[local : local + 2])
         texts = [k for k in range(start, stop) if shard.modes[k] == TEXT]
         pictures = [k for k in range(start, stop) if shard.modes[k] == IMAGE]
         for position, k in enumerate(pictures if texts else ()):
             matched = int(shard.matched_text[shard.placement_of[k]])
-            if corpus.kinds[number] == "captions":
+            if corpus.kinds[shard.number] == "captions":
                 own = texts
             else:
                 own = [texts[matched] if matched >= 0 else min(texts, key=lambda t: (abs(t - k), t > k))]

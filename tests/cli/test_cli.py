@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_lcl import cli
 from megatron_lcl.cli import main
 from megatron_lcl.errors import UserError
 
@@ -294,6 +296,7 @@ import sys
 import numpy as np
 import megatron_lcl.data.prepare.verify
 megatron_lcl.data.prepare.verify.verify = lambda *_: {fault}
+from megatron_lcl import cli
 from megatron_lcl.cli import main
 sys.exit(main(["verify", "corpus"]))
 """
@@ -311,3 +314,44 @@ def test_a_fault_of_the_program_is_not_taken_for_bad_input(fault: str, named: st
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert named in done.stderr
+
+
+ESCAPE = "\x1b]0;title\x07\x1b]52;c;Y3VybA==\x07\x1b[2J\x7f\x9b8m\r"
+"""what a terminal would obey: it sets the title, fills the clipboard, clears the screen, hides what follows"""
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> tuple[Path, Path]:
+    """Documents with such names and texts, and where their corpus goes."""
+    items = [{"text": f"a text {ESCAPE}"}, {"image": f"{ESCAPE}.png"}]
+    lines = [{"id": f"http://x/{ESCAPE}", "items": items}, {"id": ESCAPE, "items": [{"text": "more"}]}, {"items": 3}]
+    (tmp_path / "in").mkdir()
+    (tmp_path / f"in/{ESCAPE}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path / "in", tmp_path / "corpus"
+
+
+def test_control_characters_of_others_reach_no_terminal(
+    capsys: pytest.CaptureFixture[str], hostile: tuple[Path, Path]
+) -> None:
+    source, corpus = map(str, hostile)
+    made = ["preprocess", "--format", "jsonl", "--input", source, "--output", corpus, "--tokenizer", "clip"]
+    shown = ["inspect", corpus]
+    for code, command in (
+        (0, [*made, "--max-bad-fraction", "1"]),
+        (0, shown),
+        (0, [*shown, "show", "0"]),
+        (0, [*shown, "--source", ESCAPE]),
+        (2, [*shown, "--source", f"no such {ESCAPE}"]),
+        (1, ["verify", f"{source}/{ESCAPE}"]),
+    ):
+        assert main(command) == code
+        said = capsys.readouterr()
+        said = said._replace(err=said.err.replace("\r", ""))  # of a progress bar
+        assert re.findall(r"[^\n\t -~\u00a0-\uffff]", said.out + said.err) == []
+        assert "\\x1b]52;c;" in said.out + said.err
+
+
+def test_commands_print_by_one_function() -> None:
+    """Which has no control characters."""
+    for file in Path(cli.__file__).parent.glob("*.py"):
+        assert file.name == "output.py" or not re.search(r"\bprint\(", file.read_text()), file

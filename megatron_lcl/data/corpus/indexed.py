@@ -64,6 +64,8 @@ def map_array(path: Path) -> np.ndarray:
             raise ValueError(f"{path.name} has version {version}")
         shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
         start = file.tell()
+    if dtype.hasobject:  # whose bytes would be taken for addresses in memory
+        raise ValueError(f"{path.name} holds {dtype}, not numbers")
     content = map_file(path)
     if content.size < start + math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{path.name} ends too early")
@@ -196,6 +198,8 @@ class Indexed:
     """int64 [D+1], sequence number where each document starts, and the end"""
     modes: np.ndarray
     """int8 [S]: 0 text, 1 image"""
+    path: Path
+    """of `.bin`"""
     dtype: np.dtype
     """of the elements"""
     num_elements: int
@@ -205,24 +209,40 @@ class Indexed:
     """the bytes of `.bin`, where that is in object storage"""
 
     def sequence(self, k: int) -> np.ndarray:
-        """Elements of sequence `k`, read-only."""
-        first = int(self.pointers[k]) // self.dtype.itemsize
-        return self.elements(first, first + int(self.lengths[k]))
+        """Elements of sequence `k`, read-only. UserError as of `span`."""
+        return self.sequences(k, k + 1)
 
-    def elements(self, first: int, last: int) -> np.ndarray:
-        """Elements first … last-1 of all, read-only."""
-        if self.blocks is None:
-            assert self.data is not None
-            return self.data[first:last]
-        size = self.dtype.itemsize
-        return np.frombuffer(self.blocks.read(first * size, last * size), self.dtype)
+    def sequences(self, start: int, stop: int) -> np.ndarray:
+        """Elements of sequences start … stop-1 one after another, read-only. UserError as of `span`."""
+        begin, end = self.span(start, stop)
+        if self.blocks is not None:
+            return np.frombuffer(self.blocks.read(begin, end), self.dtype)
+        assert self.data is not None
+        return self.data[begin // self.dtype.itemsize : end // self.dtype.itemsize]
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        """Where in `.bin` sequences start … stop-1 begin and end, bytes."""
+        """Where in `.bin` sequences start … stop-1 begin and end, bytes.
+
+        UserError where the index, which may have been damaged since it was written, leads outside of it.
+        """
         if start >= stop:
             return 0, 0
-        end = int(self.pointers[stop - 1]) + int(self.lengths[stop - 1]) * self.dtype.itemsize
-        return int(self.pointers[start]), end
+        size = self.dtype.itemsize
+        begin = int(self.pointers[start])
+        end = int(self.pointers[stop - 1]) + int(self.lengths[stop - 1]) * size
+        if not 0 <= begin <= end <= self.num_elements * size:
+            raise damaged_file(
+                f"{self.path} has no bytes {begin:,} to {end:,}, where its index has sequence {start}", self.path.parent
+            )
+        return begin, end
+
+
+def damaged_file(what: str, corpus: str | Path) -> UserError:
+    """The error for a file of a corpus, in a folder or at a URL, that is not what was written."""
+    return UserError(
+        f"{what}; copy it again from where the corpus came from, or remove the folder and run "
+        f"`megatron-lcl preprocess` again (`megatron-lcl verify {corpus}` says what else is wrong)"
+    )
 
 
 def read_indexed(prefix: Path, blocks: Blocks | None = None) -> Indexed:
@@ -263,4 +283,6 @@ def read_indexed(prefix: Path, blocks: Blocks | None = None) -> Indexed:
         raise UserError(f"{data_path} has {size} bytes, its index needs {needed}")
     elements = np.frombuffer(data, dtype) if data.nbytes else np.empty(0, dtype)
     whole = elements if blocks is None else None
-    return Indexed(lengths, pointers, documents, modes, np.dtype(dtype), size // dtype.itemsize, whole, blocks)
+    return Indexed(
+        lengths, pointers, documents, modes, data_path, np.dtype(dtype), size // dtype.itemsize, whole, blocks
+    )

@@ -43,9 +43,10 @@ from megatron_lcl.data.corpus.corpus_manifest import (
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import LOG, Drops
 from megatron_lcl.data.corpus.image_columns import FORMATS, read_columns, write_columns
-from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, read_indexed
+from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, damaged_file, read_indexed
 from megatron_lcl.data.corpus.names import Names, NamesWriter
 from megatron_lcl.data.corpus.remote import Remote, open_remote
+from megatron_lcl.data.corpus.structure import IMAGE, TEXT, structure_faults
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import exists, is_file
@@ -53,7 +54,6 @@ from megatron_lcl.filesystem import exists, is_file
 if TYPE_CHECKING:
     from megatron_lcl.data.corpus.tokenizer import Tokenizer
 
-TEXT, IMAGE = 0, 1
 _STATS = 16
 """files whose sizes are read at once: each may be a round trip to a file server"""
 
@@ -183,6 +183,7 @@ class Shard:
 
     def __init__(self, folder: Path, number: int, remote: Remote | None = None) -> None:
         self.number, self._remote = number, remote
+        self._where = remote.url if remote else str(folder)
         self._names_path = folder / NAMES.format(number)
         tokens, images = TOKENS.format(number), IMAGES.format(number)
         self.tokens = read_indexed(folder / tokens, remote.blocks(f"{tokens}.bin") if remote else None)
@@ -238,14 +239,39 @@ class Shard:
         return Names(self._names_path, self.num_documents) if exists(self._names_path) else None
 
     def piece(self, k: int) -> np.ndarray | int:
-        """Piece `k`: int32 token ids of a text, or the index of an image in this shard."""
+        """Piece `k`: int32 token ids of a text, or the index of an image in this shard. UserError where it is none."""
         values = self.tokens.sequence(k)
-        return int(values[0]) if self.modes[k] == IMAGE else values
+        if self.modes[k] != IMAGE:
+            return values
+        self.check_ids(values, self.num_images, k)
+        return int(values[0])
+
+    def check_ids(self, ids: np.ndarray, num: int, pieces: int | np.ndarray) -> None:
+        """UserError where one of some elements, int32 [N], is not in 0 … num-1: as an index, a negative one would be
+        taken for another.
+
+        pieces: those that they are of, int or int64 [N].
+        """
+        if len(ids) and ids.view(np.uint32).max() >= num:  # a negative one is above 2^31 there
+            at = int(np.argmax(ids.view(np.uint32) >= num))
+            piece = np.broadcast_to(pieces, len(ids))[at]
+            kind = "image" if self.modes[piece] == IMAGE else "token id"
+            local = int(np.searchsorted(self.document_offsets, piece, "right")) - 1
+            raise self._damaged(local, f"{kind} {ids[at]} is out of range, which ends at {num - 1}")
+
+    def bounds(self, local: int) -> tuple[int, int]:
+        """The pieces start … stop-1 of a document, by its number in the shard. UserError where they cannot be."""
+        start, stop = [*self.document_offsets[local : local + 2].tolist(), -1][:2]
+        if not 0 <= start <= stop <= self.num_pieces:
+            raise self._damaged(local, f"its pieces are {start:,} to {stop:,} of {self.num_pieces:,}")
+        return start, stop
+
+    def _damaged(self, local: int, what: str) -> UserError:
+        return damaged_file(f"{self._where}, shard {self.number}, document {local}: {what}", self._where)
 
     def pieces(self, start: int, stop: int) -> np.ndarray:
         """int32 elements of pieces start … stop-1 one after another (`lengths` tells them apart)."""
-        begin, end = self.tokens.span(start, stop)
-        return self.tokens.elements(begin // 4, end // 4)
+        return self.tokens.sequences(start, stop)
 
     def image(self, j: int) -> memoryview:
         """Encoded bytes of image `j`."""
@@ -325,10 +351,10 @@ class Corpus(Sequence[Document]):
         return len(self.document_starts) - 1
 
     def shard(self, k: int) -> Shard:
-        """Shard `k`, opened on first use, and again if MAX_OPEN others have been opened since."""
+        """Shard `k`, opened on first use, and again if MAX_OPEN others were opened since; its sizes are checked."""
         shard = self._shards.get(k)
         if shard is None:
-            shard = self._shards[k] = self.open_shard(k)
+            shard = self._shards[k] = self._open(k)
             _opened.append((weakref.ref(self), k))
             while len(_opened) > MAX_OPEN:
                 of, first = _opened.popleft()
@@ -337,9 +363,24 @@ class Corpus(Sequence[Document]):
         return shard
 
     def open_shard(self, k: int) -> Shard:
-        """Shard `k`, opened for this caller alone: its files are mapped as long as the caller keeps it."""
+        """Shard `k`, opened for this caller alone: its files are mapped as long as the caller keeps it.
+
+        For who reads all of it: UserError where its arrays do not go together, for which its indices are read.
+        """
+        shard = self._open(k)
+        self._check_structure(shard)
+        return shard
+
+    def _open(self, k: int) -> Shard:
         self._check_sizes(shard_files(k, has_names(self.manifest, k)))
         return Shard(self.path, k, self.remote)
+
+    def _check_structure(self, shard: Shard) -> None:
+        faults = list(structure_faults(shard))
+        if (num := self.manifest["shards"][shard.number]["documents"]) != shard.num_documents:
+            faults.append(f"{shard.num_documents:,} documents, the manifest says {num:,}")
+        if faults:
+            raise damaged_file(f"{self.where}, shard {shard.number}: {faults[0]}", self.where)
 
     def check_sizes(self) -> None:
         """UserError where a file is missing, or does not have the size that it was written with. Reads none."""
@@ -349,10 +390,7 @@ class Corpus(Sequence[Document]):
         with ThreadPoolExecutor(_STATS) if len(names := list(names)) > _STATS else nullcontext() as pool:
             for fault in (pool.map if pool else map)(self._size_fault, names):
                 if fault:
-                    raise UserError(
-                        f"{fault}; copy it again from where the corpus came from, or remove the folder and run "
-                        f"`megatron-lcl preprocess` again (`megatron-lcl verify {self.where}` says what else is wrong)"
-                    )
+                    raise damaged_file(fault, self.where)
 
     def _size_fault(self, name: str) -> str:
         path = f"{self.where}/{name}"
@@ -369,8 +407,10 @@ class Corpus(Sequence[Document]):
 
     @property
     def shards(self) -> Iterator[Shard]:
-        """All shards, one after another."""
-        return map(self.shard, range(self.num_shards))
+        """All shards, one after another. UserError where the arrays of one do not go together."""
+        for shard in map(self.shard, range(self.num_shards)):
+            self._check_structure(shard)
+            yield shard
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -395,7 +435,7 @@ class Corpus(Sequence[Document]):
             return [self[j] for j in range(*i.indices(len(self)))]
         k, local = self.locate(i)
         shard = self.shard(k)
-        start, stop = (int(x) for x in shard.document_offsets[local : local + 2])
+        start, stop = shard.bounds(local)
         name = shard.names[local] if shard.names else ""
         return Document(tuple(self._items(shard, start, stop)), name=name or f"shard {k}, document {local}")
 

@@ -98,10 +98,13 @@ class Tokenizer(ABC):
         """What encodes as a corpus stores it, for many calls from one thread; drop it before the process forks."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text; special tokens come out under their names. ValueError for what is no id of this tokenizer."""
+        """The text; special tokens come out under their names. UserError for what is no id of this tokenizer."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(map(operator.index, ids))
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"ids from {min(ids)} to {max(ids)}; the tokenizer's are 0 to {self.vocab_size - 1}")
+            raise UserError(
+                f"a text has ids from {min(ids)} to {max(ids)}; the tokenizer's are 0 to {self.vocab_size - 1}. If it "
+                "is of a corpus, `megatron-lcl verify` says which"
+            )
         if ids and max(ids) < self.base_size:
             return self._decode(ids)
         return "".join(

@@ -120,8 +120,7 @@ class Ahead:
                 k, local = corpus.locate(int(entry["document"]))
                 shard = corpus.shard(k)
                 if shard.tokens.blocks is not None:
-                    start, stop = (int(x) for x in shard.document_offsets[local : local + 2])
-                    found.setdefault(shard.tokens.blocks, []).append(shard.tokens.span(start, stop))
+                    found.setdefault(shard.tokens.blocks, []).append(shard.tokens.span(*shard.bounds(local)))
         return found
 
     def _image_ranges(self, turn: int) -> _Ranges:

@@ -45,7 +45,7 @@ def _gives_pairs(corpus: Corpus, rules: Mapping[Kind, Rules], leading: bool) -> 
     for k, counts in enumerate(corpus.manifest["shards"]):
         if not counts["placements"]:
             continue
-        shard = corpus.shard(k)
+        shard = corpus.open_shard(k)
         for num in (min(_FIRST, shard.num_documents), shard.num_documents):
             tokens, images, placements = np.empty(num, np.int32), np.empty(num, np.int32), np.empty(num, np.int64)
             pairs = measure(*pieces_of(shard), rules[corpus.kinds[k]], tokens, images, placements)  # type: ignore[call-arg]

@@ -168,7 +168,7 @@ class PackReader(Dataset[PackedBatch]):
             rows = rows[rows[:, SEQUENCE] == part]
             if self.sequences.captions and not self.sequences.doubled:
                 (_, written, begin, end), (_, pictured, _, _) = rows.tolist()
-                text = shard.piece(first_piece + written)[begin:end]  # type: ignore[index]
+                text = _text(shard, first_piece + written, begin, end, special)
                 row = self._put_caption(tokens, start, text, special)
                 stored = int(shard.piece(first_piece + pictured))
                 name = _image_name(source, shard, stored)
@@ -181,15 +181,16 @@ class PackReader(Dataset[PackedBatch]):
                 row += 1
             has_text = False
             for r in rows:
-                piece = shard.piece(first_piece + int(r[PIECE]))
+                k = first_piece + int(r[PIECE])
                 if r[STOP] != IMAGE_ROW:
-                    text = piece[r[START] : r[STOP]]  # type: ignore[index]
+                    text = _text(shard, k, r[START], r[STOP], special)
                     tokens[row : row + len(text)] = text
                     row += len(text)
                     has_text = has_text or len(text) > 0
                     continue
                 pair = self.sequences.contrast and (has_text or (self.data.contrast_leading_images and row > start))
-                name = _image_name(source, shard, int(piece))
+                stored = int(shard.piece(k))
+                name = _image_name(source, shard, stored)
                 soi, first = row, -1
                 tokens[row] = special.soi
                 row += 1
@@ -198,7 +199,7 @@ class PackReader(Dataset[PackedBatch]):
                     row = self._put_image(tokens, row, special)
                 elif self.sequences.captions:
                     first = row + 2  # behind the caption's `<sot> <soi>`
-                images.append(ImageOrigin(slot, shard.number, int(piece), name, soi, first, pair))
+                images.append(ImageOrigin(slot, shard.number, stored, name, soi, first, pair))
                 slot += 1
             if ends:
                 tokens[row] = special.eot
@@ -258,6 +259,15 @@ def draw_patches(seed: int, pack: int, slot: int, num_patches: int, num_kept: in
 
 _PATCHES = 1 << 40
 """what an image's patches are drawn by, beside the numbers by which its crop is"""
+
+
+def _text(shard: Shard, k: int, start: int, stop: int, tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids start … stop-1 of the text that piece `k` is. UserError where one is not of the base vocabulary: the
+    embeddings have no such row, or it is that of a special token."""
+    text = shard.piece(k)
+    assert isinstance(text, np.ndarray)
+    shard.check_ids(text[start:stop], tokenizer.base_size, k)
+    return text[start:stop]
 
 
 def _image_name(source: Source, shard: Shard, image: int) -> str:

@@ -39,26 +39,26 @@ def select(similarity: np.ndarray, matched: np.ndarray, key: Any, rules: Rules) 
     keep = np.ones(num, np.bool_)
     if not rules.selects:
         return keep
-    draw = np.empty(num, np.uint64)
     for j in range(num):
         keep[j] = not similarity[j] < rules.min_similarity
-        draw[j] = mix(key, j)
-    passed = keep.copy()
-    for j in range(num):
-        rank = 0
-        for other in range(num):
-            if passed[other] and matched[other] == matched[j] and (draw[other], other) < (draw[j], j):
-                rank += 1
-        if matched[j] >= 0 and rank >= rules.images_per_segment:
-            keep[j] = False
-    passed[:] = keep
-    for j in range(num):
-        rank = 0
-        for other in range(num):
-            if passed[other] and (matched[other], other) < (matched[j], j):
-                rank += 1
-        if rank >= rules.images_per_document:
-            keep[j] = False
+    by_segment = np.argsort(matched, kind="mergesort")  # which is stable: in a segment they are by position
+    by_segment = by_segment[keep[by_segment]]
+    start, left = 0, rules.images_per_document
+    while start < len(by_segment):
+        segment, stop = matched[by_segment[start]], start + 1
+        while stop < len(by_segment) and matched[by_segment[stop]] == segment:
+            stop += 1
+        if segment >= 0 and stop - start > rules.images_per_segment:
+            draw = np.empty(stop - start, np.uint64)
+            for i in range(start, stop):
+                draw[i - start] = mix(key, by_segment[i])
+            for i in np.argsort(draw, kind="mergesort")[rules.images_per_segment :]:
+                keep[by_segment[start + i]] = False
+        for i in range(start, stop):
+            j = by_segment[i]
+            keep[j] = keep[j] and left > 0
+            left -= keep[j]
+        start = stop
     return keep
 
 

@@ -166,7 +166,7 @@ class Source:
         piece of its shard that row piece 0 is, and the shard."""
         k, local = self.corpus.locate(document)
         shard = self.corpus.shard(k)
-        a, b = (int(x) for x in shard.document_offsets[local : local + 2])
+        a, b = shard.bounds(local)
         modes = plain(shard.modes[a:b])
         p = int(self.placements[document])
         q = p + int(modes.sum())

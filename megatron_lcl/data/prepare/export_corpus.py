@@ -73,7 +73,7 @@ def export_corpus(corpus: str | Path, output: str | Path, format: str = "jsonl",
 
 
 def _write_lines(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
-    shard = corpus.shard(number)
+    shard = corpus.open_shard(number)
     if shard.num_images:
         with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
             for j in range(shard.num_images):
@@ -103,7 +103,7 @@ def _item(corpus: Corpus, shard: Shard, piece: int) -> dict[str, Any]:
 
 def _write_samples(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
     """Documents of any kind."""
-    shard, images = corpus.shard(number), 0
+    shard, images = corpus.open_shard(number), 0
     with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
         for local in range(shard.num_documents):
             key = f"{local:09d}"
@@ -125,7 +125,7 @@ def _write_samples(corpus: Corpus, number: int, folder: Path) -> tuple[int, int,
 
 
 def _write_pairs(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
-    shard, first = corpus.shard(number), int(corpus.document_starts[number])
+    shard, first = corpus.open_shard(number), int(corpus.document_starts[number])
     documents = 0
     with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
         for local in range(shard.num_documents):

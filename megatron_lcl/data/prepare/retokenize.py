@@ -18,7 +18,8 @@ from megatron_lcl.data.corpus.corpus_manifest import has_names, manifest_of, sha
 from megatron_lcl.data.corpus.drops import LOG
 from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, write_file
 from megatron_lcl.data.corpus.scratch import whole_folder
-from megatron_lcl.data.corpus.store import IMAGE, TEXT, Corpus, Shard, open_corpus
+from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
+from megatron_lcl.data.corpus.structure import IMAGE, TEXT
 from megatron_lcl.data.corpus.tokenizer import JoinedEncoder, Tokenizer
 from megatron_lcl.data.prepare.merge import link_file
 from megatron_lcl.errors import UserError
@@ -83,7 +84,7 @@ def _num_tokens(files: dict[str, FileInfo], num_images: int) -> int:
 
 def _write_tokens(corpus: Corpus, number: int, folder: Path, encode: JoinedEncoder) -> dict[str, FileInfo]:
     """The token files of a shard anew."""
-    shard = corpus.shard(number)
+    shard = corpus.open_shard(number)
     writer = IndexedWriter(folder / f"tokens-{number:05d}", np.int32)
     ends = set(shard.document_offsets[1:].tolist())
     try:

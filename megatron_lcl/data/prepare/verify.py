@@ -12,10 +12,10 @@ import xxhash
 
 from megatron_lcl.data.corpus.corpus_manifest import COUNTS, MANIFEST, contents_of, has_names, shard_files, total
 from megatron_lcl.data.corpus.files import hash_file
-from megatron_lcl.data.corpus.indexed import read_indexed
 from megatron_lcl.data.corpus.probe import BadImage, probe
 from megatron_lcl.data.corpus.scratch import temporary_folder
-from megatron_lcl.data.corpus.store import IMAGE, TEXT, Corpus, Shard, open_corpus
+from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
+from megatron_lcl.data.corpus.structure import IMAGE, TEXT, structure_faults
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
@@ -105,7 +105,7 @@ def _file_faults(path: Path, info: dict[str, Any]) -> Iterator[str]:
 
 def _shard_faults(corpus: Corpus, folder: Path, number: int, base_size: int, quick: bool) -> Iterator[str]:
     shard = Shard(folder, number)
-    structure = list(_structure_faults(folder, number, shard))
+    structure = list(structure_faults(shard))
     yield from structure
     if structure:
         return  # what follows reads by these offsets
@@ -125,29 +125,6 @@ def _shard_faults(corpus: Corpus, folder: Path, number: int, base_size: int, qui
     if not quick:
         for j in range(shard.num_images):
             yield from _image_faults(shard, j)
-
-
-def _structure_faults(folder: Path, number: int, shard: Shard) -> Iterator[str]:
-    for kind in ("tokens", "images"):
-        container = read_indexed(folder / f"{kind}-{number:05d}")
-        lengths = container.lengths.astype(np.int64)
-        ends = np.cumsum(lengths)
-        if (lengths < 1).any():
-            yield f"{kind}: sequence {int(np.argmax(lengths < 1))} is empty"
-        if not np.array_equal(container.pointers, (ends - lengths) * container.dtype.itemsize):
-            yield f"{kind}: pointers do not follow from the lengths"
-        if (ends[-1] if len(ends) else 0) != container.num_elements:
-            yield f"{kind}: the lengths do not add up to the data"
-        documents = container.documents
-        if not len(documents) or documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 1).any():
-            yield f"{kind}: document offsets are not ascending from 0 to {len(lengths)}"
-        if not np.isin(container.modes, (TEXT, IMAGE) if kind == "tokens" else (IMAGE,)).all():
-            yield f"{kind}: a mode that does not exist"
-    num_placements = int((shard.modes == IMAGE).sum())
-    if not num_placements == len(shard.similarity) == len(shard.matched_text):
-        yield f"arrow: {len(shard.similarity)} placements, {num_placements} image pieces"
-    if not shard.num_images == len(shard.image_width) == len(shard.image_height) == len(shard.image_xxh3):
-        yield f"arrow: {len(shard.image_width)} images, {shard.num_images} stored"
 
 
 def _content_faults(shard: Shard, base_size: int) -> Iterator[str]:

@@ -12,11 +12,11 @@ UPLOADING = "_uploading.json"
 
 
 def is_within(name: str) -> bool:
-    """Whether a name leads to a file in a folder, or below it: relative, without `.` and `..`.
+    """Whether a name leads to a file in a folder, or below it: relative, without `.` and `..`, and without NUL.
 
-    Others (`/etc/x`, `../x`) would be written, or removed, outside of it.
+    Others (`/etc/x`, `../x`) would be written, or removed, outside of it; no file system has names with NUL.
     """
-    return not {"", ".", ".."} & {*name.split("/")}
+    return "\0" not in name and not {"", ".", ".."} & {*name.split("/")}
 
 
 def shortened(name: str, most: int) -> str:
