@@ -42,7 +42,7 @@ from megatron_lcl.data.loading.hashes import shuffled
 from megatron_lcl.data.loading.ledger import Ledger, Segment, kept_states
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.data.loading.sequence import END
-from megatron_lcl.data.loading.source import Source, key, open_source
+from megatron_lcl.data.loading.source import Source, key, one_after_another, open_source
 from megatron_lcl.errors import UserError
 
 CHUNK = 1 << 20
@@ -380,6 +380,7 @@ class PackIndex:
     ) -> tuple[np.ndarray, np.ndarray, int]:
         """Pack the next documents, up to where the first corpus ends its epoch (or an even part of it).
 
+        The packs come in a random order, so that their contents do not depend on their places in the window.
         Brings `state` and `totals` up to date; returns entries, offsets and the number of documents drawn.
         """
         settings = self.segment.settings
@@ -396,13 +397,15 @@ class PackIndex:
         entries, sizes, images, turn = (np.concatenate(x) for x in zip(*blocks, strict=True))
         as_drawn = np.argsort(turn, kind="stable")
         entries, sizes, images = entries[as_drawn], sizes[as_drawn], images[as_drawn]
-        order, offsets = packing.best_fit(
-            sizes,
-            images,
-            settings["tokens_per_pack"],
-            settings["images_per_pack"],
-            packing.max_sequences(settings["tokens_per_pack"], _sequences(settings).doubled),
-        )
+        mixed = settings["version"] > 2
+        capacity, slots = settings["tokens_per_pack"], settings["images_per_pack"]
+        most = packing.max_sequences(capacity, _sequences(settings).doubled)
+        order, offsets = packing.best_fit(sizes, images, capacity, slots, most, mixed)
+        if mixed:  # those packed last are of what is left over, so that a window would end with what fits worst
+            count = len(offsets) - 1
+            packs = shuffled(key(settings["seed"], state["pack"], _SHUFFLE), count, 0, count)
+            places, offsets = one_after_another(offsets[packs], np.diff(offsets)[packs])
+            order = order[places]
         state["pack"] += len(offsets) - 1
         totals["tokens"] += int(sizes.sum())
         totals["images"] += int(images.sum())

@@ -134,17 +134,39 @@ def _best_last(stock: Any, room: int, slots: int, price_t: float, price_m: float
 
 
 @compiled
+def _large(tokens: np.ndarray, images: np.ndarray, max_tokens: int, max_images: int, max_count: int) -> np.ndarray:
+    """Which sequences begin packs of their own, bool [N]: those over half a pack or twice the mean, whichever is less.
+
+    No two of the former share a pack, and beside a long one the images have to be chosen. No more than there are packs,
+    the longest.
+    """
+    packs = max(tokens.sum() / max_tokens, images.sum() / max_images, len(tokens) / max_count)
+    of_length = np.bincount(tokens, minlength=max_tokens + 1)
+    longest, found = max_tokens, 0
+    least = min(max_tokens / 2, 2 * tokens.mean())
+    while longest > least and found + of_length[longest] <= packs:
+        found += of_length[longest]
+        longest -= 1
+    return tokens > longest
+
+
+@compiled
 def best_fit(
-    tokens: np.ndarray, images: np.ndarray, max_tokens: int, max_images: int, max_count: int
+    tokens: np.ndarray, images: np.ndarray, max_tokens: int, max_images: int, max_count: int, spread: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pack N sequences: order int32 [N] and offsets int64 [B+1]; pack b holds sequences order[offsets[b]:offsets[b+1]].
 
-    tokens int32 [N] in 1 … T, images int32 [N] in 0 … I. Deterministic, O(N·I).
+    tokens int32 [N] in 1 … T, images int32 [N] in 0 … I. Deterministic, O(N·I). spread: see below; False: as versions
+    1 and 2 packed (`source.VERSION`).
 
     Minimum bin slack (Gupta & Ho, "A new heuristic algorithm for the one-dimensional bin-packing problem", 1999) for
-    two constraints: a pack takes sequences as they come, passing over those that would spoil the proportion of tokens
-    to images, until a few more will fill it; the last three are searched, the third among all that are left. Taking
-    them as they come, and not by size, leaves a stock of the same mixture to the end.
+    two constraints: a pack takes sequences as they come until a few more will fill it; the last three are searched, the
+    third among all that are left. Large ones (`_large`) begin packs, evenly spread over them. Of the others there are
+    two kinds, those with more images to a token than all of these have and those with fewer, and a pack takes the next
+    one of the kind that brings what it lacks nearer to their mixture. So none is passed over for long, each pack can be
+    full of both, and a stock of about the same mixture is left to the end. Without `spread` one that spoils the
+    proportion of what a pack lacks is passed over: long texts with few images gather in front, until packs are full of
+    nothing else.
     """
     num = len(tokens)
     num_words = (max_tokens >> 6) + 1
@@ -153,46 +175,72 @@ def best_fit(
     stock = words, summary, np.zeros((max_images + 1, max_tokens + 1), np.int32)
     head = np.full((max_images + 1, max_tokens + 1), -1, np.int32)
     following = np.empty(num, np.int32)
+    used = np.zeros(num, np.bool_)  # and the large ones, which are taken in a way of their own
+    if spread and num:
+        used = _large(tokens, images, max_tokens, max_images, max_count)
+    large = np.flatnonzero(used)
     tokens_left, images_left = 0, 0
     for i in range(num - 1, -1, -1):
-        m, t = images[i], tokens[i]
-        following[i] = head[m, t]
-        head[m, t] = i
-        _give(stock, m, t)
-        tokens_left += t
-        images_left += m
-    mean = tokens_left / max(1, num)
+        if not used[i]:
+            m, t = images[i], tokens[i]
+            following[i] = head[m, t]
+            head[m, t] = i
+            _give(stock, m, t)
+            tokens_left += t
+            images_left += m
+    mean, mixture = tokens_left / max(1, num - len(large)), images_left / max(1, tokens_left)
+    tokens_left += tokens[large].sum()
+    images_left += images[large].sum()
+    total = tokens_left
 
     order = np.empty(num, np.int32)
     offsets = np.zeros(num + 1, np.int64)
-    used = np.zeros(num, np.bool_)
     chosen = np.empty((max_count + 1, 2), np.int32)  # images and tokens of the pack's sequences
     candidates = np.empty(_CANDIDATES, np.int32)
-    count, packs, oldest = 0, 0, 0
+    upcoming = np.empty(2, np.int64)  # of the two kinds
+    count, packs, oldest, begun = 0, 0, 0, 0
     while count < num:
         room, slots, places = max_tokens, max_images, 0
         load_t, load_m = tokens_left / max_tokens, images_left / max_images  # packs that each would fill
+        load = max(load_t, load_m)
         scarce_images = load_m > load_t
-        good = 0.0005 + 0.5 * (1 - min(load_t, load_m) / max(load_t, load_m))  # waste that need not be improved on
+        good = 0.0005 + 0.5 * (1 - min(load_t, load_m) / load)  # waste that need not be improved on
         price_t = (1.0 if scarce_images else 3.0) / max_tokens
         price_m = (3.0 if scarce_images else 1.0) / max_images
-        while used[oldest]:
+        while oldest < num and used[oldest]:
             oldest += 1
+        stop = min(num, oldest + _REACH)
+        begin = 0
+        if begun < len(large) and (oldest == num or begun * total <= len(large) * (total - tokens_left)):
+            i = large[begun]
+            order[count] = i
+            count, begun, begin, places = count + 1, begun + 1, 1, 1
+            room, slots = room - tokens[i], slots - images[i]
         # as they come
-        j = oldest
-        while j < min(num, oldest + _REACH) and places < max_count and (places == 0 or room >= 3.2 * mean):
+        upcoming[0], upcoming[1] = oldest, oldest if spread else stop
+        lacks = images_left / load - mixture * tokens_left / load  # images, beside those that its tokens bring along
+        while places < max_count and (places == 0 or room >= 3.2 * mean):
+            kind = int(spread and lacks - (max_images - slots) + mixture * (max_tokens - room) > 0)
+            if upcoming[kind] == stop:
+                kind = 1 - kind
+            j = upcoming[kind]
+            if j == stop:
+                break
+            upcoming[kind] += 1
             m, t = images[j], tokens[j]
             fits = not used[j] and stock[2][m, t] > 0 and m <= slots and t + 1.6 * mean <= room
-            balanced = abs((slots - m) - (room - t) * images_left / tokens_left) <= 2.0
-            if (fits and balanced) or places == 0:
+            if spread:
+                suits = (m > t * mixture) == (kind == 1)
+            else:
+                suits = abs((slots - m) - (room - t) * images_left / tokens_left) <= 2.0
+            if (fits and suits) or places == 0:
                 _take(stock, m, t)
                 chosen[places, 0], chosen[places, 1] = m, t
                 room, slots, places = room - t, slots - m, places + 1
-            j += 1
         # the last three
         found = 0
         j = oldest
-        while j < min(num, oldest + _REACH) and found < _CANDIDATES:
+        while j < stop and found < _CANDIDATES:
             if not used[j] and tokens[j] <= room and images[j] <= slots:
                 candidates[found] = j
                 found += 1
@@ -234,7 +282,10 @@ def best_fit(
             chosen[places, 0], chosen[places, 1] = m, t
             room, slots, places = room - t, slots - m, places + 1
             last = _best_last(stock, room, slots, price_t, price_m)
-        for k in range(places):
+        if begin:
+            tokens_left -= tokens[order[count - 1]]
+            images_left -= images[order[count - 1]]
+        for k in range(begin, places):
             m, t = chosen[k, 0], chosen[k, 1]
             i = head[m, t]
             head[m, t] = following[i]

@@ -39,10 +39,11 @@ from megatron_lcl.data.loading.sequence import (
 )
 from megatron_lcl.errors import UserError
 
-VERSION = 2
+VERSION = 3
 """of the rules by which documents become packs; a run keeps that with which it began (`Ledger.settings`). 1: a text too
 long for one sequence with the image of its segment stood in another one (`Rules.cut_beside_images`), and an image whose
-similarity is `data.min_similarity` was skipped where its float32 is the lower number"""
+similarity is `data.min_similarity` was skipped where its float32 is the lower number. 1 and 2: the packs of a window
+were in the order in which they were filled, and filled otherwise (`packing.best_fit`)"""
 _SIZES_VERSION = 1
 """of the rules by which whole documents are measured: caches are named by it"""
 _THREADS = 16
@@ -80,15 +81,15 @@ def _pieces_of_some(shard: Shard, documents: np.ndarray, placements: np.ndarray)
     others have is not copied.
     """
     first, last = shard.document_offsets[documents], shard.document_offsets[documents + 1]
-    pieces, offsets = _one_after_another(first, last - first)
+    pieces, offsets = one_after_another(first, last - first)
     modes = shard.modes[pieces]
     images = np.concatenate([[0], np.cumsum(modes, dtype=np.int64)])[offsets]
-    chosen, _ = _one_after_another(placements, np.diff(images))
+    chosen, _ = one_after_another(placements, np.diff(images))
     arrays = shard.lengths[pieces], modes, offsets, shard.similarity[chosen], shard.matched_text[chosen]
     return *arrays, images[:-1]
 
 
-def _one_after_another(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def one_after_another(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The numbers from starts[i] on, sizes[i] of them, of one i after another; and where those of each i begin and the
     last end, int64."""
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])

@@ -62,12 +62,12 @@ def order(k: int, size: int) -> list[int]:
 
 def test_the_order_of_documents(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
     def as_they_come(tokens: np.ndarray, images: np.ndarray, *limits: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.arange(len(tokens), dtype=np.int32), packing.next_fit(tokens, images, *limits)
+        return np.arange(len(tokens), dtype=np.int32), packing.next_fit(tokens, images, *limits[:3])
 
     monkeypatch.setattr(packing, "best_fit", as_they_come)
     corpus = make_corpus("c", random_documents(300, 0, mean_text=10))
     data = Data(corpora=(Corpus(str(corpus.path)),), tokens_per_pack=256, workers=0, seed=7)
-    index = PackIndex(data, open_ledger(data, 4, 256))
+    index = PackIndex(data, open_ledger(data, 4, 256, version=2))  # later ones put the packs in another order
     read: dict[int, list[int]] = {0: [], 1: []}
     number = 0
     while min(map(len, read.values())) < 300 and number < 400:

@@ -29,6 +29,7 @@ from megatron_lcl.data.loading.cache import build_once
 from megatron_lcl.data.loading.ledger import Ledger, kept_states, open_ledger, tokenizer_of
 from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.rules import INTERLEAVED
+from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.errors import UserError
 
 P, CONTEXT = 4, 128
@@ -168,8 +169,8 @@ def test_a_setting_that_fixes_the_packs_cannot_change_in_a_run(make_corpus: Make
         open_ledger(data, P, 64, previous=ledger)
     kept = open_ledger(data, P, CONTEXT, previous=ledger)
     assert kept.settings["images_per_pack"] == ledger.settings["images_per_pack"]
-    later = dataclasses.replace(ledger, settings={**ledger.settings, "version": 3})
-    with pytest.raises(ValueError, match="version is 2, but this run began with 3"):
+    later = dataclasses.replace(ledger, settings={**ledger.settings, "version": VERSION + 1})
+    with pytest.raises(ValueError, match=f"version is {VERSION}, but this run began with {VERSION + 1}"):
         open_ledger(data, P, CONTEXT, previous=later)
 
 
@@ -317,6 +318,55 @@ def test_chunks_of_many_corpora_are_not_small(tmp_path: Path, monkeypatch: pytes
     documents = json.loads((chunk.folder / "chunk.json").read_text())["documents"]
     assert 500_000 < documents < 600_000
     assert len(json.dumps(chunk.end)) < 110 * 64, "bytes of a state"
+
+
+class HeavyTailed(Sizes):
+    """Texts of log-normal lengths with this median, and one to six images whatever their length."""
+
+    def __init__(self, number: int, documents: int, median: int) -> None:
+        super().__init__(number, documents)
+        rng = np.random.default_rng(number)
+        self.images = np.clip(rng.poisson(2.4, documents) + 1, 1, 6).astype(np.int32)
+        text = rng.lognormal(np.log(median), 0.9, documents)
+        self.tokens = np.clip(text + 51 * self.images + 2, 60, 8192).astype(np.int32)
+        self.mean_tokens = float(self.tokens.mean())
+
+    def sizes(self, documents: np.ndarray, epoch: int, ranges: np.ndarray) -> np.ndarray:
+        found = super().sizes(documents, epoch, ranges)
+        found[:, 3] = self.images[documents]
+        return found
+
+
+def test_what_packs_hold_does_not_depend_on_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two corpora, one with longer documents: the means of each tenth of a window within 4.5 standard errors."""
+    names = ["0" * 32, "1" * 32]
+    blend = [{"path": n, "fingerprint": n, "weight": 1.0} for n in names]
+    data = Data(tuple(Corpus(n) for n in names), tokens_per_pack=8192, images_per_pack=32, cache=str(tmp_path))
+    settings = ledgers._settings_of(data, 49, 8192, INTERLEAVED) | {"version": VERSION}
+    sources = {names[0]: HeavyTailed(0, 12_000, 300), names[1]: HeavyTailed(1, 12_000, 600)}
+    monkeypatch.setattr(PackIndex, "source", lambda _, wanted: sources[wanted])
+
+    def drift(version: int) -> float:
+        ledger = Ledger({**settings, "version": version}, ({"from_pack": 0, "blend": blend},))
+        index = PackIndex(data, ledger)
+        index.prepare(0)
+        folder = index.chunks[0].folder
+        entries, offsets = np.load(folder / "entries.npy"), np.load(folder / "offsets.npy")
+        of = [entries["corpus"] == c for c in (0, 1)]
+        each = np.zeros((4, len(entries)))  # sequences, tokens, images, and tokens of one corpus
+        each[0] = 1
+        for mine, source in zip(of, sources.values(), strict=True):
+            each[1, mine] = source.tokens[entries["document"][mine]]
+            each[2, mine] = source.images[entries["document"][mine]]
+        each[3] = each[1] * of[0]
+        packs = np.add.reduceat(each, offsets[:-1], axis=1)
+        packs = packs[:, : len(packs[0]) // 10 * 10]
+        means = packs.reshape(4, 10, -1).mean(2)
+        errors = packs.std(1) * np.sqrt(0.9 / (packs.shape[1] / 10))
+        return float((np.abs(means - packs.mean(1)[:, None]) / errors[:, None]).max())
+
+    assert drift(VERSION) < 4.5
+    assert drift(2) > 9
 
 
 @pytest.mark.parametrize(("corpora", "most"), [(100, 1000), (1000, 100), (20_000, 20)])
