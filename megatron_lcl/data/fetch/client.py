@@ -237,14 +237,9 @@ class Client:
 
     def _check_name(self, target: URL) -> None:
         """A proxy resolves names itself, so what names a local machine is refused here by its name."""
-        host = target.host or ""
-        if self._settings.proxy and not self._settings.allow_private:
-            try:
-                public = is_public(host)
-            except ValueError:
-                public = host.rstrip(".").rpartition(".")[2].lower() not in _LOCAL_NAMES
-            if not public:
-                raise _Given("refused", str(PrivateAddress()), reached=None)
+        checked = self._settings.proxy and not self._settings.allow_private
+        if checked and not _may_be_public((target.host or "").rstrip(".")):
+            raise _Given("refused", str(PrivateAddress()), reached=None)
 
     async def _rules(self, target: URL) -> Protego | None:
         """The robots.txt of a URL's host, asked for once a day; None: none. Retry where it cannot be had."""
@@ -353,6 +348,19 @@ def _named_errors(proxy: str) -> Iterator[None]:
         raise Retry("connection lost") from None
     except aiohttp.ClientError:
         raise _Given("dead", "malformed HTTP") from None
+
+
+def _may_be_public(host: str) -> bool:
+    """Whether a host is a public address, in any spelling that C libraries read (2852039166, 0xa9fea9fe, 127.1), or a
+    name that is not one of local machines."""
+    try:
+        return is_public(host)
+    except ValueError:  # no address as the standards write one
+        pass
+    try:
+        return is_public(socket.inet_ntoa(socket.inet_aton(host)))
+    except (OSError, ValueError):  # a name
+        return host.rpartition(".")[2].lower() not in _LOCAL_NAMES
 
 
 def _parsed(text: str, base: URL | None = None) -> URL:

@@ -59,11 +59,20 @@ def read_urls(files: Files, column: str | None, drops: Drops) -> Iterator[list[s
             for value in values:
                 if isinstance(value, bytes):
                     value = value.decode(errors="replace")
-                if isinstance(value, str) and is_url(value):
+                if isinstance(value, str) and is_url(value) and _is_unicode(value):
                     urls.append(value)
                 elif value is not None and value != "":
                     drops.bad("image", "not a URL", f"{name}: {str(value)[:200]}")
             yield urls
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it; a lone surrogate, which JSON may name, it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _of_parquet(file: Path, name: str, wanted: str | None, drops: Drops) -> Iterator[list[Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import pickle
 import random
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import numpy as np
 import pytest
 from data.helpers import byte_level
@@ -77,6 +79,36 @@ def test_awkward_text_as_in_the_reference(open_clip: Any, reference: Any, parts:
     assume(not names_a_special_token(text))
     assert clip_clean(text) == open_clip._clean_lower(text)
     assert CLIP.encode(text) == reference.encode(text)
+
+
+AMPERSANDS = st.lists(st.sampled_from(["amp;", "AMP;", "#38;", "#x26;", "#0038;"]), max_size=12).map("".join)
+DEEP = st.integers(17, 24).map("amp;".__mul__)
+"""more levels of escaping than are left to ftfy"""
+BEHIND = ["", "lt;", "#233;", "Atilde;", "copy;", "amp", " ", "<", "\n<"]
+
+
+@settings(max_examples=200)
+@given(AMPERSANDS, st.sampled_from(BEHIND), DEEP, st.sampled_from(BEHIND), st.sampled_from(FRAGMENTS))
+def test_nested_ampersands_as_in_the_reference(first: str, tail: str, deep: str, end: str, fragment: str) -> None:
+    text = f"{fragment}&{first}{tail}{fragment}&{deep}{end}"
+    assert clip_clean(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+@pytest.mark.parametrize("level", ["amp;", "#38;", "#x0026;"])
+def test_deeply_nested_ampersands_take_few_passes(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    unescape_html = ftfy.FIXERS["unescape_html"]
+    monkeypatch.setitem(ftfy.FIXERS, "unescape_html", lambda line: passes.append(1) or unescape_html(line))
+    assert clip_clean(f"a &{level * 1000}lt; b\n<") == "a < b <"
+    assert len(passes) < 25
+
+
+@pytest.mark.parametrize("between", ["", "amp;", "amp;" * 3])
+def test_numbers_of_characters_longer_than_python_reads(between: str) -> None:
+    for digits, character in (("1" * 4301, "\ufffd"), ("0" * 5000 + "65", "a"), ("0" * 5000, "\ufffd")):
+        assert clip_clean(f"x &{between}#{digits}; y") == f"x {character} y"
+        assert clip_clean(f"x &{between}#{digits} y") == f"x {character} y"
+    assert clip_clean(f"&#x{'1' * 5000};") == "\ufffd"
 
 
 def test_the_word_cache_is_bounded(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from megatron_lcl.data.fetch import store
 from megatron_lcl.data.fetch.settings import Store
 from megatron_lcl.data.fetch.store import SCHEMA, PartStore, Row
 from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers.image_tables import write_image_table
 from megatron_lcl.data.prepare.importers.sources import ImageSource, images_signature
 
 URLS = [f"http://example.org/{k}?é" for k in range(40)]
@@ -115,3 +116,28 @@ def test_written_anew_or_damaged(kind: str, parquet: Path) -> None:
     assert source.read(URLS[13]) == IMAGES[13]
     with pytest.raises(BadImage, match=r"and 00000-00000\.images\.parquet is damaged, or not as `fetch` wrote it"):
         source.read(URLS[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": pa.array([None, 3])},
+        {"size": pa.array(["3", "3"])},
+        {"size": pa.array([3.0, 3.0])},
+        {"key": pa.array([None, "b"])},
+        {"key": pa.array([b"a", b"b"])},
+        {"key": pa.array([1, 2])},
+    ],
+)
+def test_a_store_whose_columns_are_of_other_kinds(change: dict[str, pa.Array], tmp_path: Path) -> None:
+    """As another program may have made it: it is told as damaged."""
+    columns = {"key": ["a", "b"], "size": [3, 3], "status": ["kept", "kept"], "bytes": [b"abc", b"def"]}
+    table = pa.table(columns)
+    schema = pa.schema([pa.field(name, change[name].type) if name in change else table.field(name) for name in columns])
+    for name, changed in (("whole", {}), ("odd", change)):
+        (tmp_path / name).mkdir()
+        given = pa.table({**columns, **changed}, schema=schema if changed else table.schema)
+        write_image_table(tmp_path / name / "0.images.parquet", [given], given.schema)
+    assert ImageSource(tmp_path / "whole").read("b") == b"def"
+    with pytest.raises(BadImage, match="is damaged, or not as `fetch` wrote it"):
+        ImageSource(tmp_path / "odd").read("c")

@@ -23,7 +23,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.probe import MAX_PIXELS
 from megatron_lcl.data.fetch import addresses, client
 from megatron_lcl.data.fetch.addresses import is_public
-from megatron_lcl.data.fetch.client import Client, Outcome, Retry, opted_out
+from megatron_lcl.data.fetch.client import Client, Outcome, ProxyError, Retry, opted_out
 from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.data.fetch.work import GIVE_UP
 
@@ -56,6 +56,7 @@ def ends(*urls: str, settings: Settings = SETTINGS) -> list[tuple[str, str]]:
     [
         *("127.0.0.1", "127.8.8.8", "0.0.0.0", "10.1.2.3", "172.16.0.1", "172.31.255.255", "192.168.1.1"),
         *("169.254.169.254", "100.64.0.1", "192.0.2.1", "198.18.0.1", "224.0.0.1", "239.1.1.1", "240.0.0.1"),
+        *("192.0.0.192", "168.63.129.16", "::ffff:168.63.129.16"),
         *("255.255.255.255", "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "ff02::1", "2001:db8::1"),
         *(
             "::ffff:127.0.0.1",
@@ -75,7 +76,9 @@ def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "151.101.1.1", "172.32.0.1", "2606:4700::1", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "151.101.1.1", "168.63.129.17", "172.32.0.1", "2606:4700::1", "::ffff:8.8.8.8"]
+)
 def test_public_addresses(address: str) -> None:
     assert is_public(address)
 
@@ -95,6 +98,16 @@ def test_private_addresses_are_refused(server: Server) -> None:
             assert retry.reason == "name not resolved"  # noqa: PT017
     assert requests_of(*server) == before
     assert ends(f"http://127.0.0.1:{port}/ok/1", settings=Settings(allow_private=True)) == [("kept", "")]
+
+
+def test_spellings_of_private_addresses_that_a_proxy_is_not_asked_for() -> None:
+    """A proxy's resolver may read them: nothing listens at this one, so that a URL it is asked for ends otherwise."""
+    settings = Settings(timeout=20, proxy="http://127.0.0.1:9")
+    for host in ("2852039166", "0xa9fea9fe", "169.254.43518", "0251.0376.0251.0376", "127.1", "127.0.0.1.", "0"):
+        assert ends(f"http://{host}/1.jpg", settings=settings) == [("refused", "private address")], host
+    for host in ("134744072", "0x8.8.8.8", "a.example"):
+        with pytest.raises(ProxyError):
+            fetch(f"http://{host}/1.jpg", settings=settings)
 
 
 def test_redirect_to_a_private_address(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

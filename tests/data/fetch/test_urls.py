@@ -79,6 +79,13 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert urls_of(folder)[0] == [A, B, C, A, A, B, A, B, A, C, C, B, A, C, A, B]
 
 
+def test_urls_that_are_no_unicode(tmp_path: Path) -> None:
+    """As JSON may have them: no file of a plan could hold them."""
+    odd = ["http://a.example/\ud800.jpg", "http://\udfff.example/1.jpg"]
+    file = lines(tmp_path / "a.jsonl", {"images": [A, *odd]}, {"url": B})
+    assert urls_of(file) == ([A, B], {"image: not a URL": 2})
+
+
 def test_real_lists(shared: Path) -> None:
     urls, dropped = urls_of(shared / "samples" / "pairs" / "img2dataset_urls.parquet")
     assert (len(urls), dropped) == (1000, {})

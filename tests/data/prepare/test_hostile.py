@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from PIL import Image as Pillow
 from megatron_lcl.data.corpus.probe import MAX_PIXELS, BadImage, probe
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.images import decode_eval
-from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers import create, mint1t
 from megatron_lcl.data.prepare.importers.files import MAX_FILE
+from megatron_lcl.data.prepare.importers.html_page import parse_page
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -237,6 +239,70 @@ def test_frames_that_no_position_has(tmp_path: Path) -> None:
         "image: no TIFF, or not readable": 1,
     }
     assert summary.counts["pieces"] == 3
+
+
+def test_more_frames_than_a_document_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mint1t, "MAX_FRAMES", 3)
+    frames = [Pillow.new("RGB", (8, 8))] * 4
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for number in (3, 4):
+            record = {"texts": [None] * number, "images": ["x"] * number}
+            writers._add(archive, f"{number}.json", json.dumps(record).encode())
+            tiff = encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:number])
+            writers._add(archive, f"{number}.tiff", tiff)
+    found, drops = documents_of(create("mint1t", tmp_path / "0.tar", None, {}))
+    assert [len(document.images) for document in found] == [3, 0]
+    assert drops.bad_counts == {"image: no TIFF, or not readable": 4}
+
+
+def test_a_book_whose_spine_names_a_page_again(tmp_path: Path) -> None:
+    """EPUB forbids it; a book of some kilobytes would be read for hours."""
+    write_book(tmp_path / "in/a.epub")
+    importer = create("epub", tmp_path / "in", None, {})
+    opf = "OEBPS/content.opf"
+    with zipfile.ZipFile(tmp_path / "in/a.epub") as whole, zipfile.ZipFile(tmp_path / "in/b.epub", "w") as book:
+        for name in whole.namelist():
+            again = b'<itemref idref="a"/>' * (1 + 5 * (name == opf))
+            book.writestr(name, whole.read(name).replace(b'<itemref idref="a"/>', again))
+    (tmp_path / "in/a.epub").unlink()
+    again = create("epub", tmp_path / "in", None, {})
+    assert [page.replace("b.epub", "a.epub") for page in again.pages] == [*importer.pages]
+
+
+def test_pages_whose_reading_takes_the_square_of_their_length() -> None:
+    """Elements that are looked up, and lists in lists; by another way each takes half a minute and more."""
+    mains = "<main>a</main>" * 48_000 + "<p>b</p>" * 48_000
+    lists = "<ul><li>" * 800 + "some words of no link<a href=x>a</a>" * 5_000
+    start = time.process_time()
+    for body in (mains, lists):
+        assert parse_page(f"<html><body>{body}".encode(), "a.html").events
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("format", ["html", "jsonl"])
+def test_images_that_are_no_plain_files(format: str, tmp_path: Path) -> None:
+    """A film beside a page, a device that has no end, a pipe into which nobody writes."""
+    names = ("film.mp4", "zero.png", "pipe.png", "folder.png", "0.png")
+    (tmp_path / "0.png").write_bytes(picture(0, 90, 80))
+    with (tmp_path / "film.mp4").open("wb") as film:
+        film.truncate(MAX_FILE + 1)
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "a.html").write_text("<p>a</p>" + "".join(f"<img src={name}>" for name in names))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"items": [{"text": "a"}, *({"image": name} for name in names)]}))
+    found, drops = documents_of(create(format, tmp_path, None, {}))
+    assert plain(found) == [["a", (picture(0, 90, 80), None, None)]]
+    assert drops.bad_counts == {"image: over 256 MiB": 1, "image: file missing": 3}
+
+
+def test_a_page_of_more_than_may_be_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.html").open("wb") as page:
+        page.truncate(MAX_FILE + 1)
+    (tmp_path / "b.md").write_text("b")
+    found, drops = documents_of(create("html", tmp_path, None, {}))
+    assert (found, drops.bad_counts) == ([], {"document: page that cannot be read": 1})
 
 
 def test_a_parquet_file_that_has_a_column_twice(tmp_path: Path) -> None:

@@ -146,7 +146,8 @@ def _spine(book: zipfile.ZipFile) -> tuple[list[str], str, dict[str, str]]:
     if _ENCRYPTION in names:
         for element in _xml(book, _ENCRYPTION).iter("{*}CipherReference"):
             faults[unquote(element.get("URI") or "")] = "encrypted page"
-    return pages, identifier, faults
+    # each once, as EPUB 3.3 has it: else a small book is read thousands of times
+    return list(dict.fromkeys(pages)), identifier, faults
 
 
 def _xml(book: zipfile.ZipFile, member: str) -> Any:

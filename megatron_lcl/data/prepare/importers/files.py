@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import re
+import stat
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,13 @@ NOT_READ = "compressed in a way that this format does not read: unpack it"
 GONE = "a link to a file that is not there"
 _SUFFIX = re.compile(r"\.[^.]*[^\W\d_]")
 """a dot with a letter behind it; `v1.0` has none, and is a folder's name, mostly"""
+
+
+class TooLarge(ValueError):
+    """A file over MAX_FILE."""
+
+    def __init__(self) -> None:
+        super().__init__(f"over {MAX_FILE >> 20} MiB")
 
 
 class Skipped(NamedTuple):
@@ -57,6 +65,29 @@ class Names(Sequence[str]):
             return [self[k] for k in range(len(self))[at]]
         k = range(len(self))[at]
         return self._data[self._ends[k] : self._ends[k + 1]].decode(errors="surrogatepass")
+
+
+def whole_file(path: Path) -> bytes:
+    """What is in a file that data name. OSError or ValueError where there is none, TooLarge over MAX_FILE.
+
+    A device has no end, and a pipe may have no writer, so only regular files are read.
+    """
+    if isinstance(path, ObjectPath):
+        if path.stat().st_size > MAX_FILE:
+            raise TooLarge
+        return path.read_bytes()
+    with open(path, "rb", opener=_open_at_once) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("no regular file")
+        if about.st_size > MAX_FILE:
+            raise TooLarge
+        return file.read(about.st_size)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting for a pipe's writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, open_image, probe
 from megatron_lcl.data.prepare.importers import Each, Unit
-from megatron_lcl.data.prepare.importers.files import FilesImporter
+from megatron_lcl.data.prepare.importers.files import FilesImporter, TooLarge, whole_file
 from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page, split_url
 from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_keys, without_repeated
 from megatron_lcl.data.prepare.importers.html_scan import Repeats, counting
@@ -116,7 +116,7 @@ class HtmlImporter(FilesImporter):
 
     def page_html(self, name: str) -> bytes:
         """OSError or ValueError where it cannot be read."""
-        return self.found.path(name).read_bytes()
+        return whole_file(self.found.path(name))
 
     def parse(self, name: str) -> Page:
         """One with a `fault` where it cannot be read."""
@@ -139,13 +139,13 @@ class HtmlImporter(FilesImporter):
         return None if name.split("/")[0] == ".." or "\0" in name else self.image_root / name
 
     def image_bytes(self, file: Path) -> bytes:
-        """Of what `locate` found; OSError or ValueError where it is not there."""
+        """Of what `locate` found; OSError or ValueError where it is not there, TooLarge where it is over MAX_FILE."""
         if self._images is not None:
             name = file.relative_to(self.image_root).as_posix()
             if name not in self._images:
                 raise FileNotFoundError(name)
             file = self._images[name]
-        return file.read_bytes()
+        return whole_file(file)
 
     # --- units -----------------------------------------------------------------------------------------------
 
@@ -308,6 +308,8 @@ class HtmlImporter(FilesImporter):
             raise BadImage("on another host" if url.netloc else "outside the folder")
         try:
             return self.image_bytes(file)
+        except TooLarge as error:
+            raise BadImage(str(error)) from None
         except (OSError, ValueError) as error:
             raise_if_passing(error, file)
             raise BadImage("file missing") from None

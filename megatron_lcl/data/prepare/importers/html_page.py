@@ -32,6 +32,7 @@ _SKIPPED = frozenset(
     "audio button canvas datalist embed head iframe input map math meter noscript object progress script select "  # noqa: SIM905
     "style svg template textarea title video".split()
 )
+_LISTS = frozenset(("dl", "ol", "table", "ul"))
 _CELLS = frozenset(("td", "th"))
 _SKIPPED_ROLES = frozenset(("navigation", "banner", "contentinfo", "search", "menu", "menubar", "toolbar", "doc-toc"))
 
@@ -217,9 +218,11 @@ class _Walker:
 
     def __init__(self, page: Page, mains: Iterable[Any] = ()) -> None:
         self._page = page
-        self._mains = list(mains)
+        self._mains = set(mains)
         self._around = {ancestor for main in self._mains for ancestor in (main, *main.iterancestors())}
         self._main: Any = None
+        self._lists_of_links: dict[Any, bool] = {}
+        """which lists are one, of those in a list that was asked for"""
         self._preformatted = self._links = 0
         self.ranges: list[tuple[int, int]] = []
         """first and last event, exclusive, of each main element that was read"""
@@ -313,7 +316,11 @@ class _Walker:
         if identity and (_NAVIGATION.search(identity) or _SIDEBAR.search(identity)) and not _is_titled(node):
             return True
         # in the main part a list of links is the author's: tools mark theirs
-        if tag not in ("ul", "ol", "dl", "table") or self._main is not None or not _is_list_of_links(node):
+        if tag not in _LISTS or self._main is not None:
+            return False
+        if node not in self._lists_of_links:
+            self._lists_of_links.update(_lists_of_links(node))
+        if not self._lists_of_links[node]:
             return False
         return not any(_DOCBOOK.search(ancestor.get("class") or "") for ancestor in node.iterancestors("div"))
 
@@ -365,15 +372,37 @@ def _is_authors_box(node: Any) -> bool:
     return any("sidebar-title" in (part.get("class") or "").split() for part in (node, *node))
 
 
-def _is_list_of_links(node: Any) -> bool:
-    """A table of contents under any name: six links or more, to the same site, hold nearly all of its text."""
-    found = [(a, split_url(a.get("href"))) for a in node.iter("a") if a.get("href")]
-    links = [(a, url) for a, url in found if url is not None]
-    if len(links) < 6:
-        return False
-    in_links = sum(len("".join("".join(a.itertext()).split())) for a, _ in links)
-    local = sum(not url.netloc for _, url in links)
-    return local > 0.8 * len(links) and in_links > 0.8 * len("".join("".join(node.itertext()).split()))
+def _lists_of_links(top: Any) -> Iterator[tuple[Any, bool]]:
+    """Whether each list in `top`, itself one, is a table of contents under any name: six links or more, to the same
+    site, hold nearly all of its text.
+
+    In one pass, as lists lie in lists: each is what was counted from its start to its end.
+    """
+    size = links = local = in_links = 0
+    before: list[tuple[int, int, int, int]] = []
+    for event, node in lxml.etree.iterwalk(top, events=("start", "end")):
+        counted = node.tag == "a" or node.tag in _LISTS
+        if event == "start":
+            if counted:
+                before.append((size, links, local, in_links))
+            size += _size(node.text)
+            continue
+        if counted:
+            size_before, links_before, local_before, in_links_before = before.pop()
+            if node.tag in _LISTS:
+                links_here = links - links_before
+                mostly_local = local - local_before > 0.8 * links_here
+                yield node, links_here >= 6 and mostly_local and in_links - in_links_before > 0.8 * (size - size_before)
+            elif (href := node.get("href")) and (url := split_url(href)) is not None:
+                links += 1
+                local += not url.netloc
+                in_links += size - size_before
+        size += _size(node.tail)
+
+
+def _size(text: str | None) -> int:
+    """Characters, without white space."""
+    return sum(map(len, text.split())) if text else 0
 
 
 # --- paragraphs --------------------------------------------------------------------------------------------------

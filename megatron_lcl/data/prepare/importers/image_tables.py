@@ -8,6 +8,7 @@ shows at the sizes, and is refused.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -44,12 +45,18 @@ def write_image_table(file: Path, groups: Iterable[pa.Table], schema: pa.Schema)
 def image_places(file: Path) -> Iterator[tuple[str, int, int]]:
     """(key, first byte, size) of the images of a file; one of DAMAGE where they do not lie as they were written."""
     with pq.ParquetFile(opened(file)) as table, file.open("rb") as raw:
-        column = table.schema_arrow.names.index(IMAGES)
+        schema = table.schema_arrow
+        column = schema.names.index(IMAGES)
+        if schema.field("key").type != pa.string() or not pa.types.is_integer(schema.field("size").type):
+            raise ValueError
+        file_size = raw.seek(0, io.SEEK_END)
         for group in range(table.num_row_groups):
             chunk = table.metadata.row_group(group).column(column)
             rows = table.read_row_group(group, columns=["key", "size", "status"], use_threads=False).to_pylist()
             kept = [(row["key"], row["size"]) for row in rows if row["status"] == "kept"]
             end = chunk.data_page_offset + chunk.total_compressed_size
+            if end > file_size or any(key is None or size is None for key, size in kept):
+                raise ValueError
             start = end - sum(_SIZE + size for _, size in kept)
             for key, size in kept:
                 raw.seek(max(0, start))

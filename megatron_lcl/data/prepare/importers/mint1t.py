@@ -25,6 +25,8 @@ from megatron_lcl.data.prepare.importers.sources import decoded, interleaved, it
 from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
 from megatron_lcl.errors import UserError
 
+MAX_FRAMES = 10_000
+"""of a TIFF: Pillow looks for each among all before it; a document of the data set has some tens"""
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
@@ -82,11 +84,17 @@ def _file(sample: dict[str, Any], image: Any) -> bytes:
 
 
 def _num_frames(data: bytes) -> int:
+    """0 where there is no TIFF, or one of more than MAX_FRAMES."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with Pillow.open(io.BytesIO(data), formats=["TIFF"]) as image:
-                return int(getattr(image, "n_frames", 1))
+                for number in range(MAX_FRAMES + 1):
+                    try:
+                        image.seek(number)
+                    except EOFError:
+                        return number
+                return 0
         except DAMAGE:
             return 0
 

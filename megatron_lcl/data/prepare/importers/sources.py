@@ -15,7 +15,7 @@ from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Importer, files_signature
-from megatron_lcl.data.prepare.importers.files import MAX_FILE, uncompressed
+from megatron_lcl.data.prepare.importers.files import MAX_FILE, TooLarge, uncompressed, whole_file
 from megatron_lcl.data.prepare.importers.sorted_runs import SortedRuns
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
@@ -123,7 +123,7 @@ class ImageSource(SortedRuns):
 
     def _read_member(self, number: int, start: int, size: int) -> bytes:
         if size > MAX_FILE:
-            raise BadImage(f"over {MAX_FILE >> 20} MiB")
+            raise BadImage(str(TooLarge()))
         path = self.archives[number]
         with naming(str(path)), path.open("rb", 0) as file:
             file.seek(start)
@@ -208,9 +208,9 @@ def _check_name(name: str) -> None:
 
 def _read_file(path: Path) -> bytes | None:
     try:
-        if path.stat().st_size > MAX_FILE:
-            raise BadImage(f"over {MAX_FILE >> 20} MiB")
-        return path.read_bytes()
+        return whole_file(path)
+    except TooLarge as error:
+        raise BadImage(str(error)) from None
     except (OSError, ValueError) as error:
         raise_if_passing(error, path)
         return None
