@@ -20,7 +20,7 @@ import pyarrow as pa
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers.files import Files, find_files
 from megatron_lcl.data.prepare.importers.lines import SUFFIXES, json_lines, line_units
-from megatron_lcl.data.prepare.importers.row_groups import open_parquet
+from megatron_lcl.data.prepare.importers.row_groups import batches, open_parquet
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import exists, is_file, raise_if_passing
@@ -79,7 +79,7 @@ def _of_parquet(file: Path, name: str, wanted: str | None, drops: Drops) -> Iter
     try:
         with open_parquet(file) as source:
             column = _column(source.schema_arrow, name, wanted)
-            for batch in source.iter_batches(4096, columns=[column], use_threads=False):
+            for batch in batches(file, source, range(source.num_row_groups), [column], 4096):
                 values = batch.column(0)
                 while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
                     values = values.flatten()

@@ -24,10 +24,12 @@ from data.prepare.test_epub import shown, write_book
 from data.writers import picture
 from PIL import Image as Pillow
 
+from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import MAX_PIXELS, BadImage, probe
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.loading.images import decode_eval
-from megatron_lcl.data.prepare.importers import create, mint1t
+from megatron_lcl.data.prepare.importers import create, mint1t, row_groups
 from megatron_lcl.data.prepare.importers.files import MAX_FILE
 from megatron_lcl.data.prepare.importers.html_page import parse_page
 from megatron_lcl.data.prepare.importers.sources import ImageSource
@@ -303,6 +305,30 @@ def test_a_page_of_more_than_may_be_read(tmp_path: Path) -> None:
     (tmp_path / "b.md").write_text("b")
     found, drops = documents_of(create("html", tmp_path, None, {}))
     assert (found, drops.bad_counts) == ([], {"document: page that cannot be read": 1})
+
+
+def test_values_that_a_parquet_file_has_once_for_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gigabyte of a file of 1 kB, where all rows of a batch have a copy."""
+    monkeypatch.setattr(row_groups, "_BATCH_BYTES", 1 << 20)
+    value, rows, file = "http://a.example/" + "x" * 100_000, 200, tmp_path / "a.parquet"
+    columns = {
+        "url": pa.array([value] * rows),
+        "images": pa.array([[value, None, value]] * rows),
+        "image": pa.array([{"bytes": value.encode(), "path": None}] * rows),
+        "few": pa.array(["b"] * rows),
+    }
+    pq.write_table(pa.table(columns), file, row_group_size=150)
+    assert file.stat().st_size < 40_000
+    with row_groups.open_parquet(file) as source:
+        for name, column in columns.items():
+            found = list(row_groups.batches(file, source, range(2), [name], 64))
+            assert max(batch.nbytes for batch in found) < 1.2 * (1 << 20), name
+            assert [value for batch in found for value in batch.column(0).to_pylist()] == column.to_pylist()
+        assert len(found) == 4
+        assert len(list(row_groups.read_rows(file, source, range(2), 0, ["url", "few"]))) == rows
+    lists = list(read_urls(url_files(file), None, Drops()))
+    assert max(map(len, lists)) <= 10
+    assert sum(map(len, lists)) == 2 * rows
 
 
 def test_a_parquet_file_that_has_a_column_twice(tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ class NemoImporter(ParquetImporter):
             count_damage(unit, row, stop, name, drops)
 
     def _samples_of(self, source: pq.ParquetFile, unit: Unit) -> Iterator[list[Row]]:
-        _, group, first, stop = unit.payload
-        rows = read_rows(source, range(group, source.num_row_groups), first, self.needed, _BATCH)
+        file, group, first, stop = unit.payload
+        rows = read_rows(file, source, range(group, source.num_row_groups), first, self.needed, _BATCH)
         before = _last_sample(source, group)
         if before is not None:
             rows = itertools.dropwhile(lambda row: row[1][0] == before, rows)

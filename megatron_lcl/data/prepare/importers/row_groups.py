@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, cast
 
@@ -17,8 +19,13 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import raise_if_passing
 
 _BATCH = 64
+_BATCH_BYTES = 256 << 20
+"""a batch holds no more in the mean of values that stand in a dictionary of the file"""
 _NAMED = 12
 """columns of a table that an error names"""
+_DICTIONARY_PAGE = re.compile(rb"\x15\x04\x15([\x80-\xff]*[\x00-\x7f])", re.DOTALL)
+"""a page's header begins with its type and its uncompressed bytes (Apache Parquet's format, parquet.thrift): numbers in
+Thrift's compact protocol, zigzag in bytes of seven bits, the lowest first"""
 Row = tuple[int, list[Any]]
 """(its number in the file, its values)"""
 
@@ -120,7 +127,7 @@ def rows_of_unit(
     try:
         with open_parquet(file, group) as source:
             columns = columns_to_read(source.schema_arrow.names, needed, more, name, drops)
-            for row, values in read_rows(source, [group], first, columns, batch) if columns else ():
+            for row, values in read_rows(file, source, [group], first, columns, batch) if columns else ():
                 yield row, dict(zip(columns, values, strict=True))
                 row += 1
     except DAMAGE as error:
@@ -139,14 +146,49 @@ def columns_to_read(
 
 
 def read_rows(
-    source: pq.ParquetFile, groups: Sequence[int], first: int, columns: Sequence[str], batch: int = _BATCH
+    file: Path,
+    source: pq.ParquetFile,
+    groups: Sequence[int],
+    first: int,
+    columns: Sequence[str],
+    batch: int = _BATCH,
 ) -> Iterator[Row]:
     """The rows of some row groups, read as they are needed. first: number of the first one."""
     row = first
-    for table in source.iter_batches(batch, groups, columns=list(columns), use_threads=False):
+    for table in batches(file, source, groups, columns, batch):
         for values in zip(*(column_values(table[name]) for name in columns), strict=True):
             yield row, list(values)
             row += 1
+
+
+def batches(
+    file: Path, source: pq.ParquetFile, groups: Iterable[int], columns: Sequence[str], most: int
+) -> Iterator[pa.RecordBatch]:
+    """The row groups in batches of at most `most` rows, of fewer where these would be much larger than in the file.
+
+    A value that stands once in a row group's dictionary is copied for each row that has it: of a file of 1 kB, to a
+    gigabyte. source: `file`, opened.
+    """
+    for group in groups:
+        about = source.metadata.row_group(group)
+        chunks = [chunk for chunk in map(about.column, range(about.num_columns)) if chunk.physical_type == "BYTE_ARRAY"]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+        repeats = [-(-chunk.num_values // max(1, about.num_rows)) for chunk in chunks]
+        sizes = [chunk.total_uncompressed_size for chunk in chunks]
+        # where all of the columns is less, no value of them is more
+        if most * sum(map(operator.mul, repeats, sizes)) > _BATCH_BYTES:
+            with file.open("rb", 0) as raw:
+                sizes = [_dictionary_bytes(raw, chunk) for chunk in chunks]
+        rows = _BATCH_BYTES // max(1, sum(map(operator.mul, repeats, sizes)))
+        yield from source.iter_batches(max(1, min(most, rows)), [group], columns=list(columns), use_threads=False)
+
+
+def _dictionary_bytes(file: BinaryIO, chunk: pq.ColumnChunkMetaData) -> int:
+    """Of a column's dictionary in a row group, uncompressed; 0 where its first page is none. What is damaged shows as
+    it is read."""
+    file.seek(max(0, chunk.dictionary_page_offset or chunk.data_page_offset))
+    header = _DICTIONARY_PAGE.match(file.read(16))
+    return sum((byte & 127) << 7 * k for k, byte in enumerate(header[1])) >> 1 if header else 0
 
 
 def column_values(column: pa.Array) -> list[Any]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from megatron_lcl.data.prepare.importers.row_groups import opened
+from megatron_lcl.data.prepare.importers.row_groups import batches, opened
 from megatron_lcl.data.prepare.importers.sorted_runs import SortedRuns
 from megatron_lcl.data.prepare.importers.urls import EXTENSIONS
 from megatron_lcl.filesystem import is_dir, matching, raise_if_passing
@@ -57,7 +57,8 @@ def _pairs(table: Path) -> Iterator[tuple[str, str]]:
             names = file.schema_arrow.names
             if "url" not in names or "key" not in names:
                 return
-            for batch in file.iter_batches(columns=["url", "key", *(["status"] if "status" in names else [])]):
+            columns = ["url", "key", *(["status"] if "status" in names else [])]
+            for batch in batches(table, file, range(file.num_row_groups), columns, 65_536):
                 for row in batch.to_pylist():
                     url, key = row["url"], row["key"]
                     there = row.get("status", "success") == "success"
