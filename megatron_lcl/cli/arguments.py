@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_lcl.errors import UserError
 
@@ -29,38 +29,10 @@ Imported = Callable[[argparse.ArgumentParser], None]
 """adds what of a command's arguments takes long to import: done when it is called, so that `--help` is quick"""
 
 
-class Several(argparse.Action):
-    """An option that takes one or more values each time it is given, all in one list.
-
-    Where a command's input is given nowhere else, the words behind the first value are that input, as they are behind
-    an option of one value: `settle_inputs` decides.
-    """
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **extra: Any) -> None:
-        super().__init__(option_strings, dest, nargs="+", **extra)
-
-    def __call__(
-        self, _parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _flag: str | None = None
-    ) -> None:
-        before = getattr(namespace, self.dest) or []
-        setattr(namespace, self.dest, [*before, *values])
-        if len(values) > 1 and not hasattr(namespace, "perhaps_inputs"):
-            namespace.perhaps_inputs = self.dest, slice(len(before) + 1, len(before) + len(values))
-
-
-def settle_inputs(options: argparse.Namespace) -> None:
-    """Of a command whose `inputs` were not given, those that stand behind the value of an option that takes several."""
-    if hasattr(options, "perhaps_inputs") and not getattr(options, "inputs", True):
-        name, place = options.perhaps_inputs
-        values = getattr(options, name)
-        options.inputs = values[place]
-        del values[place]
-
-
 def add_input(sub: argparse.ArgumentParser, metavar: str, help: str, *flags: str) -> None:
     """An argument that may also be given as one of the flags."""
     sub.add_argument("inputs", nargs="*", metavar=metavar, help=help)
-    sub.add_argument(*flags, dest="flagged", action=Several, default=[], metavar=metavar, help="the same")
+    sub.add_argument(*flags, dest="flagged", action="append", default=[], metavar=metavar, help="the same")
     sub.set_defaults(input_name=metavar)
 
 
@@ -93,9 +65,9 @@ def add_jobs(sub: argparse.ArgumentParser, workers: str) -> None:
         help="slurm, ray: runs all --jobs there; jobs that fail or are lost are run again (docs/engines.md)",
     )  # fmt: skip
     sub.add_argument("--jobs", type=int, metavar="N", help="of --executor slurm and ray (8)")
-    sub.add_argument("--slurm", action=Several, default=[], metavar="KEY=VALUE", help="submitit's parameters")
+    sub.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit's parameters")
     sub.add_argument(
-        "--ray", action=Several, default=[], metavar="ADDRESS|KEY=VALUE",
+        "--ray", action="append", default=[], metavar="ADDRESS|KEY=VALUE",
         help="host:port, auto or local (default: RAY_ADDRESS, else a cluster that runs here, else one for this "
         "command); num_cpus or memory_gb of a job",
     )  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 from megatron_lcl.cli import corpus, curating, evaluation, fetching, planning, training
-from megatron_lcl.cli.arguments import Imported, settings_joined, settle_inputs
+from megatron_lcl.cli.arguments import Imported, settings_joined
 from megatron_lcl.cli.output import say
 from megatron_lcl.errors import RunError, UserError, check_on_disk, complain, describe_os_error, is_mendable
 
@@ -41,7 +41,6 @@ def run(arguments: Sequence[str]) -> int:
         if arguments[0] == "curate":  # of these the one that also takes inputs
             arguments = settings_joined(arguments)
         options, rest = parser.parse_known_args(arguments)
-        settle_inputs(options)
         command = f" {options.command}"
         if rest and options.command not in _WITH_SETTINGS:
             parser.error(f"unknown argument {rest[0]!r} of `{command[1:]}`; see `megatron-lcl{command} --help`")

@@ -10,16 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.cli.arguments import (
-    Several,
-    add_input,
-    add_jobs,
-    add_output,
-    jobs_of,
-    output_folder,
-    pairs,
-    single_input,
-)
+from megatron_lcl.cli.arguments import add_input, add_jobs, add_output, jobs_of, output_folder, pairs, single_input
 from megatron_lcl.cli.output import say
 from megatron_lcl.errors import UserError
 
@@ -82,10 +73,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--shard-documents", type=int, metavar="N", help="… or after so many documents (500,000)")
     sub.add_argument(
         "--option",
-        action=Several,
+        action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of the format, see --format F --help",
+        help="of the format, see --format F --help; may be repeated",
     )
     add_jobs(sub, "processes; any number writes the same bytes")
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_lcl.cli.arguments import MODEL, Several, add_input, add_output, inputs, output_folder, single_input
+from megatron_lcl.cli.arguments import MODEL, add_input, add_output, inputs, output_folder, single_input
 from megatron_lcl.cli.output import say
 from megatron_lcl.errors import UserError
 
@@ -31,14 +31,14 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--average", metavar="NAME", help=_AVERAGE)
     sub.add_argument("--processes", type=int, default=1, help="share images among so many (default: %(default)s)")
     sub.add_argument(
-        "--device", dest="devices", action=Several, metavar="DEVICE",
-        help="cpu, cuda:1 …; of several, the processes take turns (default: every GPU, or cpu)",
+        "--device", dest="devices", action="append", metavar="DEVICE",
+        help="cpu, cuda:1 …; repeated, the processes take turns (default: every GPU, or cpu)",
     )  # fmt: skip
 
     data = sub.add_argument_group("with --data")
-    tasks = "zero-shot, retrieval, knn, linear-probe, attentive-probe, captioning"
+    tasks = "zero-shot, retrieval, knn, linear-probe, attentive-probe, captioning; may be repeated"
     flags = [
-        data.add_argument("--task", dest="tasks", action=Several, metavar="TASK", help=tasks),
+        data.add_argument("--task", dest="tasks", action="append", metavar="TASK", help=tasks),
         data.add_argument("--images", metavar="DIR", help="images of a JSON file (default: its own folder)"),
         data.add_argument("--class-names", metavar="FILE", help="one class name a line"),
         data.add_argument("--templates", metavar="FILE", help="--zero-shot.prompts from a file, one a line"),
@@ -72,17 +72,17 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--license", metavar="SPDX", help="of the weights, for the card: apache-2.0, cc-by-4.0, …")
     sub.add_argument(
         "--results",
-        action=Several,
+        action="append",
         metavar="FILE[@ORG/NAME]",
-        help="results.json of `evaluate`, for the card, and the data's identifier on the Hub",
+        help="results.json of `evaluate`, for the card, and the data's identifier on the Hub; may be repeated",
     )
     sub.add_argument(
         "--data",
         dest="datasets",
-        action=Several,
+        action="append",
         metavar="TEXT",
-        help="what the model was trained on, for the card: words, or `ORG/NAME: words` for what is on the Hub "
-        "(default: the corpora's manifests)",
+        help="what the model was trained on, for the card: words, or `ORG/NAME: words` for what is on the Hub; may be "
+        "repeated (default: the corpora's manifests)",
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lcl.cli.arguments import Several, add_input, inputs, overrides_of
+from megatron_lcl.cli.arguments import add_input, inputs, overrides_of
 from megatron_lcl.cli.output import say
 from megatron_lcl.errors import RunError, UserError, complain
 from megatron_lcl.filesystem import exists, is_file
@@ -58,9 +58,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--resume", metavar="auto|RUN|CHECKPOINT", help="the same as --checkpoint.resume")
     sub.add_argument(
         "--sweep",
-        action=Several,
+        action="append",
         metavar="FIELD=V1,V2,…",
-        help="a run for each value, in a folder of its own in train.output, one after another; several FIELD=…: for "
+        help="a run for each value, in a folder of its own in train.output, one after another; several --sweep: for "
         "each combination; under a job array of Slurm each task makes one",
     )
     sub.add_argument("--fail-fast", action="store_true", help="with --sweep: the first run that fails ends the sweep")
@@ -71,9 +71,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--output", required=True, metavar="DIR", help="runs and tables; the same command goes on there")
     sub.add_argument(
         "--part",
-        action=Several,
+        action="append",
         metavar="objectives|data|weight|recipe",
-        help="default: objectives; what parts have in common is trained once",
+        help="may be repeated (default: objectives); what parts have in common is trained once",
     )
     sub.add_argument(
         "--sets", metavar="DIR", help="emoji and things as `demo` makes them; made where missing (OUTPUT/sets)"

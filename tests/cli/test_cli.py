@@ -125,35 +125,6 @@ def test_a_switch_needs_no_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--train.steps", "--data.allow-change", "--print-config"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("words", "models", "tasks"),
-    [
-        ("a --data d --task knn retrieval", ["a"], ["knn", "retrieval"]),
-        ("a b --task knn --data d --task retrieval captioning", ["a", "b"], ["knn", "retrieval", "captioning"]),
-        ("--task knn retrieval --data d a", ["a"], ["knn", "retrieval"]),
-        ("--data d --task knn a", ["a"], ["knn"]),
-        ("--data d --task knn --task retrieval a b", ["a", "b"], ["knn", "retrieval"]),
-        ("--data d --model a --task knn b", ["a", "b"], ["knn"]),
-        ("--data d --task knn --device cpu a", ["a"], ["knn"]),
-    ],
-)
-def test_several_values_of_an_option(
-    words: str, models: list[str], tasks: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What stands behind the first one is the input where that is given nowhere else, as it was with one value each."""
-    given: list[tuple[list[str], list[str]]] = []
-    monkeypatch.setattr("megatron_lcl.evaluate.run.evaluate", lambda *words, **_: given.append((words[0], words[1])))
-    monkeypatch.setattr("megatron_lcl.evaluate.results.table", lambda _: "")
-    for _ in range(2):  # the parser is kept
-        assert main(["evaluate", *words.split()]) == 0
-    assert given == [(models, tasks)] * 2
-
-
-def test_several_values_of_an_option_of_a_command_without_input(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["claim", "--output", "o", "--part", "data", "poetry"]) == 2
-    assert "--part poetry: there are" in capsys.readouterr().err
-
-
 def test_the_last_of_several_values_counts(capsys: pytest.CaptureFixture[str]) -> None:
     """Scripts have arguments of their own, and behind them those that they are given."""
     words = [
