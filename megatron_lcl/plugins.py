@@ -37,7 +37,7 @@ class Plugins:
         if len(owners) > 1:
             raise UserError(
                 f"{name!r} is the name of more than one entry of {self.group}: of {' and of '.join(owners)}; rename or "
-                "remove those of other packages but one"
+                f"remove those of other packages{'' if name in self.built_in else ' but one'}"
             )
         if name in self.built_in:
             module, attribute = self.built_in[name].split(":")

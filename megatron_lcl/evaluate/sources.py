@@ -291,7 +291,7 @@ def _corpus(corpus: Corpus) -> ImageSet:
             if corpus.kinds[shard.number] == "captions":
                 own = texts
             else:
-                own = [texts[matched] if matched >= 0 else min(texts, key=lambda t: (abs(t - k), t > k))]
+                own = [texts[matched] if 0 <= matched < len(texts) else min(texts, key=lambda t: (abs(t - k), t > k))]
             blobs.append(CorpusBlob(corpus, d, position))
             decoded = (corpus.tokenizer.decode(shard.tokens.sequence(text)) for text in own)
             captions.append(tuple(dict.fromkeys(decoded)))

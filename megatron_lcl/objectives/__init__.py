@@ -66,7 +66,7 @@ def _faults(found: object) -> Iterator[str]:
         yield f"its entry point names {found!r}, which is no class made of `Objective`"
         return
     if missing := [name for name in ("sequences", "tasks", "metrics") if not hasattr(found, name)]:
-        yield f"{found.__name__} does not declare its {', '.join(missing)}"
+        yield f"the class {found.__name__} does not declare its {', '.join(missing)}"
     known = [field.name for field in dataclasses.fields(Section) if field.name.endswith("_weight")]
     if unknown := [name for name in found.published if name not in known]:
         yield f"{found.__name__}.published names {', '.join(unknown)}; the config's `objective` has {', '.join(known)}"
@@ -106,5 +106,9 @@ def _attributes(owner: object) -> dict[str, Any]:
 
 
 def _is_learned(value: object) -> bool:
-    values = value.parameters() if isinstance(value, torch.nn.Module) else (value,)
-    return any(isinstance(one, torch.Tensor) and one.requires_grad for one in values)
+    """Whether a tensor, a module, or one in a list, tuple or dict of them requires gradients."""
+    if isinstance(value, torch.nn.Module):
+        return any(parameter.requires_grad for parameter in value.parameters())
+    if isinstance(value, dict | list | tuple):
+        return any(map(_is_learned, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, torch.Tensor) and value.requires_grad

@@ -197,7 +197,8 @@ class RowLinear(nn.Linear):
 
 
 def rows_of(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of a table [V, D] by ids [...] → [..., D], as `table[ids]`, with a gradient summed in float32.
+    """Rows of a table [V, D] by ids [...] from 0 on → [..., D], with a gradient summed in float32. IndexError, on CPUs,
+    for an id that is none.
 
     torch sums that of `table[ids]` in the table's dtype, one row after the other: in bfloat16 a sum of 4,096 rows, as a
     position of 4,096 sequences has, is off by up to a half. Sums of a float64 table are float64. The gradient has the
@@ -207,14 +208,19 @@ def rows_of(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, table, ids):
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.dtype = table.shape, table.dtype
-        return table[ids]
+    generate_vmap_rule = True
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(table, ids):
+        return F.embedding(ids, table)  # which refuses negative ids, whose gradient would be lost
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        table, ids = inputs
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype = table.shape, table.dtype
+
+    @staticmethod
     def backward(ctx, grad):
         (ids,) = ctx.saved_tensors
         grad = grad.to(torch.promote_types(ctx.dtype, torch.float32))

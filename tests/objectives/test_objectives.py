@@ -118,7 +118,7 @@ FAULTS = {
     ),
     "projected": ("Projected", r"Projected\.projection requires gradients"),
     "of_scaled": ("OfScaled", r"Scaled\.scale requires gradients"),
-    "undeclared": ("Undeclared", "'undeclared': Undeclared does not declare its sequences, metrics"),
+    "undeclared": ("Undeclared", "'undeclared': the class Undeclared does not declare its sequences, metrics"),
     "unknown": ("Unknown", r"Unknown\.published names margin; the config's `objective` has contrastive_weight, gen"),
     "function": ("function", "names <function function at .*>, which is no class made of `Objective`"),
     "missing": (

@@ -54,8 +54,8 @@ def _unescape(text: str) -> str:
 def _less_nested(text: str) -> str:
     """A text of which ftfy makes the same: it undoes one level of escaped ampersands at a time, each in all of a line.
 
-    Some levels stay, so that what stands beside them is mended in as many steps. ftfy undoes none from the first line
-    on that has a "<".
+    Some levels stay, so that what stands beside them is mended in as many steps; only beside a text that was decoded
+    wrongly more than once can that differ. ftfy undoes none from the first line on that has a "<".
     """
     tag = text.find("<")
     end = len(text) if tag < 0 else text.rfind("\n", 0, tag) + 1

@@ -256,17 +256,26 @@ class Shard:
             at = int(np.argmax(ids.view(np.uint32) >= num))
             piece = np.broadcast_to(pieces, len(ids))[at]
             kind = "image" if self.modes[piece] == IMAGE else "token id"
-            local = int(np.searchsorted(self.document_offsets, piece, "right")) - 1
-            raise self._damaged(local, f"{kind} {ids[at]} is out of range, which ends at {num - 1}")
+            raise self.damaged(self._document_of(piece), f"{kind} {ids[at]} is out of range, which ends at {num - 1}")
+
+    def check_modes(self, modes: np.ndarray, pieces: Sequence[int] | np.ndarray) -> None:
+        """UserError where one of some modes, int8 [N], of pieces is neither TEXT nor IMAGE."""
+        if len(modes) and modes.view(np.uint8).max() > IMAGE:
+            at = int(np.argmax(modes.view(np.uint8)))
+            raise self.damaged(self._document_of(pieces[at]), f"a piece of mode {modes[at]}, which does not exist")
+
+    def _document_of(self, piece: int) -> int:
+        return int(np.searchsorted(self.document_offsets, piece, "right")) - 1
 
     def bounds(self, local: int) -> tuple[int, int]:
         """The pieces start … stop-1 of a document, by its number in the shard. UserError where they cannot be."""
         start, stop = [*self.document_offsets[local : local + 2].tolist(), -1][:2]
         if not 0 <= start <= stop <= self.num_pieces:
-            raise self._damaged(local, f"its pieces are {start:,} to {stop:,} of {self.num_pieces:,}")
+            raise self.damaged(local, f"its pieces are {start:,} to {stop:,} of {self.num_pieces:,}")
         return start, stop
 
-    def _damaged(self, local: int, what: str) -> UserError:
+    def damaged(self, local: int, what: str) -> UserError:
+        """The error of a document, by its number in the shard, whose pieces cannot be as the files have them."""
         return damaged_file(f"{self._where}, shard {self.number}, document {local}: {what}", self._where)
 
     def pieces(self, start: int, stop: int) -> np.ndarray:

@@ -128,7 +128,8 @@ class Tokenizer(ABC):
     def separates_texts(self) -> bool:
         """Whether ids of two texts, one after the other, read as if a space stood between them: CLIP's ends of words,
         the space that many SentencePiece models put before every text."""
-        return len(self.decode(2 * self.encode("a")).split()) > 1
+        ids = self.encode("a")
+        return self.decode(2 * ids) != 2 * self.decode(ids)
 
     @property
     @abstractmethod

@@ -104,10 +104,12 @@ def decode_rgb(data: bytes, min_side: int | None = None) -> PIL.Image.Image:
 def read_rgb(image: Source) -> PIL.Image.Image:
     """What every encoder is given, ours and other libraries': `decode_rgb` of encoded bytes or of a file.
 
-    A PIL image gives the same pixels as its file does, and stays as it is. BadImage if the image does not decode,
-    TypeError for what is no image, OSError for a file that cannot be read.
+    A PIL image, at its first frame, gives the same pixels as its file does, and stays as it is. BadImage if the image
+    does not decode, TypeError for what is no image, OSError for a file that cannot be read.
     """
     if isinstance(image, PIL.Image.Image):
+        if not image.width * image.height:
+            raise BadImage(f"an image of {image.width} x {image.height} pixels")
         try:
             return _rgb(image)
         except DAMAGE as error:  # one that `PIL.Image.open` gave is decoded here

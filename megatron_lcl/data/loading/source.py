@@ -46,6 +46,7 @@ similarity is `data.min_similarity` was skipped where its float32 is the lower n
 were in the order in which they were filled, and filled otherwise (`packing.best_fit`)"""
 _SIZES_VERSION = 1
 """of the rules by which whole documents are measured: caches are named by it"""
+_MORE_IMAGES = "its pieces name more images than the shard has placements"
 _THREADS = 16
 """shards that are measured at once: of a billion documents 130 GB are read, while other processes wait"""
 
@@ -81,10 +82,16 @@ def _pieces_of_some(shard: Shard, documents: np.ndarray, placements: np.ndarray)
     others have is not copied.
     """
     first, last = shard.document_offsets[documents], shard.document_offsets[documents + 1]
+    for local in documents[(first < 0) | (first > last) | (last > shard.num_pieces)]:
+        shard.bounds(local)  # raises
     pieces, offsets = one_after_another(first, last - first)
     modes = shard.modes[pieces]
+    shard.check_modes(modes, pieces)
     images = np.concatenate([[0], np.cumsum(modes, dtype=np.int64)])[offsets]
-    chosen, _ = one_after_another(placements, np.diff(images))
+    numbers = np.diff(images)
+    for local in documents[placements + numbers > len(shard.similarity)]:
+        raise shard.damaged(local, _MORE_IMAGES)
+    chosen, _ = one_after_another(placements, numbers)
     arrays = shard.lengths[pieces], modes, offsets, shard.similarity[chosen], shard.matched_text[chosen]
     return *arrays, images[:-1]
 
@@ -169,8 +176,11 @@ class Source:
         shard = self.corpus.shard(k)
         a, b = shard.bounds(local)
         modes = plain(shard.modes[a:b])
+        shard.check_modes(modes, range(a, b))
         p = int(self.placements[document])
         q = p + int(modes.sum())
+        if q > len(shard.similarity):
+            raise shard.damaged(local, _MORE_IMAGES)
         arrays = plain(shard.lengths[a:b]), modes, plain(shard.similarity[p:q]), plain(shard.matched_text[p:q])
         rules = self.rules_of(k)
         rows = arrange(*arrays, self.document_key(document, epoch), rules, begin, until)

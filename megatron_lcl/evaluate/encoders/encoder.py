@@ -64,9 +64,9 @@ class Encoder(ABC):
         """
         return self._prepare(read_rgb(image))
 
-    @abstractmethod
     def _prepare(self, image: PIL.Image.Image) -> torch.Tensor:
-        """`prepare`, of an RGB image of any size."""
+        """`prepare`, of an RGB image of any size; an encoder has this one or `prepare`."""
+        raise NotImplementedError
 
     @abstractmethod
     def _encode(self, images: torch.Tensor) -> Features: ...

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from corpora import random_documents, write_corpus
-from small_loaders import loader_of
+from small_loaders import CONTEXT, P, loader_of
 
+from megatron_lcl.config import Corpus, Data
 from megatron_lcl.curate.documents import places, ranges
 from megatron_lcl.data.corpus.indexed import map_array
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
+from megatron_lcl.data.loading.rules import Sequences
+from megatron_lcl.data.loading.source import Source, open_source
 from megatron_lcl.data.pages import inspect
 from megatron_lcl.data.prepare.export_corpus import export_corpus
 from megatron_lcl.data.prepare.retokenize import retokenize
@@ -31,8 +34,9 @@ _HEADER = 34
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus whose document 0 has a text and then an image."""
+    """A corpus whose document 0 has a text and then an image, and whose last one has a text."""
     documents = random_documents(40, num_jpegs=5)
+    documents[-1] = [[7] * 30]
     documents[0] = [[7] * 30, documents[1][-1] if isinstance(documents[1][-1], tuple) else _image(documents)]
     return write_corpus(tmp_path_factory.mktemp("sound") / "corpus", documents).path
 
@@ -46,7 +50,7 @@ def folder(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "corpus"))
 
 
-def changed(folder: Path, kind: str, array: str, at: int, value: int) -> None:
+def changed(folder: Path, kind: str, array: str, at: int | slice, value: int) -> None:
     """Write one number into a shard's files, whose sizes stay."""
     prefix = folder / f"{kind}-00000"
     if array == "data":
@@ -77,6 +81,7 @@ STRUCTURE = {
     "a text behind the file": (("tokens", "pointers", 0, 1 << 40), "pointers|no bytes"),
     "a text before the file": (("tokens", "pointers", 0, -400), "pointers|no bytes"),
     "an image before the file": (("images", "pointers", 0, -5000), "pointers|no bytes"),
+    "a text that is an image": (("tokens", "modes", slice(-1, None), 1), "placements"),
     "a text of less than nothing": (("tokens", "lengths", 0, -1_000_000), "sequence 0 is empty|no bytes|pointers"),
 }
 BOTH = {**CONTENT, **STRUCTURE}
@@ -105,6 +110,25 @@ def test_also_where_documents_were_measured_before(folder: Path, what: str) -> N
     changed(folder, *change)
     with pytest.raises(UserError, match=rf"{folder}.*({said}).*`megatron-lcl verify {folder}` says"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(1, "its pieces name more images than the shard has placements"), (-1, "a piece of mode -1"),
+                        (3, "a piece of mode 3")]
+)  # fmt: skip
+def test_pieces_of_another_kind_since_documents_were_measured(folder: Path, value: int, said: str) -> None:
+    """Compiled functions read as many placements as a document has pieces that are no texts."""
+    data = Data(corpora=(Corpus(str(folder)),), cache=f"{folder}-cache")
+
+    def source() -> Source:
+        return open_source(open_corpus(folder), data, P, CONTEXT, 4, Sequences())
+
+    documents = np.arange(len(source().tokens))
+    changed(folder, "tokens", "modes", slice(None), value)
+    with pytest.raises(UserError, match=said):
+        any(source().arranged(document, 0) is None for document in documents)
+    with pytest.raises(UserError, match=said):
+        source().sizes(documents, 0, np.array([[0, 1]] * len(documents)))
 
 
 def test_an_id_of_a_special_token_is_no_text(folder: Path) -> None:

@@ -70,7 +70,7 @@ def test_mmc4_oddities(tmp_path: Path) -> None:
     documents = list(open_corpus(tmp_path / "out"))
     # two images share a sentence, image_info is in no order, the null sentence is gone
     assert [i.text if isinstance(i, Text) else (i.data, i.similarity, i.matched_text) for i in documents[0].items] == [
-        "a", (picture(0), 0.25, 1), (picture(1), 0.5, 1), "b", (picture(2), 0.5, 2), "d",
+        "a", (picture(0), 0.25, 1), (picture(1), 0.5, 1), " b", (picture(2), 0.5, 2), " d",
     ]  # fmt: skip
     assert [(i.data, i.similarity) for i in documents[1].images] == [(picture(1), 0.5), (picture(0), 0.125)]
     assert [i.matched_text for i in documents[1].images] == [0, 1]
