@@ -27,9 +27,9 @@ from megatron_lcl.model.flops import Sizes, of_step
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.sweep import Member, own_mirror
 
-FULL = 0.96
-"""share of the images a step that `data.images_per_pack` stands for, which the mean step is to have"""
-_ATTEMPTS = 3
+_CLOSE = 0.04
+"""part by which the mean images a step may differ from what `data.images_per_pack` stands for"""
+_ATTEMPTS = 4
 OWN = {
     "train.steps": "give --images",
     "train.seed": "give --seeds",
@@ -210,8 +210,9 @@ def _packs(config: Config, needs: _Needs, images: float) -> tuple[Config, np.nda
     assert slots is not None
     sequences = objectives.create(config).sequences
     least = 2 * context + config.model.vision.num_placeholders + 2
-    wanted, attempts = slots * config.train.global_batch, 0
-    while True:
+    wanted = slots * config.train.global_batch
+    tried: dict[int, tuple[float, Config, np.ndarray, float]] = {}
+    while slots not in tried and len(tried) < _ATTEMPTS:
         # no more tokens, or packing would take long texts first to fill them
         width = max(least, math.ceil(slots * needs.tokens))
         while max_sequences(width, sequences.doubled) < slots * needs.sequences:
@@ -219,10 +220,11 @@ def _packs(config: Config, needs: _Needs, images: float) -> tuple[Config, np.nda
         config = configs.replace(config, data__tokens_per_pack=width, data__images_per_pack=slots)
         counts, flops = _count(config, sequences, images)
         mean = float(counts[:, 0].mean())
-        attempts += 1
-        if mean >= FULL * wanted or attempts == _ATTEMPTS:
-            return config, counts, flops
-        slots = math.ceil(slots * wanted / mean)
+        tried[slots] = abs(mean / wanted - 1), config, counts, flops
+        if tried[slots][0] <= _CLOSE:
+            break
+        slots = round(slots * wanted / mean)
+    return min(tried.values(), key=lambda attempt: attempt[0])[1:]
 
 
 def _count(config: Config, sequences: Sequences, images: float) -> tuple[np.ndarray, float]:

@@ -113,7 +113,6 @@ def _backward_kernel(
     scale = tl.load(scale_ptr)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     row_lse = tl.load(query_lse + offset + rows, mask=rows < n, other=0.0)
-    shortfall = tl.load(shortfall_ptr + rows, mask=rows < n, other=0.0)
     grads = grad_ptr + (direction.to(tl.int64) * n + rows[:, None]) * D
     for start in range(0, N, COLUMNS):
         columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)
@@ -122,9 +121,9 @@ def _backward_kernel(
         )
         column_lse = tl.load(key_lse + columns, mask=columns < N, other=0.0)
         weight = tl.exp(logits - row_lse[:, None]) + tl.exp(logits - column_lse[None, :])
-        weight = tl.where(rows[:, None] + offset == columns[None, :], -shortfall[:, None], weight)
         # where there is no row or column it may be infinite, and the key, 0, would make NaN of that
-        weight = tl.where((rows < n)[:, None] & (columns < N)[None, :], weight, 0.0)
+        others = (rows < n)[:, None] & (columns < N)[None, :] & (rows[:, None] + offset != columns[None, :])
+        weight = tl.where(others, weight, 0.0)
         weight = weight.to(WEIGHT_DTYPE).to(GRAD_DTYPE)
         # num_stages=1: a load of sums must not be moved ahead of an earlier store of them
         for width_start in tl.range(0, D, WIDTH, num_stages=1):
@@ -138,6 +137,14 @@ def _backward_kernel(
             total = tl.dot(weight, key.to(GRAD_DTYPE), total, input_precision=GRAD_PRECISION)
             tl.store(grads + dims[None, :], total, mask=here)
         tl.debug_barrier()  # sums go to the next round through memory, and it may be another thread that loads them
+    # the own pairs by themselves: above, their weights would take registers that fp16 lacks
+    shortfall = tl.load(shortfall_ptr + rows, mask=rows < n, other=0.0)
+    for width_start in tl.range(0, D, WIDTH, num_stages=1):
+        dims = width_start + tl.arange(0, WIDTH)
+        here = (rows < n)[:, None] & (dims < D)[None, :]
+        key = tl.load(keys + (rows + offset)[:, None] * key_stride + dims[None, :], mask=here, other=0.0)
+        total = tl.load(grads + dims[None, :], mask=here, other=0.0)
+        tl.store(grads + dims[None, :], total - shortfall[:, None] * key.to(tl.float32), mask=here)
 
 
 def forward(
