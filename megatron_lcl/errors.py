@@ -97,7 +97,7 @@ def complain(line: str) -> None:
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: control characters (C0 without tab and line feed, DEL, C1) as \\xNN.
+    """A text for a terminal: control characters (C0 without tab and ends of lines, DEL, C1) as \\xNN.
 
     Names and texts of other people's data may hold sequences by which a terminal hides lines, or fills the clipboard.
     """

@@ -10,8 +10,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from megatron_lcl.data.corpus.store import Corpus, Shard
-from megatron_lcl.data.corpus.structure import TEXT
+from megatron_lcl.data.corpus.indexed import TEXT
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.prepare.cut import task_size
 from megatron_lcl.data.prepare.preprocess import SHARD_BYTES
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from megatron_lcl.data.corpus.files import CORPUS_MANIFEST
+from megatron_lcl.data.corpus.indexed import IMAGE, TEXT
 from megatron_lcl.data.corpus.probe import image_suffixes
 from megatron_lcl.data.corpus.store import Corpus, is_corpus, open_corpus
-from megatron_lcl.data.corpus.structure import IMAGE, TEXT
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.image_set import DEFAULT_TEMPLATE, NAMES, Blob, CorpusBlob, FileBlob, ImageSet

@@ -21,7 +21,7 @@ from users import as_other, mode_of, needs_root, shared_folder, succeeds, umask
 from megatron_lcl.cli import main
 from megatron_lcl.curate.duplicates.evaluation import EvaluationImages
 from megatron_lcl.data.corpus.probe import image_suffixes
-from megatron_lcl.data.corpus.store import Shard
+from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import features
 from megatron_lcl.evaluate.features import FeatureStore

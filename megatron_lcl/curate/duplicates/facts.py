@@ -16,7 +16,8 @@ from megatron_lcl.curate.duplicates.minhash import shingle_hashes, signature, wo
 from megatron_lcl.curate.duplicates.settings import DocumentDuplicates, ImageDuplicates
 from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.corpus.store import Corpus, Shard
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.loading.images import decode_rgb
 
 THUMBNAIL = 128

@@ -30,6 +30,8 @@ MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES: dict[np.dtype, int] = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}
 _BUFFER = 1 << 20
+TEXT, IMAGE = 0, 1
+"""modes of a sequence of a corpus's tokens"""
 
 FileInfo = dict[str, int | str]
 """{"size": bytes, "xxh3": 32 hex digits of XXH3-128}"""

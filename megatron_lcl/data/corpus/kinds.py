@@ -14,7 +14,7 @@ _PAIRS = "webdataset"
 
 
 class Arrays(Protocol):
-    """Of a shard (`store.Shard`) what tells its kind."""
+    """Of a shard (`shard.Shard`) what tells its kind."""
 
     similarity: np.ndarray
 

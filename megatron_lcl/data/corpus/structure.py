@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from megatron_lcl.data.corpus.indexed import Indexed
-    from megatron_lcl.data.corpus.store import Shard
+from megatron_lcl.data.corpus.indexed import IMAGE, TEXT, Indexed
+from megatron_lcl.data.corpus.shard import Shard
 
-TEXT, IMAGE = 0, 1
 _BLOCK = 1 << 16
 """sequences that are looked at together: what is computed of so many stays in a core's cache"""
 

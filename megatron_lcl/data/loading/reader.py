@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.corpus.store import Shard
+from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.data.loading.crops import decode_train

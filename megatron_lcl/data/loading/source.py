@@ -22,7 +22,8 @@ from megatron_lcl.data.corpus.corpus_manifest import KIND
 from megatron_lcl.data.corpus.document import KINDS, Kind
 from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.data.corpus.indexed import map_array
-from megatron_lcl.data.corpus.store import Corpus, Shard
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.loading.cache import build_and_open, cache_folder, fingerprint, using
 from megatron_lcl.data.loading.hashes import mix, mix_each
 from megatron_lcl.data.loading.rules import INTERLEAVED, Rules, Sequences, rules_for

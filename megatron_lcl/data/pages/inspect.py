@@ -15,8 +15,9 @@ from megatron_lcl.data.corpus.document import KINDS, Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.image_columns import FORMATS
-from megatron_lcl.data.corpus.store import Corpus, Shard
-from megatron_lcl.data.corpus.structure import TEXT
+from megatron_lcl.data.corpus.indexed import TEXT
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.pages.distribution import Distribution
 from megatron_lcl.errors import UserError

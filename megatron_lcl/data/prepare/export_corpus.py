@@ -18,7 +18,8 @@ from tqdm import tqdm
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.image_columns import FORMATS
 from megatron_lcl.data.corpus.scratch import whole_folder
-from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.errors import UserError
 
 EXPORTS = ("jsonl", "webdataset")

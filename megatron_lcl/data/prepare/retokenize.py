@@ -16,10 +16,10 @@ from tqdm import tqdm
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.corpus_manifest import has_names, manifest_of, shard_files, write_manifest
 from megatron_lcl.data.corpus.drops import LOG
-from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, write_file
+from megatron_lcl.data.corpus.indexed import IMAGE, TEXT, FileInfo, IndexedWriter, write_file
 from megatron_lcl.data.corpus.scratch import whole_folder
-from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
-from megatron_lcl.data.corpus.structure import IMAGE, TEXT
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.corpus.tokenizer import JoinedEncoder, Tokenizer
 from megatron_lcl.data.prepare.merge import link_file
 from megatron_lcl.errors import UserError

@@ -12,10 +12,12 @@ import xxhash
 
 from megatron_lcl.data.corpus.corpus_manifest import COUNTS, MANIFEST, contents_of, has_names, shard_files, total
 from megatron_lcl.data.corpus.files import hash_file
+from megatron_lcl.data.corpus.indexed import IMAGE, TEXT
 from megatron_lcl.data.corpus.probe import BadImage, probe
 from megatron_lcl.data.corpus.scratch import temporary_folder
-from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
-from megatron_lcl.data.corpus.structure import IMAGE, TEXT, structure_faults
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.corpus.structure import structure_faults
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError

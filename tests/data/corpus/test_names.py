@@ -22,7 +22,8 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.names import BLOCK, MAX_BYTES, Names, NamesWriter
-from megatron_lcl.data.corpus.store import Corpus, Shard, ShardWriter, open_corpus
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import Corpus, ShardWriter, open_corpus
 from megatron_lcl.data.pages.inspect import write_page
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess

@@ -27,7 +27,8 @@ from lxml import html
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.corpus_manifest import write_manifest
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.store import Shard, ShardWriter, open_corpus
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import ShardWriter, open_corpus
 from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.pages.inspect import show, stats, table, write_page
 from megatron_lcl.data.prepare import jobs

@@ -27,7 +27,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.corpus import cache_folders
 from megatron_lcl.data.corpus.cache_folders import user_cache
-from megatron_lcl.data.corpus.store import Shard
+from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.data.loading import cache as cache_module
 from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index as pack_index

@@ -14,7 +14,8 @@ from corpora import MakeCorpus, random_documents
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.curate.documents import ranges
 from megatron_lcl.data.corpus import store
-from megatron_lcl.data.corpus.store import Shard, open_corpus
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.data.pages import inspect

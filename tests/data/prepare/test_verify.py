@@ -17,7 +17,8 @@ from data.writers import picture
 
 from megatron_lcl.data.corpus.corpus_manifest import write_manifest
 from megatron_lcl.data.corpus.document import Document, Text
-from megatron_lcl.data.corpus.store import Shard, ShardWriter
+from megatron_lcl.data.corpus.shard import Shard
+from megatron_lcl.data.corpus.store import ShardWriter
 from megatron_lcl.data.prepare import verify as verify_module
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify

@@ -69,7 +69,7 @@ class Mint1tImporter(TarImporter):
             reason = "no TIFF, or not readable" if found == 0 else "TIFF with another number of frames"
             drops.bad("image", reason, f"{name}: {found} frames, {num_images} images", num_images or found or 1)
         elif found:
-            frames = _frames(data)
+            frames = _frames(data, found)
         for position in (k for k, image in enumerate(images) if image is not None):
             frame = next(frames, b"")  # empty where it was counted above
             if frame is None:
@@ -99,12 +99,12 @@ def _num_frames(data: bytes) -> int:
             return 0
 
 
-def _frames(data: bytes) -> Iterator[bytes | None]:
-    """Each frame as PNG; None for one that does not decode."""
+def _frames(data: bytes, num: int) -> Iterator[bytes | None]:
+    """Each of the `num` frames as PNG; None for one that does not decode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Pillow.open(io.BytesIO(data), formats=["TIFF"]) as image:
-            for number in range(int(getattr(image, "n_frames", 1))):
+            for number in range(num):
                 out = io.BytesIO()
                 try:
                     image.seek(number)
