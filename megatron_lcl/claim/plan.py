@@ -213,7 +213,7 @@ def _packs(config: Config, needs: _Needs, images: float) -> tuple[Config, np.nda
     wanted = slots * config.train.global_batch
     tried: dict[int, tuple[float, Config, np.ndarray, float]] = {}
     while slots not in tried and len(tried) < _ATTEMPTS:
-        # no more tokens, or packing would take long texts first to fill them
+        # no more tokens than the images' texts have: the rest would be padding
         width = max(least, math.ceil(slots * needs.tokens))
         while max_sequences(width, sequences.doubled) < slots * needs.sequences:
             width += 1

@@ -67,6 +67,9 @@ def _faults(found: object) -> Iterator[str]:
         return
     if missing := [name for name in ("sequences", "tasks", "metrics") if not hasattr(found, name)]:
         yield f"the class {found.__name__} does not declare its {', '.join(missing)}"
+    for term, _ in found.parts:
+        if missing := [*sorted(term.__abstractmethods__), *(["task"] if not hasattr(term, "task") else [])]:
+            yield f"the class {term.__name__} does not declare its {', '.join(missing)}"
     known = [field.name for field in dataclasses.fields(Section) if field.name.endswith("_weight")]
     if unknown := [name for name in found.published if name not in known]:
         yield f"{found.__name__}.published names {', '.join(unknown)}; the config's `objective` has {', '.join(known)}"

@@ -69,7 +69,7 @@ class Sigmoid(Objective):
 '''
 WITH_FAULTS = """
 import torch
-from megatron_lcl.objectives.base import Objective
+from megatron_lcl.objectives.base import Objective, Term
 from megatron_lcl.objectives.built_in import Clip, GenerationOnly
 from megatron_lcl.objectives.generation import Generation
 
@@ -104,6 +104,18 @@ class Undeclared(Objective):
     tasks = ("generation",)
 
 
+class Half(Term):
+    def surrogate(self, m, out):
+        return None
+
+    def metrics(self):
+        return {}
+
+
+class OfHalf(GenerationOnly):
+    parts = ((Half, 1.0),)
+
+
 class Unknown(GenerationOnly):
     published = {"margin": 0.5}
 
@@ -119,6 +131,7 @@ FAULTS = {
     "projected": ("Projected", r"Projected\.projection requires gradients"),
     "of_scaled": ("OfScaled", r"Scaled\.scale requires gradients"),
     "undeclared": ("Undeclared", "'undeclared': the class Undeclared does not declare its sequences, metrics"),
+    "half": ("OfHalf", "'half': the class Half does not declare its loss, task"),
     "unknown": ("Unknown", r"Unknown\.published names margin; the config's `objective` has contrastive_weight, gen"),
     "function": ("function", "names <function function at .*>, which is no class made of `Objective`"),
     "missing": (

@@ -15,7 +15,7 @@ import pytest
 from megatron_lcl import plugins
 from megatron_lcl.cli import main
 from megatron_lcl.data.prepare import importers
-from megatron_lcl.data.prepare.importers import create, formats, importer_class, options_of, read_options
+from megatron_lcl.data.prepare.importers import Importer, create, formats, importer_class, options_of, read_options
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
 from megatron_lcl.errors import UserError
 
@@ -44,9 +44,20 @@ class OldImporter(JsonlImporter):
         self.given = {"depth": depth, **others}
 
 
+class HalfImporter(Importer):
+    """Half of a poem a line."""
+
+    def __init__(self, input: Path, images: Path | None = None) -> None:
+        self.input = input
+
+    def signature(self) -> str:
+        return str(self.input)
+
+
 @pytest.fixture
 def other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     classes = {"poem": "PoemImporter", "old": "OldImporter", "broken": "NoSuchImporter"}
+    classes |= {"half": "HalfImporter", "function": "help_of"}
     points = [EntryPoint(name, f"{__name__}:{cls}", importers.ENTRY_POINTS) for name, cls in classes.items()]
     monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == importers.ENTRY_POINTS else [])
 
@@ -60,7 +71,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_the_help_names_all_formats(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys, "--help")
     assert "usage: megatron-lcl preprocess --format F --input PATH|URL --output DIR|URL" in text
-    for name in set(formats()) - {"broken"}:
+    for name in set(formats()) - {"broken", "half", "function"}:
         importer = importer_class(name)
         reads = importer.reads or (inspect.getdoc(importer) or "").partition("\n")[0]
         assert reads
@@ -73,7 +84,7 @@ def test_the_help_names_all_formats(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("other_packages")
 @pytest.mark.parametrize("help_first", [True, False])
 def test_the_help_on_a_format(capsys: pytest.CaptureFixture[str], help_first: bool) -> None:
-    for name in set(formats()) - {"broken"}:
+    for name in set(formats()) - {"broken", "half", "function"}:
         words = ["--help", "--format", name] if help_first else ["--format", name, "--help"]
         text = help_of(capsys, *words)
         parameters = list(inspect.signature(importer_class(name)).parameters.values())[2:]
@@ -107,12 +118,22 @@ def test_other_packages_importers_take_their_options(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("other_packages")
-def test_a_format_that_cannot_be_loaded_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("format", "says"),
+    [
+        ("broken", f"AttributeError: module '{__name__}' has no attribute 'NoSuchImporter'; mend that package"),
+        ("half", "format 'half': the class HalfImporter does not define its documents, units"),
+        ("function", "which is no class made of `Importer`"),
+    ],
+)
+def test_a_format_that_cannot_be_used_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, format: str, says: str
+) -> None:
     places = ["--input", str(tmp_path), "--output", str(tmp_path / "corpus")]
-    assert main(["preprocess", "--format", "broken", *places]) == 2
+    assert main(["preprocess", "--format", format, *places]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"AttributeError: module '{__name__}' has no attribute 'NoSuchImporter'; mend that package" in said
+    assert says in said
 
 
 def test_an_unknown_format(capsys: pytest.CaptureFixture[str]) -> None:

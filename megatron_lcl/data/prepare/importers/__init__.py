@@ -175,8 +175,12 @@ def formats() -> list[str]:
 
 
 def importer_class(format: str) -> type[Importer]:
-    """The importer of `format`. UserError names the formats there are."""
+    """The importer of `format`. UserError names the formats there are, or what its class lacks."""
     if (found := _PLUGINS.find(format)) is not None:
+        if not (isinstance(found, type) and issubclass(found, Importer)):
+            raise UserError(f"format {format!r}: its entry point names {found!r}, which is no class made of `Importer`")
+        if missing := sorted(found.__abstractmethods__):
+            raise UserError(f"format {format!r}: the class {found.__name__} does not define its {', '.join(missing)}")
         return found
     raise UserError(f"there is no format {format!r}; there are {', '.join(formats())}")
 
