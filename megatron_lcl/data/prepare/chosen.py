@@ -6,28 +6,31 @@ release of a library may choose otherwise. Therefore the choice is kept in the w
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
-from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.scratch import put_in_place
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
+from megatron_lcl.data.prepare import train_tokenizer
 from megatron_lcl.data.prepare.bars import Bars
 from megatron_lcl.data.prepare.budget import nothing_left
 from megatron_lcl.data.prepare.holdout import Described, Describer, Grouping, group_name
 from megatron_lcl.data.prepare.importers import Importer, Unit, separated
-from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.filesystem import exists, matching
 
 FOLDER = "chosen"
 """in the work folder"""
 _GROUPS = "held-out.json"
+_TURNS = 16
+"""the least number of units whose texts a tokenizer is trained on, where each has more than enough"""
 
 
 @dataclass(frozen=True)
@@ -108,20 +111,48 @@ def _train_tokenizer(
     more_texts: Sequence[str],
     bars: Bars,
 ) -> Tokenizer:
-    documents = (d for d in _documents(importer, tasks, bars) if group_name(d) not in groups)
-    as_written = (separated(document, importer.separator) for document in documents)
-    texts = (text.text.encode(errors="replace").decode() for document in as_written for text in document.texts)
-    return train_sentencepiece(itertools.chain(texts, more_texts), vocab_size)
+    room = train_tokenizer.MAX_BYTES - sum(len(text.encode()) for text in more_texts)
+    texts = _sample(importer, list(itertools.chain.from_iterable(tasks)), groups, room, bars)
+    return train_tokenizer.train_sentencepiece(itertools.chain(texts, more_texts), vocab_size)
 
 
-def _documents(importer: Importer, tasks: list[list[Unit]], bars: Bars) -> Iterator[Document]:
-    """All documents; Unusable where there is none."""
-    drops = Drops()
-    units = list(itertools.chain.from_iterable(tasks))
-    found = False
-    for unit in bars.over(units, "read texts", "unit", [1] * len(units)):
-        for document in importer.documents(unit, drops):
+def _sample(importer: Importer, units: list[Unit], groups: frozenset[str], room: int, bars: Bars) -> Iterator[str]:
+    """All texts that are not held out, in the input's order; of more than `room` bytes some from all over the input.
+
+    Units take turns of a sixteenth of the room each, so that a mixture is seen as one, however its sources are sorted.
+    Unusable where there is no document.
+    """
+    drops, texts = Drops(), [list[str]() for _ in units]
+    readings = [_texts(importer, unit, groups, drops) for unit in units]
+    found, left = False, room
+    again = collections.deque[int]()
+
+    def take_turn(n: int) -> None:
+        nonlocal found, left
+        until = left - room // _TURNS
+        for document in readings[n]:
             found = True
-            yield document
+            texts[n] += document
+            left -= sum(len(text.encode()) for text in document)
+            if left <= until:
+                again.append(n)
+                return
+
+    # the first few of these, however many, lie evenly over the input: fractions of multiples of the golden ratio
+    order = sorted(range(len(units)), key=lambda n: n * (math.sqrt(5) - 1) / 2 % 1)
+    for n in bars.over(order, "read texts", "unit", [1] * len(order)):
+        take_turn(n)
+        if left <= 0:
+            break
+    while again and left > 0:
+        take_turn(again.popleft())
     if not found:
         raise nothing_left(drops, importer.place)
+    return itertools.chain.from_iterable(texts)
+
+
+def _texts(importer: Importer, unit: Unit, groups: frozenset[str], drops: Drops) -> Iterator[list[str]]:
+    """Those of each document, as they are written; none of one that is held out."""
+    for document in importer.documents(unit, drops):
+        texts = [] if group_name(document) in groups else separated(document, importer.separator).texts
+        yield [text.text.encode(errors="replace").decode() for text in texts]

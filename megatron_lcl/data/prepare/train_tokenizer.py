@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS, SentencePieceTokenizer
 from megatron_lcl.errors import UserError
 
+MAX_BYTES = 100_000_000
+"""of texts that a tokenizer is trained on"""
 _LINE_BYTES = 4000
 """of a text that the trainer gets at once"""
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """A unigram model trained on the first 100 MB of `texts`; the same texts give the same model.
+    """A unigram model trained on the first `MAX_BYTES` of `texts`; the same texts give the same model.
 
     `vocab_size` counts the five special tokens; fewer pieces come out where the texts do not support so many. Lossless:
     no normalization, byte fallback for rare characters (only U+2581, SentencePiece's mark for a space, comes back as a
@@ -69,7 +71,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     """Lines short enough for the trainer, which skips longer ones, cut at a space."""
-    left = 100_000_000  # bytes
+    left = MAX_BYTES
     for text in texts:
         for line in text.splitlines():
             line = line.replace("\0", " ")  # the trainer refuses it

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import errno
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare import train_tokenizer
+from megatron_lcl.data.prepare.bars import Bars
+from megatron_lcl.data.prepare.chosen import choose
+from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.data.storage.paths import Unreadable
 from megatron_lcl.errors import UserError
@@ -45,3 +54,32 @@ def test_texts_that_the_trainer_refuses_are_an_error_of_the_user() -> None:
     """It keeps this character for itself, and takes no line that has it."""
     with pytest.raises(UserError, match="cannot train a tokenizer of 1000 ids on these texts: INTERNAL"):
         train_sentencepiece(["\u2585"], 1000)
+
+
+@pytest.mark.parametrize("sources", [2, 40])
+def test_of_much_text_each_source_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: int) -> None:
+    """Files of 300 kB each, sorted by language; as many bytes are taken as before, of whole documents."""
+    for n in range(sources):
+        line = json.dumps({"items": [{"text": f"word{n:02d} " * 100}]}) + "\n"
+        (tmp_path / f"language-{n:02d}.jsonl").write_text(line * (300_000 // len(line)))
+    trained_on: list[str] = []
+    monkeypatch.setattr(train_tokenizer, "train_sentencepiece", lambda texts, _: trained_on.extend(texts))
+    monkeypatch.setattr(train_tokenizer, "MAX_BYTES", 100_000)
+    importer = create("jsonl", tmp_path, None, {})
+    tasks = [[unit] for unit in importer.units()]
+    choose(importer, tasks, None, None, 1000, ["more"], 1, Bars(False))
+    *of_input, more = trained_on
+    seen = collections.Counter(text[:6] for text in of_input)
+    assert more == "more"
+    assert list(seen) == sorted(seen)
+    assert len(seen) == (2 if sources == 2 else 16)
+    assert max(seen.values()) - min(seen.values()) <= 10
+    if sources == 40:
+        gaps = np.diff([-1, *(int(word[4:]) for word in seen), 40])
+        assert gaps.max() <= 5  # a sixteenth of them is 2.5
+    assert 100_000 <= sum(map(len, of_input)) < 100_000 + 1000
+    monkeypatch.setattr(train_tokenizer, "MAX_BYTES", 10**9)
+    trained_on.clear()
+    choose(importer, tasks, None, None, 1000, [], 1, Bars(False))
+    everything = [text.text for unit in importer.units() for d in importer.documents(unit, Drops()) for text in d.texts]
+    assert trained_on == everything
