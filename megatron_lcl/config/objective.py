@@ -31,8 +31,8 @@ class Objective:
         description="weight of the generation loss, in `coca` of the captioning loss; null: as published, in `lcl` and "
         "`emu` 1, in `coca` 2; in `generation` and `genlip` it is always 1",
     )
-    regression_weight: Weight = Field(
-        default=1.0, description="weight of the regression of image latents in `emu` (published: 1)"
+    regression_weight: Weight | None = Field(
+        default=None, description="weight of the regression of image latents in `emu`; null: as published, 1"
     )
 
 

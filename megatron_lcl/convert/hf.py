@@ -47,7 +47,7 @@ with torch.no_grad():
     patches = norm(model(images).last_hidden_state[:, 1:])  # [1, patches, width]
     z = attention_pool(patches, *read_pool("{POOL}"))  # [1, latent width]
 """,
-    difference=hf_dinov2.CROP,
+    difference=hf_dinov2.PREPARATION,
 )
 
 _SIZES = {

@@ -21,11 +21,12 @@ from megatron_lcl.convert.pool import POOL
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 
-CROP = (
+PREPARATION = (
     "It is measured on images of the model's size. Of other ones transformers' processor, which has no setting for it, "
     "rounds the place of the center crop down; megatron_lcl, as torchvision, timm and OpenCLIP, rounds a half to the "
     "even number: where the resized longer side is longer than the crop by 3, 7, 11 … pixels, the crops differ by one "
-    "pixel."
+    "pixel. Gray images of 16 or 32 bits, or of floats, lose what lies above 255 there, as in Pillow's `convert`, and "
+    "are scaled to 8 bits in megatron_lcl."
 )
 """said of an export whose images transformers' CLIPImageProcessor prepares"""
 
@@ -49,7 +50,7 @@ with torch.no_grad():
     patches = model(images).last_hidden_state[:, PREFIX:]  # [1, patches, width]
     z = attention_pool(patches, *read_pool("{POOL}"))  # [1, latent width]
 """,
-    difference=CROP,
+    difference=PREPARATION,
 )
 
 

@@ -170,7 +170,8 @@ def _timm(trunk: Any, mean: Sequence[float], std: Sequence[float]) -> Tower:
 def _open_clip(visual: Any, mean: Sequence[float], std: Sequence[float]) -> Tower:
     own, first = _Parameters(visual, "visual."), visual.transformer.resblocks[0]
     _check_open_clip_block(first)
-    if visual.final_ln_after_pool:
+    pooled = getattr(visual, "attn_pool", None) is not None  # as CoCa's, whose last norm is of that pool's queries
+    if visual.final_ln_after_pool and not pooled:
         raise UserError("final_ln_after_pool is true; the model's final norm is of the patches")
     vision = Vision(
         image_size=_square("image_size", visual.image_size),
@@ -188,7 +189,7 @@ def _open_clip(visual: Any, mean: Sequence[float], std: Sequence[float]) -> Towe
     tensors["patches", 0, "class_embedding"] = own.take("class_embedding")
     tensors |= _open_clip_blocks(own, "vision", vision)
     tensors |= _norm(own, "ln_pre", ("patches", 0, "norm")) if vision.embedding_norm else {}
-    tensors |= _norm(own, "ln_post", ("pool", 0, "norm"))
+    tensors |= _norm(own, "attn_pool.ln_k" if pooled else "ln_post", ("pool", 0, "norm"))
     return Tower(vision, tensors, sorted(own.left))
 
 
@@ -289,6 +290,8 @@ def _open_clip_text(text: Any, prefix: str) -> Tower:
     _check_open_clip_block(first)
     if text.attn_mask is None:
         raise UserError("no_causal_mask is true; the model's text is read from left to right")
+    if getattr(text, "cls_emb", None) is not None:
+        raise UserError("embed_cls is true; the model reads a text at its end, not at a class token")
     if (pool := getattr(text, "pool_type", None) or text.text_pool_type) != "argmax":
         raise UserError(f"text pool_type is {pool}; the model reads a text at its end")
     vocabulary, width = text.token_embedding.weight.shape

@@ -19,7 +19,7 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.probe import BadImage, probe
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.image_set import Blob, ImageSet
-from megatron_lcl.filesystem import is_file
+from megatron_lcl.filesystem import is_file, raise_if_passing
 from megatron_lcl.machine import num_cores
 
 T = TypeVar("T")
@@ -39,7 +39,8 @@ class BadBlob:
 
 
 def find_bad(data: ImageSet, cache: Path, progress: bool = False) -> list[BadBlob]:
-    """The images that do not decode, cannot be read, or have too many pixels, by the check of `preprocess`.
+    """The images that do not decode, cannot be read, or have too many pixels, by the check of `preprocess`. OSError for
+    a fault of the storage that may pass, as `attempt`.
 
     A decode of each image, in as many threads as there are cores. That all are good is kept in the folder `cache`
     under a hash of their bytes, so that an evaluation whose features are cached too need not decode anything.
@@ -63,12 +64,14 @@ def find_bad(data: ImageSet, cache: Path, progress: bool = False) -> list[BadBlo
 
 
 def attempt(work: Callable[[bytes], T], blob: Blob) -> T | str:
-    """`work` on an image's bytes; in its place the reason where it cannot be read or does not decode."""
+    """`work` on an image's bytes; in its place the reason where it does not decode, or is not there or not to be read.
+    OSError for a fault of the storage that may pass: it says nothing of the image."""
     try:
         return work(blob.read())
     except BadImage as error:
         return str(error)
     except OSError as error:
+        raise_if_passing(error, blob.name)
         return error.strerror or str(error)
 
 

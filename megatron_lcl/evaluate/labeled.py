@@ -29,7 +29,7 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.images import decode_eval
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.evaluate.batches import image_batch, text_batch
 from megatron_lcl.evaluate.checking import BadBlob, attempt, without_bad
 from megatron_lcl.evaluate.heldout import Forward
@@ -163,7 +163,8 @@ class LabeledEvaluation:
     def run(self, step: int | None = None) -> Labeled:
         """Measure the model after `step` steps; the result is on every process.
 
-        Images that do not decode are skipped and named. UserError, on every process, where none is left.
+        Images that do not decode are skipped and named. RunError, on every process, where too few are left, or the
+        storage of some fails.
         """
         test, train, mesh = self.sets.test, self.sets.train, self.mesh
         texts_CD = self._class_features() if "zero-shot" in self.sets.tasks else None
@@ -171,7 +172,12 @@ class LabeledEvaluation:
         own_train = None
         if train is not None:
             own_train, train, bad_train = self._encode(train)
-            check_neighbors(self.config.evaluate.neighbors, train)
+            if (k := self.config.evaluate.neighbors) > len(train):
+                first = bad_train[0]  # without bad ones `open_labeled` has found enough
+                raise RunError(
+                    f"k = {k} neighbors, but of {train.name} {len(train)} images decode; of {len(bad_train)} that do "
+                    f"not, the first: {first.name} ({first.reason})"
+                )
             bad = [*bad, *bad_train]
         values: dict[str, float] | None = None
         if own_test is not None:  # the last pipeline stage
@@ -204,7 +210,10 @@ class LabeledEvaluation:
         low, high = self._share(len(data))
         passes = -(-self._share(len(data), 0)[1] // at_once)
         found: list[BadBlob] = []
-        decoded = _decoded(data.images[low:high], low, self._image_size, at_once, found) if mesh.loads_data else None
+        unread: list[str] = []
+        decoded = None
+        if mesh.loads_data:
+            decoded = _decoded(data.images[low:high], low, self._image_size, at_once, found, unread)
         latents: list[torch.Tensor] = []
         for _ in range(passes):
             batches = None
@@ -212,8 +221,15 @@ class LabeledEvaluation:
                 images = next(decoded, torch.zeros(0, 3, self._image_size, self._image_size, dtype=torch.uint8))
                 batches = [image_batch(some, model) for some in _split(images, self._images_at_once, self.at_once)]
             latents += [out.latents.cpu() for _, out in self.forward(batches, self.at_once) if out is not None]
-        bad = [b for own in mesh.data.gather_objects(mesh.model_parallel.broadcast_object(found)) for b in own]
-        kept = without_bad(data, bad, skip=True)
+        # on every process the same, so that all stop at the same place where they do
+        of_replicas = mesh.data.gather_objects(mesh.model_parallel.broadcast_object((found, unread)))
+        bad, faults = ([entry for own in lists for entry in own] for lists in zip(*of_replicas, strict=True))
+        if faults:
+            raise RunError(f"{len(faults):,} of the {len(data):,} images of {data.name} were not read: {faults[0]}")
+        try:
+            kept = without_bad(data, bad, skip=True)
+        except UserError as error:
+            raise RunError(str(error)) from None
         if mesh.pipeline.size != mesh.pipeline.rank + 1:
             return None, kept, bad
         rows_ND = _first(latents, self.config.model.language.width, high - low)
@@ -303,15 +319,25 @@ def _first(parts: Sequence[torch.Tensor], width: int, number: int) -> torch.Tens
     return torch.cat([torch.zeros(0, width), *parts])[:number].float()
 
 
-def _decoded(blobs: Sequence[Blob], first: int, size: int, at_once: int, bad: list[BadBlob]) -> Iterator[torch.Tensor]:
+def _decoded(
+    blobs: Sequence[Blob], first: int, size: int, at_once: int, bad: list[BadBlob], unread: list[str]
+) -> Iterator[torch.Tensor]:
     """Images [n, 3, size, size] uint8, `at_once` at a time, decoded ahead by threads; blank where one does not decode,
-    which is added to `bad` with its index in the data set. first: index of the first."""
-    read = partial(attempt, partial(decode_eval, size=size))
+    which is added to `bad` with its index in the data set, or where the storage fails, which `unread` is told: raised
+    here, it would leave the other processes waiting. first: index of the first."""
 
-    def joined(start: int, batch: list[np.ndarray | str]) -> torch.Tensor:
+    def read(blob: Blob) -> np.ndarray | str | OSError:
+        try:
+            return attempt(partial(decode_eval, size=size), blob)
+        except OSError as error:
+            return error
+
+    def joined(start: int, batch: list[np.ndarray | str | OSError]) -> torch.Tensor:
         images = np.zeros((len(batch), 3, size, size), np.uint8)
         for i, pixels in enumerate(batch, start):
-            if isinstance(pixels, str):
+            if isinstance(pixels, OSError):
+                unread.append(describe_os_error(pixels))
+            elif isinstance(pixels, str):
                 bad.append(BadBlob(first + i, blobs[i].name, pixels))
             else:
                 images[i - start] = pixels

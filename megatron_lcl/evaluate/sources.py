@@ -116,7 +116,7 @@ def _folder(folder: Path) -> ImageSet:
     labels: list[int] = []
     others: list[Path] = []
     for label, sub in enumerate(classes):
-        files = sorted(p for p in below(sub) if is_file(p))
+        files = _visible(sub, below(sub))
         pictures = [p for p in files if p.suffix.lower() in image_suffixes()]
         if not pictures:
             raise UserError(f"the class folder {sub} has no images{_instead(files)}")
@@ -125,6 +125,14 @@ def _folder(folder: Path) -> ImageSet:
         others += [file for file in files if file.suffix.lower() not in image_suffixes()]
     _tell(folder, others)
     return ImageSet(str(folder), tuple(blobs), np.array(labels), tuple(p.name for p in classes))
+
+
+def _visible(folder: Path, found: Iterable[Path]) -> list[Path]:
+    """Those of the paths below a folder that are files, sorted. Not hidden ones, nor what hidden folders have: a copy
+    that an editor or a file system has put there (`.ipynb_checkpoints/0-checkpoint.png`, `._0.png`) is no image more.
+    """
+    shown = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted(p for p in shown if is_file(p))
 
 
 def all_pictures(path: Path) -> Sequence[Blob]:
@@ -137,7 +145,7 @@ def all_pictures(path: Path) -> Sequence[Blob]:
         return open_images(path).images
     folder = _split_folder(path, None)
     tars = matching(folder, "*.tar")
-    files = sorted(p for p in {*path.iterdir(), *(() if tars else below(folder))} if is_file(p))
+    files = _visible(path, {*path.iterdir(), *(() if tars else below(folder))})
     pictures = [FileBlob(p) for p in files if p.suffix.lower() in image_suffixes()]
     if tars:
         return (*open_images(path).images, *pictures)

@@ -148,7 +148,8 @@ def _measured(
             assert sample is not None
             samples[str(option)] = sample
         elif option == options[0]:
-            raise RunError(f"{option} failed with {found}; set train.attention to another")
+            remedy = "set train.attention to another" + ", or train.compile to false" * option.compiled
+            raise RunError(f"{option} failed with {found}; {remedy}")
         else:
             faults[str(option)] = found
     warm_ups = WARM_UPS - 1

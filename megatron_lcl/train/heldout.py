@@ -3,9 +3,10 @@ together, each a share."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.storage.store import to_show
-from megatron_lcl.errors import UserError, describe_os_error
+from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.evaluate.heldout import TASKS as CORPUS_TASKS
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks
 from megatron_lcl.evaluate.heldout_results import write_heldout
@@ -126,17 +127,30 @@ class HeldOutMeter:
         """After step number `step`: to metrics.jsonl and TensorBoard, and for the report into the run folder.
 
         average: the one that the model has in place of its weights (`averages.Averages.evaluated`).
+        What cannot be measured is said, audited and left out.
         False: a signal has interrupted it, for the time left of the job is for saving.
         """
         try:
             if self.evaluation is not None:
-                self._measure_heldout(self.evaluation, step, average)
+                with self._going_on(step):
+                    self._measure_heldout(self.evaluation, step, average)
             if self.labeled is not None:
-                self._measure_labeled(self.labeled, step, average)
+                with self._going_on(step):
+                    self._measure_labeled(self.labeled, step, average)
         except _Interrupted:
             self.telemetry.say(f"the evaluation after step {step} is broken off")
             return False
         return True
+
+    @contextlib.contextmanager
+    def _going_on(self, step: int) -> Iterator[None]:
+        """What all processes find in the data of an evaluation, such as images that no longer decode, costs its numbers
+        and not the run. Other errors are those of one process, which the others would wait for."""
+        try:
+            yield
+        except RunError as error:
+            self.audit.write("not evaluated", step, reason=str(error))
+            self.telemetry.say(f"not evaluated after step {step}: {error}")
 
     def _measure_heldout(self, evaluation: HeldOutEvaluation, step: int, average: str | None) -> None:
         started = time.perf_counter()

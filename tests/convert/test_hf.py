@@ -150,12 +150,17 @@ def test_without_transformers(model: LCL, tmp_path: Path, monkeypatch: pytest.Mo
         export_model(model, "hf", tmp_path / "hf")
 
 
-def test_the_processors_crop_differs_as_the_card_says(transformers: Any, exported: Path) -> None:
-    """By one pixel, where the resized longer side is longer than the crop by 3, 7, 11 … pixels."""
-    assert hf_dinov2.CROP in (exported / "README.md").read_text("utf-8")
+def test_the_processor_differs_as_the_card_says(transformers: Any, exported: Path) -> None:
+    """The crop by one pixel, where the resized longer side is longer than it by 3, 7, 11 … pixels; and gray of 16 bits
+    is not scaled."""
+    assert hf_dinov2.PREPARATION in (exported / "README.md").read_text("utf-8")
     processor = transformers.AutoImageProcessor.from_pretrained(exported)
     for longer in range(8):  # levels rise by 3 a pixel: the mean difference is that of the crops' places
         levels = np.broadcast_to(3 * np.arange(64 + longer, dtype=np.uint8)[None, :, None], (64, 64 + longer, 3))
         image = Image.fromarray(levels)
         theirs = processor(image, return_tensors="pt", do_normalize=False)["pixel_values"][0].numpy() * 255
         assert (decode_eval(image, 64) - theirs).mean() / 3 == pytest.approx(int(longer % 4 == 3), abs=0.01)
+    gray = Image.fromarray(np.full((64, 64), 0x4000, np.uint16))
+    theirs = processor(gray, return_tensors="pt", do_normalize=False)["pixel_values"][0].numpy() * 255
+    assert (decode_eval(gray, 64) == 0x40).all()
+    assert theirs.min() == pytest.approx(255)

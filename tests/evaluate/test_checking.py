@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import threading
 import warnings
 from pathlib import Path
@@ -67,3 +69,16 @@ def test_captions_stay_with_their_images_where_bad_ones_are_left_out(folder: Pat
     (unread,) = find_bad(dataclasses.replace(left), tmp_path / "cache")
     assert (unread.index, unread.reason) == (2, "No such file or directory")
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_fault_of_the_storage_is_none_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `--skip-bad-images` would measure on fewer images than there are."""
+    (tmp_path / "0.png").write_bytes(b"")
+
+    def fails(_blob: FileBlob) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(FileBlob, "read", fails)
+    with pytest.raises(OSError, match=r"0\.png") as raised:
+        find_bad(ImageSet("", (FileBlob(tmp_path / "0.png"),)), tmp_path / "cache")
+    assert raised.value.errno == errno.EIO

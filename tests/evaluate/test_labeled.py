@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.distributed as dist
+from audit_lines import read_audit
 from data.corpora import jpeg, random_documents, write_corpus
+from processes import run_processes
 from train.resilience import fleet
 
 from megatron_lcl import config as configs
@@ -24,6 +29,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
+from megatron_lcl.evaluate.image_set import FileBlob
 from megatron_lcl.evaluate.labeled import LabeledEvaluation, LabeledSets, open_labeled
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import KnnSettings, Settings, ZeroShotSettings
@@ -33,7 +39,9 @@ from megatron_lcl.model.layers import Outputs
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.report.page import write_report
+from megatron_lcl.train.engine import init_processes
 from megatron_lcl.train.heldout import HeldOutMeter, check_heldout
+from megatron_lcl.train.resilience.audit import Audit
 
 CONFIG = """
 model:
@@ -145,6 +153,128 @@ def test_a_run_measures_what_evaluate_measures(
     assert (recorded["neighbors"], recorded["prompts"]) == (3, list(PROMPTS))
     page = write_report(run).read_text(encoding="utf-8")
     assert "labeled images" in page
+
+
+NO_IMAGE = "an image that does not decode: not an image, or a format that cannot be read"
+
+
+class Measuring:
+    """A process of a run that measures labeled images: what it says and writes."""
+
+    def __init__(self, config: configs.Config, run: Path, mesh: Mesh | None = None, forward: Any = None) -> None:
+        """mesh: None: of one process. forward: None: by a whole model."""
+        self.said: list[str] = []
+        self.lines: list[dict[str, Any]] = []
+        mesh, config = mesh or Mesh(Axis(), Axis()), configs.replace(config, train__output=str(run))
+        model = LCL(config.model, seed=3).eval()
+        stepper = SimpleNamespace(forward=forward or (lambda batches: [model.layers(batch) for batch in batches]))
+        telemetry: Any = SimpleNamespace(say=self.said.append, write=self.lines.append)
+        run.mkdir(exist_ok=True)
+        audit = Audit(run, mesh.is_first)
+        self.meter = HeldOutMeter(config, mesh, stepper, torch.device("cpu"), telemetry, audit, lambda: 0)
+
+
+def failing_at(name: str) -> Callable[[FileBlob], bytes]:
+    """`FileBlob.read` of a file server that has lost a file's handle."""
+    read = FileBlob.read
+
+    def fails(blob: FileBlob) -> bytes:
+        if blob.path.name == name:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(blob)
+
+    return fails
+
+
+def with_junk(folder: Path, data: Path, label: int, neighbors: int) -> configs.Config:
+    """Of a copy of the data with 25 training images, of which one of this class does not decode."""
+    shutil.copytree(folder / "labeled", data)
+    (data / "train" / CLASSES[label] / "bad.png").write_bytes(b"\x89PNG was a picture")
+    own = {"evaluate.labeled": str(data), "evaluate.tasks": "[knn]", "evaluate.neighbors": str(neighbors)}
+    return configs.load(folder / "config.yaml", own)
+
+
+def test_labeled_images_that_became_too_few_do_not_end_the_run(folder: Path, tmp_path: Path) -> None:
+    """Files are counted before training; what does not decode is found by the first evaluation, and each later one."""
+    run = Measuring(with_junk(folder, tmp_path / "data", 0, 25), tmp_path / "run")
+    train = tmp_path / "data/train"
+    few = f"k = 25 neighbors, but of {train} 24 images decode; of 1 that do not, the first: "
+    few += f"{train / CLASSES[0] / 'bad.png'} ({NO_IMAGE})"
+    for step in (1, 2):
+        assert run.meter.measure(step), "no signal has broken it off"
+        assert run.said == [f"not evaluated after step {step}: {few}"]
+        run.said.clear()
+    for file in (tmp_path / "data/test").rglob("*.png"):
+        file.write_bytes(b"")
+    assert run.meter.measure(3)
+    assert run.said[0].startswith(f"not evaluated after step 3: no image of {tmp_path / 'data/test'} can be used; ")
+    assert run.lines == []
+    assert [(line["event"], line["step"]) for line in read_audit(tmp_path / "run")] == [
+        ("not evaluated", step) for step in (1, 2, 3)
+    ]
+    assert read_audit(tmp_path / "run")[0]["reason"] == few
+
+
+def test_a_fault_of_the_storage_makes_no_image_bad(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers would be those of another set. Once the storage answers again, they are of the whole one."""
+    own = {"evaluate.tasks": "[knn]"}
+    run, read = Measuring(configs.load(folder / "config.yaml", own), tmp_path / "run"), FileBlob.read
+    monkeypatch.setattr(FileBlob, "read", failing_at("3.png"))
+    assert run.meter.measure(1)
+    named = folder / "labeled/test" / CLASSES[0] / "3.png"
+    assert run.said == [
+        f"not evaluated after step 1: 3 of the 18 images of {folder / 'labeled/test'} were not read: {named}: "
+        "Stale file handle"
+    ]
+    monkeypatch.setattr(FileBlob, "read", read)
+    assert run.meter.measure(2)
+    assert "labeled/knn_accuracy" in run.lines[0]
+    assert json.loads((tmp_path / "run/labeled.json").read_text())["images"] == 18
+
+
+def measured_by_two(rank: int, config: configs.Config, run: str) -> list[list[str]]:
+    """What a process of two says after three evaluations: in one the storage fails, in one an image more is bad."""
+    torch.manual_seed(0)
+    mesh = init_processes(config)
+    width = config.model.language.width
+
+    def forward(batches: Sequence[PackedBatch]) -> list[Any]:
+        if mesh.pipeline.rank + 1 < mesh.pipeline.size:
+            return [None] * len(batches)
+        return [SimpleNamespace(latents=torch.randn(len(batch.image_valid), width)) for batch in batches]
+
+    process, read = Measuring(config, Path(run), mesh, forward), FileBlob.read
+    said = []
+    for step, reading in enumerate((failing_at("bad.png"), read, read), 1):
+        FileBlob.read = reading  # type: ignore[method-assign]
+        if step == 3 and mesh.is_first:
+            assert config.evaluate.labeled is not None
+            (Path(config.evaluate.labeled) / "train" / CLASSES[0] / "0.png").write_bytes(b"")
+        mesh.world.barrier()
+        assert process.meter.measure(step)
+        said.append(process.said[:])
+        process.said.clear()
+    dist.destroy_process_group()
+    return said
+
+
+@pytest.mark.parametrize("layout", ["data", "pipeline"])
+def test_all_processes_go_on_without_what_one_of_them_cannot_read(layout: str, folder: Path, tmp_path: Path) -> None:
+    """The last image, which the second replica reads, or the first pipeline stage."""
+    config = with_junk(folder, tmp_path / "data", 2, 24)
+    config = configs.replace(config, parallel__pipeline=2 if layout == "pipeline" else 1)
+    first, second = run_processes(measured_by_two, 2, config, str(tmp_path / "run"), timeout=120.0)
+    bad = tmp_path / "data/train" / CLASSES[2] / "bad.png"
+    (stale,), (few,) = first[0], first[2]
+    unread = f"1 of the 25 images of {tmp_path / 'data/train'} were not read: {bad}: Stale file handle"
+    assert stale == f"not evaluated after step 1: {unread}"
+    assert few.startswith("not evaluated after step 3: k = 24 neighbors, but of ")
+    assert (second[0], second[2]) == ([stale], [few])
+    assert first[1][0] == f"1 labeled images do not decode, first {bad}: {NO_IMAGE}"
+    assert first[1][1].startswith("labeled images, after step 2: knn_accuracy ")
+    assert second[1] == []
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,26 @@ def test_the_patch_tokens_of_coca_are_not_its_pools_queries(tmp_path: Path) -> N
     assert found.patches.shape == (2, 16, 64)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_the_patch_tokens_of_timms_models_in_open_clip(name: str, tmp_path: Path) -> None:
+    """SigLIP's are such. Of a ViT without the class token, of a convolutional network its map."""
+    open_clip = pytest.importorskip("open_clip")
+    config = open_clip_config(custom_text=True)
+    config["vision_cfg"] = {"timm_model_name": name, "timm_pool": "avg", "image_size": 160}
+    torch.manual_seed(0)
+    theirs = open_clip.CustomTextCLIP(32, config["vision_cfg"], config["text_cfg"]).eval()
+    torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    found = load_encoder(f"open_clip:local-dir:{tmp_path}").encode(images)
+    with torch.no_grad():
+        features = theirs.visual.trunk.forward_features(images)
+        assert torch.equal(found.pooled, theirs.encode_image(images))
+    expected = features[:, 1:] if name == "test_vit" else features.flatten(2).transpose(1, 2)
+    assert found.patches.shape[1] == {"test_vit": 100, "test_convnext": 25}[name]
+    assert torch.equal(found.patches, expected)
+
+
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 
 

@@ -170,6 +170,24 @@ def test_images_are_what_pillow_opens_and_others_are_told(tmp_path: Path, caplog
         open_images(tmp_path)
 
 
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    """What notebooks and file systems put beside an image, wherever the data set itself lies."""
+    root = tmp_path / ".data"
+    for split in ("train", "test"):
+        for name in ("0.png", "._0.png", ".ipynb_checkpoints/0-checkpoint.png", "more/1.png", "more/.trash/2.png"):
+            (root / split / "cat" / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / split / "cat" / name).write_bytes(b"image")
+    (root / "cover.png").write_bytes(b"image")
+    (root / "._cover.png").write_bytes(b"image")
+    own = [str(root / "test/cat" / name) for name in ("0.png", "more/1.png")]
+    assert [blob.name for blob in open_images(root).images] == own
+    assert [blob.name for blob in all_pictures(root)] == [str(root / "cover.png"), *own]
+    for file in own:
+        Path(file).unlink()
+    with pytest.raises(ValueError, match=r"cat has no images$"):
+        open_images(root)
+
+
 def test_features_are_cached_by_content(
     folder: Path,
     tmp_path: Path,

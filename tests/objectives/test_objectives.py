@@ -308,6 +308,14 @@ def test_a_sigmoid_contrast_without_a_bias_is_refused_by_the_checks(
     assert not output.exists()
 
 
+def test_a_weight_that_is_not_set_is_the_published_one() -> None:
+    """Of every objective and weight, and also where the config says so itself with null."""
+    for name in objectives.names():
+        for own in ({}, dict.fromkeys(configs.to_dict(configs.Config())["objective"].keys() - {"name"})):
+            found = objectives.create(configs.from_dict({"objective": {"name": name, **own}}))
+            assert found.weights == found.published
+
+
 def test_weights_that_are_both_0() -> None:
     weights = {"contrastive_weight": 0, "generation_weight": 0}
     for name in ("lcl", "coca"):

@@ -14,6 +14,7 @@ from processes import run_processes
 
 from megatron_lcl import config as configs
 from megatron_lcl.errors import RunError
+from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.train import fastest, kernels
 from megatron_lcl.train.engine import init_processes
@@ -110,3 +111,23 @@ def test_what_fails_on_one_process_no_process_uses(tmp_path: Path) -> None:
     for text, asked in run_processes(choose, 2, str(tmp_path), (True, True), "plain"):
         assert text.startswith("per_sequence failed with RuntimeError: no kernel image is available; set ")
         assert asked == ["plain"]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "remedy"),
+    [
+        (False, "set train.attention to another"),
+        (True, "set train.attention to another, or train.compile to false"),
+    ],
+)
+def test_without_its_default_a_run_ends_and_says_what_to_set(
+    compiled: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of the default are compiled only where `train.compile` asks for it."""
+    config = configs.replace(Case().config(), train__compile=compiled)
+    options = [Candidate("per_sequence", compiled), Candidate("flex", compiled)]
+    monkeypatch.setattr(fastest, "_first_measurement", lambda *_: (None, "KernelError: no"))
+    mesh, batch = Mesh(Axis(), Axis()), make_batches(config, 0)[0]
+    with pytest.raises(RunError) as ended:
+        fastest._measured(options, config, batch, mesh, torch.device("cpu"))
+    assert str(ended.value) == f"{options[0]} failed with KernelError: no; {remedy}"

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +17,9 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.convert.certificate import check_images, our_features
 from megatron_lcl.convert.resolution import interpolate_positions
+from megatron_lcl.evaluate.encoders.hf import HfEncoder
+from megatron_lcl.evaluate.encoders.lcl import OurEncoder
+from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.model.lcl import LCL
@@ -139,6 +144,49 @@ def test_a_vit_of_timm(arguments: dict[str, Any], vision: dict[str, Any], tmp_pa
     assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
+def hf_vit_folder(folder: Path, **processor: Any) -> str:
+    hf = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    randomized(hf.ViTModel(hf.ViTConfig(**sizes, intermediate_size=48, layer_norm_eps=1e-6))).save_pretrained(folder)
+    hf.ViTImageProcessor(size={"height": 32, "width": 32}, **processor).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+HF_VIT = {"norm_eps": 1e-6, "embedding_norm": False}
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"image_mean": [0.5, 0.4, 0.3]},
+        {"do_normalize": False},
+        {"do_normalize": False, "image_mean": None, "image_std": None},
+        {"rescale_factor": 1 / 127.5},
+        {"do_rescale": False, "image_mean": [120.0] * 3, "image_std": [60.0] * 3},
+    ],
+)
+def test_pixels_are_those_that_a_processor_makes(processor: dict[str, Any], tmp_path: Path) -> None:
+    """Of the same picture both give the same patch tokens, each with the preparation of its own library."""
+    spec = hf_vit_folder(tmp_path, **processor)
+    model, weights = begun(config_of(spec, HF_VIT))
+    assert "patch tokens as hf:" in weights.describe(config_of(spec, HF_VIT))
+    levels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    found, expected = (
+        encoder.encode(encoder.prepare(PIL.Image.fromarray(levels))[None]).patches
+        for encoder in (OurEncoder("ours", model), load_encoder(spec))
+    )
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_another_preparation_of_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that gives blue first, say: of the same numbers both sides would compute the same."""
+    spec, prepare = hf_vit_folder(tmp_path), HfEncoder._prepare
+    monkeypatch.setattr(HfEncoder, "_prepare", lambda self, image: prepare(self, image).flip(0))
+    refused(
+        config_of(spec, HF_VIT), "makes [-1, 0.003922, 1] of a pixel [255, 128, 0]", "deviation say [1, 0.003922, -1]"
+    )
+
+
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Dinov2WithRegisters"])
 def test_a_vit_of_hugging_face(kind: str, tmp_path: Path) -> None:
     hf = pytest.importorskip("transformers")
@@ -184,6 +232,55 @@ def test_both_towers_of_a_clip_model(library: Any, tmp_path: Path) -> None:
     assert torch.equal(model.pool.embedding.weight[special.soi], model.pool.embedding.weight[special.eot])
     assert torch.equal(model.pool.positions[12:], drawn.pool.positions[12:])
     assert not torch.equal(model.pool.positions[:12], drawn.pool.positions[:12])
+
+
+def test_a_vision_encoder_of_timm_in_open_clip(tmp_path: Path) -> None:
+    timm, open_clip = pytest.importorskip("timm"), pytest.importorskip("open_clip")
+    vision = {"timm_model_name": "test_vit", "timm_pool": "token", "image_size": 160}
+    text = {"width": 32, "layers": 1, "context_length": 12, "vocab_size": VOCABULARY, "heads": 2}
+    model = randomized(open_clip.CustomTextCLIP(32, vision, text))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    content = {"model_cfg": {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, "custom_text": True}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content | {"preprocess_cfg": {}}))
+    spec = f"vision=open_clip:local-dir:{tmp_path}"
+    trunk = timm.create_model("test_vit")
+    sizes = {"image_size": 160, "patch_size": 16, "width": 64, "layers": len(trunk.blocks), "mlp_width": 192}
+    config = config_of(spec, {**VIT, **sizes})
+    assert "patch tokens as open_clip:" in begun(config)[1].describe(config)
+
+
+def coca_folder(folder: Path) -> str:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 1.5}
+    vision |= {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 2, "output_tokens": True}
+    text = {"context_length": 12, "vocab_size": VOCABULARY, "width": 32, "heads": 2, "layers": 1}
+    text |= {"output_tokens": True, "embed_cls": True}
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    config["multimodal_cfg"] = {"width": 24, "heads": 2, "layers": 1, "attn_pooler_heads": 2}
+    model = randomized(open_clip.CoCa(**json.loads(json.dumps(config))))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    content = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    return f"open_clip:local-dir:{folder}"
+
+
+def test_of_coca_the_vision_encoder(tmp_path: Path) -> None:
+    """Up to the norm of the patches, which its pool has; its text is read at a class token."""
+    spec = coca_folder(tmp_path)
+    config = config_of(f"vision={spec}")
+    _, weights = begun(config)
+    assert "patch tokens as open_clip:" in weights.describe(config)
+    assert {"visual.ln_post.weight", "visual.attn_pool.query"} <= {*weights.unused}
+    assert not [name for name in weights.missing if name in ("3.norm.weight", "3.norm.bias")]
+    refused(config_of(spec), "does not fit the language encoder: embed_cls is true")
+
+
+def test_features_of_another_shape_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = timm_folder(tmp_path)
+    monkeypatch.setattr("megatron_lcl.evaluate.encoders.timm.patch_tokens", lambda _, features: features)
+    refused(
+        config_of(spec, VIT), "the patch tokens of timm:", "are 4 x 17 x 32, and those of", "its weights 4 x 16 x 32"
+    )
 
 
 def test_one_of_two_libraries_each_at_another_size(tmp_path: Path) -> None:

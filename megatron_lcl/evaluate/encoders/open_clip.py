@@ -26,6 +26,7 @@ from megatron_lcl.evaluate.encoders.encoder import (
 )
 from megatron_lcl.evaluate.encoders.hub import Remote, hub_file
 from megatron_lcl.evaluate.encoders.spec import Spec
+from megatron_lcl.evaluate.encoders.timm import patch_tokens
 from megatron_lcl.filesystem import is_dir
 
 
@@ -68,6 +69,9 @@ class OpenClipEncoder(Encoder):
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
+        if (trunk := getattr(module.visual, "trunk", None)) is not None:  # a timm model, as SigLIP's are
+            features = trunk.forward_features(images)
+            return Features(module.visual.head(trunk.forward_head(features)), patch_tokens(trunk, features))
         # CoCa's last norm comes after a pool of queries; the patches' own stands in that pool
         pool = getattr(module.visual, "attn_pool", None)
         with sequences_of(getattr(module.visual, "ln_post", None) if pool is None else pool.ln_k) as tokens:

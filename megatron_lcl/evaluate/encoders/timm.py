@@ -39,19 +39,22 @@ class TimmEncoder(Encoder):
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
         features = module.forward_features(images)
-        return Features(module.forward_head(features, pre_logits=True).flatten(1), self._patches(features))
-
-    def _patches(self, features: torch.Tensor) -> torch.Tensor:
-        if features.dim() == 2:
-            return features[:, None][:, :0]
-        if features.dim() == 3:
-            return features[:, getattr(self.module, "num_prefix_tokens", 0) :]
-        channels_last = features.shape[-1] == getattr(self.module, "num_features", None)
-        return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+        return Features(module.forward_head(features, pre_logits=True).flatten(1), patch_tokens(module, features))
 
     @property
     def settings(self) -> Any:
         return [self._version, self._config]
+
+
+def patch_tokens(module: Any, features: torch.Tensor) -> torch.Tensor:
+    """[N, P, V] of what a timm model's `forward_features` gives: without class and register tokens, a map as a row of
+    its places; P = 0 where it has neither."""
+    if features.dim() == 2:
+        return features[:, None][:, :0]
+    if features.dim() == 3:
+        return features[:, getattr(module, "num_prefix_tokens", 0) :]
+    channels_last = features.shape[-1] == getattr(module, "num_features", None)
+    return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
 
 
 def _remote(spec: Spec) -> Remote | None:

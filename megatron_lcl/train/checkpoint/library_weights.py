@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import PIL.Image
 import torch
 
 from megatron_lcl.config import Language, Model
@@ -54,8 +55,13 @@ class LibraryWeights:
                 )
                 continue
             ours, theirs = (_vision if part == "vision" else _text)(model, encoder)
-            difference = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
             what = "patch tokens" if part == "vision" else "text features"
+            if ours.shape != theirs.shape:
+                raise UserError(
+                    f"train.init_from: the {what} of {spec} are {_shape(theirs)}, and those of the model with its "
+                    f"weights {_shape(ours)}; it is another architecture"
+                )
+            difference = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
             if not difference <= BOUND:
                 raise UserError(
                     f"train.init_from: the {what} of {spec} and those of the model with its weights differ by "
@@ -76,6 +82,8 @@ def read_libraries(text: str, specs: Mapping[str, str], ours: Model) -> LibraryW
         module: Any = encoder.module
         try:
             tower = vision_tower(module, *_pixels(encoder)) if part == "vision" else text_tower(module)
+            if part == "vision" and tower is not None:
+                _check_pixels(encoder)
         except UserError as error:
             raise UserError(f"train.init_from = {text}: {spec} does not fit the {part} encoder: {error}") from None
         if tower is not None:
@@ -93,13 +101,41 @@ def read_libraries(text: str, specs: Mapping[str, str], ours: Model) -> LibraryW
     return LibraryWeights(model, tensors, [name for _, _, tower in towers.values() for name in tower.unused], towers)
 
 
+def _shape(features: torch.Tensor) -> str:
+    return " x ".join(map(str, features.shape))
+
+
 def _pixels(encoder: Encoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the pixels that an encoder takes."""
+    """Mean and standard deviation of the pixels that an encoder takes, as shares of white; by its settings."""
     own: Any = encoder
-    if hasattr(own, "_processor"):
-        return tuple(own._processor.image_mean), tuple(own._processor.image_std)
-    config = own._config if hasattr(own, "_config") else own.module.visual.preprocess_cfg
-    return tuple(config["mean"]), tuple(config["std"])
+    if not hasattr(own, "_processor"):
+        config = own._config if hasattr(own, "_config") else own.module.visual.preprocess_cfg
+        return tuple(config["mean"]), tuple(config["std"])
+    processor = own._processor  # it multiplies levels of 0 … 255 by a factor, and then normalizes; or not
+    white = 255 * processor.rescale_factor if getattr(processor, "do_rescale", False) else 255
+    normalizes = getattr(processor, "do_normalize", False)
+    mean, std = (processor.image_mean, processor.image_std) if normalizes else ((0,) * 3, (1,) * 3)
+    return tuple(m / white for m in mean), tuple(s / white for s in std)
+
+
+def _check_pixels(encoder: Encoder) -> None:
+    """UserError where the library's own preparation makes something else of pixels than `_pixels` says."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in _pixels(encoder))
+    for color in ((0, 0, 0), (255, 255, 255), (255, 128, 0)):
+        # a picture of one color stays that, however it is resized and cropped
+        prepared = encoder.prepare(PIL.Image.new("RGB", (64, 64), color))
+        found = prepared[:, prepared.shape[1] // 2, prepared.shape[2] // 2].double()
+        levels = 255 * (found * std + mean)
+        if not torch.allclose(levels, torch.tensor(color).double(), atol=0.1, rtol=0):
+            expected = (torch.tensor(color) / 255 - mean) / std
+            raise UserError(
+                f"its library makes {_numbers(found)} of a pixel {list(color)}, where mean and standard deviation say "
+                f"{_numbers(expected)}; what else it does to pixels the model does not do"
+            )
+
+
+def _numbers(values: torch.Tensor) -> str:
+    return f"[{', '.join(f'{value:.4g}' for value in values.tolist())}]"
 
 
 @torch.no_grad()

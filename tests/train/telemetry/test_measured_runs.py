@@ -150,3 +150,14 @@ def test_what_one_process_alone_meets_in_an_evaluation_is_its_own_error() -> Non
     with pytest.raises(UserError, match="full") as raised:
         meter.measure(1)
     assert not isinstance(raised.value, RunError)
+
+
+def test_what_all_processes_find_in_the_data_of_an_evaluation_does_not_end_the_run() -> None:
+    """And the other evaluation of the step is made."""
+    meter = HeldOutMeter.__new__(HeldOutMeter)
+    meter.telemetry, meter.audit, meter.mesh = Mock(), Mock(), Mock(is_first=False)
+    meter.evaluation, meter.labeled = Mock(run=Mock(side_effect=RunError("nothing to evaluate"))), Mock()
+    assert meter.measure(7)
+    meter.telemetry.say.assert_called_once_with("not evaluated after step 7: nothing to evaluate")
+    meter.audit.write.assert_called_once_with("not evaluated", 7, reason="nothing to evaluate")
+    meter.labeled.run.assert_called_once_with(7)
