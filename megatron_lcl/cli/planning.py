@@ -23,7 +23,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--gpus", required=True, type=int, metavar="N", help="in all; of a CPU, processes")
     sub.add_argument(
         "--gpu", default="h100", metavar="NAME",
-        help="h100, h200, b200, a100, mi300x, by their data sheets, or cpu: this machine, measured (%(default)s)",
+        help="h100, h200, b200, a100, a100-40gb, mi300x, l40s, a6000, rtx4090, rtx3090, by their data sheets, or cpu: "
+        "this machine, measured (%(default)s)",
     )  # fmt: skip
     sub.add_argument("--nodes", type=int, metavar="N", help="machines that share the GPUs (default: 8 GPUs each)")
     sub.add_argument("--images", type=float, metavar="N", help="that the run sees (default: as the config's steps do)")

@@ -6,7 +6,6 @@ layouts, and how far off a run's time is, nobody knows.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,6 +36,9 @@ class Device:
     """bytes/s of its own network adapter, one direction"""
 
 
+PCIE, ETHERNET = 32e9, 1.25e9
+"""bytes/s in one direction, for cards without NVLink: of PCIe 4.0 x16, 64 GB/s both ways by the L40S data sheet; of a
+10 Gb/s network, which is assumed, as no data sheet of a card names an adapter"""
 DEVICES = {
     # NVIDIA H100 Tensor Core GPU data sheet, SXM5: 80 GB, 3.35 TB/s, NVLink 900 GB/s both ways; DGX H100 data
     # sheet: an adapter of 400 Gb/s for each GPU
@@ -49,9 +51,18 @@ DEVICES = {
     # NVIDIA A100 80GB data sheet, SXM: 80 GB, 2,039 GB/s, NVLink 600 GB/s both ways; DGX A100 data sheet: 200 Gb/s
     # for each GPU
     "a100": Device("NVIDIA A100 SXM, 80 GB", PEAKS["A100",], 80e9, 2.039e12, 300e9, 25e9),
+    # the same data sheet's 2020 edition, SXM: 40 GB, 1,555 GB/s, NVLink and adapters as with 80 GB
+    "a100-40gb": Device("NVIDIA A100 SXM, 40 GB", PEAKS["A100", "40GB"], 40e9, 1.555e12, 300e9, 25e9),
     # AMD Instinct MI300X data sheet: 192 GB, 5.3 TB/s; MI300X Platform data
     # sheet: 7 links of 128 GB/s both ways; adapters of 400 Gb/s, as systems with it have
     "mi300x": Device("AMD MI300X, 192 GB", PEAKS["MI300X",], 192e9, 5.3e12, 448e9, 50e9),
+    # NVIDIA L40S data sheet: 48 GB, 864 GB/s, no NVLink
+    "l40s": Device("NVIDIA L40S, 48 GB", PEAKS["L40S",], 48e9, 864e9, PCIE, ETHERNET),
+    # the whitepapers of their peaks: 48 GB, 768 GB/s; 24 GB, 1,008 GB/s; 24 GB, 936 GB/s. The NVLink bridge of A6000
+    # and 3090 joins two cards of a node: a group of more goes through PCIe
+    "a6000": Device("NVIDIA RTX A6000, 48 GB", PEAKS["RTX", "A6000"], 48e9, 768e9, PCIE, ETHERNET),
+    "rtx4090": Device("NVIDIA GeForce RTX 4090, 24 GB", PEAKS["RTX", "4090"], 24e9, 1.008e12, PCIE, ETHERNET),
+    "rtx3090": Device("NVIDIA GeForce RTX 3090, 24 GB", PEAKS["RTX", "3090"], 24e9, 936e9, PCIE, ETHERNET),
 }
 NAMES = (*DEVICES, "cpu")
 
@@ -85,12 +96,15 @@ class Rates:
 
 
 def check_name(name: str) -> str:
-    """The name of a device in lower case. UserError for one that is not known, with the nearest."""
+    """The name of a device in lower case. UserError for one that is not known, with all that are and their memory: the
+    nearest name may be that of a device with twice the memory."""
     if name.lower() in NAMES:
         return name.lower()
-    near = difflib.get_close_matches(name.lower(), NAMES, 1, 0.3)
-    nearest = f"; did you mean {near[0]}?" if near else "."
-    raise UserError(f"--gpu {name} is not known{nearest} Known are {', '.join(NAMES)}")
+    known = ", ".join(f"{key} ({device.memory / 1e9:.0f} GB)" for key, device in DEVICES.items())
+    raise UserError(
+        f"--gpu {name} is not known; known are {known}, and cpu. For another GPU name one that has at most its memory: "
+        "what fits into that fits; times are those of the one that is named"
+    )
 
 
 def name_of(device: str) -> str | None:
@@ -116,7 +130,8 @@ def assumed_rates(device: Device, dtype: str) -> Rates:
         peak=peak,
         assumed=(
             f"{MATMUL:.0%} of peak in matrix products, {ATTENTION:.0%} in attention,",
-            f"{MEMORY:.0%} of the memory's and {NETWORK:.0%} of the network's bandwidth,",
+            f"{MEMORY:.0%} of the memory's and {NETWORK:.0%} of the network's bandwidth "
+            f"({device.intra / 1e9:g} GB/s in a node, {device.inter / 1e9:g} between nodes),",
             f"{KERNEL * 1e6:.0f} µs to start a kernel, {COLLECTIVE * 1e6:.0f} µs a collective beside its bytes",
         ),
     )

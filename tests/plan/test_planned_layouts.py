@@ -230,7 +230,10 @@ def test_each_phase_has_as_many_images_as_a_run_chooses_for_it(objective: str, t
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"gpus": 8, "gpu": "h1000"}, "--gpu h1000 is not known; did you mean h100? Known are h100, h200, b200"),
+        (
+            {"gpus": 8, "gpu": "h1000"},
+            "--gpu h1000 is not known; known are h100 (80 GB), h200 (141 GB), b200 (180 GB), ",
+        ),
         ({"gpus": 8, "gpu": "tpu"}, "--gpu tpu is not known"),
         ({"gpus": 20}, "--gpus 20 is no multiple of 8 a node; the nearest are 16 and 24"),
         ({"gpus": 20, "nodes": 3}, "--gpus 20 do not divide into 3 nodes; the nearest number that does is 2"),

@@ -23,7 +23,7 @@ from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.objectives import create
 from megatron_lcl.plan.describe import days_and_hours
-from megatron_lcl.plan.devices import DEVICES, Rates, assumed_rates, name_of
+from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.network import bandwidth
 from megatron_lcl.plan.predict import (
     ADAM_BYTES,
@@ -300,14 +300,6 @@ def test_kernels_are_started_ahead_of_a_device() -> None:
     assert waits > alone
 
 
-def test_devices_get_their_assumed_shares() -> None:
-    rates = assumed_rates(DEVICES["h100"], "bfloat16")
-    assert rates.peak == 989.5e12
-    assert rates.matmul["vision"] == pytest.approx(0.65 * 989.5e12)
-    assert assumed_rates(DEVICES["h100"], "float32").peak == 67e12
-    assert all("%" in line or "µs" in line for line in rates.assumed)
-
-
 def test_days_and_hours() -> None:
     one = predict(config_of(), 1, 1, rates_of(matmul=1e9), IMAGES)
     short, long = replace(one, seconds=0.5, images=100), replace(one, seconds=2.0, images=400)
@@ -316,28 +308,3 @@ def test_days_and_hours() -> None:
     assert (seconds, images) == (4320, 864_000)
     assert days_and_hours(8640, 512, "GPU-hours") == "0.10 days, 1,229 GPU-hours"
     assert math.isclose(long.images_per_second, 200)
-
-
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA A100-SXM4-40GB", None),
-        ("A100-PCIE-40GB", None),
-        ("NVIDIA A100 80GB PCIe", None),
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA H100 PCIe", None),
-        ("NVIDIA H100 NVL", None),
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA H200 NVL", None),
-        ("NVIDIA GH200 480GB", None),
-        ("NVIDIA B200", "b200"),
-        ("NVIDIA GB200", None),
-        ("AMD Instinct MI300X", "mi300x"),
-    ],
-)
-def test_what_a_driver_names_is_planned_only_as_itself(device: str, name: str | None) -> None:
-    """Not as one with more memory or faster links, nor as one whose name is a part of its own."""
-    assert name_of(device) == name

@@ -130,30 +130,56 @@ def test_the_held_out_vendor_is_named(output: Path) -> None:
     assert config["schedule"]["cooldown"] == 1, "of 4 steps the share that it is of all"
 
 
-@pytest.mark.slow
-def test_own_documents_take_its_config_and_its_tokenizer(
-    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The commands of docs/first-run.md, in order."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "quickstart").symlink_to(output)
-    write_pages(tmp_path / "papers", 8)
-    for page in (tmp_path / "papers").glob("*.html"):
+def markdown_commands(folder: Path) -> list[list[str]]:
+    """The commands of docs/first-run.md, in order, with the documents in `folder` that they are for."""
+    write_pages(folder / "papers", 8)
+    for page in (folder / "papers").glob("*.html"):
         text = re.sub(r"<nav>.*?</nav>|</?(html|body)>", "", page.read_text(encoding="utf-8"))
         page.with_suffix(".md").write_text(text, encoding="utf-8")
         page.unlink()
-    monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^ {4}megatron-lcl (.*)$", (ROOT / "docs/first-run.md").read_text("utf-8"), re.M)
     assert [command.split()[0] for command in commands] == ["preprocess", "train", "evaluate", "report", "export"]
-    for command in commands:
-        words = shlex.split(command)
-        if words[0] == "train":
-            with Fleet(Path("runs/papers"), *words[1:], "--train.steps", "1", size=1) as fleet:
-                assert fleet.wait() == [0], fleet.said()
-        else:
-            assert main(words) == 0, capsys.readouterr().err
+    return [shlex.split(command) for command in commands]
+
+
+@pytest.mark.slow
+def test_own_documents_need_no_quickstart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of docs/first-run.md as a newcomer types them in a checkout: N is what `preprocess` prints."""
+    commands = markdown_commands(tmp_path)
+    (tmp_path / "megatron_lcl").symlink_to(ROOT / "megatron_lcl")
+    monkeypatch.chdir(tmp_path)
+    preprocess, train, *rest = commands
+    assert main(preprocess) == 0, capsys.readouterr().err
+    size, _ = re.findall(r"(\d+) token ids", capsys.readouterr().out)  # of the corpus, and the same of what is held out
+    train[train.index("N")] = size
+    short = "--train.steps 1 --train.global_batch 2 --train.micro_batch 1".split()  # noqa: SIM905
+    with Fleet(Path("runs/papers"), *train[1:], *short, size=1) as fleet:
+        assert fleet.wait() == [0], fleet.said()
+    for words in rest:
+        assert main(words) == 0, capsys.readouterr().err
     assert "heldout" in Path("runs/papers/report.html").read_text(encoding="utf-8")
     assert Path("exports/papers/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_own_documents_may_take_its_config_and_its_tokenizer(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/first-run.md says, without a size of the vocabulary."""
+    preprocess, train, *_ = markdown_commands(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(output)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/first-run.md").read_text("utf-8")
+    (tokenizer,) = re.findall(r"`(--tokenizer \S+)` for `preprocess`", page)
+    (config,) = re.findall(r"for `train` `--config (\S+)`", page)
+    at = train.index("--model.language.vocab_size")
+    del train[at : at + 2]
+    train[train.index("--config") + 1] = config
+    assert main([*preprocess, *tokenizer.split()]) == 0, capsys.readouterr().err
+    assert main([*train, "--dry-run", "--processes", "1"]) == 0, capsys.readouterr().err
 
 
 def test_without_npm_the_pages_alone_are_trained_on(

@@ -30,8 +30,8 @@ class Peak:
 
 PEAKS = {
     # the first whose words are all in the device's name counts; a make that `plan` has no data of has a row of its own
-    ("A100", "40GB"): Peak(312e12, 19.5e12, "NVIDIA A100 Tensor Core GPU data sheet, 2021: A100 40GB"),
-    ("A100", "PCIe"): Peak(312e12, 19.5e12, "NVIDIA A100 Tensor Core GPU data sheet, 2021: A100 80GB PCIe"),
+    ("A100", "PCIe"): Peak(312e12, 19.5e12, "NVIDIA A100 Tensor Core GPU data sheet, 2021: A100 40GB and 80GB PCIe"),
+    ("A100", "40GB"): Peak(312e12, 19.5e12, "NVIDIA A100 Tensor Core GPU data sheet, 2021: A100 40GB SXM"),
     ("A100",): Peak(312e12, 19.5e12, "NVIDIA A100 Tensor Core GPU data sheet, 2021: A100 80GB SXM"),
     ("H100", "PCIe"): Peak(756e12, 51e12, "NVIDIA H100 Tensor Core GPU data sheet, 2023: H100 PCIe"),
     ("H100", "NVL"): Peak(835.5e12, 60e12, "NVIDIA H100 Tensor Core GPU data sheet, 2024: H100 NVL"),
@@ -40,15 +40,20 @@ PEAKS = {
     ("H200",): Peak(989.5e12, 67e12, "NVIDIA H200 Tensor Core GPU data sheet, 2024: H200 SXM"),
     ("B200",): Peak(2250e12, 75e12, "NVIDIA HGX B200 data sheet, 2025: an eighth of the board's"),
     ("L40S",): Peak(362e12, 91.6e12, "NVIDIA L40S data sheet, 2023"),
+    ("RTX", "A6000"): Peak(154.8e12, 38.7e12, "NVIDIA Ampere GA102 whitepaper, 2.0, 2021, appendix C"),
+    ("RTX", "4090"): Peak(165.2e12, 82.6e12, "NVIDIA Ada GPU architecture whitepaper, 2.01, 2023, appendix A"),
+    ("RTX", "3090"): Peak(71e12, 35.6e12, "NVIDIA Ampere GA102 whitepaper, 2.0, 2021, appendix A"),
     ("MI300X",): Peak(1307.4e12, 163.4e12, "AMD Instinct MI300X accelerator data sheet, 2023"),
 }
+OTHERS = {"mig", "laptop", "ti", "d"}
+"""words that make a name another device's: of a part of one, or of a make of other speed ("4090 D", "3090 Ti")"""
 
 
 def find_peak(device: str) -> Peak | None:
     """The dense peaks of a device by its name (`torch.cuda.get_device_name()`); None for one that is not known, and for
-    a part of one (MIG)."""
+    a part (MIG) or another make of one."""
     named = {word.lower() for word in re.findall(r"\w+", device)}
-    if "mig" in named:
+    if named & OTHERS:
         return None
     return next((peak for words, peak in PEAKS.items() if named.issuperset(word.lower() for word in words)), None)
 

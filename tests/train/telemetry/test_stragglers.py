@@ -76,6 +76,12 @@ def test_peaks_are_found_by_the_names_that_drivers_give() -> None:
     assert peak_of("NVIDIA H100 NVL", "float32") == 60e12
     assert peak_of("NVIDIA B200", "bfloat16") == 2250e12
     assert peak_of("AMD Instinct MI300X", "float32") == 163.4e12
+    assert peak_of("NVIDIA L40S", "bfloat16") == 362e12
+    assert peak_of("NVIDIA RTX A6000", "bfloat16") == 154.8e12
+    assert peak_of("NVIDIA GeForce RTX 4090", "bfloat16") == 165.2e12
+    assert peak_of("NVIDIA GeForce RTX 3090", "float32") == 35.6e12
+    for other in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti"):
+        assert peak_of(other, "bfloat16") is None, other
     for other in ("Some other card", "NVIDIA RTX A1000", "NVIDIA GB200", "NVIDIA GH200 480GB", "NVIDIA A100X"):
         assert peak_of(other, "bfloat16") is None, other
     assert peak_of("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bfloat16") is None, "a seventh of it"
