@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import regex
 
+from megatron_lcl.data.corpus.words import spaced
+
 if TYPE_CHECKING:
     from megatron_lcl.curate.languages import Context
 
@@ -117,6 +119,13 @@ class Measured:
     def words(self) -> list[str]:
         return words_of(self.text)
 
+    @property
+    def num_words(self) -> int:
+        """Where a script has no spaces each letter is one: shares of words, which lists and runs of five are about,
+        are of what white space separates in any script."""
+        text = spaced(self.text)
+        return len(self.words if text is self.text else words_of(text))
+
     @cached_property
     def perplexity(self) -> float:
         """Set from outside where many are judged at once."""
@@ -124,8 +133,8 @@ class Measured:
 
 
 MEASURES: dict[str, Callable[[Measured], float]] = {
-    "words": lambda m: len(m.words),
-    "plain_words": lambda m: len(m.text.split()),
+    "words": lambda m: m.num_words,
+    "plain_words": lambda m: len(spaced(m.text).split()),
     "characters": lambda m: len(m.text),
     "character_repetition": lambda m: character_repetition_ratio(m.text),
     "word_repetition": lambda m: word_repetition_ratio(m.words),

@@ -39,7 +39,7 @@ from megatron_lcl.curate.passes import (
     threshold_text,
     thresholds_of,
 )
-from megatron_lcl.curate.settings import PERPLEXITY, Settings, as_recipe, rules_of
+from megatron_lcl.curate.settings import PERPLEXITY, WORD_COUNTS, Settings, as_recipe, rules_of
 from megatron_lcl.curate.write import groups, shards_folder, write
 from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, names_of, read_manifest
 from megatron_lcl.data.corpus.drops import Drops
@@ -74,7 +74,7 @@ CURATED = "curated"
 """key of the manifest: what the corpus had before, what each rule removed"""
 _ROWS = 1 << 15
 _RULES = 4
-"""version of what is written for the same corpus and thresholds; with evaluation sets EVALUATION_RULES"""
+"""version of what is written for the same corpus and thresholds (`_rules_version`)"""
 _WORK_VERSION = 3
 """version of the layout of unfinished work"""
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def curate(
         "thresholds": {**as_recipe(settings), **encoder, **{join.rule: join.threshold for join in joins}},
         "libraries": _libraries(settings),
         "layout": [task_bytes],
-        "rules": EVALUATION_RULES if settings.evaluation.sets else _RULES,
+        "rules": _rules_version(settings),
     }
     if is_finished_corpus(output, recipe, _WORK_VERSION, ["names"]):
         clear_up(output)
@@ -275,6 +275,15 @@ def _check(settings: Settings, *, keep: bool) -> None:
                 context.perplexities(["a"])
     if not keep:
         context_of.cache_clear()
+
+
+def _rules_version(settings: Settings) -> int:
+    """That of evaluation sets where there are some. One more where words are counted or compared: in earlier releases
+    what stands between spaces was one word in any script, and images of pairs did not count."""
+    documents = settings.duplicates.documents
+    compared = documents.action is not None and documents.threshold is not None
+    counts = any(rule.field in WORD_COUNTS for section in ("text", "document") for rule in rules_of(settings, section))
+    return (EVALUATION_RULES if settings.evaluation.sets else _RULES) + (compared or counts)
 
 
 def _libraries(settings: Settings) -> dict[str, str]:

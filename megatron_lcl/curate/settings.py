@@ -29,6 +29,8 @@ from megatron_lcl.filesystem import below, is_dir, is_file, matching
 PRESETS = Path(__file__).parent / "presets"
 PERPLEXITY = ("min_perplexity", "max_perplexity")
 """fields of texts and documents for which a language model is needed"""
+WORD_COUNTS = ("min_words", "max_words", "min_plain_words")
+"""fields of texts and documents that count words, where each letter of a script without spaces is one"""
 READ_BY = {
     "duplicates.images": ("duplicates.images.action",),
     "duplicates.documents": ("duplicates.documents.action",),
@@ -79,9 +81,15 @@ class ImageRules:
 class TextRules:
     """Of single texts, as the importer made them: paragraphs, captions, sentences."""
 
-    min_words: Count | None = Field(default=None, description="words, split at white space, with a letter in them")
+    min_words: Count | None = Field(
+        default=None,
+        description="words, split at white space, with a letter in them; of Chinese, Japanese, Thai, Lao, Khmer and "
+        "Burmese each letter",
+    )
     max_words: Count | None = Field(default=None, description="words")
-    min_plain_words: Count | None = Field(default=None, description="all that white space separates, numbers too")
+    min_plain_words: Count | None = Field(
+        default=None, description="as min_words, but of all that white space separates, numbers too"
+    )
     min_characters: Count | None = Field(default=None, description="characters")
     max_character_repetition: Fraction | None = Field(
         default=None, description="share of the commonest runs of 10 characters among all"
@@ -117,6 +125,10 @@ class Holdings:
 @dataclass(frozen=True, config=STRICT)
 class DocumentRules(TextRules, Holdings):
     """Of documents, of what single images and texts are left; all texts as one, with a blank line between them."""
+
+    min_punctuation: Fraction | None = Field(
+        default=None, description="share of , ; : ? ! . among them and words, however few there are"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)

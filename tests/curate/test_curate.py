@@ -374,7 +374,7 @@ def test_documents_of_other_names_are_another_corpus(
     write_manifest(tmp_path / "out", manifest)
     assert curate(source, tmp_path / "out", given).reused
     assert "did not record the names of its source, and stays as it is" in caplog.text
-    with pytest.raises(UserError, match=r"\(its thresholds differ\)"):
+    with pytest.raises(UserError, match=r"\(its thresholds, rules differ\)"):
         curate(source, tmp_path / "out", rules(text__min_words="5"))
 
 

@@ -110,6 +110,13 @@ def test_punctuation(text: str, least: int) -> None:
     assert punctuation_ratio(text, least) == pytest.approx(expected)
 
 
+def test_letters_of_scripts_without_spaces_count_as_words() -> None:
+    """Shares of words are still of what white space separates."""
+    measured = Measured(lambda: "\u6f22\u5b57\u3002 \u4e00\u4e8c two 3", SimpleNamespace())
+    assert [MEASURES[name](measured) for name in ("words", "plain_words")] == [5, 6]
+    assert measured.words == ["\u6f22\u5b57", "\u4e00\u4e8c", "two"]
+
+
 def test_shares_of_lists_and_names() -> None:
     assert listed_ratio(["the", "cat", "the"], {"the"}) == pytest.approx(2 / 3)
     assert listed_ratio([], {"the"}) == 0

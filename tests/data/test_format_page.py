@@ -19,6 +19,7 @@ from pyarrow import parquet
 
 from megatron_lcl.curate import run as curate
 from megatron_lcl.curate.duplicates.settings import EVALUATION_RULES
+from megatron_lcl.curate.settings import read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.prepare import importers
 from megatron_lcl.data.prepare.merge import merge
@@ -80,6 +81,10 @@ def test_contents_and_fingerprint(tmp_path: Path, fingerprint: Callable[[Path], 
         assert manifest["contents"] == xxh3((text + "]").encode())
 
 
+COUNTED_OR_COMPARED = (
+    "`curate` with `min_words`, `max_words` or `min_plain_words`, or with `duplicates.documents.action` and a "
+    "threshold that is not null"
+)
 IMAGES_IN_TARS = (
     "`table`, and formats not named here that look for images by name, with images in tars or `*.images.parquet`"
 )
@@ -116,6 +121,10 @@ def rules(tmp_path: Path) -> Callable[[str, bool], int]:
     return found
 
 
+def _rules_of_curate(overrides: dict[str, str]) -> int:
+    return curate._rules_version(read_settings(overrides=overrides))
+
+
 def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) -> None:
     """Every row of the table, and every format that is not in it."""
     table = dict(
@@ -141,6 +150,7 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
         IMAGES_IN_TARS: "+ 1",
         "`curate`": str(curate._RULES),
         "`curate` with evaluation sets": str(EVALUATION_RULES),
+        COUNTED_OR_COMPARED: f"+ {_rules_of_curate({'text.max_words': '9'}) - _rules_of_curate({})}",
     }
     writers.write_jsonl([Document((Text(f"text {k}"), Image(picture(k)))) for k in range(9)], tmp_path / "in")
     for k, (flag, options) in enumerate(

@@ -31,6 +31,8 @@ def document_facts(corpus: Corpus, task: Range, settings: DocumentDuplicates, go
     document int64 [N], its number in the corpus; digest uint32 [N, 4], XXH3-128 of its texts and its images' bytes in
     their order; signature uint32 [N, permutations] and shingles int32 [N], how many it has (see `minhash`; neither
     where the threshold is null). UserError where the shard is not readable.
+    Of pairs and captions a shingle is words and the image: many images have the same short caption, so that documents
+    of different images have none in common, and those of one image as many as their texts.
     """
     part, start = corpus.shard(task.shard), int(corpus.document_starts[task.shard])
     sizes = np.diff(part.document_offsets[task.first : task.last + 1])
@@ -38,11 +40,14 @@ def document_facts(corpus: Corpus, task: Range, settings: DocumentDuplicates, go
     digests = np.empty((len(left), 4), np.uint32)
     signatures = np.empty((len(left), settings.permutations if settings.threshold is not None else 0), np.uint32)
     counts = np.zeros(len(left), np.int32)
+    captioned = settings.threshold is not None and corpus.kinds[task.shard] in ("pairs", "captions")
     for k, document in enumerate(left):
-        digest, texts = xxhash.xxh3_128(), []
+        digest, texts, images = xxhash.xxh3_128(), [], b""
         for piece in _pieces(part, document, gone.get(start + document, ())):
             if isinstance(piece, int):
-                digest.update(b"\1" + part.image_xxh3[piece].tobytes())
+                image = part.image_xxh3[piece].tobytes()
+                digest.update(b"\1" + image)
+                images += image
             else:
                 texts.append(corpus.tokenizer.decode(piece))
                 encoded = texts[-1].encode(errors="surrogatepass")
@@ -50,6 +55,8 @@ def document_facts(corpus: Corpus, task: Range, settings: DocumentDuplicates, go
         digests[k] = np.frombuffer(digest.digest(), np.uint32)
         if settings.threshold is not None:
             shingles = shingle_hashes(word_hashes("\n".join(texts)), settings.words)
+            if captioned and images:
+                shingles ^= np.uint64(xxhash.xxh3_64_intdigest(images))
             counts[k], signatures[k] = len(shingles), signature(shingles, settings.permutations)
     return {
         "corpus": np.array(address(corpus)),

@@ -8,14 +8,13 @@ section 3.4. Shingles of words, 112 hash functions and 0.75 are FineWeb's (Pened
 from __future__ import annotations
 
 import functools
-import re
 
 import numpy as np
 
 from megatron_lcl.compiled import compiled
+from megatron_lcl.data.corpus.words import split_words
 from megatron_lcl.data.loading.hashes import mix
 
-_WORD = re.compile(r"\w+")
 _EMPTY = np.uint32(0xFFFFFFFF)
 _SEED = 0
 """of the hash functions; signatures of other seeds cannot be compared"""
@@ -29,9 +28,9 @@ _STEPS = 200
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """uint64 [W]: a hash of each word of a text, in order; letters and digits count, case and all else do not."""
-    words = _WORD.findall(text.casefold())
-    return _hashes(np.frombuffer(" ".join(words).encode(errors="surrogatepass"), np.uint8), len(words))
+    """uint64 [W]: a hash of each word of a text, in order (`split_words`); case does not count."""
+    found = split_words(text.casefold())
+    return _hashes(np.frombuffer(" ".join(found).encode(errors="surrogatepass"), np.uint8), len(found))
 
 
 @compiled

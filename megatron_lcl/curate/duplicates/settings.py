@@ -20,9 +20,12 @@ class DocumentDuplicates:
     threshold: Similarity | None = Field(
         default=0.75,
         description="documents whose shingles have at least this Jaccard similarity, as estimated, are near-duplicates "
-        "(FineWeb: 0.75); null: only documents with the same texts and images",
+        "(FineWeb: 0.75), pairs only where their image has the same bytes; null: only documents with the same texts "
+        "and images",
     )
-    words: Positive = Field(default=5, description="words of a shingle (FineWeb: 5)")
+    words: Positive = Field(
+        default=5, description="words of a shingle (FineWeb: 5); of scripts without spaces, letters"
+    )
     permutations: Annotated[int, Field(ge=2)] = Field(
         default=112, description="hash functions of a MinHash signature (FineWeb: 112)"
     )

@@ -59,20 +59,19 @@ def make_plan(
     dropped: filled while `urls` is read. Memory: the distinct URLs of the largest part.
     """
     with scratch_folder(output) as scratch:
-        sizes = _fill_buckets(scratch, urls)
-        if not any(sizes):
+        _fill_buckets(scratch, urls)
+        folder = scratch / FOLDER
+        folder.mkdir()
+        parts = []
+        for part, distinct in enumerate(_parts(scratch, settings.shard_urls)):
+            pq.write_table(pa.table({"url": distinct}), folder / _name(part), compression="zstd")
+            parts.append(len(distinct))
+        if not parts:
             said = ", ".join(f"{count:,} x {reason}" for reason, count in dropped.items())
             raise UserError(
                 f"no image URL (http:// or https://) in the input{f' ({said})' if said else ''}: name the column that "
                 "has them with --url-column"
             )
-        folder = scratch / FOLDER
-        folder.mkdir()
-        parts = []
-        for part, buckets in enumerate(_grouped(sizes, settings.shard_urls)):
-            distinct = dict.fromkeys(url for bucket in buckets for url in _read_bucket(scratch, bucket))
-            pq.write_table(pa.table({"url": list(distinct)}), folder / _name(part), compression="zstd")
-            parts.append(len(distinct))
         about = {"version": _VERSION, **_fixed(signature, settings), "parts": parts, "dropped": dropped}
         (folder / ABOUT).write_text(json.dumps(about, indent=1))
         # a store whose plan is damaged cannot be gone on with: as put here, it is on the disk before any shard
@@ -119,33 +118,25 @@ def _name(part: int) -> str:
     return f"part-{part:05d}.parquet"
 
 
-def _fill_buckets(scratch: Path, urls: Iterable[list[str]]) -> list[int]:
-    """Distribute URLs over files by the hash of their host; how many each has."""
-    sizes = [0] * _BUCKETS
+def _fill_buckets(scratch: Path, urls: Iterable[list[str]]) -> None:
+    """Distribute URLs over files by the hash of their host."""
     with contextlib.ExitStack() as opened:
         files = [opened.enter_context(open(scratch / f"{k}", "wb")) for k in range(_BUCKETS)]
         for some in urls:
             for url in some:
                 bucket = xxhash.xxh3_64_intdigest(host_of(url).encode()) % _BUCKETS
                 files[bucket].write(msgspec.json.encode(url) + b"\n")
-                sizes[bucket] += 1
-    return sizes
 
 
-def _read_bucket(scratch: Path, bucket: int) -> Iterator[str]:
-    with open(scratch / f"{bucket}", "rb") as file:
-        yield from map(msgspec.json.decode, file)
-
-
-def _grouped(sizes: list[int], wanted: int) -> Iterator[list[int]]:
-    """Buckets in groups of `wanted` URLs or more, the last perhaps fewer."""
-    group, size = list[int](), 0
-    for bucket, count in enumerate(sizes):
-        if count:
-            group.append(bucket)
-            size += count
-        if size >= wanted:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+def _parts(scratch: Path, wanted: int) -> Iterator[list[str]]:
+    """The distinct URLs of consecutive files, in groups of `wanted` or more, the last perhaps fewer."""
+    found: dict[str, None] = {}
+    for bucket in range(_BUCKETS):
+        with open(scratch / f"{bucket}", "rb") as file:
+            for line in file:
+                found[msgspec.json.decode(line)] = None
+        if len(found) >= wanted:
+            yield list(found)
+            found = {}
+    if found:
+        yield list(found)

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import files, manifests_read, write
@@ -109,6 +110,65 @@ def test_documents_of_which_nothing_is_left_are_no_duplicates(action: str, tmp_p
     found = {document: rule for document, item, rule, _ in removals(tmp_path / "out") if item == -1}
     assert found.pop(1, None) == ("document.duplicates" if action == "drop-all" else None)
     assert found == {0: "document.empty", 2: "document.empty", 3: "document.empty", 4: "document.duplicates"}
+
+
+def test_pairs_of_different_images_with_one_caption_stay(tmp_path: Path) -> None:
+    """Captions are short, so many images have the same one: a pair is its image."""
+    other, same = "A photo of a cat.", "a PHOTO of a cat"
+    images = [encoded(picture(seed)) for seed in range(3)]
+    pairs = [Document((Image(image), Text(other)), kind="pairs") for image in images]
+    captions = [Document((Image(image), Text(other), Text("a cat")), kind="captions") for image in images]
+    again = [
+        Document((Image(images[1]), Text(same)), kind="pairs"),  # its text is not the same, but nearly so
+        Document((Image(images[1]), Text(same), Text("a cat!")), kind="captions"),
+        Document((Text(other),), kind="pairs"),  # of a pair without an image only the text is left
+        Document((Text(same),), kind="pairs"),
+    ]
+    source = write(tmp_path, [*pairs, *captions, *again], shard_documents=3)
+    assert open_corpus(source).kinds == ("pairs", "captions", "pairs", "captions")
+    curate(source, tmp_path / "out", rules(duplicates__documents__action="keep-one"), task_bytes=100)
+    found = [(document, matched) for document, _, _, matched in removals(tmp_path / "out")]
+    # the last of the captions is in a shard of its own, after the pairs
+    assert found == [(number, f"{source}: document {of}") for number, of in ((6, 1), (8, 7), (9, 4))]
+
+
+def near_duplicates(text: str, changed: str) -> list[str]:
+    """The text, and the text with one of every 100 letters changed."""
+    letters = list(text)
+    letters[50::100] = changed * len(letters[50::100])
+    return [text, "".join(letters)]
+
+
+def test_near_duplicates_in_scripts_without_spaces(tmp_path: Path) -> None:
+    """Where punctuation is rare, and there is none, a text is few words or one, if white space were to say so."""
+    rng = np.random.default_rng(0)
+    texts: list[str] = []
+    for first, num, changed in ((0x4E00, 400, "\u6f22"), (0x3041, 80, "\u6f22"), (0x0E01, 46, "x"), (0x1780, 34, "x")):
+        texts += near_duplicates("".join(map(chr, rng.integers(first, first + num, 600))), changed)
+    clauses = "".join(map(chr, rng.integers(0x4E00, 0x9FA0, 600)))
+    texts += near_duplicates("\u3002".join(clauses[k : k + 14] for k in range(0, 600, 14)), "\u6f22")
+    source = write(tmp_path, [Document((Text(text),)) for text in texts])
+    curate(source, tmp_path / "out", rules(duplicates__documents__action="keep-one"))
+    found = [(document, matched) for document, _, _, matched in removals(tmp_path / "out")]
+    assert found == [(k + 1, f"{source}: document {k}") for k in range(0, len(texts), 2)]
+
+
+@pytest.mark.parametrize(
+    ("given", "version"),
+    [
+        ({"duplicates__documents__action": "keep-one"}, 5),
+        ({"duplicates__documents__action": "keep-one", "duplicates__documents__threshold": "null"}, 4),
+        ({"duplicates__images__action": "keep-one"}, 4),
+        ({"text__min_words": "1"}, 5),
+        ({"document__min_plain_words": "1"}, 5),
+        ({"document__min_characters": "1", "text__max_word_repetition": "1"}, 4),
+    ],
+)
+def test_rules_differ_only_where_documents_may(
+    source: Path, tmp_path: Path, given: dict[str, str], version: int
+) -> None:
+    curate(source, tmp_path / "out", rules(**given))
+    assert open_corpus(tmp_path / "out").manifest["recipe"]["rules"] == version
 
 
 def test_what_another_corpus_has_is_removed(source: Path, tmp_path: Path) -> None:

@@ -241,6 +241,17 @@ def test_long_pages_are_cut_at_headings(tmp_path: Path) -> None:
     assert [d[0].split("\n")[0] for d in documents[1:]] == ["Heading 2", "Heading 4"]
 
 
+def test_long_pages_are_cut_at_headings_in_any_script(tmp_path: Path) -> None:
+    """In Chinese white space separates no words, so such a page was one document, however long it was."""
+    section = "\u6f22\u5b57\uff0c" * 200 + "\u3002"
+    page = "<meta charset=utf-8>" + "".join(
+        f"<h2>\u7ae0{k}</h2><p>{section}</p><img src=large{k}.png>" for k in range(5)
+    )
+    images = {f"large{k}.png": picture(k, 80, 70) for k in range(5)}
+    documents, _ = read(tmp_path, {"a.html": page}, images)
+    assert [document[0].split("\n")[0] for document in documents] == ["\u7ae00", "\u7ae02", "\u7ae04"]
+
+
 def test_encodings_and_broken_markup(tmp_path: Path) -> None:
     files = {
         "a.html": '<meta charset="iso-8859-1"><p>caf\xe9<img src=large.png>'.encode("latin-1"),

@@ -55,6 +55,20 @@ def test_edges_lose_what_many_pages_repeat(tmp_path: Path) -> None:
     assert ("SOURCE CODE", "0000.html") in drops.samples[REASON]
 
 
+@pytest.mark.parametrize(
+    ("foot", "gone"),
+    [
+        ("\u7248\u6743\u6240\u6709", True),  # Chinese and Thai letters count as words
+        ("\u0e2a\u0e07\u0e27\u0e19", True),
+        ("\uc6d0\ubcf8 \uc774\ubbf8\uc9c0", False),  # two words, "original image" as above: Korean has spaces
+    ],
+)
+def test_how_long_a_repeated_text_is_in_other_scripts(tmp_path: Path, foot: str, gone: bool) -> None:
+    pages = pages_of(MIN_PAGES, f"<meta charset=utf-8><p>Words of NUMBER</p><img src=NUMBER.png><p>{foot}</p>")
+    documents, _ = read(tmp_path, pages, images_of(pages))
+    assert all((foot in document[-1]) != gone for document in documents)
+
+
 @pytest.mark.parametrize(("count", "others", "gone"), [
     (3, 0, False), (MIN_PAGES - 1, 0, False), (MIN_PAGES, 0, True), (MIN_PAGES, 29, True), (MIN_PAGES, 30, False),
 ])  # fmt: skip

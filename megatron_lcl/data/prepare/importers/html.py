@@ -26,6 +26,7 @@ import xxhash
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, open_image, probe
+from megatron_lcl.data.corpus.words import spaced
 from megatron_lcl.data.prepare.importers import Each, Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter, TooLarge, whole_file
 from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page, split_url
@@ -61,7 +62,7 @@ class HtmlImporter(FilesImporter):
     """A folder of HTML pages, or one; in the order of their names."""
 
     kind = "natural"
-    rules = 3
+    rules = 4
     separator = "\n"  # as between paragraphs
     reads_objects = True
     strict = False  # beside pages links to scripts of other packages are common
@@ -81,7 +82,9 @@ class HtmlImporter(FilesImporter):
         max_text_share: Annotated[
             float, "texts at the start or end of a larger share of the pages, and of at least 10, go"
         ] = 0.25,
-        max_words: Annotated[int, "longer pages are split at headings, words"] = 1000,
+        max_words: Annotated[
+            int, "longer pages are split at headings, words; of scripts without spaces, letters"
+        ] = 1000,
         text_pages: Annotated[bool, "keep pages without any image"] = False,
     ) -> None:
         super().__init__(input)
@@ -328,7 +331,7 @@ def _split(items: list[Block], max_words: int) -> Iterator[list[Block]]:
             part, num_part = part + section, num_part + num_section
             section, num_section = [], 0
         section.append(item)
-        num_section += len(item.value.split()) if item.kind != "image" else 0
+        num_section += len(spaced(item.value).split()) if item.kind != "image" else 0
     part += section[:-1]
     if part:
         yield part

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from megatron_lcl.data.corpus.words import split_words
 from megatron_lcl.data.prepare.importers.html_page import Block
 
 MIN_PAGES = 10
@@ -23,7 +24,6 @@ _MIN_WORDS = 3
 """shorter texts that are no links stay: "Note", "Original image" introduce or name what is beside them"""
 _STAMP = re.compile(r"(?<!\d)\d+(?:[-:./]\d+)+")  # tried once a run of digits, not at each of them
 """dates, times of day, versions"""
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # a Chinese or Japanese character is one
 
 
 @dataclass
@@ -86,7 +86,7 @@ def _is_repeated(block: Block, repeated: frozenset[int]) -> bool:
 
 
 def _is_long(block: Block) -> bool:
-    return len(_WORD.findall(block.value)) >= _MIN_WORDS
+    return len(split_words(block.value)) >= _MIN_WORDS
 
 
 def _keys(block: Block) -> Iterable[int]:

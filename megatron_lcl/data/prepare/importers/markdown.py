@@ -19,7 +19,7 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n.*?^(?:---|\.\.\.)[ \t]*$\n?", 
 class MarkdownImporter(HtmlImporter):
     """A folder of Markdown files, or one; in the order of their names."""
 
-    rules = 2
+    rules = 3
     reads = "folder of Markdown files (.md, .markdown); images beside the files (or in --images), or in data: URLs"
     suffixes = (".md", ".markdown")
 
