@@ -10,6 +10,7 @@ import itertools
 import re
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,6 +162,36 @@ def test_torchs_attention_is_its_flash_attention(compiled: bool, monkeypatch: py
     block(Activations.of(batch)._replace(hidden=rows)).hidden.sum().backward()
     assert seen == [(True, False)] * 2, "forward, and again in backward"
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_kernels_get_the_sequences_of_a_batch_and_nothing_is_compiled_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other numbers and lengths of sequences in each batch, compiled blocks that are made for the first."""
+    given: list[tuple[torch.Tensor, int]] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> Any:
+        given.append((cu_seqlens, longest))
+        return q + k + v
+
+    model = Case().config().model
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    blocks = [LanguageBlock(model.language, nn.LayerNorm, ALONE, "none", None, attend) for _ in range(2)]
+    for block in blocks:
+        block.compile_parts()
+    batch, graphs = make_batches(Case().config(), 0)[0], []
+    num_rows = len(batch.tokens)
+    rows = torch.zeros(num_rows, model.language.width, requires_grad=True)
+    for number in range(1, 13):
+        starts = torch.arange(number + 1, dtype=torch.int32) * num_rows // number
+        longest = int(starts.diff().max())
+        x: Any = Activations.of(replace(batch, cu_seqlens=starts, max_seqlen=longest))._replace(hidden=rows)
+        for block in blocks:
+            x = block(x)
+        x.hidden.sum().backward()
+        assert [(own is starts, bound) for own, bound in given[-2:]] == [(True, longest)] * 2
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == graphs[:1] * 12
+    assert graphs[0] > 0
 
 
 def test_flex_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
