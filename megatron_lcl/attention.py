@@ -4,7 +4,7 @@ The back-ends, and where each is chosen unless `train.attention` names one:
 
     flash_attn_3   CUDA, half precision, compute capability 9.x (Hopper), FlashAttention-3 installed and loading
     flash_attn     CUDA, half precision, compute capability 8.0 (Ampere) or newer, flash-attn installed and loading
-    torch_varlen   the same without flash-attn: torch's variable-length kernel
+    torch_varlen   the same without flash-attn: torch's variable-length attention, by its FlashAttention kernel
     flex           nowhere by itself: torch's FlexAttention, CUDA, any precision; where it is asked for or measured
     dense          CUDA in float32, which these lack, or on older GPUs: attention under a block-diagonal mask
     per_sequence   CPU: one call per sequence, or for all short ones of nearly the same length
@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_lcl.config import AttentionName
@@ -220,7 +221,10 @@ def _torch_varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+    # torch 2.15 would choose cuDNN's kernel on Hopper and newer: of that it has no deterministic backward, and before
+    # cuDNN 9.25 an empty sequence gives NaN there. Backward takes the kernel that forward has taken
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
     assert isinstance(out, torch.Tensor)
     return out
 

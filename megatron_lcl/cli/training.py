@@ -163,6 +163,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
             f"--processes {options.processes}: a launcher has started {os.environ['WORLD_SIZE']} of them; leave it out"
         )
     if not launch.is_launched():
+        launch.check_devices(processes)  # else one process fails, and the others wait for it
         if processes == 1 or not launch.divides(config, processes):
             from megatron_lcl.train.checks import check
 
@@ -226,6 +227,7 @@ def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member])
 
     for run in runs:
         try:
+            launch.check_devices(processes[run.name])
             check(run.config, processes[run.name])
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from None

@@ -176,8 +176,7 @@ def _of_model(model: LCL, config: Config, corpus: str | Path, data: Axis, proces
         assert read is not None
         return [(batch, model.layers(batch.to(device))) for batch in read]
 
-    pin = device.type == "cuda"
-    return HeldOutEvaluation(config, corpus, Mesh(Axis(), data), forward, tokens=_TOKENS, pin_memory=pin)
+    return HeldOutEvaluation(config, corpus, Mesh(Axis(), data), forward, tokens=_TOKENS)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -205,14 +204,12 @@ class HeldOutEvaluation:
         tasks: Sequence[EvaluationTask] = (),
         tokens: int = 0,
         at_once: int = 1,
-        pin_memory: bool = False,
     ) -> None:
         """Every process calls it.
 
         tasks: what to measure; none: what the run's objective trains. tokens: token slots of a forward pass, where
         a pack is not larger; at_once: micro-batches that `forward` gets together, always so many (a pipeline wants
-        it; what the corpus lacks is padding); pin_memory: images are read into page-locked memory, for a GPU. None of
-        these changes the numbers.
+        it; what the corpus lacks is padding). None of these changes the numbers.
         """
         self.corpus = str(corpus)
         self.mesh = mesh
@@ -224,7 +221,7 @@ class HeldOutEvaluation:
         """packs of a forward pass"""
         self.packs: Packs | None = None
         if mesh.loads_data:
-            self.packs = Packs(config, self.corpus, mesh.data, self.micro_batch, at_once, pin_memory)
+            self.packs = Packs(config, self.corpus, mesh.data, self.micro_batch, at_once)
         self.num_batches, self.num_documents = mesh.model_parallel.broadcast_object(
             (len(self.packs.loader), self.packs.num_documents) if self.packs else (0, 0)
         )

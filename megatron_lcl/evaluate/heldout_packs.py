@@ -37,16 +37,7 @@ class Origin:
 class Packs:
     """This replica's part of a held-out corpus, and where each pair came from."""
 
-    def __init__(
-        self,
-        config: Config,
-        corpus: str,
-        data: Axis,
-        micro_batch: int,
-        at_once: int,
-        pin_memory: bool,
-    ) -> None:
-        """pin_memory: images are read into page-locked memory, for a GPU."""
+    def __init__(self, config: Config, corpus: str, data: Axis, micro_batch: int, at_once: int) -> None:
         vision, documents = config.model.vision, heldout_rules(config.model)["sequences"] == "documents"
         self.loader = PackedLoader(
             heldout_data(config, corpus),
@@ -59,8 +50,7 @@ class Packs:
             micro_batch=micro_batch,
             train=False,
             sequences=INTERLEAVED if documents else PAIRS,
-            pin_memory=pin_memory,
-        )
+        )  # which page-locks nothing: `PackedBatch.to` does, after `slots_in_use` has copied the few images there are
         index = self.loader.reader.index
         assert isinstance(index, SequentialIndex)
         self.num_documents = index.num_documents

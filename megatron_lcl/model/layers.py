@@ -71,6 +71,7 @@ class Activations(NamedTuple):
     image_start: torch.Tensor
     image_soi: torch.Tensor
     kept_patches: torch.Tensor
+    max_seqlen: int
     num_patches: int
     """rows of an image in the vision encoder, beside the class token's and the registers"""
     packs: tuple[int, ...] = ()
@@ -281,7 +282,6 @@ class LanguageBlock(Block):
         attention: PackedAttention,
     ) -> None:
         super().__init__(language, norm, axis, recompute, drop)
-        self.context_length = language.context_length  # no sequence is longer
         self.packed_attention = attention
 
     def forward(self, inputs: Activations) -> Activations:
@@ -291,7 +291,7 @@ class LanguageBlock(Block):
         rows_SD, latents_SD = x.hidden[:size], x.hidden[size:]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return self.packed_attention(q, k, v, x.cu_seqlens, self.context_length)
+            return self.packed_attention(q, k, v, x.cu_seqlens, x.max_seqlen)
 
         rows_SD = self.residual(rows_SD, num_rows, attend, self._factors(x, size))
         return x._replace(hidden=torch.cat([rows_SD, latents_SD]))

@@ -15,7 +15,7 @@ from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Optimizer
 from megatron_lcl.config.phases import phase_at
-from megatron_lcl.data.loading.batch import PackedBatch, num_runs
+from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.train.optimizer import learning_rate
 
@@ -243,6 +243,7 @@ def joined(packs: Sequence[PackedBatch]) -> PackedBatch:
     fields["cu_seqlens"] = torch.cat([*starts, torch.tensor([TOKENS * len(packs)], dtype=torch.int32)])
     for name in ("num_targets", "num_pairs", "num_images", "num_tokens"):
         fields[name] = sum(getattr(pack, name) for pack in packs)
+    fields["max_seqlen"] = max(pack.max_seqlen for pack in packs)
     return dataclasses.replace(packs[0], **fields, packs=tuple(n for pack in packs for n in pack.packs))
 
 
@@ -286,7 +287,6 @@ def _pack(config: Config, make: Any, number: int, num_images: int, seed: int) ->
     assert max(map(len, written.sequences)) <= context, written
     while bounds[-1] < TOKENS:
         bounds.append(min(bounds[-1] + context, TOKENS))
-    bounds += [TOKENS] * (num_runs(TOKENS, context) + 1 - len(bounds))
     rows_with_target = (targets >= 0).nonzero()[:, 0].int()
     target_positions = torch.full((TOKENS,), -1, dtype=torch.int32)
     target_positions[: len(rows_with_target)] = rows_with_target
@@ -311,7 +311,7 @@ def _pack(config: Config, make: Any, number: int, num_images: int, seed: int) ->
         num_pairs=int((image_soi >= 0).sum()),
         num_images=slots,
         num_tokens=used,
-        max_seqlen=context,
+        max_seqlen=max(end - start for start, end in itertools.pairwise(bounds)),
         num_patches=vision.num_kept,
         packs=(number,),
     )

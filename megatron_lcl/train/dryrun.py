@@ -38,6 +38,7 @@ from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.checks import check, without_pairs
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.kernels import Kernels, choose_kernels, kernels_of_blocks
+from megatron_lcl.train.launch import check_devices
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import Memory, available, largest_estimate, slots_of
 from megatron_lcl.train.optimizer import unfinished_warmup
@@ -59,6 +60,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
     UserError or OSError, with one line, where a check fails.
     """
     check_requirements()
+    check_slurm_devices()
     check_devices(processes)
     elsewhere = is_elsewhere(nodes)
     check(config, nodes * processes, processes, elsewhere)
@@ -138,8 +140,8 @@ def _requirements() -> list[str]:
         return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
 
 
-def check_devices(processes: int) -> None:
-    """UserError where this machine has GPUs, or Slurm says so, and not one for every process. Takes none of them."""
+def check_slurm_devices() -> None:
+    """UserError where Slurm gives this node GPUs and torch sees none."""
     visible, given = torch.cuda.device_count(), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if given and not visible:
         has = counted(given, "GPU")
@@ -149,8 +151,6 @@ def check_devices(processes: int) -> None:
             if torch.version.cuda
             else f"Slurm gives this node {has}, but torch {torch.__version__} is built without CUDA"
         )
-    if 0 < visible < processes:
-        raise UserError(f"{processes} processes on a node where torch sees {counted(visible, 'GPU')}; start one a GPU")
 
 
 def is_elsewhere(nodes: int) -> bool:

@@ -23,6 +23,7 @@ from torch import nn
 
 from megatron_lcl.attention import Attention, choose_attention
 from megatron_lcl.config import Config
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.block import Block, Norm
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Head, layer_specs
@@ -42,6 +43,7 @@ from megatron_lcl.train.settings import deepspeed_config, offloaded
 from megatron_lcl.train.skipping import forget_skipped_gradients, skip_on_device, skips_on_device
 from megatron_lcl.train.step import Stepper
 from megatron_lcl.train.uncompiled import import_deepspeed
+from megatron_lcl.units import counted
 
 KEPT = 32 << 20
 """bytes of the largest tensor whose memory a process on a CPU keeps when it is freed"""
@@ -51,9 +53,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def init_processes(config: Config) -> Mesh:
     """Join the process group that the launcher's variables describe (alone where there are none): NCCL or gloo.
 
-    RunError where the config's layout does not fit the number of processes.
+    RunError where the config's layout does not fit the number of processes; UserError where there is no GPU for this
+    one.
     """
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        own, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if own >= visible:
+            raise UserError(
+                f"LOCAL_RANK = {own} on a node where torch sees {counted(visible, 'GPU')}; start one process a GPU"
+            )
+    else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
     quiet_deepspeed()

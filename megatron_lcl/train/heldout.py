@@ -22,7 +22,7 @@ from megatron_lcl.evaluate.heldout_results import write_heldout
 from megatron_lcl.evaluate.labeled import TASKS as LABELED_TASKS
 from megatron_lcl.evaluate.labeled import LabeledEvaluation, named_tasks, open_labeled, write_labeled
 from megatron_lcl.model.layers import Outputs
-from megatron_lcl.parallel.mesh import Mesh, local_device
+from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.precision import resolve_dtype
@@ -112,10 +112,7 @@ class HeldOutMeter:
         self.evaluation: HeldOutEvaluation | None = None
         if config.evaluate.corpus is not None:
             tasks = corpus_tasks(config)
-            pin = local_device().type == "cuda"
-            self.evaluation = HeldOutEvaluation(
-                config, config.evaluate.corpus, mesh, forward, tasks, rows, at_once, pin_memory=pin
-            )
+            self.evaluation = HeldOutEvaluation(config, config.evaluate.corpus, mesh, forward, tasks, rows, at_once)
             packs = self.evaluation.micro_batch
         self.labeled: LabeledEvaluation | None = None
         if config.evaluate.labeled is not None:

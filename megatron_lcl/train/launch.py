@@ -29,6 +29,7 @@ from megatron_lcl.errors import UserError, complain
 from megatron_lcl.machine import num_cores, num_gpus
 from megatron_lcl.processes import same_code
 from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal
+from megatron_lcl.units import counted
 
 GRACE_SECONDS = 30.0
 """how long the other processes may take to end by themselves once one has failed, beside what their watchdogs take"""
@@ -125,6 +126,12 @@ def default_processes(config: Config, nodes: int = 1) -> int:
     everything `divides`; where none is, all, and the check of the run says why. UserError as `phases_of`."""
     at_hand = processes_at_hand()
     return next((n for n in range(at_hand, 0, -1) if divides(config, nodes * n)), at_hand)
+
+
+def check_devices(processes: int) -> None:
+    """UserError where this machine has GPUs, and not one for every process. Takes none of them."""
+    if 0 < (visible := num_gpus()) < processes:
+        raise UserError(f"{processes} processes on a node where torch sees {counted(visible, 'GPU')}; start one a GPU")
 
 
 def start_local(arguments: Sequence[str], processes: int, told: list[int] | None = None) -> int:

@@ -28,7 +28,7 @@ from torch import nn
 from megatron_lcl import attention, objectives
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
+from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, max_runs
 from megatron_lcl.interrupts import end_with_command
 from megatron_lcl.losses import contrastive
 from megatron_lcl.machine import num_cores
@@ -352,7 +352,7 @@ def full_batch(config: Config, images: int) -> PackedBatch:
     longest = min(config.model.language.context_length, slots)
     vision, counts = config.model.vision, sizes_of(config, images, packs)
     sizes = integer_sizes(
-        packs, slots, images, num_runs(slots, longest), vision.num_kept if vision.patch_dropout else 0
+        packs, slots, images, max_runs(slots, longest), vision.num_kept if vision.patch_dropout else 0
     )
     integers: dict[str, Any] = {name: torch.zeros(size, dtype=torch.int32) for name, size in sizes.items()}
     return PackedBatch(

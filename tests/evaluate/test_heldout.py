@@ -387,28 +387,39 @@ def test_several_processes_name_bad_images_in_the_order_of_one(tmp_path: Path, m
     assert [bar.n for bar in bars] == [bar.total for bar in bars] == [12], "ten packs"
 
 
-@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
-def test_memory_is_page_locked_for_a_model_on_a_gpu_alone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool
-) -> None:
-    """Whether the machine has one or not."""
-    seen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: not pinned)
-    monkeypatch.setattr(heldout, "HeldOutEvaluation", lambda *_, pin_memory, **__: seen.append(pin_memory))
-    model = mock.Mock(parameters=lambda: iter([mock.Mock(device=torch.device(device))]))
-    heldout._of_model(model, settings(folder), folder / "corpus", Axis(), 1)
-    assert seen == [pinned]
+def test_images_are_page_locked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way to a GPU, of the slots in use: not by the loader's thread, which has all, most of them empty."""
+    loaders: list[dict[str, Any]] = []
+    plain, locked = heldout_packs.PackedLoader, []
 
+    def made(*arguments: Any, **keywords: Any) -> PackedLoader:
+        loaders.append(keywords)
+        return plain(*arguments, **keywords)
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_memory_is_page_locked_for_a_run_on_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        locked.append(tensor)
+        return tensor
+
+    def sent(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return tensor
+
+    monkeypatch.setattr(heldout_packs, "PackedLoader", made)
+    model = mock.Mock(parameters=lambda: iter([mock.Mock(device=torch.device("cuda"))]))
+    evaluation = heldout._of_model(model, settings(folder), folder / "corpus", Axis(), 1)
     config = dataclasses.replace(settings(folder), evaluate=Evaluate(corpus=str(folder / "corpus")))
-    made = mock.Mock()
-    monkeypatch.setattr(in_training, "HeldOutEvaluation", made)
-    monkeypatch.setattr(in_training, "local_device", lambda: torch.device(device))
     nothing: Any = None
     in_training.HeldOutMeter(config, Mesh(Axis(), Axis()), nothing, nothing, nothing, nothing, lambda: 0)
-    assert made.call_args.kwargs["pin_memory"] is (device == "cuda")
+    assert len(loaders) == 2
+    assert not any(keywords.get("pin_memory") for keywords in loaders)
+    assert evaluation.packs is not None
+    batch = next(iter(evaluation.packs.loader))
+    used = heldout_packs.slots_in_use(batch, with_targets=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "pin_memory", pin)
+        patch.setattr(torch.Tensor, "to", sent)
+        used.to("cuda")
+    assert [len(tensor) for tensor in locked if tensor.dtype == torch.uint8] == [batch.num_images]
+    assert batch.num_images < len(batch.images)
 
 
 def test_a_corpus_in_object_storage_is_kept_where_the_config_says(

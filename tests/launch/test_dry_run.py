@@ -19,7 +19,10 @@ from packaging.requirements import Requirement
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.errors import UserError
+from megatron_lcl.selftest.cases import Case
 from megatron_lcl.train import checks, dryrun, launch, memory
+from megatron_lcl.train.engine import init_processes
 from megatron_lcl.train.launch import adopt_slurm, hosts
 
 TASK = {
@@ -185,6 +188,29 @@ def test_what_is_wrong_is_one_line(
         assert "8 processes on a node where torch sees 4 GPUs" in fault("--processes", "8")
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         assert "2 processes on a node where torch sees 1 GPU; start one a GPU" in fault("--processes", "2")
+
+
+@pytest.mark.parametrize("sweep", [[], ["--sweep", "train.seed=1,2"]], ids=["a run", "a sweep"])
+def test_a_run_of_more_processes_than_gpus_does_not_start(
+    capsys: pytest.CaptureFixture[str],
+    tiny: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    sweep: list[str],
+) -> None:
+    """One of them would fail when it takes its GPU, and the others wait for it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(launch, "start_local", lambda *_: pytest.fail("processes are started"))
+    assert main(["train", *tiny, *sweep, "--train.output", str(tmp_path), "--processes", "8"]) == 2
+    assert "8 processes on a node where torch sees 4 GPUs; start one a GPU" in capsys.readouterr().err
+
+
+def test_a_launched_process_without_a_gpu_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match=r"^LOCAL_RANK = 4 on a node where torch sees 4 GPUs; start one process a GPU$"):
+        init_processes(Case().config())
 
 
 def test_the_memory_is_that_of_a_node_of_the_run(

@@ -178,7 +178,7 @@ def test_a_pair_is_two_sequences_of_one_pack(corpus: Corpus) -> None:
         assert targets == expected
         assert batch.num_tokens == sum(sizes) <= config.data.tokens_per_pack
         assert batch.num_pairs == batch.num_images == len(origins) // 2 <= slots
-        assert batch.max_seqlen == 48
+        assert batch.max_seqlen == batch.cu_seqlens.diff().max() <= 48
     assert seen > 8
     page = replay_html(config, CAPTIONED_PAIRS, 0)
     assert page.count("<figure") == 2 * seen, "the image stands at both"

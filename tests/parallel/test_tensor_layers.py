@@ -366,7 +366,7 @@ def test_gradients_of_looked_up_rows_are_summed_in_float32(deterministic: bool) 
     none = torch.empty(0, dtype=torch.long)
     absent = torch.tensor([-1])  # no image: its latent's gradient is left out
     hidden = draw(5, 16, seed=0).bfloat16()
-    inputs = Activations(hidden, tokens, positions, none, none, none, absent, absent, none, num_patches=4)
+    inputs = Activations(hidden, tokens, positions, none, none, none, absent, absent, none, max_seqlen=0, num_patches=4)
     torch.use_deterministic_algorithms(deterministic)
     try:
         out = pool(inputs).hidden[: len(tokens)]

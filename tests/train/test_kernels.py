@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import itertools
 import re
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch.conftest import tiny  # noqa: F401 - a fixture
+from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from train.resilience.fleet import line_of
 
@@ -28,8 +31,9 @@ from megatron_lcl.attention import Adaptive, choose_attention, find_fault, flex_
 from megatron_lcl.cli import main
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses import contrastive, contrastive_tiles, generation, kernels, softmax_torch
+from megatron_lcl.model.layers import Activations, LanguageBlock
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
-from megatron_lcl.selftest.cases import Case
+from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.train import dryrun
 from megatron_lcl.train import kernels as choice
 from megatron_lcl.train.kernels import Kernels, describe
@@ -135,6 +139,59 @@ def test_flash_attention_3_is_first_on_hopper(gives: str, tmp_path: Path, monkey
         assert other.name != "flash_attn_3"
         assert f"flash_attn_3 needs compute capability 9.x (Hopper), and the GPU has {has}" in other.passed_over
     assert "a multiple of 8" in str(find_fault("flash_attn_3", CUDA, torch.bfloat16, HOPPER, 20))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_torchs_attention_is_its_flash_attention(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not cuDNN's, which torch 2.15 takes where it is not switched off; blocks may be compiled, and recompute."""
+    seen: list[tuple[bool, bool]] = []
+
+    def stand_in(q: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        seen.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()))
+        return q.clone()
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    attend = choose_attention(CUDA, torch.bfloat16, "torch_varlen", capability=HOPPER).attend
+    block = LanguageBlock(Case().config().model.language, nn.LayerNorm, ALONE, "attention", None, attend)
+    if compiled:
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        block.compile_parts()
+    batch = make_batches(Case().config(), 0)[0]
+    rows = torch.zeros(len(batch.tokens), block.norm1.weight.numel(), requires_grad=True)
+    block(Activations.of(batch)._replace(hidden=rows)).hidden.sum().backward()
+    assert seen == [(True, False)] * 2, "forward, and again in backward"
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_kernels_get_the_sequences_of_a_batch_and_nothing_is_compiled_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other numbers and lengths of sequences in each batch, compiled blocks that are made for the first."""
+    given: list[tuple[torch.Tensor, int]] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> Any:
+        given.append((cu_seqlens, longest))
+        return q + k + v
+
+    model = Case().config().model
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    blocks = [LanguageBlock(model.language, nn.LayerNorm, ALONE, "none", None, attend) for _ in range(2)]
+    for block in blocks:
+        block.compile_parts()
+    batch, graphs = make_batches(Case().config(), 0)[0], []
+    num_rows = len(batch.tokens)
+    rows = torch.zeros(num_rows, model.language.width, requires_grad=True)
+    for number in range(1, 13):
+        starts = torch.arange(number + 1, dtype=torch.int32) * num_rows // number
+        longest = int(starts.diff().max())
+        x: Any = Activations.of(replace(batch, cu_seqlens=starts, max_seqlen=longest))._replace(hidden=rows)
+        for block in blocks:
+            x = block(x)
+        x.hidden.sum().backward()
+        assert [(own is starts, bound) for own, bound in given[-2:]] == [(True, longest)] * 2
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == graphs[:1] * 12
+    assert graphs[0] > 0
 
 
 def test_flex_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
-"""PackedBatch: what one forward pass sees. Every shape is fixed by the config, for every rank and step.
+"""PackedBatch: what one forward pass sees. Every shape but that of `cu_seqlens` is fixed by the config, for every rank
+and step.
 
-Shape legend: B packs of the micro-batch, T token slots and I image slots of a pack, R runs of a pack (see
-`num_runs`), P placeholders per image, H = W image side. Rows are the B*T token slots in order, image slots the B*I
-images in order; indices below count rows of the whole micro-batch.
+Shape legend: B packs of the micro-batch, T token slots and I image slots of a pack, R runs that a pack may have (see
+`max_runs`), C those of the micro-batch, P placeholders per image, H = W image side. Rows are the B*T token slots in
+order, image slots the B*I images in order; indices below count rows of the whole micro-batch.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import torch
 
 from megatron_lcl.data.loading.packing import max_sequences
 
+RUNS = 32
+"""to a multiple of which the runs of a micro-batch are filled up by empty ones, so that few sizes occur: memory of a
+device that one micro-batch has had fits the next"""
 
-def num_runs(tokens_per_pack: int, max_seqlen: int) -> int:
-    """R: the sequences a pack may hold and the runs of at most `max_seqlen` rows that an empty pack is cut into.
+
+def max_runs(tokens_per_pack: int, context_length: int) -> int:
+    """R: the sequences a pack may hold and the runs of at most a context's rows that an empty pack is cut into.
 
     Two sequences at least: a pair and its caption stand together.
     """
-    return max(2, max_sequences(tokens_per_pack)) + math.ceil(tokens_per_pack / max_seqlen)
+    return max(2, max_sequences(tokens_per_pack)) + math.ceil(tokens_per_pack / min(context_length, tokens_per_pack))
 
 
 Kind = Literal["integers", "images", "count", "origin"]
@@ -40,9 +45,9 @@ class PackedBatch:
     positions: torch.Tensor = field(metadata=_INTEGERS)
     """[B*T] position inside the own sequence, 0 past the last document"""
     cu_seqlens: torch.Tensor = field(metadata=_INTEGERS)
-    """[B*R + 1] rows where runs start, then B*T. Each row is in exactly one run, no run is longer than `max_seqlen`: a
-    run is a sequence, or a piece of what lies past a pack's last document (attention over it is finite and unused), or
-    empty"""
+    """[C + 1] rows where runs start, in order, then B*T. Each row is in exactly one run, no run is longer than
+    `max_seqlen`: a run is a sequence, or a piece of what lies past a pack's last document (attention over it is finite
+    and unused). The last ones, fewer than `RUNS`, are empty: kernels of attention take time and memory for those too"""
     targets: torch.Tensor = field(metadata=_INTEGERS)
     """[B*T] id of the next token, -1 where there is none: before a placeholder or `<eoi>`, in a sequence's last row,
     and where `Sequences` says"""
@@ -70,7 +75,7 @@ class PackedBatch:
     num_tokens: int = field(metadata=_COUNT)
     """rows that belong to a document, placeholders included (host)"""
     max_seqlen: int = field(metadata=_COUNT)
-    """min(context length, T): an upper bound of the longest run (host)"""
+    """rows of the longest run, or more (host)"""
     num_patches: int = field(metadata=_COUNT)
     """patches of an image that the vision encoder reads: K, or all (host)"""
     num_bad_images: int = field(metadata=_COUNT, default=0)
@@ -117,12 +122,12 @@ def fields_of_kind(kind: Kind) -> tuple[str, ...]:
 
 
 def batch_bytes(packs: int, tokens_per_pack: int, images_per_pack: int, image_size: int) -> int:
-    """Bytes of a batch's tensors: its images, and five integers of a token slot (the runs have fewer)."""
+    """Bytes of a batch's tensors: its images, and five integers of a token slot (the runs are fewer)."""
     return packs * (images_per_pack * 3 * image_size**2 + 4 * 5 * tokens_per_pack)
 
 
 def integer_sizes(B: int, T: int, I: int, R: int, K: int = 0) -> dict[str, int]:  # noqa: E741
-    """Elements of each integer tensor, by name; shape legend as above. K: 0 where no patch is left out."""
+    """The most elements of each integer tensor, by name; shape legend as above. K: 0 where no patch is left out."""
     return {
         "tokens": B * T,
         "positions": B * T,

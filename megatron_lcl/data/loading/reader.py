@@ -12,7 +12,7 @@ from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
-from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
+from megatron_lcl.data.loading.batch import RUNS, PackedBatch, integer_sizes, max_runs
 from megatron_lcl.data.loading.crops import decode_train
 from megatron_lcl.data.loading.hashes import shuffled, uniform
 from megatron_lcl.data.loading.images import decode_eval
@@ -83,35 +83,34 @@ class PackReader(Dataset[PackedBatch]):
         self.num_placeholders, self.image_size = num_placeholders, image_size
         self.kept_patches = kept_patches
         self.train, self.sequences = train, sequences
-        self.max_seqlen = min(context_length, data.tokens_per_pack)
+        self.context_length = context_length
         self.progress: torch.Tensor | None = None
         """int64 [workers], shared by them: the pack that each is at, or -1"""
 
     def __getitem__(self, packs: tuple[int, ...]) -> PackedBatch:
         T, I, size = self.data.tokens_per_pack, self.index.images_per_pack, self.image_size  # noqa: E741
-        B, R = len(packs), num_runs(self.data.tokens_per_pack, self.max_seqlen)
+        B, R = len(packs), max_runs(T, self.context_length)
         K, P = self.kept_patches or (0, self.num_placeholders)
         sizes = integer_sizes(B, T, I, R, K)
         parts = torch.full([sum(sizes.values())], -1, dtype=torch.int32).split(list(sizes.values()))
         integers = dict(zip(sizes, parts, strict=True))  # in one block of shared memory
         arrays = {name: part.numpy() for name, part in integers.items()}
         tokens, positions, targets = arrays["tokens"], arrays["positions"], arrays["targets"]
-        runs, target_positions = arrays["cu_seqlens"], arrays["target_positions"]
+        target_positions = arrays["target_positions"]
         image_start, image_soi, image_valid = arrays["image_start"], arrays["image_soi"], arrays["image_valid"]
         tokens[:] = positions[:] = image_valid[:] = 0
         if K:
             kept = arrays["kept_patches"].reshape(B * I, K)
             for slot in range(B * I):
                 kept[slot] = draw_patches(self.data.seed, packs[slot // I], slot % I, P, K)
-        runs[-1] = B * T
         images = torch.zeros(B * I, 3, size, size, dtype=torch.uint8)
         pixels = images.numpy()
         bad: list[tuple[int, str]] = []
-        num_tokens = 0
+        starts, num_tokens = [0], 0
         for b, number in enumerate(packs):
             self._report(number)
             pack = self.index[number]
-            row, starts = b * T, [b * T]
+            row = b * T
             for origin in self._sequences(pack, tokens[row : row + T]):
                 start, stop = row + origin.start, row + origin.stop
                 positions[start:stop] = np.arange(stop - start)
@@ -129,12 +128,14 @@ class PackReader(Dataset[PackedBatch]):
                     image_start[slot] = row + image.start if image.start >= 0 else -1
             num_tokens += starts[-1] - row
             while starts[-1] < row + T:  # what is left, in runs that attention can take
-                starts.append(min(starts[-1] + self.max_seqlen, row + T))
-            runs[b * R : (b + 1) * R] = row + T
-            runs[b * R : b * R + len(starts)] = starts
+                starts.append(min(starts[-1] + self.context_length, row + T))
         self._report(-1)
         rows = np.flatnonzero(targets >= 0)
         target_positions[: len(rows)] = rows
+        filled = min(B * R, -(-(len(starts) - 1) // RUNS) * RUNS)
+        starts += [B * T] * (filled + 1 - len(starts))
+        arrays["cu_seqlens"][: filled + 1] = starts
+        integers["cu_seqlens"] = integers["cu_seqlens"][: filled + 1]
         return PackedBatch(
             **integers,
             images=images,
@@ -142,7 +143,7 @@ class PackReader(Dataset[PackedBatch]):
             num_pairs=int((image_soi >= 0).sum()),
             num_images=int(image_valid.sum()),
             num_tokens=num_tokens,
-            max_seqlen=self.max_seqlen,
+            max_seqlen=int(np.diff(starts).max()),
             num_patches=K or P,
             num_bad_images=len(bad),
             packs=tuple(packs),

@@ -16,7 +16,7 @@ from small_loaders import CONTEXT, P, T, loader_of
 from megatron_lcl import config as configs
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import reader
-from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.batch import RUNS, PackedBatch, max_runs
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.pages.replay import render_first_packs, replay_html
@@ -29,15 +29,35 @@ def flat(batches: list[PackedBatch], slots: int) -> list[list[np.ndarray]]:
     packs = []
     for batch in batches:
         num = len(batch.packs)
-        runs = batch.cu_seqlens.numpy()[:-1].reshape(num, -1)
+        starts = np.unique(batch.cu_seqlens)
         for b in range(num):
             rows, images = slice(b * T, (b + 1) * T), slice(b * slots, (b + 1) * slots)
             own = [batch.tokens[rows], batch.positions[rows], batch.targets[rows], batch.images[images]]
             own.append(batch.image_valid[images])
             shifted = [batch.image_start[images], batch.image_soi[images]]
             shifted = [torch.where(x >= 0, x - b * T, x) for x in shifted]
-            packs.append([np.array(batch.packs[b]), *(x.numpy() for x in own + shifted), runs[b] - b * T])
+            packs.append([np.array(batch.packs[b]), *(x.numpy() for x in own + shifted)])
+            packs[-1].append(starts[(starts >= b * T) & (starts < (b + 1) * T)] - b * T)
     return packs
+
+
+def test_attention_gets_the_sequences_there_are(make_corpus: MakeCorpus) -> None:
+    """Beside what they have in rows, its kernels take time and memory for every sequence, empty or not, and for each as
+    if it were as long as the longest may be."""
+    corpus = make_corpus("c", random_documents(120, 1, mean_text=20))
+    loader = loader_of(corpus.path, data={"tokens_per_pack": 1024}, micro_batch=3, global_batch=3, steps=8)
+    numbers, longest = set(), set()
+    for batch in loader:
+        lengths = batch.cu_seqlens.diff().numpy()
+        num_documents = sum(len(loader.provenance(pack)) for pack in batch.packs)
+        num_runs = np.count_nonzero(lengths)
+        assert num_documents <= num_runs
+        assert all(lengths[:num_runs]), "the empty ones are the last"
+        assert len(lengths) == -(-num_runs // RUNS) * RUNS < 3 * max_runs(1024, CONTEXT)
+        assert batch.max_seqlen == lengths.max()
+        numbers.add(num_runs), longest.add(batch.max_seqlen)
+    assert len(numbers) > 1
+    assert min(longest) < CONTEXT
 
 
 @pytest.mark.parametrize("objective", ["lcl", "generation", "clip"])
@@ -103,7 +123,7 @@ def test_a_batch_is_what_its_documents_say(
         assert runs[-1] == len(tokens)
         assert bounds <= set(runs)
         assert min(np.diff(runs)) >= 0
-        assert max(np.diff(runs)) <= batch.max_seqlen == CONTEXT
+        assert max(np.diff(runs)) == batch.max_seqlen <= CONTEXT
     assert len(shapes) == 1
     assert (pairs > 0) == (objective != "generation")
 
