@@ -268,8 +268,8 @@ def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
         case [] | ["stats"]:
             numbers = inspect.stats(corpus)
             say(json.dumps(numbers, indent=1) if options.json else inspect.table(numbers))
-        case ["show", number] if number.isdecimal():
-            say(inspect.show(corpus, int(number)))
+        case ["show", *numbers] if numbers and all(map(str.isdecimal, numbers)):
+            say("\n\n".join([inspect.show(corpus, int(number)) for number in numbers]))
         case _:
             raise UserError(f"inspect takes `stats` or `show N`, not {' '.join(options.what)!r}")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -57,6 +58,9 @@ SHARD_BYTES = 4 << 30
 SHARD_DOCUMENTS = 500_000
 _WORK_VERSION = 4
 """version of the layout of unfinished work"""
+_REPLACED = re.compile(r"document: invalid .* replaced")
+_FEW_REPLACED = 3
+"""notes of that kind that need no warning"""
 logger = logging.getLogger(__name__)
 
 
@@ -95,6 +99,12 @@ class Summary:
         for row in self.drops.rows():
             example = f"  (e.g. {row['names'][0]})" if row["names"] else ""
             lines.append(f"  {row['what']}  {row['count']:,}  {row['reason']}{example}")
+        replaced = sum(count for reason, count in self.drops.noted_counts.items() if _REPLACED.fullmatch(reason))
+        if replaced > max(_FEW_REPLACED, c["documents"] / 100):
+            lines.append(
+                f"  warning: {replaced:,} times bytes were replaced by \ufffd, as they are not in the charset in which "
+                "they were read. A page has to declare its own; format table is told it by --option encoding=NAME"
+            )
         if self.held_out is not None:
             lines.append(f"held out: {self.held_out}{self._far_fewer()}")
         if self.reused:

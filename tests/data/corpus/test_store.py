@@ -427,7 +427,10 @@ def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (code, json.loads(out)) == (0, json.loads(json.dumps(stats(open_corpus(corpus)))))
     assert run("inspect", corpus) == (0, table(stats(open_corpus(corpus))) + "\n", "")
     assert run("inspect", corpus, "show", "3") == (0, show(open_corpus(corpus), 3) + "\n", "")
+    both = "\n\n".join(show(open_corpus(corpus), k) for k in (3, 0))
+    assert run("inspect", corpus, "show", "3", "0") == (0, both + "\n", "")
     assert run("inspect", corpus, "show", "4")[0] == 2
+    assert run("inspect", corpus, "show", "3", "x")[0] == 2
     assert run("inspect", corpus, "show")[0] == 2
 
     TOKENIZER.save(tmp_path / "t.model")

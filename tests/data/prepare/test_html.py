@@ -19,6 +19,7 @@ from megatron_lcl.data.prepare import importers
 from megatron_lcl.data.prepare.budget import Unusable
 from megatron_lcl.data.prepare.importers import Importer, Unit, create
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
+from megatron_lcl.data.prepare.importers.html_page import parse_page
 from megatron_lcl.data.prepare.preprocess import preprocess
 
 LARGE, OTHER, ICON, WIDE = picture(0, 80, 70), picture(1, 90, 80), picture(2, 16, 16), picture(3, 900, 70)
@@ -120,6 +121,59 @@ def test_image_sources(tmp_path: Path) -> None:
     assert documents == [["text", "[../img/a%20b.png?v=1]", "[/root.png]", f"[{inside[:20]}]", "[/lazy.png]"]]
     assert drops.bad_counts == {"image: on another host": 1, "image: outside the folder": 1, "image: file missing": 1}
     assert drops.left_out_counts == {"image: vector graphics": 1}
+
+
+@pytest.mark.parametrize(
+    ("base", "source", "shown"),
+    [
+        ("img/", "a.png", "img/a.png"),
+        ("img/page.html", "a.png?v=1", "img/a.png?v=1"),
+        ("../img/", "a.png", "../img/a.png"),
+        ("/img/", "a.png", "/img/a.png"),
+        ("img/", "/img/a.png", "/img/a.png"),
+        ("img", "a.png", "a.png"),
+        ("", "a.png", "a.png"),
+        ("//[", "a.png", "a.png"),
+        ("img/", "http://[host]/x", "http://[host]/x"),
+        ("img/", "data:,", "data:,"),
+        ("https://x.org/b/c.html", "a.png", "a.png"),
+        ("//x.org/b/", "a.png", "a.png"),
+    ],
+)
+def test_a_base_for_the_sources(base: str, source: str, shown: str) -> None:
+    page = parse_page(f"<head><base target=x><base href='{base}'></head><img src='{source}'>", "sub/a.html")
+    assert [value for kind, value in page.events if kind == "image"] == [shown]
+
+
+def test_images_by_a_base(tmp_path: Path) -> None:
+    page = "<base href=../img/>text<img src=large.png>"
+    files = {"img/large.png": LARGE, "img/b.png": OTHER}
+    pages = {"sub/a.html": page, "sub/b.html": "<base href=https://x.org/img/>other<img src=../img/b.png>"}
+    documents, drops = read(tmp_path, pages, files)
+    assert documents == [["text", "[../img/large.png]"], ["other", "[../img/b.png]"]]
+    assert not drops.bad_counts
+
+
+@pytest.mark.parametrize(
+    ("image", "shown"),
+    [
+        ("<img src=a.png srcset='b.png 2x'>", "a.png"),
+        ("<img srcset='a,b.png 1x, b.png 2x'>", "a,b.png"),
+        ("<img srcset=' , a.png, b.png'>", "a.png"),
+        ("<img data-srcset='a.png 1x' srcset='data:, 1x'>", "a.png"),
+        ("<img src='data:,' data-srcset='a.png 1x'>", "a.png"),
+        ("<img src='data:,' srcset='a.png 1x'>", "data:,"),
+        ("<img src='data:,' data-src=a.png data-srcset='b.png 1x'>", "a.png"),
+        ("<picture><source srcset='a.png 2x, b.png'><source srcset=c.png><img></picture>", "a.png"),
+        ("<picture><source type=x /><source data-srcset=a.png><img alt=x></picture>", "a.png"),
+        ("<picture><source srcset=b.png><img srcset=a.png></picture>", "a.png"),
+        ("<picture><source srcset=b.png></picture><source srcset=c.png><img>", None),
+        ("<img srcset=' , '>", None),
+    ],
+)
+def test_several_sources(image: str, shown: str | None) -> None:
+    found = [value for kind, value in parse_page(f"<p>{image}", "a.html").events if kind == "image"]
+    assert found == ([shown] if shown else [])
 
 
 def test_images_in_an_archive_are_not_read(tmp_path: Path) -> None:

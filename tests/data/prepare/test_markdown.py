@@ -73,3 +73,17 @@ def test_through_a_corpus(tmp_path: Path) -> None:
     assert [image.data for image in corpus[0].images] == [IMAGES["mill"], IMAGES["wheel"]]
     assert corpus.kinds == ("natural",)
     assert corpus.manifest["recipe"]["rules"] == 4  # the last one, as texts are separated
+
+
+def test_charsets(tmp_path: Path) -> None:
+    """A mark goes, and says UTF-16; what is not UTF-8 is noted."""
+    codecs = {"mark": "utf-8-sig", "sixteen": "utf-16", "windows": "cp1252"}
+    for k, (name, codec) in enumerate(codecs.items()):
+        (tmp_path / f"{name}.md").write_bytes(f"# Größe\n\n![]({name}.png) {name}".encode(codec))
+        (tmp_path / f"{name}.png").write_bytes(picture(k, 90, 80))
+    found, drops = documents_of(create("markdown", tmp_path, None, {}))
+    assert [(row[0], row[2]) for row in plain(found)] == [
+        ("Größe", "mark"), ("Größe", "sixteen"), ("Gr\ufffd\ufffde", "windows"),
+    ]  # fmt: skip
+    assert drops.noted_counts == {"document: invalid UTF-8 replaced": 1}
+    assert drops.names["document: invalid UTF-8 replaced"] == ["windows.md"]

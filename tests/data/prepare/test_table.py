@@ -247,3 +247,73 @@ def test_a_text_that_is_not_utf8(tmp_path: Path, pictures: Path) -> None:
     assert plain(found) == expected(["plain", "caf\ufffd", "two\nlines", "last"])
     assert not drops.bad_counts
     assert drops.noted_counts == {"document: invalid UTF-8 replaced": 1}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz"])
+@pytest.mark.parametrize("charset", ["gb18030", "cp1252", "utf-16", "utf-16-le", "utf-8-sig"])
+def test_charsets(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, charset: str, suffix: str) -> None:
+    """Of CSV, TSV and compressed files; in ranges, where the charset has ASCII's line ends."""
+    texts = ["plain", "Größe" if charset == "cp1252" else "朱镕基", "é, é", "last"]
+    mark, quote = (",", '"') if "csv" in suffix else ("\t", "")
+    rows = [("path", "caption"), *((f"{k}.png", f"{quote}{text}{quote}") for k, text in enumerate(texts))]
+    raw = "\r\n".join(map(mark.join, rows)).encode(charset)
+    (tmp_path / f"a.{suffix}").write_bytes(gzip.compress(raw) if suffix == "csv.gz" else raw)
+    for size in (1, 1 << 20):
+        monkeypatch.setattr(lines, "RANGE", size)
+        importer = create("table", tmp_path / f"a.{suffix}", pictures, {"encoding": charset})
+        found, drops = documents_of(importer)
+        assert plain(found) == expected(texts)
+        assert not drops.bad_counts
+        assert not drops.noted_counts
+    if charset == "utf-16" and suffix != "csv.gz":  # is known by its mark
+        marked = create("table", tmp_path / f"a.{suffix}", pictures, {})
+        assert plain(documents_of(marked)[0]) == expected(texts)
+        assert marked.rules == 5
+
+
+def test_bytes_that_are_not_in_the_charset(tmp_path: Path, pictures: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"path,caption\n0.png,\xc4\xff\n1.png,b\n")
+    found, drops = documents_of(create("table", tmp_path / "a.csv", pictures, {"encoding": "GBK"}))
+    assert plain(found) == expected(["\ufffd\ufffd", "b"])
+    assert drops.noted_counts == {"document: invalid gbk replaced": 1}
+    (tmp_path / "b.csv").write_bytes("path,caption\n0.png,a\n".encode("utf-16") + b"x")
+    assert documents_of(create("table", tmp_path / "b.csv", pictures, {}))[1].noted_counts == {
+        "document: invalid UTF-16 replaced": 1
+    }
+    (tmp_path / "c.csv").write_bytes("标题,图\n".encode("gbk"))
+    with pytest.raises(UserError, match=r"it has .*which is not utf-8: name its charset with --option encoding=NAME"):
+        create("table", tmp_path / "c.csv", pictures, {})
+
+
+@pytest.mark.parametrize("charset", ["klingon", "rot13", "undefined", "idna", "a\0b"])
+def test_a_charset_that_is_none(tmp_path: Path, charset: str) -> None:
+    (tmp_path / "a.csv").write_bytes(b"path,caption\n")
+    with pytest.raises(UserError, match=r"--option encoding=.*: Python knows no such charset; give one such as utf-8"):
+        create("table", tmp_path / "a.csv", None, {"encoding": charset})
+
+
+def test_many_replaced_bytes_are_worth_a_warning(tmp_path: Path, pictures: Path) -> None:
+    for number, warned in ((3, False), (4, True)):
+        rows = [f"{k % 4}.png,{'Größe' if k < number else 'plain'} {k}" for k in range(9)]
+        (tmp_path / f"{number}.csv").write_bytes("\n".join(["path,caption", *rows]).encode("cp1252"))
+        summary = preprocess("table", tmp_path / f"{number}.csv", tmp_path / f"out-{number}", images=pictures,
+                             tokenizer=TOKENIZER)  # fmt: skip
+        assert ("--option encoding=NAME" in str(summary)) == warned
+        assert f"noted  {number}  document: invalid UTF-8 replaced" in str(summary)
+
+
+def test_images_in_the_rows_are_for_another_format(tmp_path: Path, pictures: Path) -> None:
+    rows = {"caption": TEXTS[:2]}
+    for images in (
+        [None, picture(1)],
+        [{"bytes": picture(0), "path": None}] * 2,
+        [[{"bytes": picture(0), "path": None}]] * 2,
+    ):
+        pq.write_table(pa.table({"image": images, **rows}), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=r"column image holds images.* --format hf --option image_column=image"):
+            create("table", tmp_path / "a.parquet", None, {})
+    pq.write_table(pa.table({"image": [picture(0), picture(1)], **rows}), tmp_path / "a.parquet")
+    found, _ = documents_of(create("hf", tmp_path / "a.parquet", None, {"image_column": "image"}))  # as it says
+    assert plain(found) == expected(TEXTS[:2])
+    pq.write_table(pa.table({"image": [b"0.png", b"1.png"], **rows}), tmp_path / "a.parquet")  # as Spark writes strings
+    assert plain(documents_of(create("table", tmp_path / "a.parquet", pictures, {}))[0]) == expected(TEXTS[:2])

@@ -21,6 +21,7 @@ from data.writers import picture
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import create, tars
 from megatron_lcl.data.prepare.importers.sources import ImageSource
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.sources import open_images
 
 NUM_SAMPLES = 10
@@ -115,6 +116,17 @@ def test_a_sound_tar(content: bytes, tmp_path: Path) -> None:
         (tmp_path / "0.tar.gz").write_bytes(b"".join(map(gzip.compress, parts)))
         assert texts_of(tmp_path / "0.tar.gz") == expected
         assert create("webdataset", tmp_path / "0.tar.gz", None, {}).rules == 2  # such corpora may change
+
+
+def test_pairs_that_are_in_no_tar(tmp_path: Path) -> None:
+    """Files beside one another are to be packed; other folders are told what is read, as by any format."""
+    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "b.txt").write_text("b")
+    for text, packs in (("b.txt", False), ("a.txt", True)):
+        (tmp_path / text).write_text("a text")
+        with pytest.raises(UserError, match=r"no \.tar, \.tar\.gz, \.tgz files in .* The format reads: ") as raised:
+            create("webdataset", tmp_path, None, {})
+        assert ("`tar cf pairs.tar *` in that folder packs its images" in str(raised.value)) == packs
 
 
 def test_every_cut_and_every_damaged_header_is_seen(tmp_path: Path) -> None:

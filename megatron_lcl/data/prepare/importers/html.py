@@ -15,7 +15,7 @@ import itertools
 import posixpath
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 from urllib.parse import SplitResult, unquote, unquote_to_bytes
@@ -28,6 +28,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, open_image, probe
 from megatron_lcl.data.corpus.words import spaced
 from megatron_lcl.data.prepare.importers import Each, Unit
+from megatron_lcl.data.prepare.importers.charsets import text_of_page
 from megatron_lcl.data.prepare.importers.files import FilesImporter, TooLarge, whole_file
 from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page, split_url
 from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_keys, without_repeated
@@ -121,10 +122,15 @@ class HtmlImporter(FilesImporter):
         """OSError or ValueError where it cannot be read."""
         return whole_file(self.found.path(name))
 
+    def page_text(self, name: str) -> tuple[str, list[str]]:
+        """(a page's HTML, what to note of how it was read). Errors as of `page_html`."""
+        return text_of_page(self.page_html(name))
+
     def parse(self, name: str) -> Page:
         """One with a `fault` where it cannot be read."""
         try:
-            return parse_page(self.page_html(name), name)
+            text, noted = self.page_text(name)
+            return replace(parse_page(text, name), noted=noted)
         except (OSError, lxml.etree.LxmlError, ValueError) as error:
             raise_if_passing(error, self.found.path(name))
             return Page(fault="page that cannot be read")
@@ -244,6 +250,8 @@ class HtmlImporter(FilesImporter):
         if (original := self._repeats.original[number]) != number:
             drops.left_out("document", "repeats another page", f"{name} = {self.pages[original]}")
             return
+        for reason in page.noted:
+            drops.note("document", reason, name)
         seen: set[bytes] = set()
         shares: set[str] = set()
         events: list[Event] = []

@@ -98,6 +98,8 @@ class Page:
     """(why, the beginning of the text) of each element of navigation, hidden element that has a text, and text outside
     of the main part"""
     redirect: bool = False
+    noted: list[str] = field(default_factory=list)
+    """what is to be known of how it was read"""
     fault: str = ""
     """why a page that is bad, and holds nothing, could not be read"""
 
@@ -110,12 +112,13 @@ def split_url(url: str) -> SplitResult | None:
         return None
 
 
-def parse_page(raw: bytes, name: str) -> Page:
-    """The page with the path `name`; an empty one where nothing can be read.
+def parse_page(text: str, name: str) -> Page:
+    """The page with the path `name`, of the characters `text`; an empty one where nothing can be read.
 
     Raises lxml.etree.LxmlError or ValueError for some of what is no HTML at all.
     """
-    tree = _parse_html(raw)
+    parser = lxml.etree.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True, encoding="utf-8")
+    tree = lxml.etree.fromstring(text.encode(), parser) if text.strip() else None
     if tree is None:
         return Page()
     mains, needed_share = _main_part(tree)
@@ -124,17 +127,19 @@ def parse_page(raw: bytes, name: str) -> Page:
         page = Page()
         _Walker(page).walk(tree)
     page.redirect = _is_redirect(tree, name)
+    given = next((href for node in tree.iter("base") if (href := node.get("href")) is not None), "")
+    base = split_url(given.strip())
+    if base is not None and base.path and not base.scheme and not base.netloc:  # one of a site: in its copy as without
+        page.events = [(kind, _based(value, base.path) if kind == "image" else value) for kind, value in page.events]
     return page
 
 
-def _parse_html(raw: bytes) -> Any:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        parser = lxml.etree.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True)  # finds <meta charset>
-        return lxml.etree.fromstring(raw, parser)
-    parser = lxml.etree.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True, encoding="utf-8")
-    return lxml.etree.fromstring(text.encode("utf-8"), parser) if text.strip() else None
+def _based(source: str, base: str) -> str:
+    """The URL of an image on a page that gives the path from which its relative ones count (HTML standard, `base`)."""
+    url = split_url(source)
+    if url is None or url.scheme or url.netloc:
+        return source
+    return posixpath.join(posixpath.dirname(base), source)
 
 
 def _is_redirect(tree: Any, name: str) -> bool:
@@ -224,6 +229,8 @@ class _Walker:
         self._lists_of_links: dict[Any, bool] = {}
         """which lists are one, of those in a list that was asked for"""
         self._preformatted = self._links = 0
+        self._sources: str | None = None
+        """in a `picture` the first of its `source` elements so far, which stand before its `img`"""
         self.ranges: list[tuple[int, int]] = []
         """first and last event, exclusive, of each main element that was read"""
 
@@ -268,7 +275,11 @@ class _Walker:
                 self._add("break")
             return False
         if tag == "img":
-            self._add("image", _source(node))
+            self._add("image", _source(attributes, self._sources or ""))
+        elif tag == "picture":
+            self._sources = ""
+        elif tag == "source" and self._sources == "":
+            self._sources = _first_source(attributes, "data-srcset", "srcset")
         elif tag in _HEADINGS:
             self._add("heading", tag)
         elif tag in _BLOCKS:
@@ -283,6 +294,8 @@ class _Walker:
         tag = node.tag
         self._preformatted -= tag == "pre"
         self._links -= tag == "a" and node.get("href") is not None
+        if tag == "picture":
+            self._sources = None
         if tag in _BLOCKS:
             self._add("break")
 
@@ -338,10 +351,21 @@ def _beginning(node: Any) -> str:
     return " ".join(parts)
 
 
-def _source(image: Any) -> str:
-    source = (image.get("src") or "").strip()
-    lazy = (image.get("data-src") or image.get("data-original") or "").strip()
-    return lazy if lazy and (not source or source.startswith("data:")) else source
+def _source(attributes: dict[str, str], others: str) -> str:
+    """What is shown for `img`: its own source, or what a script loads in the place of a data: URL, or, without both,
+    the first of several sources, its own before `others`."""
+    source = attributes.get("src", "").strip()
+    lazy = (attributes.get("data-src") or attributes.get("data-original") or "").strip()
+    lazy = lazy or _first_source(attributes, "data-srcset")
+    if lazy and (not source or source.startswith("data:")):
+        return lazy
+    return source or _first_source(attributes, "srcset") or others
+
+
+def _first_source(attributes: dict[str, str], *names: str) -> str:
+    """The first URL in one of these attributes, each a `srcset`; "" where there is none."""
+    found = (attributes.get(name, "").lstrip(" \t\r\n\f,").split(maxsplit=1) for name in names)
+    return next((words[0].rstrip(",") for words in found if words), "")
 
 
 def _is_hidden(tag: str, attributes: dict[str, str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import codecs
 import functools
 import json
 import operator
@@ -98,16 +99,22 @@ def _values(unit: Unit, drops: Drops, decode: Callable[[bytes], Any], wanted: se
             drops.bad("document", "not a JSON object", name, sample=line.decode(errors="replace"))
 
 
-def text_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
-    """(name, line, ends with a line end) of each line of a unit of `line_units`; names as in `json_lines`."""
+def text_lines(unit: Unit, drops: Drops, wide: str = "") -> Iterator[tuple[str, bytes, bool]]:
+    """(name, line, ends with a line end) of each line of a unit of `line_units`; names as in `json_lines`.
+
+    wide: a charset in which a line end is another byte than in ASCII, or several. Then the unit has to be a whole file,
+    and the lines, which are in UTF-8, have the names of a compressed one's.
+    """
     path, start, end = unit.payload
     try:
         with path.open("rb", _CHUNK) as file:
+            if not is_compressed(path) and not wide:
+                yield from _range(unit.name, file, start, end, drops)
+                return
+            chunks: Iterator[bytes] = iter(lambda: file.read(_CHUNK), b"")
             if is_compressed(path):
                 chunks = _decompressed(unit.name, path.suffix.lower(), file, drops)
-                yield from _split(unit.name, chunks, drops)
-            else:
-                yield from _range(unit.name, file, start, end, drops)
+            yield from _split(unit.name, _as_utf8(chunks, wide) if wide else chunks, drops)
     except OSError as error:
         raise_if_passing(error, path)
         drops.bad("document", f"file cannot be read ({error.strerror})", unit.name)
@@ -132,6 +139,13 @@ def _range(name: str, file: BinaryIO, start: int, end: int, drops: Drops) -> Ite
         while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
             pass
         position = file.tell()
+
+
+def _as_utf8(chunks: Iterable[bytes], charset: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(charset)("replace")
+    for chunk in chunks:
+        yield decoder.decode(chunk).encode()
+    yield decoder.decode(b"", True).encode()
 
 
 def _split(name: str, chunks: Iterable[bytes], drops: Drops) -> Iterator[tuple[str, bytes, bool]]:

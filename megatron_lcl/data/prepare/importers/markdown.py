@@ -9,10 +9,11 @@ import re
 
 from markdown_it import MarkdownIt
 
+from megatron_lcl.data.prepare.importers.charsets import text_of
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
 
 _MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n.*?^(?:---|\.\.\.)[ \t]*$\n?", re.DOTALL | re.MULTILINE)
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n.*?^(?:---|\.\.\.)[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 """of site generators: YAML between lines of dashes"""
 
 
@@ -23,6 +24,6 @@ class MarkdownImporter(HtmlImporter):
     reads = "folder of Markdown files (.md, .markdown); images beside the files (or in --images), or in data: URLs"
     suffixes = (".md", ".markdown")
 
-    def page_html(self, name: str) -> bytes:
-        text = super().page_html(name).decode("utf-8", "replace").replace("\r\n", "\n")
-        return _MARKDOWN.render(_FRONT_MATTER.sub("", text, count=1)).encode()
+    def page_text(self, name: str) -> tuple[str, list[str]]:
+        text, noted = text_of(self.page_html(name))
+        return _MARKDOWN.render(_FRONT_MATTER.sub("", text.replace("\r\n", "\n"), count=1)), noted

@@ -16,6 +16,8 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.sources import decoded, its_id, text_item
 from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
+from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import is_file, matching, raise_if_passing
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff", "jp2", "ppm", "ico", "img")
 _TEXTS = ("txt", "text", "caption")
@@ -36,7 +38,13 @@ class WebDatasetImporter(TarImporter):
             "of a pair are kept, and each epoch reads one; empty: one caption a pair",
         ] = "",
     ) -> None:
-        super().__init__(input, images)
+        try:
+            super().__init__(input, images)
+        except UserError as error:
+            if images is not None or is_file(input) or not _has_loose_pairs(input):
+                raise
+            remedy = "`tar cf pairs.tar *` in that folder packs its images, each with its .txt"
+            raise UserError(f"{error}; {remedy}") from None
         self.captions = tuple(name.strip() for name in captions.split(",") if name.strip())
         if self.captions:
             self.kind = "captions"
@@ -70,6 +78,16 @@ class WebDatasetImporter(TarImporter):
                     yield text
                 elif text is not None:
                     drops.bad("text", "not a string", name)
+
+
+def _has_loose_pairs(folder: Path) -> bool:
+    """Whether images, each with its text beside it, lie in the folder."""
+    try:
+        texts = {path.stem for path in matching(folder, "*.txt")}
+        return any(path.stem in texts for suffix in _IMAGES for path in matching(folder, f"*.{suffix}"))
+    except OSError as error:
+        raise_if_passing(error, folder)
+        return False
 
 
 def _record(sample: dict[str, Any], name: str, drops: Drops) -> Any:

@@ -15,6 +15,7 @@ from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Importer, files_signature
+from megatron_lcl.data.prepare.importers.charsets import invalid
 from megatron_lcl.data.prepare.importers.files import MAX_FILE, TooLarge, uncompressed, whole_file
 from megatron_lcl.data.prepare.importers.sorted_runs import SortedRuns
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
@@ -216,13 +217,13 @@ def _read_file(path: Path) -> bytes | None:
         return None
 
 
-def decoded(raw: bytes, name: str, drops: Drops) -> str:
-    """UTF-8 as a string; what is none of it is replaced, and noted."""
+def decoded(raw: bytes, name: str, drops: Drops, codec: str = "utf-8") -> str:
+    """UTF-8, or what another codec of Python reads, as a string; what is none of it is replaced, and noted."""
     try:
-        return raw.decode()
+        return raw.decode(codec)
     except UnicodeDecodeError:
-        drops.note("document", "invalid UTF-8 replaced", name)
-        return raw.decode(errors="replace")
+        drops.note("document", invalid(codec), name)
+        return raw.decode(codec, "replace")
 
 
 def as_text(value: Any, name: str, drops: Drops) -> Any:

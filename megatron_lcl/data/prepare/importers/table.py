@@ -6,7 +6,9 @@ store of `fetch` has it (named by its SHA-256), and as img2dataset's tables say 
 
 from __future__ import annotations
 
+import codecs
 import csv
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit, lines
+from megatron_lcl.data.prepare.importers.charsets import invalid
 from megatron_lcl.data.prepare.importers.lines import LinesImporter, is_compressed, line_units, text_lines
 from megatron_lcl.data.prepare.importers.row_groups import (
     column_names,
@@ -26,6 +29,7 @@ from megatron_lcl.data.prepare.importers.row_groups import (
 from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, decoded, its_id, text_item
 from megatron_lcl.data.prepare.importers.url_keys import UrlKeys, key_names
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import raise_if_passing
 
 _TEXTS = ("caption", "text", "alt_text", "alt", "title", "description")
 _JOINS = {
@@ -59,43 +63,53 @@ class TableImporter(ImagesByName, LinesImporter):
             str, "what that column holds: path, key (of img2dataset) or url; empty: as its name says, else path"
         ] = "",
         columns: Annotated[str, "names of the columns, with commas, of CSV and TSV without a header"] = "",
+        encoding: Annotated[
+            str,
+            "charset of CSV and TSV, as Python calls it, such as gb18030, cp932, cp1252; UTF-16 is known by its mark",
+        ] = "utf-8",
     ) -> None:
         if join not in ("", *_JOINS):
             raise UserError(f"--option join={join}: give {', '.join(_JOINS)}")
+        self.encoding = _known(encoding)
         super().__init__(input)
         self.given = [name.strip() for name in columns.split(",")] if columns else []
         self.text, self.image, self.join = text_column, image_column, join
         self.look_in(images or self.root)
         self.keys = UrlKeys(images or self.root)
+        self._marked = frozenset(file for file in self.files if _begins_with_mark(file))
+        self.rules += bool(self._marked)  # earlier releases read them as UTF-8
         self.beside = [*self.images.archives, *self.keys.tables]
-        names = next((names for file in self.files if (names := self._header(file)) is not None), None)
-        if names is not None:
-            self._choose_columns(names)
+        found = ((file, names) for file in self.files if (names := self._header(file)) is not None)
+        if (first := next(found, None)) is not None:
+            self._choose_columns(*first)
 
     def prepare(self, folder: Path) -> None:
         super().prepare(folder)
         if self.join == "url":
             self.keys.prepare(folder)
 
-    def _choose_columns(self, names: Sequence[str]) -> None:
+    def _choose_columns(self, file: Path, names: Sequence[str]) -> None:
         has = f"it has {some_columns(names)}"
+        if any("\ufffd" in name for name in names):
+            has += f" (which is not {self._charset(file)}: name its charset with --option encoding=NAME)"
         for option, name in (("text_column", self.text), ("image_column", self.image)):
             if name and name not in names:
-                raise UserError(f"--option {option}={name}: {self.files[0]} has no such column; {has}")
+                raise UserError(f"--option {option}={name}: {file} has no such column; {has}")
         lower = {name.lower(): name for name in reversed(names)}
         if not self.text:
             self.text = next((lower[name] for name in _TEXTS if name in lower), "")
             if not self.text:
-                raise UserError(
-                    f"{self.files[0]} has no column of texts; {has}: name it with --option text_column=NAME"
-                )
+                raise UserError(f"{file} has no column of texts; {has}: name it with --option text_column=NAME")
         wanted = [self.join] if self.join else list(_JOINS)
         if not self.image:
             self.image = next((lower[name] for join in wanted for name in _JOINS[join] if name in lower), "")
             if not self.image:
-                raise UserError(
-                    f"{self.files[0]} has no column of images; {has}: name it with --option image_column=NAME"
-                )
+                raise UserError(f"{file} has no column of images; {has}: name it with --option image_column=NAME")
+        if file.suffix == ".parquet" and _holds_images(file, self.image):
+            raise UserError(
+                f"{file}: column {self.image} holds images, and format table reads their paths, URLs or keys; give "
+                f"--format hf --option image_column={self.image}"
+            )
         self.join = self.join or next((join for join in _JOINS if self.image.lower() in _JOINS[join]), "path")
 
     def _header(self, file: Path) -> list[str] | None:
@@ -106,7 +120,10 @@ class TableImporter(ImagesByName, LinesImporter):
             return self.given
         drops = Drops()
         unit = Unit(file.name, 0, (file, 0, file.stat().st_size))
-        return next((fields for _, fields in _records(unit, _is_csv(file), drops)), None)
+        return next((fields for _, fields in _records(unit, _is_csv(file), self._charset(file), drops)), None)
+
+    def _charset(self, file: Path) -> str:
+        return "utf-16" if file in self._marked else self.encoding
 
     def units_of_files(self) -> list[Unit]:
         units: list[Unit] = []
@@ -114,8 +131,13 @@ class TableImporter(ImagesByName, LinesImporter):
             name, size = self.found.name(file), file.stat().st_size
             if file.suffix == ".parquet":
                 units += row_group_units(file, name)
+            elif _is_wide(self._charset(file)):
+                units.append(Unit(name, size, (file, 0, size)))
             elif _is_csv(file) and not is_compressed(file):  # a quoted field may hold line ends
-                units += [Unit(name, end - start, (file, start, end)) for start, end in _csv_ranges(file, size)]
+                units += [
+                    Unit(name, end - start, (file, start, end))
+                    for start, end in _csv_ranges(file, size, self._charset(file))
+                ]
             else:
                 units += line_units([file], self.found.name)
         return units
@@ -134,7 +156,7 @@ class TableImporter(ImagesByName, LinesImporter):
             if first:
                 drops.bad("document", fault, unit.name)
             return
-        records = _records(unit, _is_csv(file), drops)
+        records = _records(unit, _is_csv(file), self._charset(file), drops)
         if first and not self.given:
             next(records, None)
         for name, fields in records:
@@ -178,7 +200,43 @@ def _is_csv(file: Path) -> bool:
     return ".csv" in (suffix.lower() for suffix in file.suffixes[-2:])
 
 
-def _csv_ranges(file: Path, size: int) -> Iterator[tuple[int, int]]:
+def _known(charset: str) -> str:
+    """The name that Python's codecs have for a charset. UserError where there is none."""
+    try:
+        _is_wide(charset)
+        return codecs.lookup(charset).name
+    except (LookupError, ValueError):
+        raise UserError(
+            f"--option encoding={charset}: Python knows no such charset; give one such as utf-8, gb18030, cp932, cp1252"
+        ) from None
+
+
+def _is_wide(charset: str) -> bool:
+    """Whether a line end is not the one byte of ASCII's."""
+    return b"\n".decode(charset, "replace") != "\n"
+
+
+def _begins_with_mark(file: Path) -> bool:
+    """Whether a file that is not compressed begins with the byte order mark of UTF-16."""
+    if is_compressed(file) or file.suffix == ".parquet":
+        return False
+    try:
+        with file.open("rb") as opened:
+            return opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    except OSError as error:
+        raise_if_passing(error, file)
+        return False
+
+
+def _holds_images(file: Path, column: str) -> bool:
+    """Whether a column of a parquet file has bytes that are no name, or is of structs or lists, by its first values."""
+    unit = next(iter(row_group_units(file, "")), None)
+    rows = () if unit is None else rows_of_unit(unit, "", [column], Drops(), batch=1)
+    value = next((row[column] for _, row in itertools.islice(rows, 100) if row[column] is not None), None)
+    return isinstance(value, dict | list) or (isinstance(value, bytes) and b"\0" in value)
+
+
+def _csv_ranges(file: Path, size: int, charset: str) -> Iterator[tuple[int, int]]:
     """A file's bytes in parts of `RANGE` and more that begin at records.
 
     Found by the reader that reads them, as only that knows for any file, be it against the rules, which quotes hold
@@ -186,7 +244,7 @@ def _csv_ranges(file: Path, size: int) -> Iterator[tuple[int, int]]:
     """
     start = 0
     if size > lines.RANGE:
-        for label, _ in _records(Unit("", size, (file, 0, size)), True, Drops()):
+        for label, _ in _records(Unit("", size, (file, 0, size)), True, charset, Drops()):
             position = int(label.removeprefix("@"))
             if position - start >= lines.RANGE:
                 yield start, position
@@ -194,14 +252,17 @@ def _csv_ranges(file: Path, size: int) -> Iterator[tuple[int, int]]:
     yield start, size
 
 
-def _records(unit: Unit, quoted: bool, drops: Drops) -> Iterator[tuple[str, list[str]]]:
+def _records(unit: Unit, quoted: bool, charset: str, drops: Drops) -> Iterator[tuple[str, list[str]]]:
     """(name, fields) of each row of a unit, the header among them; blank lines are none."""
     labels: list[str] = []
+    wide = charset if _is_wide(charset) else ""
 
     def read() -> Iterator[str]:
-        for label, raw, _ in text_lines(unit, drops):
+        for label, raw, _ in text_lines(unit, drops, wide):
             labels.append(label)
-            text = decoded(raw, label, drops).removeprefix("\ufeff")
+            text = decoded(raw, label, drops, "utf-8" if wide else charset).removeprefix("\ufeff")
+            if wide and "\ufffd" in text:
+                drops.note("document", invalid(wide), label)
             yield text.rstrip("\r\n") + "\n"
 
     if not quoted:
