@@ -45,6 +45,13 @@ def test_another_objective_in_a_whole_config_has_its_own_start(tmp_path: Path) -
     assert configs.load(whole, {"contrast.initial_log_scale": "0"}).initial_log_scale == 0.0
 
 
+def test_the_optimizer_s_defaults_are_the_paper_s() -> None:
+    ours = configs.Config().optimizer
+    assert (ours.lr, ours.betas, ours.eps, ours.weight_decay, ours.warmup) == (5e-4, (0.9, 0.98), 1e-6, 0.2, 2000)
+    muon = ours.muon
+    assert (muon.momentum, muon.newton_schulz_steps, muon.dtype) == (0.95, 5, "bfloat16")  # Jordan et al. 2024
+
+
 def test_one_path_is_a_corpus() -> None:
     assert configs.load(None, {"data.corpora": "some/dir"}).data.corpora == (configs.Corpus("some/dir"),)
     for name in ("a #b", "a: b", "no", "*a", " b"):

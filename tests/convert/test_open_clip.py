@@ -15,6 +15,7 @@ from megatron_lcl import LCL, load_model
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.convert.certificate import check_images
 from megatron_lcl.convert.export import export_model, import_checkpoint
+from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 
 B32 = Model(Vision(224, 32, 768, 12, 12, 3072), Language(128, 1000, 768, 1, 12, 3072), 12)
 B16 = Model(Vision(224, 16, 768, 2, 12, 3072), Language(128, 1000, 768, 1, 12, 3072), 12)
@@ -44,6 +45,10 @@ def test_create_model(open_clip: Any, model: LCL, tmp_path: Path) -> None:
         mean = model.patch_features(images).mean(1)
         assert torch.allclose(loaded.eval().encode_image(images), mean, rtol=1e-4, atol=1e-5)
     assert [type(step).__name__ for step in transform.transforms[:2]] == ["Resize", "CenterCrop"]
+
+
+def test_images_are_normalized_as_open_clip_does(open_clip: Any) -> None:
+    assert (IMAGE_MEAN, IMAGE_STD) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
 @pytest.mark.parametrize("bias", [None, -10.0])

@@ -21,8 +21,8 @@ from megatron_lcl.report.page import write_report
 
 CONFIG = """
 model:
-  vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64}}
-  language: {{context_length: 48, vocab_size: 517, width: 32, layers: 1, heads: 2, mlp_width: 64}}
+  vision: {{image_size: 16, patch_size: 8, width: 32, layers: 2, heads: 2, mlp_width: 64, drop_path: 0.5}}
+  language: {{context_length: 48, vocab_size: 517, width: 32, layers: 2, heads: 2, mlp_width: 64, drop_path: 0.5}}
   pool_heads: 2
 data: {{corpora: {folder}/corpus, cache: {folder}/cache, tokens_per_pack: 64, workers: 1}}
 optimizer: {{lr: 1.0e-2, warmup: 1}}

@@ -99,6 +99,14 @@ def test_half_precision_features_cost_no_more_than_their_own_rounding(dtype, sca
     assert abs(gradients[2] - exact[2]) <= 1e-5 * abs(exact[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_log_scale_in_half_precision_is_raised_to_e_in_float32(dtype):
+    image, text = (rows.float() for rows in features(50))
+    log_scale = torch.tensor([2.7]).to(dtype)
+    expected = float(plain(image.double(), text.double(), log_scale.double()))
+    assert float(ours(image, text, log_scale)) == pytest.approx(expected, rel=2e-6)
+
+
 def test_gradcheck(small_tiles):
     image, text = (rows.requires_grad_() for rows in features(8, width=4))
     log_scale = torch.tensor([1.3], dtype=torch.float64, requires_grad=True)
@@ -162,6 +170,12 @@ def test_statistics(small_tiles):
     torch.testing.assert_close(tuple(output[:5]), expected)
     torch.testing.assert_close(output.mutual_information, math.log(n) - expected[0])
     assert not any(value.requires_grad for value in output[1:])
+
+
+def test_a_tie_counts_as_a_miss(small_tiles):
+    rows = torch.eye(4)[[2] * 8]
+    output = contrastive_loss(rows, rows, torch.tensor(2.0))
+    assert (output.image_accuracy, output.text_accuracy) == (0, 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,7 +56,37 @@ def test_equals_the_plain_formula_in_float32_and_bfloat16() -> None:
         assert_close(with_gradients(ours, *arguments), expected, tolerance)
 
 
-def test_statistics_and_no_pairs() -> None:
+@pytest.mark.parametrize(("noise", "largest"), [(0.18, 10.0), (0.14, 1e-2), (0.12, 1e-5)])
+def test_gradients_of_a_small_loss_are_exact(noise: float, largest: float, small_tiles: None) -> None:
+    """Where an own pair's sigmoid is 1 but for what float32 rounds away, and most of the loss is of own pairs."""
+    image, _ = features(40, width=64)
+    text = F.normalize(image + noise * torch.randn(40, 64, dtype=torch.float64, generator=torch.manual_seed(1)), dim=1)
+    arguments = [value.float() for value in (image, text, torch.tensor([math.log(100)]), torch.tensor([-50.0]))]
+    expected = with_gradients(plain, *(value.double() for value in arguments))
+    assert largest / 20 < expected[0] < largest
+    assert_close(with_gradients(ours, *arguments), expected, 2e-5, 0.0)
+
+
+def test_sums_of_many_small_terms_are_exact(small_tiles: None) -> None:
+    """Of n images on the axes, with themselves as texts, every term is log(1 + e^-10), and the bias's gradient
+    (n - 2) / (1 + e^10): float32 would add the tiles' terms to a thousand times as much."""
+    n = 150
+    rows = torch.eye(n)
+    loss, _, _, _, bias = with_gradients(ours, rows, rows, torch.tensor([math.log(20)]), torch.tensor([-10.0]))
+    assert float(loss) == pytest.approx(n * math.log1p(math.exp(-10)), rel=1e-6)
+    assert float(bias) == pytest.approx(0.3 * (n - 2) / (1 + math.exp(10)), rel=1e-6)
+
+
+def test_numbers_in_half_precision_cost_no_more_than_their_own_rounding() -> None:
+    """A bfloat16 scale is raised to e in float32; a float32 bias stays it beside bfloat16 features."""
+    image, text = (rows.bfloat16() for rows in features(50, width=64))
+    for scale, bias in ((SCALE.bfloat16(), BIAS), (SCALE, torch.tensor([-10.03])), (SCALE, BIAS.bfloat16())):
+        arguments = [image, text, scale, bias]
+        actual, expected = ours(*arguments), plain(*(value.double() for value in arguments))
+        assert float(actual) == pytest.approx(float(expected), rel=2e-6)
+
+
+def test_statistics_and_no_pairs(small_tiles: None) -> None:
     image, text = features(30, seed=4)
     text = F.normalize(text + 2 * image, dim=1)
     said = sigmoid_loss(image, text, SCALE.double(), BIAS.double())
@@ -78,6 +110,17 @@ def test_what_is_not_finite_makes_the_loss_not_finite() -> None:
         image, text = (rows.float() for rows in features(6))
         image[3, 0] = bad
         assert not torch.isfinite(ours(image, text, SCALE, BIAS))
+
+
+def test_an_infinite_positive_among_minus_infinite_negatives_is_not_a_loss_of_zero() -> None:
+    image, text = torch.tensor([[torch.inf, 1.0], [0.5, 1.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert torch.isnan(ours(image, text, SCALE, BIAS))
+
+
+def test_a_tie_counts_as_a_miss(small_tiles: None) -> None:
+    rows = torch.eye(4)[[2] * 8]
+    said = sigmoid_loss(rows, rows, SCALE, BIAS)
+    assert (said.image_accuracy, said.text_accuracy) == (0, 0)
 
 
 def in_group(group, image, text, log_scale, bias, counts):

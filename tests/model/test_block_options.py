@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,19 @@ def test_a_block_with_layer_scale_and_qk_norm_is_its_formula() -> None:
     q, k = norm(q, attention.norm_q), norm(k, attention.norm_k)
     weights = (torch.einsum("nqhd,nkhd->nhqk", q, k) / 10**0.5).softmax(-1)
     attended = torch.einsum("nhqk,nkhd->nqhd", weights, v).flatten(2)
-    y = x + block.scale1 * F.linear(attended, attention.out.weight, attention.out.bias)
-    hidden = F.gelu(F.linear(norm(y, block.norm2), block.mlp.up.weight, block.mlp.up.bias))
-    y = y + block.scale2 * F.linear(hidden, block.mlp.down.weight, block.mlp.down.bias)
-    torch.testing.assert_close(block.encode(x), y)
+    attended = block.scale1 * F.linear(attended, attention.out.weight, attention.out.bias)
+
+    def formula(factor1: torch.Tensor | float, factor2: torch.Tensor | float) -> torch.Tensor:
+        y = x + factor1 * attended
+        hidden = F.gelu(F.linear(norm(y, block.norm2), block.mlp.up.weight, block.mlp.up.bias))
+        return y + factor2 * block.scale2 * F.linear(hidden, block.mlp.down.weight, block.mlp.down.bias)
+
+    torch.testing.assert_close(block.encode(x), formula(1, 1))
+    factors = torch.rand(2, 14, 1, generator=generator, dtype=torch.float64)
+    block.drop = SimpleNamespace(factors=lambda *_: list(factors))
+    batch = dataclasses.replace(batches()[0], image_start=torch.tensor([0, 7]), packs=(0,))
+    dropped = block(Activations.of(batch)._replace(hidden=x.flatten(0, 1), num_patches=4)).hidden
+    torch.testing.assert_close(dropped, formula(*factors.view(2, 2, 7, 1)).flatten(0, 1))
     images = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
     rows = model.patches.encode(images)
     assert rows.shape == (2, 7, 40)

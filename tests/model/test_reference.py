@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_lcl import LCL, from_open_clip
+from megatron_lcl import config as configs
 from megatron_lcl.train.optimizer import parameter_groups
 
 BOUND = 1e-5
@@ -65,6 +66,35 @@ def test_published_names_and_shapes(shared: Path) -> None:
         with torch.device("meta"):
             ours = LCL(model_config(config), seed=None).state_dict_open_clip()
         assert {name: list(value.shape) for name, value in ours.items()} == published
+
+
+def test_initial_parameters_are_of_the_published_sizes() -> None:
+    """CLIP's for its text tower (open_clip, `TextTransformer.init_parameters`), for both encoders."""
+    vision = {"image_size": 32, "patch_size": 8, "width": 96, "layers": 2, "heads": 4, "mlp_width": 128, "registers": 4}
+    language = {"context_length": 40, "vocab_size": 103, "width": 64, "layers": 5, "heads": 4, "mlp_width": 160}
+    model = LCL(configs.from_dict({"model": {"vision": vision, "language": language, "pool_heads": 4}}).model, seed=0)
+    v, d = 96**-0.5, 64**-0.5
+    sizes = {"patches.projection.weight": (3 * 8 * 8) ** -0.5}
+    sizes |= {f"patches.{name}": v for name in ("class_embedding", "registers", "positions")}
+    for tower, count, width in (("vision", 2, v), ("language", 5, d)):
+        block = {f"attention.{x}.weight": width for x in "qkv"} | {"mlp.up.weight": width / math.sqrt(2)}
+        block |= dict.fromkeys(("attention.out.weight", "mlp.down.weight"), width / math.sqrt(2 * count))
+        sizes |= {f"{tower}_blocks.{n}.{name}": size for n in range(count) for name, size in block.items()}
+    sizes |= {"pool.query": 0.02, "pool.embedding.weight": 0.02, "pool.positions": 0.01, "pool.out.weight": d}
+    sizes |= {f"pool.{x}.weight": v for x in "qkv"} | {"head.projection.weight": d, "head.vocabulary": 0.02}
+    parts = {"patches": model.patches, "pool": model.pool, "head": model.head}
+    parts |= {f"vision_blocks.{n}": block for n, block in enumerate(model.vision_blocks)}
+    parts |= {f"language_blocks.{n}": block for n, block in enumerate(model.language_blocks)}
+    found = {f"{part}.{name}": p.detach() for part, module in parts.items() for name, p in module.named_parameters()}
+    assert len(found) == len(list(model.parameters()))
+    assert sizes.keys() < found.keys()
+    for name, values in found.items():
+        if size := sizes.get(name):  # within four standard errors
+            n = values.numel()
+            assert float(values.std(correction=0)) == pytest.approx(size, rel=4 / math.sqrt(2 * n)), name
+            assert float(values.mean()) == pytest.approx(0, abs=4 * size / math.sqrt(n)), name
+        elif name != "head.log_scale":
+            assert values.unique().tolist() == [float(name.endswith(".weight"))], f"{name}: norms 1, biases 0"
 
 
 def test_outputs_and_losses(model: LCL, tensors: dict[str, torch.Tensor]) -> None:
@@ -142,6 +172,8 @@ def test_a_text_is_read_at_soi_in_place_of_eot(model: LCL) -> None:
     features = model.encode_text(texts)
     assert features.shape == (3, model.config.language.width)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+    longer = model.encode_text(torch.tensor([[sot, 5, 6, 7, eot, 9, 8]]))
+    assert relative(longer, features[:1]) < 1e-6, "what follows on its `<eot>` is not read"
     # the same feature is read at the `<soi>` of a document that begins so and goes on with an image
     p = model.config.vision.num_patches
     image = [soi] + [model.special.placeholder] * p + [model.special.eoi]
@@ -150,6 +182,17 @@ def test_a_text_is_read_at_soi_in_place_of_eot(model: LCL) -> None:
     out = model(torch.randn(1, 3, size, size), document)
     torch.testing.assert_close(features[:1], out.text_features)
     assert relative(features[1:2], model.encode_text(torch.tensor([[sot, 9, soi]]))) < 1e-6  # its last token gave way
+
+
+def test_features_of_a_model_in_bfloat16_have_unit_norm(model: LCL) -> None:
+    size = model.config.vision.image_size
+    model.bfloat16()
+    for features in (
+        model.encode_image(torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))),
+        model.encode_text(torch.tensor([[206, 5, 6, 207], [206, 9, 207, 0]])),
+    ):
+        assert features.dtype == torch.float32
+        torch.testing.assert_close(features.double().norm(dim=1), torch.ones(len(features)).double(), rtol=0, atol=1e-6)
 
 
 def test_mismatched_images_are_named(model: LCL) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.losses.group import HEADER
 from megatron_lcl.losses.sigmoid import SUMS
+from megatron_lcl.model.layers import MAX_LOG_SCALE
 from megatron_lcl.objectives.base import GlobalCounts, Objective, StepInputs
 from megatron_lcl.objectives.generation import Generation
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
@@ -200,6 +202,17 @@ def test_what_the_built_in_objectives_ask_for() -> None:
     assert asked("coca", "recompute") == ("recompute", 2, False, True, True)
     assert asked("emu", "recompute") == ("1F1B", 1, True, True, True)
     assert asked("generation", "recompute") == ("1F1B", 1, True, False, True)
+
+
+def test_the_built_in_objectives_have_their_papers_weights() -> None:
+    def weights(name: str) -> dict[str, float]:
+        return objectives.create(configs.from_dict({"objective": {"name": name}})).weights
+
+    contrast, generation = "contrastive_weight", "generation_weight"
+    assert weights("lcl") == {contrast: 0.1, generation: 1}  # arXiv 2406.07543
+    assert weights("coca") == {contrast: 1, generation: 2}  # arXiv 2205.01917, eq. 4
+    assert weights("emu") == {"regression_weight": 1, generation: 1}  # arXiv 2307.05222, section 2
+    assert math.log(100) == MAX_LOG_SCALE  # CLIP, arXiv 2103.00020, section 2.5
 
 
 def test_what_follows_from_terms_and_their_weights() -> None:

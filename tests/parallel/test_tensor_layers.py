@@ -236,6 +236,11 @@ def test_at_size_one_everything_is_itself() -> None:
         assert layer.weight is weight
 
 
+def test_functions_of_what_is_awaited_are_called_once_in_order() -> None:
+    pending = Pending(torch.tensor(1.0)).then(lambda result: result + 1).then(lambda result: result * 3)
+    assert [float(pending.wait()) for _ in range(2)] == [6, 6]
+
+
 @given(
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     full_size=st.integers(1, 20),

@@ -230,6 +230,14 @@ def test_of_a_long_tail_and_a_slow_average_every_kth_step_counts(monkeypatch: py
         assert after.state == whole.state, at
 
 
+def test_every_step_of_a_run_that_is_shorter_than_its_average_counts() -> None:
+    run, decay = OneNumber(100, 0.5, 0.99999), 0.99999
+    run.steps(1, 100, {})
+    factors = [decay ** (100 - step) for step in range(1, 101)]
+    mean = sum(factor * step for step, factor in enumerate(factors, 1)) / sum(factors)
+    torch.testing.assert_close(run.state["ema_0.99999"].item(), mean, rtol=1e-6, atol=0)
+
+
 def test_a_tail_of_which_every_step_was_taken_goes_on_with_every_kth(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a checkpoint of an earlier version: six steps, and then every third, each for three."""
     before, after = OneNumber(24, 0.5), OneNumber(24, 0.5)

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import importlib
+import inspect
 import itertools
 import re
 import sys
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch.conftest import tiny  # noqa: F401 - a fixture
 from torch import nn
+from torch.nn.attention import varlen
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from train.resilience.fleet import line_of
 
@@ -121,6 +123,26 @@ def test_flash_attn_is_asked_for_its_deterministic_backward(deterministic: bool)
     chosen = choose_attention(CUDA, torch.bfloat16, capability=AMPERE, deterministic=deterministic)
     rows: Any = torch.zeros(3, 1, 8)
     assert chosen.attend(rows, rows, rows, rows, 3) == {"causal": True, "deterministic": deterministic}
+
+
+def test_torch_s_kernel_is_asked_for_causal_attention_in_each_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def varlen_attn(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        asked.append(inspect.signature(real).bind(*arguments, **keywords).arguments)
+        return asked[-1]["query"]
+
+    real = varlen.varlen_attn
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    chosen = choose_attention(CUDA, torch.bfloat16, "torch_varlen", capability=AMPERE)
+    q, k, v = torch.zeros(3, 3, 1, 8).unbind()
+    cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
+    assert chosen.attend(q, k, v, cu_seqlens, 2) is q
+    (told,) = asked
+    assert [told[name] for name in ("query", "key", "value")] == [q, k, v]
+    assert told["cu_seq_q"] is told["cu_seq_k"] is cu_seqlens
+    assert (told["max_q"], told["max_k"]) == (2, 2)
+    assert tuple(told["window_size"]) == (-1, 0), "all rows before, none behind"
 
 
 @pytest.mark.parametrize("gives", ["keywords", "keywords, None"], ids=["now", "with the log-sum-exps"])

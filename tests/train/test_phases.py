@@ -280,11 +280,12 @@ def test_the_global_batch_doubles() -> None:
 
 def test_the_end_is_unmasked_whatever_the_phases_say() -> None:
     phases = json.dumps([{"steps": 4, "patch_dropout": 0.75}, {"steps": 3, "image_size": 160}])
-    config = config_of(train__steps=10, schedule__phases=phases, model__vision__unmasked_steps=5)
+    own = {"model__vision__patch_dropout": 0.5, "model__vision__unmasked_steps": 5}
+    config = config_of(train__steps=10, schedule__phases=phases, **own)
     found = [
         (p.first, p.config.model.vision.patch_dropout, p.config.model.vision.image_size) for p in phases_of(config)
     ]
-    assert found == [(0, 0.75, 224), (4, 0.0, 160), (7, 0.0, 224)]
+    assert found == [(0, 0.75, 224), (4, 0.5, 160), (5, 0.0, 160), (7, 0.0, 224)]
     vision = phases_of(config)[0].config.model.vision
     assert (vision.num_patches, vision.num_kept, vision.num_placeholders) == (49, 12, 12)
     assert replace(vision, patch_dropout_places="all").num_placeholders == 49

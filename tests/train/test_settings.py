@@ -41,6 +41,13 @@ def test_what_deepspeed_knows_is_passed_on(deepspeed: dict[str, Any], sections: 
         assert value.items() <= found[section].items() if isinstance(value, dict) else value == found[section]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradients_are_summed_in_float32_in_every_precision(dtype: str) -> None:
+    """Over micro-batches, and over replicas."""
+    found = settings_of({}, 4, train={"dtype": dtype})
+    assert (found["data_types"], found["communication_data_type"]) == ({"grad_accum_dtype": "fp32"}, "fp32")
+
+
 @pytest.mark.parametrize(
     ("deepspeed", "sections", "message"),
     [

@@ -206,17 +206,39 @@ def test_muon_steps_as_emerging_optimizers_does(shape: tuple[int, int]) -> None:
     """NVIDIA's package, of which numbers are kept, because it needs Python 3.12."""
     order = torch.arange(24.0)
     start = 0.01 * (7 * order % 11 - 5)
-    flat, piece = torch.nn.Parameter(start.clone()), Piece("0.matrix", 0, 24, 0)
-    group = {"params": [flat], "lr": LR, "weight_decay": DECAY}
-    settings = Optimizer(name="muon", muon=MuonSettings(dtype="float32"))
-    rules = {piece.name: Rule(Tensor(torch.Size(shape), None), "muon")}
-    optimizer = Tensorwise([group], settings, rules)
-    optimizer.attach([Partition(flat, [piece], [[piece]])], Mesh(ALONE, ALONE))
+    flat = torch.nn.Parameter(start.clone())
+    optimizer = on_one_process(flat, shape, "muon", Optimizer(name="muon", muon=MuonSettings(dtype="float32")))
     for step in range(3):
         flat.grad = (5 + 2 * step) * order % 13 - 6
         optimizer.step()
     theirs = torch.tensor(RECORDED[shape]).flatten()
     assert float((flat.detach() - theirs).norm()) < 1e-5 * float((theirs - start).norm())
+
+
+@pytest.mark.parametrize("sizes", [(1e-4, 1e-3, 1e-5), (1e-9, 1e-9, 1e-9, 2e-6)])
+def test_updates_are_clipped_for_small_gradients(sizes: tuple[float, ...]) -> None:
+    """Sizes of training's own gradients, and such that the root of the second moment is below epsilon."""
+    generator = torch.Generator().manual_seed(0)
+    start = 0.02 * torch.randn(24, generator=generator)
+    stable, flat = Stable(start, DECAY), torch.nn.Parameter(start.clone())
+    optimizer = on_one_process(flat, (4, 6), "stable_adamw", Optimizer(name="stable_adamw"))
+    rounding = 2**-24 * float(start.norm())  # of the weights, in each step
+    for step, size in enumerate(sizes, 1):
+        flat.grad = size * torch.randn(24, generator=generator)
+        stable.step(flat.grad, LR)
+        optimizer.step()
+        moved = float((stable.parameter - start).norm())
+        assert float((flat.detach() - stable.parameter).norm()) < 1e-5 * moved + step * rounding
+    assert stable.slowest > 1.01, "an update is clipped"
+
+
+def on_one_process(flat: torch.nn.Parameter, shape: tuple[int, int], algorithm: Any, settings: Optimizer) -> Tensorwise:
+    """The optimizer of one matrix, as DeepSpeed's only partition."""
+    piece = Piece("0.matrix", 0, flat.numel(), 0)
+    rules = {piece.name: Rule(Tensor(torch.Size(shape), None), algorithm)}
+    optimizer = Tensorwise([{"params": [flat], "lr": LR, "weight_decay": DECAY}], settings, rules)
+    optimizer.attach([Partition(flat, [piece], [[piece]])], Mesh(ALONE, ALONE))
+    return optimizer
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
@@ -271,3 +293,11 @@ def test_newton_schulz_is_torchs(shape: tuple[int, int]) -> None:
     before_u, _, before_vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     torch.testing.assert_close(u @ u.T @ before_u, before_u)
     torch.testing.assert_close(vh.T @ vh @ before_vh.T, before_vh.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_newton_schulz_does_not_depend_on_the_gradient_s_size(dtype: torch.dtype) -> None:
+    matrix = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for factor in (2.0**-24, 2.0**24):  # a power of two: nothing is rounded otherwise
+        assert torch.equal(newton_schulz(factor * matrix, 5), newton_schulz(matrix, 5))
+    assert not newton_schulz(torch.zeros_like(matrix), 5).any()

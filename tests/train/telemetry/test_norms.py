@@ -7,12 +7,15 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from processes import run_processes
 
 from megatron_lcl import config as configs
 from megatron_lcl.model.layers import PARTS
+from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.selftest.reference import reference
+from megatron_lcl.train.telemetry.norms import PartNorms
 
 ON_CPU = {"device": "cpu"}
 ZERO3 = {"zero": 3, "strategy": "recompute"}
@@ -62,3 +65,21 @@ def test_norms_by_part_are_those_of_one_process() -> None:
                 assert all(math.isnan(norm) for norm in norms)
             else:
                 assert norms == pytest.approx(expected, rel=1e-4), name
+
+
+class AsMeasured(PartNorms):
+    """Squares of norms as they were measured, without an engine."""
+
+    def __init__(self, squares: torch.Tensor, clip_norm: float) -> None:
+        self._squares, self._clip_norm, self._known, self._mesh = squares.clone(), clip_norm, True, Mesh(ALONE, ALONE)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 20.0])
+def test_clipping_is_undone_where_the_gradient_was_clipped(clip_norm: float) -> None:
+    """A gradient of norms 3, 4 and 12 by part, whose own is 13, as torch clips it."""
+    gradient = torch.nn.Parameter(torch.zeros(3))
+    gradient.grad, update = torch.tensor([3.0, 4.0, 12.0]), torch.tensor([0.1, 0.2, 0.3])
+    if clip_norm:
+        torch.nn.utils.clip_grad_norm_(gradient, clip_norm)
+    norms = AsMeasured(torch.stack([gradient.grad, update]).square(), clip_norm).over_all_processes(torch.tensor(13.0))
+    torch.testing.assert_close(norms, torch.tensor([[3.0, 4.0, 12.0], [0.1, 0.2, 0.3]]))
