@@ -44,12 +44,16 @@ _OF_FILES = {
     errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
 }  # fmt: skip
 """what the system says of files and folders; other OSErrors are faults of the program"""
+_OF_STORAGE = {errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.EREMOTEIO, errno.ETIMEDOUT}
+"""the same where the error names a file; else it may be of a connection, or of what the program does"""
 _CONTROL = re.compile(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def is_mendable(error: BaseException | None) -> bool:
     """Whether a user can mend it: one line then says what it is, and the exit code is 2."""
-    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _OF_FILES)
+    if isinstance(error, OSError):
+        return error.errno in _OF_FILES or (error.filename is not None and error.errno in _OF_STORAGE)
+    return isinstance(error, UserError)
 
 
 def is_full(error: OSError) -> bool:

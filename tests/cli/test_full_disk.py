@@ -33,7 +33,7 @@ from megatron_lcl.data.corpus.tokenizer import JsonTokenizer
 from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.preprocess import WORK, preprocess
 from megatron_lcl.demo import manual
-from megatron_lcl.errors import describe_os_error
+from megatron_lcl.errors import describe_os_error, is_mendable
 from megatron_lcl.evaluate.heldout_results import Example, HeldOut, Pair, write_heldout
 from megatron_lcl.evaluate.results import Metric, Result, write_json, write_picture
 from megatron_lcl.model.reference_format import open_clip_config
@@ -347,3 +347,10 @@ def test_no_error_of_a_full_disk_is_without_a_name(disk: Path, monkeypatch: pyte
     for place in (disk / "run" / LOCK, disk / "run"):
         with pytest.raises(OSError, match=f"Disk quota exceeded: '{place}'"):
             sync(place)
+
+
+def test_what_is_of_files_is_a_line() -> None:
+    for number in (errno.EIO, errno.ETIMEDOUT, errno.EMFILE):
+        assert is_mendable(OSError(number, "broken", "a.png"))
+    assert not is_mendable(OSError(errno.ETIMEDOUT, "timed out"))  # of a connection
+    assert not is_mendable(OSError(errno.ECONNRESET, "reset", "a.png"))

@@ -35,7 +35,7 @@ def through_an_encoder(decode: Decode, pictures: list[Picture]) -> Iterator[Any]
 
 
 def of_a_labeled_set(decode: Decode, pictures: list[Picture]) -> Iterator[Any]:
-    return labeled._decoded(pictures, 0, 4, 2, [])
+    return labeled._decoded(pictures, 0, 4, 2, [], [])
 
 
 @pytest.mark.parametrize("read", [direct, through_an_encoder, of_a_labeled_set])

@@ -9,10 +9,11 @@ from __future__ import annotations
 import collections
 import itertools
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.drops import Drops
@@ -29,8 +30,8 @@ from megatron_lcl.filesystem import exists, matching
 FOLDER = "chosen"
 """in the work folder"""
 _GROUPS = "held-out.json"
-_TURNS = 16
-"""the least number of units whose texts a tokenizer is trained on, where each has more than enough"""
+_UNITS = 256
+"""the least number of places of an input from which texts are taken that a tokenizer is trained on, if not all are"""
 
 
 @dataclass(frozen=True)
@@ -111,48 +112,60 @@ def _train_tokenizer(
     more_texts: Sequence[str],
     bars: Bars,
 ) -> Tokenizer:
-    room = train_tokenizer.MAX_BYTES - sum(len(text.encode()) for text in more_texts)
+    most = train_tokenizer.MAX_BYTES
+    room = max(most - _size(more_texts), most // 2)
     texts = _sample(importer, list(itertools.chain.from_iterable(tasks)), groups, room, bars)
     return train_tokenizer.train_sentencepiece(itertools.chain(texts, more_texts), vocab_size)
 
 
-def _sample(importer: Importer, units: list[Unit], groups: frozenset[str], room: int, bars: Bars) -> Iterator[str]:
-    """All texts that are not held out, in the input's order; of more than `room` bytes some from all over the input.
+def _sample(importer: Importer, units: list[Unit], groups: frozenset[str], room: int, bars: Bars) -> list[str]:
+    """All texts that are not held out; of more than `room` bytes some from all over the input. In the input's order.
 
-    Units take turns of a sixteenth of the room each, so that a mixture is seen as one, however its sources are sorted.
-    Unusable where there is no document.
+    If there are more, units that lie evenly over the bytes of the input are read again, as many as have filled the
+    room, each for its share of it: a mixture is seen as one, however its sources are sorted. Unusable where there is no
+    document.
     """
-    drops, texts = Drops(), [list[str]() for _ in units]
-    readings = [_texts(importer, unit, groups, drops) for unit in units]
-    found, left = False, room
-    again = collections.deque[int]()
-
-    def take_turn(n: int) -> None:
-        nonlocal found, left
-        until = left - room // _TURNS
-        for document in readings[n]:
-            found = True
-            texts[n] += document
-            left -= sum(len(text.encode()) for text in document)
-            if left <= until:
-                again.append(n)
-                return
-
-    # the first few of these, however many, lie evenly over the input: fractions of multiples of the golden ratio
-    order = sorted(range(len(units)), key=lambda n: n * (math.sqrt(5) - 1) / 2 % 1)
-    for n in bars.over(order, "read texts", "unit", [1] * len(order)):
-        take_turn(n)
+    drops = Drops()
+    texts, left, number, found = list[str](), room, 0, False
+    for unit in bars.over(units, "read texts", "unit", [1] * len(units)):
+        number += 1
+        own = _texts(importer, unit, groups, left, drops)
+        found |= own is not None
+        texts += own or []
+        left -= _size(own or [])
         if left <= 0:
             break
-    while again and left > 0:
-        take_turn(again.popleft())
     if not found:
         raise nothing_left(drops, importer.place)
-    return itertools.chain.from_iterable(texts)
+    if left > 0:
+        return texts
+    number = max(number, _UNITS)
+    ends = np.cumsum([max(unit.size, 1) for unit in units])
+    shares = collections.Counter(np.searchsorted(ends, (np.arange(number) + 0.5) / number * ends[-1]).tolist())
+    texts, left = [], room
+    for n, share in bars.over(shares.items(), "sample texts", "unit", [1] * len(shares)):
+        own = _texts(importer, units[n], groups, left * share // number, drops)
+        texts += own or []
+        left -= _size(own or [])
+        number -= share
+    return texts
 
 
-def _texts(importer: Importer, unit: Unit, groups: frozenset[str], drops: Drops) -> Iterator[list[str]]:
-    """Those of each document, as they are written; none of one that is held out."""
+def _texts(importer: Importer, unit: Unit, groups: frozenset[str], room: int, drops: Drops) -> list[str] | None:
+    """The first `room` bytes of a unit's texts that are not held out, as they are written; None: it has no document."""
+    texts: list[str] | None = None
     for document in importer.documents(unit, drops):
-        texts = [] if group_name(document) in groups else separated(document, importer.separator).texts
-        yield [text.text.encode(errors="replace").decode() for text in texts]
+        texts = texts or []
+        if group_name(document) in groups:
+            continue
+        for text in separated(document, importer.separator).texts:
+            raw = text.text.encode(errors="replace")[:room]
+            texts.append(raw.decode(errors="ignore"))
+            room -= len(raw)
+            if room <= 0:
+                return texts
+    return texts
+
+
+def _size(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts)

@@ -15,7 +15,7 @@ from data.writers import picture
 from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.importers.charsets import text_of, text_of_page
 
-GUESSED = "no charset is declared, read as cp1252"
+GUESSED = "no known charset is declared, read as cp1252"
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,18 @@ def test_signs_of_windows_in_euc_jp() -> None:
         ("中文网页".encode()[:-1], "中文网\ufffd", ["invalid UTF-8 replaced"]),  # a page that was cut
         (b"<meta charset=none><meta charset=koi8-r>\xf0", "<meta charset=none><meta charset=koi8-r>П", []),
         (b"<meta charset=utf-7>\xe9", "<meta charset=utf-7>é", [GUESSED]),
-        (b"<!--<meta charset=koi8-r>-->\xe9", "<!--<meta charset=koi8-r>-->é", [GUESSED]),
-        (b"<body><meta charset=koi8-r>\xe9", "<body><meta charset=koi8-r>é", [GUESSED]),
+        (
+            b"<!--<meta charset=koi8-r>--><meta charset=cp1252>\xe9",
+            "<!--<meta charset=koi8-r>--><meta charset=cp1252>é",
+            [],
+        ),
+        (b"<body><meta charset=koi8-r>\xf0", "<body><meta charset=koi8-r>П", []),
+        (b"<script>s='<!--'</script><meta charset=koi8-r>\xf0", "<script>s='<!--'</script><meta charset=koi8-r>П", []),
+        (b"<!--><meta charset=koi8-r>\xf0<!-- -->", "<!--><meta charset=koi8-r>П<!-- -->", []),
+        (b"<meta content='x > y' charset=koi8-r>\xf0", "<meta content='x > y' charset=koi8-r>П", []),
+        (b"<meta charset=ibm850>\x84", "<meta charset=ibm850>ä", []),
+        (b"<meta charset=johab>\xd0\x65", "<meta charset=johab>한", []),
+        ("<p>Größe".encode("utf-32"), "<p>Größe", []),
         (b"<meta name=x content='charset=koi8-r'>\xe9", "<meta name=x content='charset=koi8-r'>é", [GUESSED]),
         (b'<?xml version="1.0" encoding="koi8-r"?>\xf0', '<?xml version="1.0" encoding="koi8-r"?>П', []),
         (b"", "", []),

@@ -19,7 +19,7 @@ from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.corpus.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
-from megatron_lcl.data.prepare import chosen
+from megatron_lcl.data.prepare import train_tokenizer
 from megatron_lcl.data.prepare.importers import separated
 from megatron_lcl.data.prepare.importers.mmc4 import Mmc4Importer
 from megatron_lcl.data.prepare.preprocess import preprocess
@@ -99,7 +99,7 @@ def test_the_tokenizer_is_trained_on_what_it_will_encode(tmp_path: Path, monkeyp
         given.extend(texts)
         return TOKENIZER
 
-    monkeypatch.setattr(chosen, "train_sentencepiece", train)
+    monkeypatch.setattr(train_tokenizer, "train_sentencepiece", train)
     writers.write_mmc4([Document(tuple(MATCHED.texts))] * 2, tmp_path / "in", tmp_path / "images")
     preprocess("mmc4", tmp_path / "in", tmp_path / "out", limit=1)
     assert "".join(given) == read_in_a_row(open_corpus(tmp_path / "out"), 0) == " ".join(SENTENCES)

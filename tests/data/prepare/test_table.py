@@ -250,7 +250,7 @@ def test_a_text_that_is_not_utf8(tmp_path: Path, pictures: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz"])
-@pytest.mark.parametrize("charset", ["gb18030", "cp1252", "utf-16", "utf-16-le", "utf-8-sig"])
+@pytest.mark.parametrize("charset", ["gb18030", "cp1252", "utf-16", "utf-16-le", "utf-32", "utf-8-sig"])
 def test_charsets(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, charset: str, suffix: str) -> None:
     """Of CSV, TSV and compressed files; in ranges, where the charset has ASCII's line ends."""
     texts = ["plain", "Größe" if charset == "cp1252" else "朱镕基", "é, é", "last"]
@@ -285,7 +285,7 @@ def test_bytes_that_are_not_in_the_charset(tmp_path: Path, pictures: Path) -> No
         create("table", tmp_path / "c.csv", pictures, {})
 
 
-@pytest.mark.parametrize("charset", ["klingon", "rot13", "undefined", "idna", "a\0b"])
+@pytest.mark.parametrize("charset", ["klingon", "rot13", "undefined", "idna", "punycode", "a\0b"])
 def test_a_charset_that_is_none(tmp_path: Path, charset: str) -> None:
     (tmp_path / "a.csv").write_bytes(b"path,caption\n")
     with pytest.raises(UserError, match=r"--option encoding=.*: Python knows no such charset; give one such as utf-8"):

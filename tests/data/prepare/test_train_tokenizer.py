@@ -8,15 +8,17 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.prepare import train_tokenizer
+from megatron_lcl.data.prepare import chosen, train_tokenizer
 from megatron_lcl.data.prepare.bars import Bars
 from megatron_lcl.data.prepare.chosen import choose
-from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers import Importer, Unit, create
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.data.storage.paths import Unreadable
 from megatron_lcl.errors import UserError
@@ -56,30 +58,67 @@ def test_texts_that_the_trainer_refuses_are_an_error_of_the_user() -> None:
         train_sentencepiece(["\u2585"], 1000)
 
 
-@pytest.mark.parametrize("sources", [2, 40])
-def test_of_much_text_each_source_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: int) -> None:
-    """Files of 300 kB each, sorted by language; as many bytes are taken as before, of whole documents."""
+class Recorder:
+    """A source that has one unit open at a time, and says which."""
+
+    def __init__(self, importer: Importer) -> None:
+        self.importer, self.separator, self.place = importer, importer.separator, importer.place
+        self.units: list[Unit] = []
+        self.open = False
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        assert not self.open
+        self.open = True
+        self.units.append(unit)
+        try:
+            yield from self.importer.documents(unit, drops)
+        finally:
+            self.open = False
+
+
+@pytest.mark.parametrize(("sources", "at_least"), [(2, 256), (40, 256), (40, 10)])
+def test_of_much_text_each_source_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: int, at_least: int
+) -> None:
+    """Files of 300 kB each, sorted by language, of which the first alone fills the room; two texts a document."""
     for n in range(sources):
-        line = json.dumps({"items": [{"text": f"word{n:02d} " * 100}]}) + "\n"
+        line = json.dumps({"items": [{"text": f"word{n:02d} " * 100}, {"text": f"wörd{n:02d} " * 20}]}) + "\n"
         (tmp_path / f"language-{n:02d}.jsonl").write_text(line * (300_000 // len(line)))
     trained_on: list[str] = []
     monkeypatch.setattr(train_tokenizer, "train_sentencepiece", lambda texts, _: trained_on.extend(texts))
     monkeypatch.setattr(train_tokenizer, "MAX_BYTES", 100_000)
-    importer = create("jsonl", tmp_path, None, {})
-    tasks = [[unit] for unit in importer.units()]
-    choose(importer, tasks, None, None, 1000, ["more"], 1, Bars(False))
+    monkeypatch.setattr(chosen, "_UNITS", at_least)
+    source: Any = Recorder(create("jsonl", tmp_path, None, {}))
+    units = source.importer.units()
+    tasks = [units[: len(units) // 2], units[len(units) // 2 :]]
+    choose(source, tasks, None, None, 1000, ["more"], 1, Bars(False))
     *of_input, more = trained_on
-    seen = collections.Counter(text[:6] for text in of_input)
     assert more == "more"
-    assert list(seen) == sorted(seen)
-    assert len(seen) == (2 if sources == 2 else 16)
-    assert max(seen.values()) - min(seen.values()) <= 10
-    if sources == 40:
-        gaps = np.diff([-1, *(int(word[4:]) for word in seen), 40])
-        assert gaps.max() <= 5  # a sixteenth of them is 2.5
-    assert 100_000 <= sum(map(len, of_input)) < 100_000 + 1000
+    seen = collections.Counter[str]()
+    language = ""
+    for text in of_input:
+        language = text[4:6] if len(text) > 5 else language  # the last one is cut
+        seen[language] += len(text.encode())
+    languages = list(map(int, seen))
+    assert languages == sorted(languages)
+    assert len(languages) == min(sources, at_least)
+    assert 0 <= 100_000 - 4 - seen.total() < 2 * len(languages)  # a character may be cut
+    assert max(seen.values()) - min(seen.values()) <= 100_000 // 256 + 2
+    assert max(np.diff([-1, *languages, sources])) <= -(-sources // at_least) + 1
+    assert source.units == [units[0], *(units[n] for n in languages)]
     monkeypatch.setattr(train_tokenizer, "MAX_BYTES", 10**9)
     trained_on.clear()
-    choose(importer, tasks, None, None, 1000, [], 1, Bars(False))
-    everything = [text.text for unit in importer.units() for d in importer.documents(unit, Drops()) for text in d.texts]
+    choose(source, tasks, None, None, 1000, [], 1, Bars(False))
+    everything = [text.text for unit in units for d in source.documents(unit, Drops()) for text in d.texts]
     assert trained_on == everything
+
+
+def test_texts_beside_the_input_leave_room_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"items": [{"text": "own"}]}))
+    trained_on: list[str] = []
+    monkeypatch.setattr(train_tokenizer, "train_sentencepiece", lambda texts, _: trained_on.extend(texts))
+    monkeypatch.setattr(train_tokenizer, "MAX_BYTES", 10)
+    importer = create("jsonl", tmp_path, None, {})
+    choose(importer, [importer.units()], None, None, 1000, ["of another corpus"], 1, Bars(False))
+    assert trained_on == ["own", "of another corpus"]

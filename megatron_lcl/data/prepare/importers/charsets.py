@@ -10,7 +10,13 @@ import codecs
 import re
 from collections.abc import Iterator
 
-_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # which begins as the next one does
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+)
 _READ_AS = {
     **dict.fromkeys(("ascii", "iso8859-1", "cp1252"), "cp1252"),
     **dict.fromkeys(("iso8859-9", "cp1254"), "cp1254"),
@@ -24,8 +30,14 @@ _READ_AS = {
     **{name: name for name in ("euc_jp", "koi8-r", "koi8-u", "cp866", "mac-roman", "mac-cyrillic")},
     **{f"cp{number}": f"cp{number}" for number in (1250, 1251, 1253, 1255, 1256, 1257, 1258)},
     **{f"iso8859-{part}": f"iso8859-{part}" for part in (2, 3, 4, 5, 6, 7, 8, 10, 13, 14, 15, 16)},
+    # which browsers do not read, and mail and old editors wrote
+    **{
+        f"cp{number}": f"cp{number}"
+        for number in (437, 737, 775, 850, 852, 855, 857, 858, 860, 861, 862, 863, 864, 865)
+    },
+    **{name: name for name in ("johab", "ptcp154", "hp-roman8", "kz1048", "koi8-t", "mac-greek", "mac-latin2")},
 }
-"""a codec as Python calls it → the one to decode with; what is not here, as UTF-7, browsers do not read either"""
+"""a codec as Python calls it → the one to decode with; what is not here, as UTF-7, is no charset of pages"""
 _LABELS = {
     "windows-874": "cp874", "dos-874": "cp874", "windows-31j": "cp932", "windows-949": "cp949", "cn-big5": "big5",
     "gb_2312": "gbk", "gb_2312-80": "gbk", "csgb2312": "gbk", "ksc_5601": "cp949", "ks_c_5601-1989": "cp949",
@@ -35,7 +47,9 @@ _LABELS = {
     "unicode-1-1-utf-8": "utf-8", "user-defined": "cp1252",
 }  # fmt: skip
 """those of the standard that Python does not know, without `x-`"""
-_TAGS = re.compile(rb"<!--(?:.*?-->|.*)|<body\b|<meta[\s/]([^>]{0,1024})", re.DOTALL | re.IGNORECASE)
+_META = rb"<meta[\s/]((?:[^>\"']|\"[^\"]{0,1024}\"|'[^']{0,1024}'){0,1024})"
+_TAGS = re.compile(rb"<!--(?:-?>|.*?-->|.*)|" + _META, re.DOTALL | re.IGNORECASE)
+_TAGS_ANYWHERE = re.compile(_META, re.IGNORECASE)
 _ATTRIBUTE = re.compile(rb"(?<![a-z-])([a-z-]+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+))", re.IGNORECASE)
 _IN_CONTENT = re.compile(rb"charset\s*=\s*[\"']?\s*([^\s\"';,]+)", re.IGNORECASE)
 _IN_XML = re.compile(rb"\s*<\?xml[^>]{0,256}?\sencoding\s*=\s*[\"']([^\"']{1,64})", re.IGNORECASE)
@@ -70,7 +84,7 @@ def text_of_page(raw: bytes) -> tuple[str, list[str]]:
     if 2 * num_replaced < len(text) - len(text.encode("ascii", "ignore")):
         return text, noted
     text, noted = _decoded(raw, "cp1252")
-    return text, ["no charset is declared, read as cp1252", *noted]
+    return text, ["no known charset is declared, read as cp1252", *noted]
 
 
 def _mark(raw: bytes) -> tuple[bytes, str]:
@@ -100,16 +114,19 @@ def _declared(raw: bytes) -> str | None:
 
 
 def _labels(raw: bytes) -> Iterator[bytes]:
-    for tag in _TAGS.finditer(raw):
-        if tag[0].lower() == b"<body":
-            break
+    yield from _labels_of_tags(_TAGS.finditer(raw))
+    if declaration := _IN_XML.match(raw):
+        yield declaration[1]
+    yield from _labels_of_tags(_TAGS_ANYWHERE.finditer(raw))  # behind a comment that only a script has begun, say
+
+
+def _labels_of_tags(tags: Iterator[re.Match[bytes]]) -> Iterator[bytes]:
+    for tag in tags:
         found = {name.lower(): b"".join(values) for name, *values in _ATTRIBUTE.findall(tag[1] or b"")}
         if b"charset" in found:
             yield found[b"charset"]
         elif found.get(b"http-equiv", b"").lower() == b"content-type":
             yield from _IN_CONTENT.findall(found.get(b"content", b""))
-    if declaration := _IN_XML.match(raw):
-        yield declaration[1]
 
 
 def _codec(label: bytes) -> str | None:

@@ -129,7 +129,8 @@ def parse_page(text: str, name: str) -> Page:
     page.redirect = _is_redirect(tree, name)
     given = next((href for node in tree.iter("base") if (href := node.get("href")) is not None), "")
     base = split_url(given.strip())
-    if base is not None and base.path and not base.scheme and not base.netloc:  # one of a site: in its copy as without
+    # where a copy of a site has its other folders, or those of its host, is not known: there images count from the page
+    if base is not None and not (base.scheme or base.netloc) and re.match(r"/$|[^/]", base.path):
         page.events = [(kind, _based(value, base.path) if kind == "image" else value) for kind, value in page.events]
     return page
 

@@ -204,6 +204,7 @@ def _known(charset: str) -> str:
     """The name that Python's codecs have for a charset. UserError where there is none."""
     try:
         _is_wide(charset)
+        bytes(range(256)).decode(charset, "replace")  # not one that is no charset of texts, as punycode
         return codecs.lookup(charset).name
     except (LookupError, ValueError):
         raise UserError(
@@ -222,7 +223,8 @@ def _begins_with_mark(file: Path) -> bool:
         return False
     try:
         with file.open("rb") as opened:
-            return opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            start = opened.read(4)
+            return start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and start != codecs.BOM_UTF32_LE
     except OSError as error:
         raise_if_passing(error, file)
         return False
