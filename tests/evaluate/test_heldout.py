@@ -32,7 +32,7 @@ from megatron_lcl.data.loading import shared_memory
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate import heldout, heldout_packs
+from megatron_lcl.evaluate import heldout, heldout_packs, retrieval
 from megatron_lcl.evaluate.heldout import (
     HeldOutEvaluation,
     check_tasks,
@@ -58,22 +58,27 @@ def recall(ranks: torch.Tensor, k: int) -> float:
     return float((ranks <= k).double().mean())
 
 
-@given(st.integers(1, 12), st.integers(0, 10_000), st.integers(1, 3))
-def test_ranks_equal_a_count(n: int, seed: int, num_groups: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+@mock.patch.object(retrieval, "_ROWS", 7)  # three blocks
+@given(st.integers(1, 20), st.integers(0, 10_000), st.integers(1, 3), st.data())
+def test_ranks_equal_a_count(n: int, seed: int, num_groups: int, data: st.DataObject) -> None:
+    """Of all queries, or of those from some place on that a replica has."""
+    generator, offset = torch.Generator().manual_seed(seed), data.draw(st.integers(0, n - 1))
     similarity = torch.randint(0, 5, (n, n), generator=generator).float()  # small integers: many ties
-    groups = torch.randint(num_groups, (n,), generator=generator)
-    ours, losses = rank_own(similarity, torch.eye(n), scale=0.5)
-    among, _ = rank_own(similarity, torch.eye(n), scale=0.5, groups=(groups, groups))
-    of_several, _ = rank_own(similarity, torch.eye(n), scale=0.5, same=(groups, groups))
-    for i in range(n):
-        rivals = [j for j in range(n) if j != i and similarity[i, j] >= similarity[i, i]]
-        assert ours[i] == 1 + len(rivals)
-        assert among[i] == 1 + sum(1 for j in rivals if groups[j] == groups[i])
-        best = max(similarity[i, j] for j in range(n) if groups[j] == groups[i])
-        assert of_several[i] == 1 + sum(1 for j in range(n) if groups[j] != groups[i] and similarity[i, j] >= best)
-        expected = -math.log(math.exp(0.5 * similarity[i, i]) / sum(math.exp(0.5 * s) for s in similarity[i]))
-        assert abs(losses[i] - expected) < 1e-5
+    groups, numbers = torch.randint(num_groups, (2, n), generator=generator)
+    by_group, by_number = (groups[offset:], groups), (numbers[offset:], numbers)
+    own = similarity[offset:], torch.eye(n), offset, 0.5
+    asked = [rank_own(*own, groups=g, same=s) for s in (None, by_number) for g in (None, by_group)]
+    found, losses = (torch.stack(of_each, 1).tolist() for of_each in zip(*asked, strict=True))
+    for i, ranks, nats in zip(range(offset, n), found, losses, strict=True):
+        inside = [j for j in range(n) if groups[j] == groups[i]]
+        expected = []
+        for right in ([i], [j for j in range(n) if numbers[j] == numbers[i]]):
+            for candidates in (range(n), inside):
+                best = max(similarity[i, j] for j in candidates if j in right)
+                expected.append(1 + sum(1 for j in candidates if j not in right and similarity[i, j] >= best))
+        assert ranks == expected
+        loss = -math.log(math.exp(0.5 * similarity[i, i]) / sum(math.exp(0.5 * s) for s in similarity[i]))
+        assert nats == pytest.approx([loss] * 4, abs=1e-5)
 
 
 def test_recall_of_perfect_reversed_constant_and_broken_similarities() -> None:
@@ -111,8 +116,11 @@ def test_recall_of_random_similarities_is_chance() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("heldout")
-    documents = random_documents(14, seed=5, mean_text=12.0)
-    write_corpus(folder / "corpus", documents * 2, num_shards=2)  # each context is as near as its copy
+    documents = random_documents(14, seed=5, mean_text=12.0) * 2  # each context is as near as its copy
+    for d in range(4):  # of an image that stands twice each place is right, whatever the third image is
+        twice, rival = ((jpeg(100 + 2 * d + n), None, None) for n in range(2))
+        documents.append([[d, 7], twice, [d, 8, 9], twice, [d], rival])
+    write_corpus(folder / "corpus", documents, num_shards=2)
     return folder
 
 
@@ -167,6 +175,7 @@ def test_equals_a_brute_force_count(folder: Path) -> None:
     right_inside = [sum(content[j] == content[i] for j in inside[i]) for i in range(n)]
     rivalled = [i for i in range(n) if right_inside[i] < len(inside[i])]
     among = [rank(similarity[:, i], i, inside[i]) for i in rivalled]
+    assert any(r == 1 < right_inside[i] for i, r in zip(rivalled, among, strict=True)), "one of several found"
     at_10 = 1 - np.mean([math.comb(n - r, 10) / math.comb(n, 10) for r in right])
     logits = math.exp(float(model.head.log_scale)) * similarity
     loss = np.mean([np.log(np.exp(a).sum()) for a in (*logits, *logits.T)]) - np.diagonal(logits).mean()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import numpy as np
+import PIL.Image
 import pytest
-from corpora import MakeCorpus, random_documents
+from corpora import MakeCorpus, jpeg, random_documents
 from hypothesis import given
 from hypothesis import strategies as st
+from small_loaders import SIZE, loader_of
 
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.loading import packing
+from megatron_lcl.data.loading.crops import crop_box
 from megatron_lcl.data.loading.ledger import open_ledger
 from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.reader import draw_patches
@@ -81,6 +87,30 @@ def test_the_order_of_documents(make_corpus: MakeCorpus, monkeypatch: pytest.Mon
     assert read == {epoch: order(key_of(of_corpus, 1 << 62, epoch), 300) for epoch in (0, 1)}
     assert sorted(read[0]) == list(range(300))
     assert int(source.document_key(17, 1)) == key_of(of_corpus, 1, 17)
+
+
+@pytest.mark.parametrize("options", [{}, {"crop_scale": [0.2, 0.5], "crop_ratio": [0.5, 1.0], "seed": 5}])
+def test_the_crops_of_images(make_corpus: MakeCorpus, options: dict[str, Any]) -> None:
+    """Each slot has the crop, drawn from seed, pack and slot, of its document's own image, which is not mirrored."""
+    documents = [[[d], *((jpeg(2 * d + n), None, None) for n in range(1 + d % 2))] for d in range(30)]
+    corpus = make_corpus("c", documents, num_shards=2)
+    loader = loader_of(corpus.path, data=options, first_pack=1, steps=3)
+    shares, shapes = options.get("crop_scale", [0.9, 1.0]), options.get("crop_ratio", [3 / 4, 4 / 3])
+    slots = 0
+    for batch in loader:
+        (pack,) = batch.packs
+        for o in loader.provenance(pack):
+            for n, image in enumerate(o.images):
+                of_slot = key_of(options.get("seed", 0), pack, image.slot)
+                draws = iter([uniform(of_slot, turn) for turn in range(40)])
+                left, top, width, height = crop_box(40, 32, draws.__next__, shares, shapes)
+                picture = PIL.Image.open(io.BytesIO(jpeg(2 * o.document + n)))
+                crop = picture.crop((left, top, left + width, top + height))  # as torchvision's resized_crop does it
+                expected = np.asarray(crop.resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC), float).transpose(2, 0, 1)
+                assert np.abs(batch.images[image.slot].numpy() - expected).max() <= 2, "rounded twice"
+                assert np.abs(expected - expected[..., ::-1]).max() > 20
+                slots += 1
+    assert slots > 20
 
 
 @given(st.lists(st.integers(0, BITS), min_size=1, max_size=4), st.integers(1, 300), st.data())

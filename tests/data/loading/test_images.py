@@ -6,6 +6,7 @@ import io
 import math
 import resource
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,6 +211,14 @@ def test_crop_boxes_have_torchvision_s_distribution() -> None:
     }.items():
         assert ks_2samp(of(*ours.T), of(*theirs.T)).pvalue > 1e-4, name
     assert crop_box(1000, 10, draws(), (0.9, 1.0), ratio) == (493, 0, 13, 10)  # nothing fits: the largest, centered
+
+
+@pytest.mark.parametrize(("width", "height"), [(11, 10), (10, 11)])
+def test_a_crop_that_is_a_pixel_smaller_has_both_places(width: int, height: int) -> None:
+    """About half of the time each: 1,000 draws, within five standard deviations."""
+    boxes = Counter(crop_box(width, height, draws(s), (100 / 110, 100 / 110), (1.0, 1.0)) for s in range(1000))
+    assert set(boxes) == {(0, 0, 10, 10), (width - 10, height - 10, 10, 10)}
+    assert min(boxes.values()) > 420
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from collections import Counter
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from corpora import MakeCorpus, jpeg, random_documents
-from small_loaders import CONTEXT, P, T, loader_of
+from small_loaders import CONTEXT, SIZE, P, T, loader_of
 
 from megatron_lcl import config as configs
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import reader
 from megatron_lcl.data.loading.batch import RUNS, PackedBatch, max_runs
+from megatron_lcl.data.loading.images import decode_eval
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.pages.replay import render_first_packs, replay_html
@@ -195,6 +198,50 @@ def test_augmentation_differs_between_packs_and_stays_in_a_replay(make_corpus: M
     assert len(valid.flatten(1).unique(dim=0)) > len(valid) // 2
     other = next(iter(loader_of(corpus.path, steps=1, data={"seed": 5})))
     assert not torch.equal(other.images, batches[0][0].images)
+
+
+def test_evaluation_shows_each_document_s_own_images_as_they_are(make_corpus: MakeCorpus) -> None:
+    """Upright, in the document's order; each image is another one than its mirror image and all others."""
+    documents = [[[d], *((jpeg(3 * d + n), None, None) for n in range(d % 4)), [d]] for d in range(24)]
+    corpus = make_corpus("c", documents, num_shards=2)
+    loader = loader_of(corpus.path, train=False, micro_batch=2, global_batch=2)
+    seen = []
+    for batch in loader:
+        for b, number in enumerate(batch.packs):
+            for o in loader.provenance(number):
+                for n, image in enumerate(o.images):
+                    expected = decode_eval(jpeg(3 * o.document + n), SIZE)
+                    assert (expected != expected[..., ::-1]).any()
+                    assert (batch.images[b * loader.images_per_pack + image.slot].numpy() == expected).all()
+                    seen.append((o.document, n))
+    assert seen == [(d, n) for d in range(24) for n in range(d % 4)]
+
+
+def test_crops_have_the_share_and_the_shape_that_the_config_says(make_corpus: MakeCorpus) -> None:
+    """Of a picture whose red is the column and whose green is the row, a crop shows what it is of."""
+    side, picture, columns = 250, io.BytesIO(), np.arange(250, dtype=np.uint8)
+    levels = np.stack([np.tile(columns, (side, 1)), np.tile(columns, (side, 1)).T, np.zeros((side, side), np.uint8)], 2)
+    PIL.Image.fromarray(levels).save(picture, "PNG")
+    corpus = make_corpus("c", [[[d], (picture.getvalue(), None, None)] for d in range(80)])
+    options = {"crop_scale": [0.1, 0.2], "crop_ratio": [1.8, 2.2]}
+    areas, ratios = [], []
+    for batch in loader_of(corpus.path, data=options, steps=8):
+        for crop in batch.images[batch.image_valid == 1].numpy().astype(float):
+            inner = np.arange(3, SIZE - 3)  # the pixels that the border does not reach
+            width = np.polyfit(inner, crop[0, 8, inner], 1)[0] * SIZE
+            height = np.polyfit(inner, crop[1, inner, 8], 1)[0] * SIZE
+            areas.append(width * height / side**2), ratios.append(width / height)
+    assert len(areas) > 50
+    assert 0.097 < min(areas) < 0.12 < 0.18 < max(areas) < 0.206
+    assert 1.75 < min(ratios) < 1.9 < 2.1 < max(ratios) < 2.26
+
+
+def test_loader_processes_leave_torch_s_generator_as_it_was(make_corpus: MakeCorpus) -> None:
+    """Or a run that was resumed would draw other numbers than one that was not."""
+    corpus = make_corpus("c", random_documents(20, 7, num_jpegs=2))
+    before = torch.get_rng_state()
+    assert len(list(loader_of(corpus.path, data={"workers": 2}, steps=2))) == 2
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

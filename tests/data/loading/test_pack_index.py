@@ -107,14 +107,37 @@ def test_blend_counts_tokens(make_corpus: MakeCorpus) -> None:
     assert share == pytest.approx(0.25, abs=0.01)
 
 
-def test_a_changed_blend_repeats_and_loses_nothing(make_corpus: MakeCorpus) -> None:
+def test_the_shares_of_a_blend_are_kept_through_all_windows(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a window has too much of, the next one has less of: behind each, tokens are within a document of a share."""
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 1)  # a chunk is a window
+    rng = np.random.default_rng(5)
+    lengths = {name: rng.integers(1, 500, num).tolist() for name, num in (("a", 23), ("b", 17))}
+    paths = {name: make_corpus(name, [[[1] * n] for n in of]).path for name, of in lengths.items()}
+    index = index_of(data_of((paths["a"], 2), (paths["b"], 1)))
+    name_of, given, first = {str(path): name for name, path in paths.items()}, {"a": 0, "b": 0}, 0
+    for _ in range(15):
+        index.prepare(first)
+        for path, _, document in documents_of(index, range(first, index.chunks[-1].stop)):
+            given[name_of[path]] += lengths[name_of[path]][document] + 2
+        first = index.chunks[-1].stop
+        assert abs(given["a"] - 2 / 3 * sum(given.values())) <= 502
+    index.close()
+
+
+@pytest.mark.parametrize("skipped", [0, 100])
+def test_a_changed_blend_repeats_and_loses_nothing(make_corpus: MakeCorpus, skipped: int) -> None:
+    """Also behind packs that a rewind has skipped, among which a window begins: it stays as it was."""
     a = make_corpus("a", random_documents(400, 6))
     b = make_corpus("b", random_documents(200, 7))
     before = index_of(data_of((a.path, 1)))
-    old = [before[n].entries.tolist() for n in range(20)]
-    after = index_of(data_of((a.path, 1), (b.path, 1)), previous=before.ledger, consumed=20)
-    assert after.ledger.entries[: len(before.ledger.entries)] == before.ledger.entries
-    assert [after[n].entries.tolist() for n in range(20)] == old
+    old = [before[n].entries.tolist() for n in range(20 + skipped)]
+    assert ({e for _, e, _ in documents_of(before, range(20, 20 + skipped))} == {0, 1}) == bool(skipped)
+    previous = before.ledger.skip(10, skipped) if skipped else before.ledger
+    after = index_of(data_of((a.path, 1), (b.path, 1)), previous=previous, consumed=20)
+    assert after.ledger.entries[: len(previous.entries)] == previous.entries
+    assert [after[n].entries.tolist() for n in range(20 + skipped)] == old
     seen = documents_of(after, range(600))
     path_a, path_b = str(a.path), str(b.path)
     switch = next(i for i, (c, *_) in enumerate(seen) if c == path_b)
@@ -134,6 +157,27 @@ def test_a_changed_blend_repeats_and_loses_nothing(make_corpus: MakeCorpus) -> N
     same = open_ledger(data_of((a.path, 1), (b.path, 1)), P, CONTEXT, previous=after.ledger, consumed=90)
     assert same == after.ledger
     assert Ledger.from_json(json.loads(json.dumps(same.to_json()))) == same
+
+
+def test_a_blend_that_changes_where_a_window_begins_is_that_window_s(make_corpus: MakeCorpus) -> None:
+    a, b = (make_corpus(name, random_documents(60, seed)) for name, seed in (("a", 6), ("b", 7)))
+    before = index_of(data_of((a.path, 1)))
+    begin = next(n for n in itertools.count() if documents_of(before, [n])[0][1] == 1)  # a window is an epoch
+    for consumed in (begin, begin + 1):
+        after = index_of(data_of((a.path, 1), (b.path, 1)), previous=before.ledger, consumed=consumed)
+        assert documents_of(after, range(begin)) == documents_of(before, range(begin))
+        corpora = {c for c, *_ in documents_of(after, range(begin, begin + 8))}
+        assert corpora == ({str(a.path), str(b.path)} if consumed == begin else {str(a.path)})
+
+
+def test_image_slots_are_chosen_by_the_blend_s_shares(make_corpus: MakeCorpus) -> None:
+    """Documents of 100 tokens without images, nine times as many as such with three: of 1,000 tokens 100 are theirs."""
+    texts = make_corpus("texts", [[[1] * 98]] * 7)
+    images = make_corpus("images", [[[1] * 80, *[(jpeg(n), None, None) for n in range(3)]]] * 40)
+    data = dataclasses.replace(data_of((texts.path, 9), (images.path, 1)), tokens_per_pack=1000)
+    assert open_ledger(data, P, CONTEXT).settings["images_per_pack"] == 3
+    data = dataclasses.replace(data_of((texts.path, 1), (images.path, 9)), tokens_per_pack=1000)
+    assert open_ledger(data, P, CONTEXT).settings["images_per_pack"] == 27
 
 
 def test_skipped_packs_are_jumped_over(make_corpus: MakeCorpus) -> None:

@@ -241,6 +241,11 @@ def test_no_cut_takes_the_text_away_that_stands_before_an_image(document, rules,
     assert rows.tolist() == [[0, 0, 0, 20], [1, 1, 0, 6], [1, 2, 0, -1]]
     rows = arrange(lengths[1:] * 9, modes[1:], nan, none, np.uint64(seed), NATURAL._replace(carry_text=True))
     assert rows.tolist() == [[0, 0, 0, 30], [1, 0, 30, 54], [1, 1, 0, -1]]
+    for length in range(55, 61):  # the text that goes along with the image fills the 24 places that it leaves
+        one = np.array([length, 1], np.int32), modes[1:], nan, none, np.uint64(seed)
+        cut = length - 24
+        expected = [[0, 0, 0, 30], [1, 0, 30, cut], [2, 0, cut, length], [2, 1, 0, -1]]
+        assert arrange(*one, NATURAL._replace(carry_text=True)).tolist() == expected
 
 
 def test_selection_is_the_reference_s() -> None:

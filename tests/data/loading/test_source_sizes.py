@@ -10,14 +10,14 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
-from corpora import finish_corpus, random_documents, write_corpus
+from corpora import finish_corpus, jpeg, random_documents, write_corpus
 from hypothesis import strategies as st
 
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.store import Corpus, ShardWriter
 from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
 from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS, Sequences
-from megatron_lcl.data.loading.sequence import END, arranged_sizes
+from megatron_lcl.data.loading.sequence import END, IMAGE_ROW, arranged_sizes
 from megatron_lcl.data.loading.source import Source, open_source, pieces_of
 
 
@@ -83,6 +83,40 @@ def test_sizes_of_some_documents_are_those_by_whole_shards(
     if parts:  # of all documents: then there are none that come first as they are not cut
         assert told.tolist() == expected
     assert sorted(told.tolist()) == sorted(expected)
+
+
+@pytest.mark.parametrize("sequences", [INTERLEAVED, PAIRS], ids=["interleaved", "pairs"])
+def test_sizes_in_a_corpus_of_several_kinds_are_those_of_what_is_read(tmp_path: Path, sequences: Sequences) -> None:
+    """A shard's first document is of the shard's kind: of a caption's texts one is read, of a pair's or others all."""
+    kinds = ["pairs", "captions", "natural", "captions", "captions", "pairs", "natural"]
+    documents: list[Any] = [
+        [(jpeg(d % 5), None, None), *([1] * (1 + (d + 3 * n) % 11) for n in range(3))] for d in range(4 * len(kinds))
+    ]
+    corpus = write_corpus(tmp_path / "corpus", documents, num_shards=len(kinds))
+    for shard, kind in zip(corpus.manifest["shards"], kinds, strict=True):
+        shard["kind"] = kind
+    source, firsts = source_of(corpus, sequences), set(corpus.document_starts.tolist())
+    assert source.kinds == kinds
+    drawn: dict[int, set[int]] = {}
+    for epoch in range(6):
+        told = source.sizes(np.arange(len(documents)), epoch)
+        by_document = {d: told[told[:, 0] == d][:, 1:].tolist() for d in range(len(documents))}
+        for d, pieces in enumerate(documents):
+            rows, *ends, _, _ = source.arranged(d, epoch)
+            read = []
+            for sequence in range(int(rows[-1, 0]) + 1):
+                mine = rows[rows[:, 0] == sequence]
+                texts = mine[mine[:, 3] != IMAGE_ROW]
+                of_image = 6 if sequences is INTERLEAVED else 1  # `<soi>`, placeholders and `<eoi>`; `<soi>` alone
+                images = len(mine) - len(texts)
+                read.append([sequence, sum(ends) + int((texts[:, 3] - texts[:, 2]).sum()) + of_image * images, images])
+            assert by_document[d] == read, (d, kinds[d // 4], d in firsts)
+            if kinds[d // 4] == "captions":
+                (text,) = rows[rows[:, 3] != IMAGE_ROW]
+                assert text[3] == len(pieces[text[1]])
+                drawn.setdefault(d, set()).add(int(text[1]))
+    assert len(drawn) == 12
+    assert sum(len(texts) > 1 for texts in drawn.values()) > 9, "another text in another epoch"
 
 
 def test_what_few_documents_cost_does_not_grow_with_their_shard(
