@@ -14,6 +14,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare import retokenize as retokenize_module
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.retokenize import retokenize
@@ -39,7 +40,11 @@ def make(folder: Path, tokenizer: tokenizers.Tokenizer) -> Path:
     return output
 
 
-def test_as_if_made_with_the_other_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_if_made_with_the_other_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces are encoded some at a time, here four of 30."""
+    monkeypatch.setattr(retokenize_module, "_BATCH", 4)
     source = make(tmp_path, TOKENIZER)
     expected = make(tmp_path, OTHER)
     OTHER.save(tmp_path / "tokenizer.json")
