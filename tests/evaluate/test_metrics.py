@@ -191,6 +191,45 @@ def test_settings_of_the_linear_probe(split: tuple[np.ndarray, ...], monkeypatch
         linear_probe("pixels", *sets, train, test, LinearSettings(strengths=(1.0,), max_iterations=3))
 
 
+@pytest.mark.parametrize(("seed", "best"), [(1, 0.1), (5, 10.0)])
+def test_the_strength_is_chosen_on_a_random_part(seed: int, best: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images sorted by class, as folders of classes are: no class may be missing from what is fitted or judged."""
+    generator = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), 30)
+    x = generator.normal(0, 1.5, (90, 12)) + 2 * np.eye(3, 12)[labels]
+    strengths = (10.0, 1e-2, 1.0, 1e-3, 100.0, 0.1)
+    fitted: list[np.ndarray] = []
+
+    def fit(features: np.ndarray, classes: np.ndarray, *others: Any) -> Linear:
+        fitted.append(classes)
+        return fit_linear(features, classes, *others)
+
+    monkeypatch.setattr(probes, "fit_linear", fit)
+    data = ImageSet("x", (FileBlob(Path("unread")),) * 90, labels, WORDS[:3])
+    result = linear_probe("x", data, data, x, x, LinearSettings(strengths=strengths), seed)
+
+    held_out, kept = np.split(np.random.default_rng(seed).permutation(90), [18])
+    assert all(np.array_equal(np.unique(classes), [0, 1, 2]) for classes in fitted)
+    assert [len(classes) for classes in fitted] == [72] * 6 + [90]
+    scaler = pytest.importorskip("sklearn.preprocessing").StandardScaler().fit(x[kept])
+    linear = pytest.importorskip("sklearn.linear_model")
+    scores = {}
+    for c in strengths:
+        peer = linear.LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(scaler.transform(x[kept]), labels[kept])
+        scores[c] = peer.score(scaler.transform(x[held_out]), labels[held_out])
+    assert [c for c in strengths if scores[c] == max(scores.values())] == [best]
+    assert result.settings["C"] == best
+
+
+def test_of_equal_strengths_the_strongest_regularization_is_chosen() -> None:
+    labels = np.arange(40) % 2
+    x = np.stack([labels * 2.0 - 1, np.random.default_rng(0).normal(0, 0.1, 40)], 1)
+    data = ImageSet("x", (FileBlob(Path("unread")),) * 40, labels, WORDS[:2])
+    result = linear_probe("x", data, data, x, x, LinearSettings(strengths=(1.0, 0.01, 100.0)))
+    assert result.metrics["accuracy"].value == 1
+    assert result.settings["C"] == 0.01
+
+
 def test_attentive_probe_against_plain_formulas() -> None:
     """The same probe with softmax, einsum and AdamW written out, from the same first values and the same batches."""
     generator = np.random.default_rng(0)
