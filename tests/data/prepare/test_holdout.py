@@ -66,6 +66,20 @@ def test_groups_that_are_too_large_for_the_fraction(num: int, enough: float | No
         assert len(found.held_out(enough)) == 2
 
 
+def test_as_many_as_asked_for_and_no_group_divided() -> None:
+    """60 pairs and 80 documents alone, of which a tenth is asked for: where one is left to choose, no pair is."""
+    found = Grouping()
+    for pair in range(60):
+        for side in "ab":
+            found.add(Described(f"{pair}{side}", [bytes([pair])], []))
+    for k in range(80):
+        found.add(Described(f"alone {k}", [], []))
+    for seed in range(20):
+        chosen = found.held_out(0.1, seed)
+        assert len(chosen) == 20
+        assert all((f"{pair}a" in chosen) == (f"{pair}b" in chosen) for pair in range(60))
+
+
 def test_an_image_on_several_pages_has_near_duplicates_too() -> None:
     """Pages name an image that others have as well by its hash; a near-duplicate on a third page is joined to both."""
     shown, again = picture(0, 80, 70), picture(0, 80, 70, "JPEG")
@@ -163,10 +177,11 @@ def alike_in_color(shift: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def alike_in_hash(num: float) -> tuple[np.ndarray, np.ndarray]:
-    """A chessboard of 9 by 8 fields, brighter, with other noise, and with the last fields of some rows inverted."""
+    """A chessboard of 9 by 8 fields, brighter, with other noise, and with the last fields of some rows inverted, which
+    inverts more of the differences between rows."""
     board = (-1.0) ** np.add.outer(np.arange(8), np.arange(9))
     other = board.copy()
-    other[: int(num), 8] *= -3
+    other[[0, 2, 4, 6, 1, 3][: int(num)], 8] *= -3
     first, second = (110 + 14 * np.repeat(b, 8, 0)[:, np.arange(64) * 9 // 64] for b in (board, other))
     return first + noise(3, 1, 40), second + 25 + noise(4, 1, 40)
 
@@ -204,6 +219,20 @@ def test_each_criterion_alone_joins_two_images(
             Pillow.fromarray(pixels.astype(np.uint8)).convert("RGB").save(out, "PNG")
             files.append(out.getvalue())
         assert grouped(files) == ([["00", "01"]] if joined else [["00"], ["01"]])
+
+
+def test_transparent_pictures_are_compared_on_white() -> None:
+    """Black ink on nothing, as of drawings, is the drawing on white, and another drawing is another."""
+    files = []
+    for seed, mode in ((1, "RGBA"), (2, "RGBA"), (1, "RGB")):
+        ink = np.rint(128 + noise(seed, 4, 120)).astype(np.uint8)
+        drawing = Pillow.fromarray(255 - ink)
+        if mode == "RGBA":
+            drawing = Pillow.merge("LA", (Pillow.new("L", (64, 64), 0), Pillow.fromarray(ink)))
+        out = io.BytesIO()
+        drawing.convert(mode).save(out, "PNG")
+        files.append(out.getvalue())
+    assert grouped(files) == [["00", "02"], ["01"]]
 
 
 def test_parts_of_a_page_stay_together(tmp_path: Path) -> None:

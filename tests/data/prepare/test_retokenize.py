@@ -99,6 +99,19 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     assert left == {"in", "full", source.name, clip.name, OTHER.fingerprint}
 
 
+def test_a_text_that_would_have_no_tokens_is_refused(tmp_path: Path) -> None:
+    """A corpus has no empty pieces: matches of images count its texts."""
+    from tokenizers import normalizers
+
+    source = make(tmp_path, TOKENIZER)
+    made = byte_level()
+    made.normalizer = normalizers.Replace("b", "")  # all of the last document's second text
+    said = r"document 9 \(documents.jsonl@\d+\): a text of 1 tokens has none under the new one"
+    with pytest.raises(UserError, match=said):
+        retokenize(source, tmp_path / "out", tokenizers.JsonTokenizer(made.to_str().encode()))
+    assert not (tmp_path / "out").exists()
+
+
 def test_ids_that_are_no_texts_are_refused(tmp_path: Path) -> None:
     """As when an unknown token stands in a corpus: what it was is not known."""
     source = make(tmp_path, TOKENIZER)

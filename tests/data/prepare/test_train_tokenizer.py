@@ -6,17 +6,22 @@ import collections
 import errno
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data.helpers import TOKENIZER
+from data.writers import picture
 
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer
 from megatron_lcl.data.prepare import train_tokenizer
 from megatron_lcl.data.prepare.bars import Bars
 from megatron_lcl.data.prepare.chosen import choose
 from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.data.storage.paths import Unreadable
 from megatron_lcl.errors import UserError
@@ -64,13 +69,13 @@ def test_of_much_text_each_source_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / f"language-{n:02d}.jsonl").write_text(line * (300_000 // len(line)))
     trained_on: list[str] = []
     monkeypatch.setattr(train_tokenizer, "train_sentencepiece", lambda texts, _: trained_on.extend(texts))
-    monkeypatch.setattr(train_tokenizer, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(train_tokenizer, "MAX_BYTES", 120_000)
     importer = create("jsonl", tmp_path, None, {})
     tasks = [[unit] for unit in importer.units()]
-    choose(importer, tasks, None, None, 1000, ["more"], 1, Bars(False))
+    choose(importer, tasks, None, None, 1000, ["more" * 5000], 1, Bars(False))
     *of_input, more = trained_on
     seen = collections.Counter(text[:6] for text in of_input)
-    assert more == "more"
+    assert more == "more" * 5000
     assert list(seen) == sorted(seen)
     assert len(seen) == (2 if sources == 2 else 16)
     assert max(seen.values()) - min(seen.values()) <= 10
@@ -83,3 +88,21 @@ def test_of_much_text_each_source_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     choose(importer, tasks, None, None, 1000, [], 1, Bars(False))
     everything = [text.text for unit in importer.units() for d in importer.documents(unit, Drops()) for text in d.texts]
     assert trained_on == everything
+
+
+def test_texts_are_those_that_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what stands between the texts of a document."""
+    (tmp_path / "in").mkdir()
+    for page in range(3):
+        (tmp_path / f"in/{page}.png").write_bytes(picture(page, 90, 80))
+        (tmp_path / f"in/{page}.html").write_text(f"<p>One {page}</p><p>two</p><img src={page}.png><p>three</p>")
+    trained_on: list[str] = []
+
+    def train(texts: Iterable[str], _: int) -> SentencePieceTokenizer:
+        trained_on.extend(texts)
+        return TOKENIZER
+
+    monkeypatch.setattr(train_tokenizer, "train_sentencepiece", train)
+    preprocess("html", tmp_path / "in", tmp_path / "out", vocab_size=400)
+    assert trained_on == [text.text for document in open_corpus(tmp_path / "out") for text in document.texts]
+    assert trained_on[:2] == ["One 0\ntwo", "\nthree"]
