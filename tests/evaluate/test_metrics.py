@@ -33,7 +33,7 @@ from megatron_lcl.evaluate.probes import (
 from megatron_lcl.evaluate.results import bootstrap, chance_of_hit
 from megatron_lcl.evaluate.retrieval import retrieval, retrieval_ranks
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
-from megatron_lcl.evaluate.zero_shot import accuracy, classify
+from megatron_lcl.evaluate.zero_shot import accuracy, by_texts, classify
 
 Digits = tuple[np.ndarray, np.ndarray]
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -166,6 +166,10 @@ def test_linear_probe(split: tuple[np.ndarray, ...]) -> None:
     result = linear_probe("pixels", image_set(train_labels), image_set(labels), train, test, LinearSettings())
     assert result.metrics["accuracy"].value > 0.9
     assert 1e-4 < result.settings["C"] < 1e4  # neither end: the choice means something
+    given = fit_linear(train, train_labels, 10, result.settings["C"]).logits(test).argmax(1)
+    peer = pytest.importorskip("sklearn.metrics")
+    assert result.metrics["accuracy"].value == pytest.approx(peer.accuracy_score(labels, given))
+    assert result.metrics["mean per-class recall"].value == pytest.approx(peer.balanced_accuracy_score(labels, given))
     again = linear_probe("pixels", image_set(train_labels), image_set(labels), train, test, LinearSettings())
     assert again == result
 
@@ -308,6 +312,28 @@ def test_attentive_probe_finds_what_a_mean_hides() -> None:
     assert attentive_probe("x", *sets, *cached, settings) == attentive
 
 
+def test_the_attentive_accuracy_is_the_mean_over_seeds() -> None:
+    """Each probe is the one of its seed; an image that some of them get right counts for that share of them."""
+    generator = np.random.default_rng(1)
+    labels = np.arange(60) % 3
+    patches = generator.normal(size=(60, 4, 8)).astype(np.float32)
+    patches[np.arange(60), 0, labels] += 2
+    sets = [ImageSet("x", (FileBlob(Path("x")),) * 30, part, WORDS[:3]) for part in (labels[:30], labels[30:])]
+    cached = CachedPatches(patches[:30]), CachedPatches(patches[30:])
+    settings = AttentiveSettings(epochs=3, batch_size=7, lr=3e-3, heads=2, seeds=(0, 5, 9))
+    found = attentive_probe("x", *sets, *cached, settings)
+    right = []
+    for seed in (0, 5, 9):
+        logits = fit_attentive(cached[0], labels[:30], 3, settings, seed)(torch.from_numpy(patches[30:]))
+        right.append(logits.argmax(1).numpy() == labels[30:])
+    assert len({tuple(each) for each in right}) == 3, "or one seed's would do for all"
+    assert found.settings["accuracy by seed"] == pytest.approx([each.mean() for each in right])
+    assert found.metrics["accuracy"].value == pytest.approx(np.mean(right))
+    assert found.metrics["accuracy"].chance == pytest.approx(1 / 3)
+    by_image = bootstrap(np.mean(right, axis=0))
+    assert (found.metrics["accuracy"].low, found.metrics["accuracy"].high) == (by_image.low, by_image.high)
+
+
 def brute_force_ranks(
     images: torch.Tensor, texts: torch.Tensor, own: np.ndarray
 ) -> tuple[tuple[list[int], list[int]], float]:
@@ -359,6 +385,9 @@ def test_a_tie_counts_against_us() -> None:
     assert ranks[0].tolist() == ranks[1].tolist() == [3, 3, 3, 3]  # a collapsed encoder is not perfect
     broken = retrieval_ranks(torch.full((4, 3), np.nan), same, pairs)
     assert broken[0].tolist() == broken[1].tolist() == [3, 3, 3, 3]  # nor is a broken one
+    classified = by_texts(same, np.ones((4, 3), np.float32), np.arange(4))
+    assert (classified.rank == 3).all()
+    assert (classified.given != np.arange(4)).all(), "another class than its own"
 
 
 def test_chance_of_retrieval_against_a_count_of_all_orders() -> None:
