@@ -95,6 +95,10 @@ def test_nucleus_against_transformers(seed: int, top_p: float) -> None:
     assert torch.allclose(nucleus(logits, top_p), theirs, atol=1e-5)
 
 
+def test_a_nucleus_that_reaches_its_share_exactly_takes_no_more() -> None:
+    assert sorted(nucleus(torch.zeros(1, 4), 0.5)[0].tolist()) == [0, 0, 0.5, 0.5]
+
+
 @pytest.mark.slow
 def test_a_model_that_has_learned_captions_writes_them() -> None:
     model, pictures = LCL(CONFIG), images(4)
@@ -152,6 +156,13 @@ def test_a_broken_image_is_named(encoder: OurEncoder, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"xx")
     with pytest.raises(ValueError, match=r"bad\.png: "):
         caption(encoder, [FileBlob(tmp_path / "bad.png")], CaptioningSettings(), progress=False)
+
+
+def test_each_batch_has_draws_of_its_own(encoder: OurEncoder, tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    drawn = CaptioningSettings(max_tokens=8, top_p=1.0)
+    written = caption(encoder, [FileBlob(tmp_path / "a.png")] * 3, drawn, batch_size=1, progress=False)
+    assert len(set(written)) == 3
 
 
 def test_copies_of_an_image_are_one_image_with_all_its_references(encoder: OurEncoder, tmp_path: Path) -> None:

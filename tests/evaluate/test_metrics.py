@@ -34,7 +34,7 @@ from megatron_lcl.evaluate.probes import (
 from megatron_lcl.evaluate.results import bootstrap, chance_of_hit
 from megatron_lcl.evaluate.retrieval import retrieval, retrieval_ranks
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
-from megatron_lcl.evaluate.zero_shot import accuracy, classify
+from megatron_lcl.evaluate.zero_shot import accuracy, by_texts, classify
 
 Digits = tuple[np.ndarray, np.ndarray]
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -169,6 +169,10 @@ def test_linear_probe(split: tuple[np.ndarray, ...]) -> None:
     result = linear_probe("pixels", image_set(train_labels), image_set(labels), train, test, LinearSettings())
     assert result.metrics["accuracy"].value > 0.9
     assert 1e-4 < result.settings["C"] < 1e4  # neither end: the choice means something
+    given = fit_linear(train, train_labels, 10, result.settings["C"]).logits(test).argmax(1)
+    peer = pytest.importorskip("sklearn.metrics")
+    assert result.metrics["accuracy"].value == pytest.approx(peer.accuracy_score(labels, given))
+    assert result.metrics["mean per-class recall"].value == pytest.approx(peer.balanced_accuracy_score(labels, given))
     again = linear_probe("pixels", image_set(train_labels), image_set(labels), train, test, LinearSettings())
     assert again == result
 
@@ -192,6 +196,45 @@ def test_settings_of_the_linear_probe(split: tuple[np.ndarray, ...], monkeypatch
     assert result.settings["C"] == 10.0
     with pytest.warns(UserWarning, match="stopped after 3 iterations"):
         linear_probe("pixels", *sets, train, test, LinearSettings(strengths=(1.0,), max_iterations=3))
+
+
+@pytest.mark.parametrize(("seed", "best"), [(1, 0.1), (5, 10.0)])
+def test_the_strength_is_chosen_on_a_random_part(seed: int, best: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images sorted by class, as folders of classes are: no class may be missing from what is fitted or judged."""
+    generator = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), 30)
+    x = generator.normal(0, 1.5, (90, 12)) + 2 * np.eye(3, 12)[labels]
+    strengths = (10.0, 1e-2, 1.0, 1e-3, 100.0, 0.1)
+    fitted: list[np.ndarray] = []
+
+    def fit(features: np.ndarray, classes: np.ndarray, *others: Any) -> Linear:
+        fitted.append(classes)
+        return fit_linear(features, classes, *others)
+
+    monkeypatch.setattr(probes, "fit_linear", fit)
+    data = ImageSet("x", (FileBlob(Path("unread")),) * 90, labels, WORDS[:3])
+    result = linear_probe("x", data, data, x, x, LinearSettings(strengths=strengths), seed)
+
+    held_out, kept = np.split(np.random.default_rng(seed).permutation(90), [18])
+    assert all(np.array_equal(np.unique(classes), [0, 1, 2]) for classes in fitted)
+    assert [len(classes) for classes in fitted] == [72] * 6 + [90]
+    scaler = pytest.importorskip("sklearn.preprocessing").StandardScaler().fit(x[kept])
+    linear = pytest.importorskip("sklearn.linear_model")
+    scores = {}
+    for c in strengths:
+        peer = linear.LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(scaler.transform(x[kept]), labels[kept])
+        scores[c] = peer.score(scaler.transform(x[held_out]), labels[held_out])
+    assert [c for c in strengths if scores[c] == max(scores.values())] == [best]
+    assert result.settings["C"] == best
+
+
+def test_of_equal_strengths_the_strongest_regularization_is_chosen() -> None:
+    labels = np.arange(40) % 2
+    x = np.stack([labels * 2.0 - 1, np.random.default_rng(0).normal(0, 0.1, 40)], 1)
+    data = ImageSet("x", (FileBlob(Path("unread")),) * 40, labels, WORDS[:2])
+    result = linear_probe("x", data, data, x, x, LinearSettings(strengths=(1.0, 0.01, 100.0)))
+    assert result.metrics["accuracy"].value == 1
+    assert result.settings["C"] == 0.01
 
 
 def test_attentive_probe_against_plain_formulas() -> None:
@@ -272,6 +315,28 @@ def test_attentive_probe_finds_what_a_mean_hides() -> None:
     assert attentive_probe("x", *sets, *cached, settings) == attentive
 
 
+def test_the_attentive_accuracy_is_the_mean_over_seeds() -> None:
+    """Each probe is the one of its seed; an image that some of them get right counts for that share of them."""
+    generator = np.random.default_rng(1)
+    labels = np.arange(60) % 3
+    patches = generator.normal(size=(60, 4, 8)).astype(np.float32)
+    patches[np.arange(60), 0, labels] += 2
+    sets = [ImageSet("x", (FileBlob(Path("x")),) * 30, part, WORDS[:3]) for part in (labels[:30], labels[30:])]
+    cached = CachedPatches(patches[:30]), CachedPatches(patches[30:])
+    settings = AttentiveSettings(epochs=3, batch_size=7, lr=3e-3, heads=2, seeds=(0, 5, 9))
+    found = attentive_probe("x", *sets, *cached, settings)
+    right = []
+    for seed in (0, 5, 9):
+        logits = fit_attentive(cached[0], labels[:30], 3, settings, seed)(torch.from_numpy(patches[30:]))
+        right.append(logits.argmax(1).numpy() == labels[30:])
+    assert len({tuple(each) for each in right}) == 3, "or one seed's would do for all"
+    assert found.settings["accuracy by seed"] == pytest.approx([each.mean() for each in right])
+    assert found.metrics["accuracy"].value == pytest.approx(np.mean(right))
+    assert found.metrics["accuracy"].chance == pytest.approx(1 / 3)
+    by_image = bootstrap(np.mean(right, axis=0))
+    assert (found.metrics["accuracy"].low, found.metrics["accuracy"].high) == (by_image.low, by_image.high)
+
+
 def brute_force_ranks(
     images: torch.Tensor, texts: torch.Tensor, own: np.ndarray
 ) -> tuple[tuple[list[int], list[int]], float]:
@@ -324,6 +389,9 @@ def test_a_tie_counts_against_us() -> None:
     assert ranks[0].tolist() == ranks[1].tolist() == [3, 3, 3, 3]  # a collapsed encoder is not perfect
     broken = retrieval_ranks(torch.full((4, 3), np.nan), same, pairs)
     assert broken[0].tolist() == broken[1].tolist() == [3, 3, 3, 3]  # nor is a broken one
+    classified = by_texts(same, np.ones((4, 3), np.float32), np.arange(4))
+    assert (classified.rank == 3).all()
+    assert (classified.given != np.arange(4)).all(), "another class than its own"
 
 
 def test_chance_of_retrieval_against_a_count_of_all_orders() -> None:

@@ -265,14 +265,16 @@ def test_a_run_that_saves_meanwhile_is_evaluated_as_it_was_found(
     assert results[1].fingerprint == first != load_encoder(tmp_path / "run").fingerprint
 
 
+@pytest.mark.parametrize("lacking", ["train", "test"])
 def test_classes_that_are_numbers_may_lack_the_last_one_in_a_split(
-    folder: Path, checkpoint: Path, tmp_path: Path
+    folder: Path, checkpoint: Path, tmp_path: Path, lacking: str
 ) -> None:
     image = next((folder / "test").rglob("*.png")).read_bytes()
-    for split, labels in (("train", (0, 1, 2)), ("test", (0, 1))):
+    num = {"train": 3, "test": 3, lacking: 2}
+    for split in ("train", "test"):
         (tmp_path / split).mkdir()
         with tarfile.open(tmp_path / split / "0.tar", "w") as tar:
-            for label in labels:
+            for label in range(num[split]):
                 for name, data in (("png", image), ("cls", b"%d" % label)):
                     member = tarfile.TarInfo(f"{label}.{name}")
                     member.size = len(data)
@@ -286,7 +288,8 @@ def test_classes_that_are_numbers_may_lack_the_last_one_in_a_split(
         progress=False,
     )
     assert result.metrics["accuracy"].chance == pytest.approx(1 / 3)
-    with pytest.raises(UserError, match=r"test has no names of its 2 classes, only numbers.*--class-names FILE"):
+    said = rf"test has no names of its {num['test']} classes, only numbers.*--class-names FILE"
+    with pytest.raises(UserError, match=said):
         evaluate([str(checkpoint)], ["zero-shot"], tmp_path, cache=tmp_path / "cache", progress=False)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_lcl import LCL
 from megatron_lcl.cli import main
@@ -15,6 +18,7 @@ from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate import zero_shot
 from megatron_lcl.evaluate.run import TASKS
 from megatron_lcl.evaluate.settings import Settings, describe, read_settings
 
@@ -160,3 +164,22 @@ def test_options_of_data_are_refused_with_a_corpus(capsys: pytest.CaptureFixture
         assert f"{words[0]} goes with --data" in line
     assert main(["evaluate", "--model", "m", "--data", "d", "--task", "knn", "--templates", "x"]) == 2
     assert "--templates goes with --task zero-shot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 256])
+def test_a_class_is_the_mean_of_its_prompts_at_unit_norm(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a class whose prompts agree would lie nearer to every image than one whose prompts differ."""
+    classes, prompts = ("mill", "lake", "sea", "hut", "cow"), ("{c}", "a {c}", "the {c} of it")
+    texts = [prompt.replace("{c}", name) for name in classes for prompt in prompts]
+    features = dict(zip(texts, np.random.default_rng(0).normal(size=(15, 8)).astype(np.float32), strict=True))
+
+    class Encoder:
+        def encode_texts(self, asked: Sequence[str]) -> torch.Tensor:
+            assert len(asked) <= max(at_once, len(prompts))
+            return torch.from_numpy(np.stack([features[text] for text in asked]))
+
+    monkeypatch.setattr(zero_shot, "_TEXTS", at_once)
+    found = zero_shot.class_features(Encoder(), classes, prompts)  # type: ignore[arg-type]
+    for row, name in zip(found.numpy(), classes, strict=True):
+        mean = sum(features[prompt.replace("{c}", name)] for prompt in prompts) / 3
+        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), rtol=1e-5)

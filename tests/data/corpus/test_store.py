@@ -26,6 +26,7 @@ from lxml import html
 
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.corpus_manifest import write_manifest
+from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.data.corpus.store import ShardWriter, open_corpus
@@ -51,6 +52,15 @@ def test_documents_come_back(corpus: Path) -> None:
             opened[index]
         with pytest.raises(TypeError):
             opened.name(index)  # type: ignore[arg-type]
+
+
+def test_a_similarity_of_zero_is_one(tmp_path: Path) -> None:
+    """Not none: images of unknown similarity pass every threshold."""
+    images = [Image(picture(k), "", similarity, 0) for k, similarity in enumerate((0.0, None, -0.25))]
+    writers.write_jsonl([Document((*images, Text("a")))], tmp_path / "in")
+    preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)
+    (back,) = open_corpus(tmp_path / "out")
+    assert [image.similarity for image in back.images] == [0.0, None, -0.25]
 
 
 def test_arrays(corpus: Path) -> None:

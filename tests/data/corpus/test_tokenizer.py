@@ -216,6 +216,20 @@ def test_any_tokenizer_json(tmp_path: Path) -> None:
     assert again.encode_batch(texts) == ours.encode_batch(texts)
 
 
+def test_special_ids_lie_behind_all_of_a_tokenizer_json() -> None:
+    """Also where its own have gaps, as those of some released models have before their added tokens."""
+    content = json.loads(byte_level().to_str())
+    (first,) = content["added_tokens"]
+    for number, name in ((1000, "<a>"), (1500, "<b>")):
+        content["model"]["vocab"][name] = number
+        content["added_tokens"].append({**first, "id": number, "content": name})
+    ours = tokenizers.JsonTokenizer(json.dumps(content).encode())
+    assert len(ours._tokenizer.get_vocab()) < 400
+    assert ours.base_size == 1501
+    assert ours.decode([1500]) == "<b>"
+    assert [ours.sot, ours.eot, ours.placeholder, ours.soi, ours.eoi] == list(range(1501, 1506))
+
+
 def test_which_tokenizers_keep_texts(tmp_path: Path) -> None:
     from tokenizers import normalizers
 

@@ -238,11 +238,11 @@ def test_a_run_keeps_the_rules_of_the_version_that_began_it(make_corpus: MakeCor
 
 def test_an_image_as_similar_as_the_threshold_stays(make_corpus: MakeCorpus) -> None:
     """Similarities are float32, and that of 0.24 is below 0.24; runs that skipped such images go on so."""
-    corpus = make_corpus("c", [[[1] * 9, (jpeg(0), similarity, 0)] for similarity in (0.2399, 0.24, 0.3)])
+    corpus = make_corpus("c", [[[1] * 9, (jpeg(0), similarity, 0)] for similarity in (0.0, 0.2399, 0.24, 0.3)])
     data = data_of((corpus.path, 1))
     new = open_ledger(data, P, CONTEXT)
     old = dataclasses.replace(new, settings={**new.settings, "version": 1})
-    for ledger, images in ((new, [0, 1, 1]), (old, [0, 0, 1])):
+    for ledger, images in ((new, [0, 0, 1, 1]), (old, [0, 0, 0, 1])):
         assert index_of(data, ledger).source(corpus.fingerprint).images.tolist() == images
 
 

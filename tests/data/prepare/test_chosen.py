@@ -217,3 +217,19 @@ def test_without_held_out_documents_the_tokenizer_is_one_too(
     other_tokenizer(monkeypatch)
     preprocess("jsonl", source, tmp_path / "out", job=(1, 2), **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_no_tokenizer_is_trained_on_what_is_held_out(tmp_path: Path) -> None:
+    """Each document repeats a word of its own, from which another vocabulary comes."""
+    rare = ["zyxwvu", "qponml", "kjihgf", "edcbaz", "mnbvcx", "lkjhgf"]
+    texts = [f"what is said in all of these documents {word} " * 12 for word in rare]
+    writers.write_jsonl([Document((Text(text),)) for text in texts], tmp_path / "in")
+    folders = [tmp_path / "training", tmp_path / "held-out"]
+    preprocess("jsonl", tmp_path / "in", folders[0], held_out=folders[1], held_out_fraction=0.2, vocab_size=400)
+    training, held_out = (
+        [text.text for document in open_corpus(folder) for text in document.texts] for folder in folders
+    )
+    assert (len(held_out), sorted(training + held_out)) == (1, sorted(texts))
+    trained = open_corpus(folders[0]).tokenizer
+    assert trained.content == train_tokenizer.train_sentencepiece(training, 400).content
+    assert trained.content != train_tokenizer.train_sentencepiece(texts, 400).content, "or a leak would not show"

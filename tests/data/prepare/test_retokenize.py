@@ -14,6 +14,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare import retokenize as retokenize_module
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.retokenize import retokenize
@@ -39,7 +40,11 @@ def make(folder: Path, tokenizer: tokenizers.Tokenizer) -> Path:
     return output
 
 
-def test_as_if_made_with_the_other_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_if_made_with_the_other_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces are encoded some at a time, here four of 30."""
+    monkeypatch.setattr(retokenize_module, "_BATCH", 4)
     source = make(tmp_path, TOKENIZER)
     expected = make(tmp_path, OTHER)
     OTHER.save(tmp_path / "tokenizer.json")
@@ -92,6 +97,19 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFi
         merge([clip, make(tmp_path, OTHER)], tmp_path / "merged")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"in", "full", source.name, clip.name, OTHER.fingerprint}
+
+
+def test_a_text_that_would_have_no_tokens_is_refused(tmp_path: Path) -> None:
+    """A corpus has no empty pieces: matches of images count its texts."""
+    from tokenizers import normalizers
+
+    source = make(tmp_path, TOKENIZER)
+    made = byte_level()
+    made.normalizer = normalizers.Replace("b", "")  # all of the last document's second text
+    said = r"document 9 \(documents.jsonl@\d+\): a text of 1 tokens has none under the new one"
+    with pytest.raises(UserError, match=said):
+        retokenize(source, tmp_path / "out", tokenizers.JsonTokenizer(made.to_str().encode()))
+    assert not (tmp_path / "out").exists()
 
 
 def test_ids_that_are_no_texts_are_refused(tmp_path: Path) -> None:

@@ -6,19 +6,24 @@ import collections
 import errno
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data.helpers import TOKENIZER
+from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer
 from megatron_lcl.data.prepare import chosen, train_tokenizer
 from megatron_lcl.data.prepare.bars import Bars
 from megatron_lcl.data.prepare.chosen import choose
 from megatron_lcl.data.prepare.importers import Importer, Unit, create
+from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.data.storage.paths import Unreadable
 from megatron_lcl.errors import UserError
@@ -86,14 +91,14 @@ def test_of_much_text_each_source_is_seen(
         (tmp_path / f"language-{n:02d}.jsonl").write_text(line * (300_000 // len(line)))
     trained_on: list[str] = []
     monkeypatch.setattr(train_tokenizer, "train_sentencepiece", lambda texts, _: trained_on.extend(texts))
-    monkeypatch.setattr(train_tokenizer, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(train_tokenizer, "MAX_BYTES", 120_000)
     monkeypatch.setattr(chosen, "_UNITS", at_least)
     source: Any = Recorder(create("jsonl", tmp_path, None, {}))
     units = source.importer.units()
     tasks = [units[: len(units) // 2], units[len(units) // 2 :]]
-    choose(source, tasks, None, None, 1000, ["more"], 1, Bars(False))
+    choose(source, tasks, None, None, 1000, ["more" * 5000], 1, Bars(False))
     *of_input, more = trained_on
-    assert more == "more"
+    assert more == "more" * 5000
     seen = collections.Counter[str]()
     language = ""
     for text in of_input:
@@ -102,7 +107,7 @@ def test_of_much_text_each_source_is_seen(
     languages = list(map(int, seen))
     assert languages == sorted(languages)
     assert len(languages) == min(sources, at_least)
-    assert 0 <= 100_000 - 4 - seen.total() < 2 * len(languages)  # a character may be cut
+    assert 0 <= 100_000 - seen.total() < 2 * len(languages)  # a character may be cut
     assert max(seen.values()) - min(seen.values()) <= 100_000 // 256 + 2
     assert max(np.diff([-1, *languages, sources])) <= -(-sources // at_least) + 1
     assert source.units == [units[0], *(units[n] for n in languages)]
@@ -122,3 +127,21 @@ def test_texts_beside_the_input_leave_room_for_it(tmp_path: Path, monkeypatch: p
     importer = create("jsonl", tmp_path, None, {})
     choose(importer, [importer.units()], None, None, 1000, ["of another corpus"], 1, Bars(False))
     assert trained_on == ["own", "of another corpus"]
+
+
+def test_texts_are_those_that_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what stands between the texts of a document."""
+    (tmp_path / "in").mkdir()
+    for page in range(3):
+        (tmp_path / f"in/{page}.png").write_bytes(picture(page, 90, 80))
+        (tmp_path / f"in/{page}.html").write_text(f"<p>One {page}</p><p>two</p><img src={page}.png><p>three</p>")
+    trained_on: list[str] = []
+
+    def train(texts: Iterable[str], _: int) -> SentencePieceTokenizer:
+        trained_on.extend(texts)
+        return TOKENIZER
+
+    monkeypatch.setattr(train_tokenizer, "train_sentencepiece", train)
+    preprocess("html", tmp_path / "in", tmp_path / "out", vocab_size=400)
+    assert trained_on == [text.text for document in open_corpus(tmp_path / "out") for text in document.texts]
+    assert trained_on[:2] == ["One 0\ntwo", "\nthree"]
