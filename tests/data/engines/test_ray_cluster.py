@@ -160,9 +160,9 @@ PREPROCESS = """
 import sys
 from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.prepare.jobs import preprocess_in_jobs
-folder, address = sys.argv[1:]
+folder, output, address = sys.argv[1:]
 options = {"tokenizer": f"{folder}/t.model", "max_image_side": 500, "task_bytes": 1}
-print(preprocess_in_jobs("jsonl", f"{folder}/in", f"{folder}/out", Engine("ray", 3, {"address": address}), **options))
+print(preprocess_in_jobs("jsonl", f"{folder}/in", output, Engine("ray", 3, {"address": address}), **options))
 """
 
 
@@ -170,18 +170,23 @@ def test_a_node_killed_in_mid_run_changes_no_byte(ray_cluster: Ray, command: Any
     source = written(tmp_path / "in", 3, 100)
     TOKENIZER.save(tmp_path / "t.model")
     preprocess("jsonl", source, tmp_path / "expected", tokenizer=TOKENIZER, max_image_side=500, task_bytes=1)
-    node = ray_cluster.second()
-    process = command("-c", PREPROCESS, tmp_path, ray_cluster.address)
-    kill_when_busy(ray_cluster, node, tmp_path / "out.ray", process)
-    code, out, said = finish(process)
-    assert code == 0, said
-    assert "300 documents" in out
-    assert [line for line in said if "its process was killed, or its node was lost" in line] == said
-    tries = nodes_of(tmp_path / "out.ray")
-    assert len(tries) == 3
+    tries: dict[str, list[str]] = {}
+    for attempt in range(3):
+        output = tmp_path / f"out-{attempt}"
+        node = ray_cluster.second()
+        process = command("-c", PREPROCESS, tmp_path, output, ray_cluster.address)
+        kill_when_busy(ray_cluster, node, Path(f"{output}.ray"), process)
+        code, out, said = finish(process)
+        assert code == 0, said
+        assert "300 documents" in out
+        assert [line for line in said if "its process was killed, or its node was lost" in line] == said
+        assert contents(output) == contents(tmp_path / "expected")
+        assert not verify(output)
+        tries = nodes_of(Path(f"{output}.ray"))
+        assert len(tries) == 3
+        if any(len(nodes) > 1 for nodes in tries.values()):
+            break  # else the job had ended before its node did
     assert any(len(nodes) > 1 for nodes in tries.values())
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-    assert not verify(tmp_path / "out")
 
 
 def test_a_fetch_whose_node_is_killed_accounts_for_every_url_once(
