@@ -31,7 +31,7 @@ from megatron_lcl import objectives
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
-from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, CAPTIONS, rules_for
+from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, CAPTIONS, Sequences, rules_for
 from megatron_lcl.data.loading.sequence import END, arrange, arranged_sizes
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.errors import UserError
@@ -177,41 +177,40 @@ def test_genlip_s_sequences_are_captions_alone(corpus: Corpus) -> None:
     assert objectives.create(config).trains == ("generation",)
 
 
-@settings(max_examples=60)
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=9), st.integers(1, 9), st.integers(9, 80))
-def test_the_packer_knows_a_lone_caption_s_size(lengths: list[int], patches: int, context: int) -> None:
-    """Any lengths of text, patches and context: text cut to fit, counted exactly."""
-    data, context = configs.Data(tokens_per_pack=80), max(context, patches + 5)
-    rules = rules_for(data, patches, context, 3, pairs=True, sequences=CAPTIONS)
+LENGTHS = st.lists(st.integers(1, 70), min_size=1, max_size=9)
+
+
+def texts_and_rows(sequences: Sequences, lengths: list[int], patches: int, context: int) -> tuple[list[int], list[int]]:
+    """Of pairs with texts of these lengths: what is kept of each, and the rows of a pack of 80 as the packer counts."""
+    rules = rules_for(configs.Data(tokens_per_pack=80), patches, context, 3, pairs=True, sequences=sequences)
     pieces = np.array([n for length in lengths for n in (length, 1)], np.int32)
     modes = np.array([0, 1] * len(lengths), np.int8)
     nan, none = np.full(len(lengths), np.nan, np.float32), np.full(len(lengths), -1, np.int32)
     rows = arrange(pieces, modes, nan, none, np.uint64(0), rules)
-    kept = [int(stop) for _, _, _, stop in rows[::2]]
-    assert kept == [min(length, min(context, 80) - patches - 4) for length in lengths]
     arrays = pieces, modes, np.array([0, len(modes)]), nan, none
     found = arranged_sizes(
         *arrays, np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.uint64), np.array([[0, END]]), rules
     )
-    assert found[:, 1].tolist() == [text + patches + 4 for text in kept]
+    return [int(stop) for _, _, _, stop in rows[::2]], found[:, 1].tolist()
 
 
 @settings(max_examples=60)
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=9), st.integers(1, 9), st.integers(9, 80))
+@given(LENGTHS, st.integers(1, 9), st.integers(9, 80))
+def test_the_packer_knows_a_lone_caption_s_size(lengths: list[int], patches: int, context: int) -> None:
+    """Any lengths of text, patches and context: text cut to fit, counted exactly."""
+    context = max(context, patches + 5)
+    kept, rows = texts_and_rows(CAPTIONS, lengths, patches, context)
+    assert kept == [min(length, min(context, 80) - patches - 4) for length in lengths]
+    assert rows == [text + patches + 4 for text in kept]
+
+
+@settings(max_examples=60)
+@given(LENGTHS, st.integers(1, 9), st.integers(9, 80))
 def test_the_packer_knows_the_size_of_a_pair_and_its_caption(lengths: list[int], patches: int, context: int) -> None:
     """`<sot> text <soi>` and `<sot> <soi>`, patches, `<eoi> text <eot>`: the caption fits the context, both fit a pack,
     and no text is cut that would fit."""
-    data, context = configs.Data(tokens_per_pack=80), max(context, patches + 5)
-    rules = rules_for(data, patches, context, 3, pairs=True, sequences=CAPTIONED_PAIRS)
-    pieces = np.array([n for length in lengths for n in (length, 1)], np.int32)
-    modes = np.array([0, 1] * len(lengths), np.int8)
-    nan, none = np.full(len(lengths), np.nan, np.float32), np.full(len(lengths), -1, np.int32)
-    rows = arrange(pieces, modes, nan, none, np.uint64(0), rules)
-    kept = [int(stop) for _, _, _, stop in rows[::2]]
+    context = max(context, patches + 5)
+    kept, rows = texts_and_rows(CAPTIONED_PAIRS, lengths, patches, context)
     fitting = [text for text in range(80) if text + patches + 4 <= context and 2 * text + patches + 6 <= 80]
     assert kept == [min(length, fitting[-1]) for length in lengths]
-    arrays = pieces, modes, np.array([0, len(modes)]), nan, none
-    found = arranged_sizes(
-        *arrays, np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.uint64), np.array([[0, END]]), rules
-    )
-    assert found[:, 1].tolist() == [2 * text + patches + 6 for text in kept]
+    assert rows == [2 * text + patches + 6 for text in kept]

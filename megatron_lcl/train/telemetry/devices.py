@@ -45,7 +45,7 @@ PEAKS = {
     ("RTX", "3090"): Peak(71e12, 35.6e12, "NVIDIA Ampere GA102 whitepaper, 2.0, 2021, appendix A"),
     ("MI300X",): Peak(1307.4e12, 163.4e12, "AMD Instinct MI300X accelerator data sheet, 2023"),
 }
-OTHERS = {"mig", "laptop", "ti", "d"}
+_OTHERS = {"mig", "laptop", "ti", "d"}
 """words that make a name another device's: of a part of one, or of a make of other speed ("4090 D", "3090 Ti")"""
 
 
@@ -53,7 +53,7 @@ def find_peak(device: str) -> Peak | None:
     """The dense peaks of a device by its name (`torch.cuda.get_device_name()`); None for one that is not known, and for
     a part (MIG) or another make of one."""
     named = {word.lower() for word in re.findall(r"\w+", device)}
-    if named & OTHERS:
+    if named & _OTHERS:
         return None
     return next((peak for words, peak in PEAKS.items() if named.issuperset(word.lower() for word in words)), None)
 

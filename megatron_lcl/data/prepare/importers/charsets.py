@@ -62,7 +62,7 @@ _AS_BROWSERS = "megatron_lcl.as_browsers"
 
 def text_of(raw: bytes) -> tuple[str, list[str]]:
     """(characters, what to note of them) of bytes in UTF-8, or in UTF-16 if they begin with its mark, which goes."""
-    mark, codec = _mark(raw)
+    mark, codec = mark_of(raw)
     return _decoded(raw[len(mark) :], codec)
 
 
@@ -73,7 +73,7 @@ def text_of_page(raw: bytes) -> tuple[str, list[str]]:
     windows-1252, unless most of what is not ASCII is UTF-8 still.
     """
     text, noted = text_of(raw)
-    if _mark(raw)[0] or not (noted or b"\x1b" in raw):
+    if mark_of(raw)[0] or not (noted or b"\x1b" in raw):
         return text, noted
     codec = _declared(raw)
     if not noted:  # all of it is ASCII, of which ISO-2022-JP makes its characters
@@ -87,8 +87,8 @@ def text_of_page(raw: bytes) -> tuple[str, list[str]]:
     return text, ["no known charset is declared, read as cp1252", *noted]
 
 
-def _mark(raw: bytes) -> tuple[bytes, str]:
-    """(byte order mark, what it says)."""
+def mark_of(raw: bytes) -> tuple[bytes, str]:
+    """(byte order mark, the codec that it says); without one (b"", "utf-8")."""
     return next((known for known in _MARKS if raw.startswith(known[0])), (b"", "utf-8"))
 
 

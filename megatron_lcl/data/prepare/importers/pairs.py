@@ -83,8 +83,9 @@ class WebDatasetImporter(TarImporter):
 def _has_loose_pairs(folder: Path) -> bool:
     """Whether images, each with its text beside it, lie in the folder."""
     try:
-        texts = {path.stem for path in matching(folder, "*.txt")}
-        return any(path.stem in texts for suffix in _IMAGES for path in matching(folder, f"*.{suffix}"))
+        files = matching(folder, "*.*")
+        texts = {path.stem for path in files if path.suffix == ".txt"}
+        return any(path.stem in texts and path.suffix[1:] in _IMAGES for path in files)
     except OSError as error:
         raise_if_passing(error, folder)
         return False

@@ -17,7 +17,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit, lines
-from megatron_lcl.data.prepare.importers.charsets import invalid
+from megatron_lcl.data.prepare.importers.charsets import invalid, mark_of
 from megatron_lcl.data.prepare.importers.lines import LinesImporter, is_compressed, line_units, text_lines
 from megatron_lcl.data.prepare.importers.row_groups import (
     column_names,
@@ -203,7 +203,6 @@ def _is_csv(file: Path) -> bool:
 def _known(charset: str) -> str:
     """The name that Python's codecs have for a charset. UserError where there is none."""
     try:
-        _is_wide(charset)
         bytes(range(256)).decode(charset, "replace")  # not one that is no charset of texts, as punycode
         return codecs.lookup(charset).name
     except (LookupError, ValueError):
@@ -223,8 +222,7 @@ def _begins_with_mark(file: Path) -> bool:
         return False
     try:
         with file.open("rb") as opened:
-            start = opened.read(4)
-            return start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and start != codecs.BOM_UTF32_LE
+            return mark_of(opened.read(4))[1].startswith("utf-16")
     except OSError as error:
         raise_if_passing(error, file)
         return False
