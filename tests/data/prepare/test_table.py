@@ -76,6 +76,38 @@ def test_tsv_in_ranges(tmp_path: Path, pictures: Path, monkeypatch: pytest.Monke
         assert plain(documents_of(create("table", tmp_path / "no-header.tsv", pictures, options))[0]) == expected(texts)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("header", [False, True])
+def test_quoted_fields_with_tabs(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, header: bool, packed: bool
+) -> None:
+    """As pandas and Python's csv write them; commas are characters."""
+    texts = ["two\nlines", 'He said "hi", to\ta dog', '"sunset" by the river', "plain, with a comma"]
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = [["filepath", "title"]] * header + [[f"{k}.png", text] for k, text in enumerate(texts)]
+        csv.writer(file, delimiter="\t").writerows(rows)
+    if packed:
+        (tmp_path / "b.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path = tmp_path / "b.csv.gz"
+    monkeypatch.setattr(lines, "RANGE", 9)
+    importer = create("table", path, pictures, {} if header else {"columns": "filepath,title"})
+    found, drops = documents_of(importer)
+    assert plain(found) == expected(texts)
+    assert (drops.bad_counts, drops.noted_counts, importer.rules) == ({}, {}, 5)
+
+
+def test_quotes_in_tsv_are_noted_where_they_look_like_those_of_csv(tmp_path: Path, pictures: Path) -> None:
+    texts = ['"He said ""hi"" to the dog"', '"quoted as it is"', '"" and ""', '"a" and "b"']
+    (tmp_path / "a.tsv").write_text("title\tpath\n" + "".join(f"{text}\t{k}.png\n" for k, text in enumerate(texts)))
+    importer = create("table", tmp_path / "a.tsv", pictures, {})
+    found, drops = documents_of(importer)
+    assert plain(found) == expected(texts)
+    (reason,) = drops.noted_counts
+    assert "in quotes" in reason
+    assert (drops.noted_counts[reason], drops.names[reason], importer.rules) == (1, ["a.tsv@11"], 4)
+
+
 def test_csv_in_ranges(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A range begins at a record, whatever the quotes hold: as if the file were read by one process."""
     write_csv(tmp_path / "a.csv", ["caption", "path"], [[text, f"{k}.png"] for k, text in enumerate(TEXTS)])

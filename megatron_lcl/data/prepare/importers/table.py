@@ -1,7 +1,8 @@
 """Tables of image-text pairs: CSV, TSV or parquet, a row each; the image by its path, its URL, or img2dataset's key.
 
-CSV is RFC 4180: commas, quotes, a header; TSV has no quotes, as CC3M and COYO come. An image's URL is looked up as the
-store of `fetch` has it (named by its SHA-256), and as img2dataset's tables say it (URL → key).
+CSV is RFC 4180: commas, quotes, a header; with tabs for commas too, as pandas and open_clip's users write it. TSV has
+no quotes, as CC3M and COYO come. An image's URL is looked up as the store of `fetch` has it (named by its SHA-256), and
+as img2dataset's tables say it (URL → key).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _JOINS = {
     "url": ("url", "image_url", "img_url"),
 }
 """how an image is found, and the columns that say so by their name, whatever its case"""
+_MAY_BE_QUOTED = "a field of TSV in quotes, which are kept; a table of quoted fields, by tabs, has to be named .csv"
 
 
 class TableImporter(ImagesByName, LinesImporter):
@@ -77,7 +79,8 @@ class TableImporter(ImagesByName, LinesImporter):
         self.look_in(images or self.root)
         self.keys = UrlKeys(images or self.root)
         self._marked = frozenset(file for file in self.files if _begins_with_mark(file))
-        self.rules += bool(self._marked)  # earlier releases read them as UTF-8
+        self._tabs = frozenset(file for file in self.files if _is_csv(file) and self._has_tabs(file))
+        self.rules += bool(self._marked) + bool(self._tabs)  # earlier releases read UTF-8 and commas
         self.beside = [*self.images.archives, *self.keys.tables]
         found = ((file, names) for file in self.files if (names := self._header(file)) is not None)
         if (first := next(found, None)) is not None:
@@ -120,10 +123,22 @@ class TableImporter(ImagesByName, LinesImporter):
             return self.given
         drops = Drops()
         unit = Unit(file.name, 0, (file, 0, file.stat().st_size))
-        return next((fields for _, fields in _records(unit, _is_csv(file), self._charset(file), drops)), None)
+        return next((fields for _, fields in self._records(unit, drops)), None)
 
     def _charset(self, file: Path) -> str:
         return "utf-16" if file in self._marked else self.encoding
+
+    def _has_tabs(self, file: Path) -> bool:
+        """Whether the fields of a CSV file are separated by tabs, by its first row."""
+        unit = Unit(file.name, 0, (file, 0, file.stat().st_size))
+        firsts = (next(_records(unit, delimiter, self._charset(file), Drops()), ("", []))[1] for delimiter in ",\t")
+        by_commas, by_tabs = map(len, firsts)
+        return by_commas != by_tabs == len(self.given) if self.given else by_commas == 1 < by_tabs
+
+    def _records(self, unit: Unit, drops: Drops) -> Iterator[tuple[str, list[str]]]:
+        file = unit.payload[0]
+        delimiter = ("\t" if file in self._tabs else ",") if _is_csv(file) else ""
+        return _records(unit, delimiter, self._charset(file), drops)
 
     def units_of_files(self) -> list[Unit]:
         units: list[Unit] = []
@@ -134,13 +149,25 @@ class TableImporter(ImagesByName, LinesImporter):
             elif _is_wide(self._charset(file)):
                 units.append(Unit(name, size, (file, 0, size)))
             elif _is_csv(file) and not is_compressed(file):  # a quoted field may hold line ends
-                units += [
-                    Unit(name, end - start, (file, start, end))
-                    for start, end in _csv_ranges(file, size, self._charset(file))
-                ]
+                units += [Unit(name, end - start, (file, start, end)) for start, end in self._csv_ranges(file, size)]
             else:
                 units += line_units([file], self.found.name)
         return units
+
+    def _csv_ranges(self, file: Path, size: int) -> Iterator[tuple[int, int]]:
+        """A file's bytes in parts of `RANGE` and more that begin at records.
+
+        Found by the reader that reads them, as only that knows for any file, be it against the rules, which quotes hold
+        line ends: so a part is read as if all had been.
+        """
+        start = 0
+        if size > lines.RANGE:
+            for label, _ in self._records(Unit("", size, (file, 0, size)), Drops()):
+                position = int(label.removeprefix("@"))
+                if position - start >= lines.RANGE:
+                    yield start, position
+                    start = position
+        yield start, size
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         file = unit.payload[0]
@@ -156,7 +183,7 @@ class TableImporter(ImagesByName, LinesImporter):
             if first:
                 drops.bad("document", fault, unit.name)
             return
-        records = _records(unit, _is_csv(file), self._charset(file), drops)
+        records = self._records(unit, drops)
         if first and not self.given:
             next(records, None)
         for name, fields in records:
@@ -200,6 +227,12 @@ def _is_csv(file: Path) -> bool:
     return ".csv" in (suffix.lower() for suffix in file.suffixes[-2:])
 
 
+def _looks_quoted(field: str) -> bool:
+    """Whether a field is as writers of CSV quote one that has quotes itself."""
+    within = field[1:-1]
+    return field[:1] == field[-1:] == '"' and '""' in within and '"' not in within.replace('""', "")
+
+
 def _known(charset: str) -> str:
     """The name that Python's codecs have for a charset. UserError where there is none."""
     try:
@@ -236,24 +269,11 @@ def _holds_images(file: Path, column: str) -> bool:
     return isinstance(value, dict | list) or (isinstance(value, bytes) and b"\0" in value)
 
 
-def _csv_ranges(file: Path, size: int, charset: str) -> Iterator[tuple[int, int]]:
-    """A file's bytes in parts of `RANGE` and more that begin at records.
+def _records(unit: Unit, delimiter: str, charset: str, drops: Drops) -> Iterator[tuple[str, list[str]]]:
+    """(name, fields) of each row of a unit, the header among them; blank lines are none.
 
-    Found by the reader that reads them, as only that knows for any file, be it against the rules, which quotes hold
-    line ends: so a part is read as if all had been.
+    delimiter: of fields that may be quoted; empty: tabs, and no quotes.
     """
-    start = 0
-    if size > lines.RANGE:
-        for label, _ in _records(Unit("", size, (file, 0, size)), True, charset, Drops()):
-            position = int(label.removeprefix("@"))
-            if position - start >= lines.RANGE:
-                yield start, position
-                start = position
-    yield start, size
-
-
-def _records(unit: Unit, quoted: bool, charset: str, drops: Drops) -> Iterator[tuple[str, list[str]]]:
-    """(name, fields) of each row of a unit, the header among them; blank lines are none."""
     labels: list[str] = []
     wide = charset if _is_wide(charset) else ""
 
@@ -265,13 +285,16 @@ def _records(unit: Unit, quoted: bool, charset: str, drops: Drops) -> Iterator[t
                 drops.note("document", invalid(wide), label)
             yield text.rstrip("\r\n") + "\n"
 
-    if not quoted:
+    if not delimiter:
         for text in read():
             if text != "\n":
-                yield labels[-1], text[:-1].split("\t")
+                fields = text[:-1].split("\t")
+                if any(map(_looks_quoted, fields)):
+                    drops.note("document", _MAY_BE_QUOTED, labels[-1])
+                yield labels[-1], fields
             labels.clear()
         return
-    reader = csv.reader(read())
+    reader = csv.reader(read(), delimiter=delimiter)
     while True:
         labels.clear()
         try:
