@@ -248,7 +248,7 @@ def _config_at(source: str) -> Config | None:
 def _training(run: Config | None) -> str:
     """What the weights were trained by; weights without a run are published ones, which are LCL's."""
     name = "lcl" if run is None else run.objective.name
-    return _TRAINING.get(name, f"the objective `{name}` of another package than megatron_lcl's own")
+    return TRAINING.get(name, f"the objective `{name}` of another package than megatron_lcl's own")
 
 
 def _front_matter(usage: Usage, card: Card) -> dict[str, Any]:
@@ -319,7 +319,7 @@ def _public(text: str) -> str:
     return Path(text).name if "/" in text else text
 
 
-_TRAINING = {
+TRAINING = {
     "lcl": "Latent Compression Learning (LCL, NeurIPS 2024, arXiv 2406.07543) on interleaved image-text documents",
     "clip": "contrast of image-text pairs (CLIP, arXiv 2103.00020)",
     "genlip": "captioning of image-text pairs (after GenLIP, arXiv 2605.00809, and OpenVision 2, arXiv 2509.01644, in "
@@ -330,7 +330,7 @@ _TRAINING = {
     "emu": "next-token prediction and regression of image latents on interleaved image-text documents (after Emu, "
     "arXiv 2307.05222)",
 }
-"""what an objective trains by, by its name"""
+"""what each objective of this package trains by, by its name"""
 
 _TASK_TYPES = {
     "zero-shot classification": "zero-shot-image-classification",

@@ -66,7 +66,7 @@ def chart(
     lines: Sequence[Line], last_step: int, marks: Sequence[Mark] = (), label: str = "", is_read: bool = True
 ) -> Markup:
     """The SVG of some lines over the same steps; empty where no line has a value. is_read: whether the page's script
-    says values, which it reads from the paths: to about 1/1,500 of the axis."""
+    says steps and values, which it reads from the paths: steps exactly, values to about 1/1,500 of the axis."""
     lines = [line for line in lines if np.isfinite(line.low).any()]
     if not any(not line.quiet for line in lines):
         return Markup("")
@@ -113,6 +113,8 @@ def _dashed(color: int) -> Markup:
 class _Area:
     def __init__(self, start: float, stop: float, low: float, high: float, is_log: bool) -> None:
         self.start, self.stop, self.low, self.high, self.is_log = start, stop, low, high, is_log
+        # of x in a line: rounded, it is off by less than half a step, so that the step can be read back
+        self.decimals = max(1, math.floor(math.log10((stop - start) / (WIDTH - LEFT - RIGHT))) + 1)
 
     def x(self, step: np.ndarray | float) -> np.ndarray:
         return LEFT + (np.asarray(step) - self.start) / (self.stop - self.start) * (WIDTH - LEFT - RIGHT)
@@ -158,11 +160,11 @@ class _Area:
         if line.mean is None:
             x = np.stack([self.x(line.first), self.x(line.final)], 1)
             y = np.stack([self.y(line.low), self.y(line.high)], 1)
-            paths = _path(x, y)
+            paths = _path(x, y, self.decimals)
         else:
             middle = self.x((line.first + line.final) / 2)
             y = self.y(line.mean)
-            paths = _path(np.stack([middle, middle], 1), np.stack([y, y], 1))
+            paths = _path(np.stack([middle, middle], 1), np.stack([y, y], 1), self.decimals)
             if shape := _band(middle, self.y(line.high), self.y(line.low)):
                 parts.append(f'<path class="band {color}" d="{shape}"/>')
         parts.append(f'<path class="line {color}" data-label="{label}"{_dashed(line.color)} d="{paths}"/>')
@@ -180,16 +182,19 @@ class _Area:
         return parts
 
 
-def _path(x_N2: np.ndarray, y_N2: np.ndarray) -> str:
-    """A line through stretches' least and largest values, broken where there are none; what stands alone is a dot."""
+def _path(x_N2: np.ndarray, y_N2: np.ndarray, decimals: int) -> str:
+    """A line through stretches' least and largest values, broken where there are none; what stands alone is a dot.
+
+    decimals: of x.
+    """
     words: list[str] = []
     there = np.isfinite(y_N2[:, 0])
     for i in np.flatnonzero(there):
         begins = i == 0 or not there[i - 1]
         (x0, x1), (y0, y1) = x_N2[i], y_N2[i]
-        words.append(f"{'M' if begins else 'L'}{x0:.1f} {y0:.1f}")
+        words.append(f"{'M' if begins else 'L'}{x0:.{decimals}f} {y0:.1f}")
         if f"{y0:.1f}" != f"{y1:.1f}":
-            words.append(f"L{x1:.1f} {y1:.1f}")
+            words.append(f"L{x1:.{decimals}f} {y1:.1f}")
         elif begins and (i + 1 == len(there) or not there[i + 1]):
             words.append("h0")
     return "".join(words)

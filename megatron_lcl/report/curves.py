@@ -193,6 +193,8 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
         ),
     ),
 )
+CHANCE_OF = {name: level for _, specs in GROUPS for spec in specs for name in spec.names for level in spec.levels}
+"""of shares, which are shown in percent: the metric of what chance has"""
 FAMILIES = {"grad_norm": "gradient norm by part", "update_norm": "update norm by part", "lr": "learning rate by part"}
 """prefixes whose metrics have one unit and are drawn together"""
 MAX_LINES = 8

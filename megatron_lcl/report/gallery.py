@@ -32,5 +32,5 @@ def read_others(run: Path) -> list[dict[str, Any]]:
         {**result, "folder": file.parent.name}
         for file in results_inside(run)
         for result in read_json(file)
-        if result["task"] == "zero-shot classification"
+        if result.get("task") == "zero-shot classification"
     ]

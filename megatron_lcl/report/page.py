@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shlex
 import sys
 import time
@@ -19,6 +20,7 @@ from megatron_lcl import config as configs
 from megatron_lcl import fields, objectives
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phase_at
+from megatron_lcl.convert.card import TRAINING
 from megatron_lcl.convert.find import checkpoints_in, find_checkpoint
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
@@ -32,10 +34,10 @@ from megatron_lcl.report.charts import short
 from megatron_lcl.report.curves import groups
 from megatron_lcl.report.events import NAMES, newest, numbers
 from megatron_lcl.report.files import read_json
-from megatron_lcl.report.gallery import read_gallery, read_others
+from megatron_lcl.report.gallery import read_gallery, read_others, results_inside
 from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.series import Metrics
-from megatron_lcl.run_folder import CONFIG, EXAMPLES, HELDOUT, LABELED, PLAN, PROFILE
+from megatron_lcl.run_folder import CONFIG, EXAMPLES, GALLERY, HELDOUT, LABELED, PLAN, PROFILE
 from megatron_lcl.train.checkpoint.folder import last_ledger
 from megatron_lcl.units import in_bytes, plain
 
@@ -47,6 +49,10 @@ MAX_PACKS = 16
 """of the first batch that are shown"""
 MAX_PROFILES = 60
 """files that are linked"""
+MAX_SHORT = 12
+"""characters of a setting's value that is not broken, as of any number"""
+Tile = tuple[str, str, str]
+"""a number, what it is, more of it"""
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
@@ -74,12 +80,23 @@ class RunPage:
 
     def render(self, folder: Path | None = None, live: bool = False) -> str:
         """The page. folder: where it lies, from which links start; None: nothing is linked. live: for a page that is
-        served, and follows what changes."""
+        served, and follows what changes. UserError where a file of results lacks what the page shows of it."""
+        try:
+            return self._render(folder, live)
+        except jinja2.UndefinedError as error:
+            files = [file for file in (self.run / GALLERY, self.run / EXAMPLES) if is_file(file)]
+            named = " or ".join(map(str, [*files, *results_inside(self.run)]))
+            raise UserError(
+                f"{named or self.run} lacks what the report shows of it ({error}), as a file of another version may; "
+                "`megatron-lcl evaluate` writes it anew"
+            ) from error
+
+    def _render(self, folder: Path | None, live: bool) -> str:
         run, metrics = self.run, self.metrics
         config = self.config = configs.load(run / CONFIG)  # which a run that goes on may have written anew
         root = Path(__file__).resolve().parents[2]
         evaluation, events = read_json(run / HELDOUT), metrics.events
-        last = metrics.last if "images_per_second" in metrics.last else None
+        speed = metrics.last if _has(metrics.last, "images_per_second", "tokens_per_second", "data_wait") else None
         profile, planned = list(_profile(run, folder)), read_json(run / PLAN, "plan --json") or self._plan()
         has = {
             "names": gallery if (gallery := read_gallery(run)) else None,
@@ -95,6 +112,7 @@ class RunPage:
         return template(REPORT).render(
             live=live,
             area=AREA,
+            trained_by=_trained_by(config),
             sections=[(name, title) for name, title in SECTIONS.items() if has.get(name, True)],
             metrics=metrics,
             tiles=list(_tiles(metrics)),
@@ -104,7 +122,7 @@ class RunPage:
             changed=list(changed_settings(config)),
             gallery=gallery,
             others=read_others(run),
-            last=last,
+            speed=speed,
             groups=drawn,
             planned=planned,
             beside_plan=beside_plan,
@@ -115,14 +133,16 @@ class RunPage:
             marks=set(events),
             event_names=NAMES,
             evaluation=evaluation,
+            heldout_tiles=list(_heldout_tiles(evaluation or {})),
             labeled=labeled,
+            labeled_tiles=list(_labeled_tiles((labeled or {}).get("values") or {})),
             examples=examples,
             batch=self._batch,
             max_packs=MAX_PACKS,
             first_batch=self.first_batch,
             corpora=self._corpora,
             profile=profile,
-            checkpoint=find_checkpoint(run).name if last and checkpoints_in(run) else None,
+            checkpoint=find_checkpoint(run).name if metrics.last and checkpoints_in(run) else None,
             run=run,
             checkout=_quoted(root) if is_dir(root / "launch") else None,
             environment=_quoted(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None,
@@ -184,6 +204,7 @@ def template(name: str) -> jinja2.Template:
     """A template of this package."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl.report", "."), autoescape=True)
     environment.filters["plain"] = plain
+    environment.tests["short"] = lambda text: len(text) <= MAX_SHORT
     return environment.get_template(name)
 
 
@@ -205,23 +226,29 @@ def _beside_plan(planned: Mapping[str, Any], metrics: Metrics) -> Iterator[tuple
         yield title, f"{least}{plain(factor * plan)}{unit}", f"{plain(factor * last)}{unit}", f"{last / plan:.2f}"
 
 
-def _tiles(metrics: Metrics) -> Iterator[tuple[str, str, str]]:
-    """What the page begins with: a number, what it is, more of it."""
+def _trained_by(config: Config) -> str:
+    """By what a run trains, without the papers that a model card names."""
+    return re.sub(r" \([^)]*\)", "", TRAINING.get(config.objective.name, f"the objective {config.objective.name}"))
+
+
+def _has(numbers: Mapping[str, Any], *names: str) -> bool:
+    """Whether these are numbers, which another version may not have written, or as null."""
+    return all(isinstance(numbers.get(name), int | float) for name in names)
+
+
+def _tiles(metrics: Metrics) -> Iterator[Tile]:
+    """What the page begins with."""
     line = metrics.last
-
-    def is_there(*names: str) -> bool:
-        return all(isinstance(line.get(name), int | float) for name in names)
-
-    if is_there("loss"):
-        more = f"generation {plain(line['generation'])}" if is_there("generation") else ""
+    if _has(line, "loss"):
+        more = f"generation {plain(line['generation'])}" if _has(line, "generation") else ""
         yield plain(line["loss"]), "loss of the last step", more
-    if is_there("image_accuracy", "chance_accuracy"):
+    if _has(line, "image_accuracy", "chance_accuracy"):
         yield (
             f"{100 * line['image_accuracy']:.1f} %",
             "accuracy of the contrast",
             f"chance {plain(100 * line['chance_accuracy'], 2)} %",
         )
-    if is_there("images_per_second", "tokens_per_second"):
+    if _has(line, "images_per_second", "tokens_per_second"):
         more = f"{short(line['tokens_per_second'])} tokens a second"
         yield short(line["images_per_second"]), "images a second", more
     for name, title, factor, unit in (("mfu", "MFU", 100, " %"), ("memory_peak_bytes", "peak memory", 2**-30, " GiB")):
@@ -230,6 +257,39 @@ def _tiles(metrics: Metrics) -> Iterator[tuple[str, str, str]]:
             yield f"{plain(factor * series.last, 3)}{unit}", title, ""
     if metrics.seconds:
         yield _duration(metrics.seconds), "of training", f"since {_clock(metrics.first_time or 0)}"
+
+
+def _heldout_tiles(found: Mapping[str, Any]) -> Iterator[Tile]:
+    """Of an evaluation on held-out documents."""
+    if found.get("pairs"):
+        yield from _share(found, "image_to_context_recall_at_10", "image → context recall@10", "chance_at_10")
+        yield from _share(found, "image_to_context_recall_at_1", "recall@1", "chance_at_1")
+        if _has(found, "median_rank"):
+            yield f"{found['median_rank']:.0f}", "median rank", f"of {found['pairs']} pairs"
+    if rivals := found.get("pairs_with_rivals"):
+        name, title = "image_in_document_recall_at_1", "the image among its document's"
+        yield from _share(found, name, title, "chance_in_document", f"{rivals} pairs")
+    if found.get("targets") and _has(found, "bits_per_token"):
+        yield f"{found['bits_per_token']:.2f}", "bits a token, generation", f"{found['targets']} targets"
+
+
+def _labeled_tiles(found: Mapping[str, Any]) -> Iterator[Tile]:
+    """Of an evaluation on labeled images."""
+    for name, title, chance in (
+        ("knn_accuracy", "k-NN accuracy", "chance"),
+        ("zero_shot_accuracy", "zero-shot accuracy", "chance"),
+        ("zero_shot_accuracy_top_5", "zero-shot, top 5", "chance_top_5"),
+        ("zero_shot_mean_per_class_recall", "zero-shot, mean of the classes", "chance"),
+    ):
+        yield from _share(found, name, title, chance)
+
+
+def _share(found: Mapping[str, Any], name: str, title: str, chance: str, *more: str) -> Iterator[Tile]:
+    """A share beside what chance has; nothing where it was not measured."""
+    if _has(found, name):
+        if _has(found, chance) and found[chance]:
+            more = f"chance {plain(100 * found[chance], 2)} %: {found[name] / found[chance]:.1f} times", *more
+        yield f"{100 * found[name]:.1f} %", title, "; ".join(more)
 
 
 def _duration(seconds: float) -> str:

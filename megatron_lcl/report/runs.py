@@ -26,7 +26,7 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import is_file, matching
 from megatron_lcl.report.charts import NUM_STYLES, Line, chart, swatch
-from megatron_lcl.report.curves import FOLDED, figure, specs_for
+from megatron_lcl.report.curves import CHANCE_OF, FOLDED, Spec, figure, specs_for
 from megatron_lcl.report.events import numbers
 from megatron_lcl.report.files import read_json
 from megatron_lcl.report.page import AREA, REPORT, template, text_of
@@ -83,10 +83,10 @@ class Run:
     @property
     def final(self) -> Mapping[str, float]:
         """The last value of each metric of the table."""
-        return {name: value for name in FINAL if (value := self._final(name)) is not None}
+        return {name: value for name in FINAL if (value := self.last(name)) is not None}
 
-    def _final(self, name: str) -> float | None:
-        """The last value; of a held-out number what `evaluate` has written into the folder counts as the last."""
+    def last(self, name: str) -> float | None:
+        """A metric's last value; of a held-out number what `evaluate` wrote into the folder counts as the last."""
         found = self.metrics.series.get(name)
         last, last_step = (None, 0) if found is None else (found.last, found.last_step)
         if name.startswith("heldout/") and (result := read_json(self.folder / HELDOUT)) is not None:
@@ -139,14 +139,37 @@ class Group:
                 band.append((middle, float(fmean(means)), float(min(lows)), float(max(highs)), len(there)))
         return band
 
-    def cell(self, name: str) -> str:
-        """The last values of a metric: `mean (least to largest)`, and of how many runs, where not of all."""
-        values = [run.final[name] for run in self.runs if name in run.final]
+    def cell(self, name: str) -> list[str]:
+        """The last values of a metric: their mean, then `(least to largest)` and of how many runs, where not of all,
+        and of a share what chance has; empty where no run has it."""
+        values = self._last(name)
         if not values:
-            return ""
-        more = [f"{plain(min(values))} to {plain(max(values))}"] if len(values) > 1 else []
+            return []
+        more = [_range(name, values)] if len(values) > 1 else []
         more += [f"{len(values)} of {len(self.runs)} runs"] if len(values) < len(self.runs) else []
-        return plain(fmean(values)) + (f" ({'; '.join(more)})" if more else "")
+        chances = self._last(CHANCE_OF[name]) if name in CHANCE_OF else []
+        same = len(set(chances)) == 1
+        return [
+            final_text(name, fmean(values)),
+            *([f"({'; '.join(more)})"] if more else []),
+            *([f"chance {final_text(name, chances[0]) if same else _range(name, chances)}"] if chances else []),
+        ]
+
+    def _last(self, name: str) -> list[float]:
+        return [value for run in self.runs if (value := run.last(name)) is not None]
+
+
+_PERCENT = "\u00a0%"
+"""on the line of its number"""
+
+
+def final_text(name: str, value: float) -> str:
+    """A metric's value in the table; of a share in percent."""
+    return f"{plain(100 * value)}{_PERCENT}" if name in CHANCE_OF else plain(value)
+
+
+def _range(name: str, values: Sequence[float]) -> str:
+    return f"{final_text(name, min(values)).removesuffix(_PERCENT)} to {final_text(name, max(values))}"
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -206,10 +229,12 @@ class RunsPage:
             styles=NUM_STYLES,
             curves=list(_curves(groups)),
             folded=FOLDED,
+            final_text=final_text,
             final=[(name, title) for name, title in FINAL.items() if any(g.cell(name) for g in groups)],
             seeds=max(len(g.runs) for g in groups),
             seed_keys=[k for k in SEEDS if len({run.settings[k] for run in runs}) > 1],
             runs=runs,
+            called=_called([run.folder for run in runs]),
             with_incidents=any(run.incidents for run in runs),
             link=_link(folder),
         )
@@ -245,6 +270,13 @@ def _order(value: Any) -> tuple[bool, float, str]:
     return not is_number, float(value) if is_number else 0.0, text_of(value)
 
 
+def _called(folders: Sequence[Path]) -> dict[Path, str]:
+    """By folder its name, or its path below the folder that all are in where others have the same name."""
+    numbers = Counter(folder.name for folder in folders)
+    shared = os.path.commonpath([folder.absolute().parent for folder in folders])
+    return {f: f.name if numbers[f.name] == 1 else os.path.relpath(f.absolute(), shared) for f in folders}
+
+
 def _link(folder: Path | None) -> Callable[[Run], str | None]:
     """The run's own report, as seen from the page's folder; None where there is none."""
 
@@ -263,8 +295,8 @@ def _short(key: str, among: Mapping[str, Any]) -> str:
 
 
 def _curves(groups: Sequence[Group]) -> Iterator[tuple[str, list[Markup]]]:
-    """By heading, a chart of each metric that any run has, and that is not 0 in all of them: a line for each group, and
-    a band where it has seeds."""
+    """By heading, a chart of each metric that any run has, and that is not 0 in all of them: a line for each group, a
+    band where it has seeds, and what to compare with."""
     metrics = [run.metrics for group in groups for run in group.runs]
     names = dict.fromkeys(name for one in metrics for name, series in one.series.items() if not series.is_zero)
     last_step = max((one.last_step for one in metrics), default=0)
@@ -276,9 +308,11 @@ def _curves(groups: Sequence[Group]) -> Iterator[tuple[str, list[Markup]]]:
                     heading = f"{spec.title}: {spec.labels[n]}" if len(spec.names) > 1 and spec.labels else spec.title
                     if name == "generation":
                         heading = spec.title
-                    lines = list(_lines(groups, name, spec.factor(name)))
+                    levels = list(_levels(groups, spec))
+                    lines = [*_lines(groups, name, spec.factor(name)), *levels]
                     if drawn := chart(lines, last_step, label=heading):
-                        figures.append(figure(heading, drawn))
+                        entries = [(level.color, True, level.label) for level in levels]
+                        figures.append(figure(heading, drawn, entries))
         if figures:
             yield title, figures
 
@@ -294,3 +328,12 @@ def _lines(groups: Sequence[Group], name: str, factor: float) -> Iterator[Line]:
             mean, low, high = (np.insert(of, gaps, np.nan) for of in (mean, low, high))
             step = np.insert(step, gaps, step[gaps])
             yield Line(of_one.label, step, step, low, high, of_one.number, mean=mean)
+
+
+def _levels(groups: Sequence[Group], spec: Spec) -> Iterator[Line]:
+    """What a chart's metrics are compared with, where it is the same for all groups."""
+    all_runs = Group([run for group in groups for run in group.runs], 0, {})
+    for name, label in spec.levels.items():
+        step, _, low, high, _ = np.array(all_runs.band(name), np.float64).reshape(-1, 5).T
+        if len(step) > 1 and (low == high).all():
+            yield Line(label, step, step, low * spec.factor(name), low * spec.factor(name), quiet=True)

@@ -201,7 +201,8 @@ class Metrics:
         if isinstance(time, int | float):
             # what lies before a line of a start may be days in which nothing ran; a phase of a process that goes on
             # writes the same lines, so the few steps since the last line before it are not counted either
-            clock = line.get("clock", time)  # earlier versions wrote the time alone
+            clock = line.get("clock")
+            clock = clock if isinstance(clock, int | float) else time  # earlier versions wrote the time alone
             if self._clock is not None and not _AT_START & line.keys():
                 self.seconds += max(0.0, clock - self._clock)
             self._clock = clock

@@ -73,10 +73,10 @@ def make_run(run: Path, **settings: str) -> Path:
     return run
 
 
-def write_lines(run: Path, lines: Iterable[dict[str, Any]], n: int = 0) -> Path:
-    """A run with these lines of metrics, which the learning rate n + 1 tells from others."""
+def write_lines(run: Path, lines: Iterable[dict[str, Any]], n: int = 0, **settings: str) -> Path:
+    """A run with these lines of metrics, which the learning rate n + 1 tells from others, or other settings."""
     run.mkdir(parents=True)
-    tree = {"train.output": str(run), "data.corpora": "/nowhere", "optimizer.lr": str(n + 1)}
+    tree = {"train.output": str(run), "data.corpora": "/nowhere", "optimizer.lr": str(n + 1), **settings}
     (run / "config.yaml").write_text(configs.to_yaml(configs.load(None, tree)))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run

@@ -14,7 +14,7 @@ from report.browser import Browser
 from report.conftest import make_run, write_lines
 
 from megatron_lcl.report.page import write_report
-from megatron_lcl.report.runs import write_runs_report
+from megatron_lcl.report.runs import FINAL, write_runs_report
 
 pytestmark = pytest.mark.slow
 LIGHT, DARK = (0x2A, 0x6F, 0x97), (0x5F, 0xB3, 0xE0)
@@ -23,7 +23,7 @@ LIGHT, DARK = (0x2A, 0x6F, 0x97), (0x5F, 0xB3, 0xE0)
 
 @pytest.fixture(scope="module")
 def pages(whole_run: Path, once: Callable[[str, Callable[[Path], Any]], Any]) -> dict[str, Path]:
-    """The page of one run, and of two."""
+    """The page of one run, of two, and of four with results."""
 
     def make(folder: Path) -> dict[str, Path]:
         runs = [make_run(folder / name, **{"optimizer.lr": rate}) for name, rate in (("a", "0.1"), ("b", "0.2"))]
@@ -32,7 +32,18 @@ def pages(whole_run: Path, once: Callable[[str, Callable[[Path], Any]], Any]) ->
             re.sub(r'("[a-z/_]+": )(\d+\.)', r"\g<1>1\g<2>", text)
         )  # not the same curves
         one = write_report(whole_run, folder / "one.html")
-        return {"one": one, "several": write_runs_report(runs, folder / "several.html")}
+        for n in range(4):  # results that differ, of two seeds each
+            names = {name for name in FINAL if "labeled" not in name and name != "regression"}
+            lines = [{"step": step, **dict.fromkeys(names, 0.23456 * step + n)} for step in (1, 2)]
+            lines[1] |= {"heldout/chance_at_1": 0.07692, "heldout/chance_at_10": 0.7692}
+            own = {
+                "optimizer.lr": f"0.00{1 + n // 2}",
+                "train.seed": str(n % 2),
+                "objective.name": ("lcl", "emu")[n // 2],
+            }
+            write_lines(folder / f"results/{n}", lines, **own)
+        results = write_runs_report([folder / "results"], folder / "results.html")
+        return {"one": one, "several": write_runs_report(runs, folder / "several.html"), "results": results}
 
     return once("report-pages", make)
 
@@ -79,10 +90,7 @@ def test_light_and_dark_by_the_readers_choice(pages: dict[str, Path], kind: str,
 
 def test_the_pointer_reads_the_curve(pages: dict[str, Path], browser: Browser) -> None:
     browser.open(pages["one"].as_uri())
-    place = """(() => { const r = document.querySelector(".plot svg.chart").getBoundingClientRect();
-      return [r.x + r.width * (44 + 0.5 * 306) / 360, r.y + r.height / 2]; })()"""
-    x, y = browser.evaluate(place)
-    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    point_at(browser, ".plot svg.chart")
     said = browser.evaluate("document.querySelector('.plot .now').textContent")
     step, value = re.fullmatch(r"step (\d+): ([\d.]+)", said).groups()  # type: ignore[union-attr]
     assert abs(int(step) - 100) <= 1
@@ -180,6 +188,39 @@ def test_printed_charts_are_whole(pages: dict[str, Path], kind: str, browser: Br
         x, y = np.array(path.points).T
         assert 0 < x.min() <= x.max() < 595
         assert 0 < y.min() <= y.max() < 842
+
+
+@pytest.mark.parametrize("width", [1024, 1920])
+def test_numbers_are_on_one_line(pages: dict[str, Path], width: int, browser: Browser) -> None:
+    browser.open(pages["results"].as_uri(), width)
+    lines = """Array.from(document.querySelectorAll("#differences td:not(:empty)"), (cell) => {
+      const range = document.createRange(); range.selectNodeContents(cell.firstChild);
+      return [cell.textContent, range.getClientRects().length]; })"""
+    cells = dict(browser.evaluate(lines))
+    assert {"0.001", "0.002", "lcl", "emu"} <= cells.keys()
+    assert set(cells.values()) == {1}
+
+
+def test_all_columns_are_printed(pages: dict[str, Path], browser: Browser) -> None:
+    """On A4 with Chromium's margins, without making all smaller."""
+    browser.open(pages["results"].as_uri(), width=717, media="print")
+    heads = "Array.from(document.querySelectorAll('th'), (one) => [one.textContent, one.getBoundingClientRect().right])"
+    found = browser.evaluate(heads)
+    assert [name for name, _ in found].count("held-out bits a token") == 2
+    assert max(right for _, right in found) <= 717
+
+
+def test_the_index_of_the_documentation_fits_a_phone(tmp_path: Path, browser: Browser) -> None:
+    theme = Path(pytest.importorskip("furo").__file__).parent / "theme/furo/static/styles/furo.css"
+    own = Path(__file__).parents[2] / "docs/_static/style.css"
+    links = "".join(f'<link rel="stylesheet" href="{file.as_uri()}">' for file in (theme, own))
+    name = "contexts (megatron_lcl.model.layers.Outputs attribute)"
+    cell = f'<td style="width: 33%"><ul><li><a href="#">{name}</a></li></ul>'
+    (tmp_path / "index.html").write_text(
+        f'<!doctype html>{links}<table style="width: 100%" class="indextable genindextable"><tr>{2 * cell}</table>'
+    )
+    browser.open((tmp_path / "index.html").as_uri(), width=360, height=740)
+    assert browser.evaluate("document.querySelector('td:last-child').getBoundingClientRect().right") <= 360
 
 
 class Stroke:

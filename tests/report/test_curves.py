@@ -105,6 +105,21 @@ def test_a_curve_stands_where_its_numbers_say() -> None:
     assert (start, stop) == (10, 50)
 
 
+@pytest.mark.parametrize("last", [300, 4000, 20_000, 306_000, 3_000_000])
+def test_steps_are_read_back_exactly(last: int) -> None:
+    """As the script of the page does; with no more digits than that takes."""
+    steps = np.round(np.linspace(7, last, 400))
+    values = np.arange(400.0)
+    for mean in (None, values):
+        svg = chart([Line("x", steps, steps, values, values, mean=mean)], last)
+        start, stop, *_ = map(float, re.findall(r'data-range="([^"]*)"', svg)[0].split())
+        ((_, _, path),) = PATH.findall(svg)
+        places = re.findall(r"[ML]([\d.]+) ", path)
+        read = [round(start + (float(x) - LEFT) / (WIDTH - LEFT - RIGHT) * (stop - start)) for x in places]
+        assert read == steps.tolist()
+        assert max(len(x.partition(".")[2]) for x in places) == max(1, len(str(int((stop - start) / 306))))
+
+
 def test_a_wide_range_is_logarithmic_and_a_constant_is_drawn() -> None:
     steps = np.arange(1.0, 30)
     values = np.ones(29)

@@ -11,7 +11,9 @@ import pytest
 from data.corpora import random_documents, write_corpus
 
 from megatron_lcl import config as configs
+from megatron_lcl import objectives
 from megatron_lcl.cli import main
+from megatron_lcl.convert.card import TRAINING
 from megatron_lcl.convert.find import run_of
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.loading.ledger import open_run_ledger
@@ -48,7 +50,7 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     assert "chance 2.5 %" in section(page, "status")
     assert "chance 10 %: 8.0 times" in section(page, "labeled")
     settings = section(page, "settings")
-    assert re.search(r"<code>train.steps</code></td><td>200</td>.*default 1000", settings)
+    assert re.search(r'<code>train.steps</code></td><td class="short">200</td>.*default 1000', settings)
     assert "<code>train.log_every</code>" not in settings.partition("<details>")[0], "it is the default"
     assert 'href="profile/trace%20rank%200.json"' in section(page, "profile")
     assert "not here" in section(page, "documents")
@@ -149,7 +151,40 @@ def test_the_first_batch_is_left_out_where_its_corpora_are_not_as_they_were(run:
 def test_the_first_batch_is_left_out_where_the_objective_is_not_installed(run: Path) -> None:
     config = configs.load(run / "config.yaml", {"objective.name": "of_another_package"})
     (run / "config.yaml").write_text(configs.to_yaml(config))
-    assert "are not here" in section(write_report(run).read_text(), "batch")
+    page = write_report(run).read_text()
+    assert "are not here" in section(page, "batch")
+    assert "<h1>A vision encoder pre-trained by the objective of_another_package</h1>" in page
+
+
+def test_the_heading_is_of_the_objective(run: Path) -> None:
+    assert "pre-trained by Latent Compression Learning on interleaved" in write_report(run).read_text()
+    config = configs.load(run / "config.yaml", {"objective.name": "clip"})
+    (run / "config.yaml").write_text(configs.to_yaml(config))
+    page = write_report(run).read_text()
+    assert "<h1>A vision encoder pre-trained by contrast of image-text pairs</h1>" in page
+    assert "Latent Compression Learning" not in page
+    assert set(TRAINING) == set(objectives.names()), "each has words"
+
+
+def test_results_of_another_version_lack_numbers(run: Path) -> None:
+    """Or have null: what there is is shown, without what it would be compared with."""
+    heldout = {"documents": 9, "corpus": "/nowhere", "pairs": 50, "targets": 70, "bits_per_token": None}
+    heldout |= {"image_to_context_recall_at_1": 0.25, "image_to_context_recall_at_10": None, "chance_at_10": 0.2}
+    (run / "heldout.json").write_text(json.dumps(heldout))
+    labeled = {"data": "pictures", "classes": None, "neighbors": 20, "values": {"knn_accuracy": 0.8, "chance": None}}
+    (run / "labeled.json").write_text(json.dumps(labeled))
+    last = {"step": 201, "loss": 1.0, "images_per_second": 7.0, "tokens_per_second": None, "time": 1.7e9}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**last, "clock": None}) + "\n")
+    page = write_report(run).read_text()
+    tile = re.compile(r'<div class="tile"><b>([^<]*)</b>([^<]*)(?:<br><span class="quiet">([^<]*))?')
+    assert tile.findall(section(page, "heldout")) == [("25.0 %", "recall@1", "")]
+    assert tile.findall(section(page, "labeled")) == [("80.0 %", "k-NN accuracy", "")]
+    assert "1</b>loss of the last step" in section(page, "status")
+    assert "tokens a second," not in section(page, "curves")
+    (run / "gallery.json").write_text(json.dumps({"result": {"metrics": {}}}))
+    with pytest.raises(UserError, match=r"gallery\.json lacks what the report shows of it .*`megatron-lcl evaluate`"):
+        write_report(run)
 
 
 def test_links_start_where_the_page_lies(run: Path, tmp_path: Path) -> None:

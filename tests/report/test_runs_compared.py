@@ -1,15 +1,17 @@
-"""Which runs are one curve of the report."""
+"""Which runs are one curve of the report, and what the page says of them."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report.conftest import write_lines
 
 from megatron_lcl import config as configs
 from megatron_lcl import fields
-from megatron_lcl.report.runs import Run, group
+from megatron_lcl.report.runs import Run, find_runs, group, write_runs_report
 from megatron_lcl.report.series import Metrics
 
 
@@ -46,3 +48,38 @@ def test_what_changes_no_result_makes_no_other_curve(tree: dict[str, Any]) -> No
 def test_what_changes_the_result_does(tree: dict[str, Any], name: str) -> None:
     one, other = group([run_of({}), run_of(tree)])
     assert list(one.shown) == list(other.shown) == [name]
+
+
+def test_shares_are_in_percent_beside_chance(tmp_path: Path) -> None:
+    """A level is drawn where it is the same for all groups; a cell says its own."""
+    for n, pairs in enumerate((50, 80)):
+        name = "heldout/image_to_context_recall_at_1"
+        lines = [
+            {"step": s, f"{name}0": 0.3 + s / 100, "heldout/chance_at_10": 0.2, name: 0.1 * s, "loss": 1.0 * s,
+             "heldout/chance_at_1": 1 / pairs}
+            for s in range(1, 5)
+        ]  # fmt: skip
+        write_lines(tmp_path / f"s/{n}", lines, n)
+    page = write_runs_report([tmp_path / "s"]).read_text()
+    figures = dict(re.findall(r"<figcaption><b>(.*?)</b>(.*?)</figure>", page, re.DOTALL))
+    ten = figures["held-out recall@10 (%): image to context"]
+    assert re.findall(r'class="line (\w+)" data-label="([^"]*)"', ten) == [
+        ("k0", "lr 1"), ("k1", "lr 2"), ("quiet", "chance")
+    ]  # fmt: skip
+    assert re.search(r'<p class="key">.*chance</span></p>', ten)
+    one = figures["held-out recall@1 (%): image to context"]
+    assert re.findall(r'class="line (\w+)"', one) == ["k0", "k1"]
+    cells = [
+        group([Run.of(run)])[0].cell("heldout/image_to_context_recall_at_1") for run in find_runs([tmp_path / "s"])
+    ]
+    assert cells == [["40\u00a0%", "chance 2\u00a0%"], ["40\u00a0%", "chance 1.25\u00a0%"]]
+    differences, runs = page.split('<section id="runs">')
+    assert '<td class="number">34\u00a0% <span class="quiet">chance 20\u00a0%</span></td>' in differences
+    assert runs.count('<td class="number">34\u00a0%</td>') == 2
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for n, name in enumerate(("a/run", "b/run", "c/other")):
+        write_lines(tmp_path / name, [{"step": 1, "loss": 1.0}], n)
+    page = write_runs_report([tmp_path / name for name in "abc"], tmp_path / "page.html").read_text()
+    assert re.findall(r'<td class="whole">([^<]*)</td>', page) == ["a/run", "b/run", "other"]

@@ -374,9 +374,10 @@ def test_seeds_are_a_band_and_other_settings_another_line(tmp_path: Path) -> Non
     assert [run.folder.name for run in one.runs] == ["a0", "a1"]
     assert one.band("loss") == [(1, 6.0, 4.0, 8.0, 2), (2, 2.5, 2.0, 3.0, 2), (3, 1.0, 1.0, 1.0, 1)]
     assert one.band("contrastive") == [], "always 0: not measured"
-    assert (one.cell("loss"), other.cell("loss")) == ("1.5 (1 to 2)", "5")
-    assert one.cell("heldout/image_to_context_recall_at_10") == "0.25 (1 of 2 runs)"
-    assert (one.cell("labeled/knn_accuracy"), other.cell("labeled/knn_accuracy")) == ("0.6 (0.5 to 0.7)", "")
+    assert (one.cell("loss"), other.cell("loss")) == (["1.5", "(1 to 2)"], ["5"])
+    assert one.cell("heldout/image_to_context_recall_at_10") == ["25\u00a0%", "(1 of 2 runs)"]
+    assert one.cell("labeled/knn_accuracy") == ["60\u00a0%", "(50 to 70\u00a0%)"]
+    assert other.cell("labeled/knn_accuracy") == []
     page = write_runs_report([tmp_path / "s"])
     assert page == tmp_path / "s/report.html"
     text = page.read_text()
@@ -411,9 +412,9 @@ def test_a_value_of_zero_counts_where_runs_are_averaged(tmp_path: Path) -> None:
     (one,) = group([Run.of(path) for path in find_runs([tmp_path / "s"])])
     for name in ("heldout/image_to_context_recall_at_1", "image_accuracy"):
         assert [row[1:] for row in one.band(name)] == [(0.15, 0.0, 0.3, 2)] * 2
-    assert one.cell("heldout/image_to_context_recall_at_1") == "0.15 (0 to 0.3; 2 of 3 runs)"
-    assert one.cell("contrastive") == "2 (2 to 2; 2 of 3 runs)"
-    assert one.cell("heldout/median_rank") == "12,346 (12,346 to 12,346; 2 of 3 runs)"
+    assert one.cell("heldout/image_to_context_recall_at_1") == ["15\u00a0%", "(0 to 30\u00a0%; 2 of 3 runs)"]
+    assert one.cell("contrastive") == ["2", "(2 to 2; 2 of 3 runs)"]
+    assert one.cell("heldout/median_rank") == ["12,346", "(12,346 to 12,346; 2 of 3 runs)"]
     assert '<td class="number">12,346</td>' in write_runs_report([tmp_path / "s"]).read_text()
 
 

@@ -44,6 +44,15 @@ class Bound(NamedTuple):
     """it is crossed below the value; else above it"""
     what: str
 
+    def is_crossed(self, value: float) -> bool:
+        """Whether a value is on the wrong side; what is not finite is."""
+        return not math.isfinite(value) or (value < self.value if self.below else value > self.value)
+
+    def told(self, value: float) -> str:
+        """The value with three digits, or as many more as show on which side of the bound it is."""
+        texts = (f"{value:.{digits}g}" for digits in range(3, 18))  # 17 say every float64
+        return next(text for text in texts if self.is_crossed(float(text)) == self.is_crossed(value))
+
 
 BOUNDS = {
     f"{kind}_{name}": Bound(bound.value, bound.below, f"{features} {bound.what}")
@@ -113,12 +122,11 @@ class HealthWatch:
         for name, bound in BOUNDS.items():
             if name not in numbers:
                 continue
-            value = numbers[name]
-            crossed = not math.isfinite(value) or (value < bound.value if bound.below else value > bound.value)
+            crossed, told = bound.is_crossed(numbers[name]), bound.told(numbers[name])
             if crossed and name not in self._crossed:
                 side = "below" if bound.below else "above"
-                said.append((name, f"{bound.what}: {name} {value:.3g} is {side} {bound.value:g} (docs/metrics.md)"))
+                said.append((name, f"{bound.what}: {name} {told} is {side} {bound.value:g} (docs/metrics.md)"))
             elif not crossed and name in self._crossed:
-                said.append((name, f"{name} {value:.3g} is within its bound again"))
+                said.append((name, f"{name} {told} is within its bound again"))
             (self._crossed.add if crossed else self._crossed.discard)(name)
         return said

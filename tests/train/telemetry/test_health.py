@@ -65,6 +65,18 @@ def test_gaussian_features_are_healthy_and_copies_are_not() -> None:
     assert health.measure(one[:1], one[:1]) == {}
 
 
+def test_a_value_is_said_on_its_side_of_the_bound() -> None:
+    watch = health.HealthWatch()
+    for name, crossed, told, within in (
+        ("latent_effective_rank", 1.9977, "1.998 is below 2", 2.0004),
+        ("context_dead_features", 0.50001, "0.50001 is above 0.5", 0.5),
+        ("latent_spread", math.nan, "nan is below 0.05", 0.0623),
+    ):
+        ((_, said),) = watch.look({name: crossed}, 64)
+        assert f"{name} {told} (" in said
+        assert watch.look({name: within}, 64) == [(name, f"{name} {within:.3g} is within its bound again")]
+
+
 def test_uniformity_tells_one_direction_of_many_lengths() -> None:
     """Neither the spread nor the rank does. And the values of unrelated features, as docs/metrics.md has them."""
     draw = torch.Generator().manual_seed(2)
