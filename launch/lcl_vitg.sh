@@ -1,4 +1,8 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=lcl_vitg --nodes=32 --gpus-per-node=8 --exclusive --mem=0 --time=2-00:00:00 --signal=USR1@600 --requeue --open-mode=append --output=%x-%j.log
-here=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's|^ *Command=\(.*\)/lcl_vitg\.sh.*|\1|p' | head -n 1)
-source "${here:=$(dirname "$0")}/slurm.sh" lcl_vitg_interleaved "$@"
+# Slurm runs a copy of this; its controller, which knows where this is, may not answer at once
+told='' tries=0
+[ -z "${SLURM_JOB_ID:-}" ] || until told=$(scontrol show job "$SLURM_JOB_ID" 2>&1); [[ $told =~ Command=|Invalid\ job ]] || [ $((tries += 1)) = 120 ]; do sleep 5; done
+here=$(sed -n 's|^ *Command=\(.*\)/lcl_vitg\.sh.*|\1|p' <<<"$told" | head -n 1)
+[ -e "${here:=$(dirname "$0")}/slurm.sh" ] || { echo "scontrol does not say where lcl_vitg.sh is: $told" >&2 && exit 71; }
+source "$here/slurm.sh" lcl_vitg_interleaved "$@"

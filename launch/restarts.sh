@@ -26,15 +26,18 @@ may_restart() {
   return 1
 }
 
+# Whether this start itself is one too many: nodes went down, or signals came, before it could save. Says so.
+within_restarts() { [ "$again" -le "$max_restarts" ] || may_restart; }
+
 # Whether another start may go better after this exit code: a process or a machine was lost (71), or a signal ended a
-# process, but for Ctrl-C's (130); or srun could not start all. A fault of the program (1) or of its input (2) would only
-# happen again.
+# process, but for Ctrl-C's (130); or srun could not start all. A fault of the program (1) or of its input (2) would
+# only happen again.
 was_lost() { [ "$1" = 71 ] || { [ "$1" -gt 128 ] && [ "$1" != 130 ]; } || not_launched; }
 
 # Whether srun could not start all tasks, and not for what the job asks for.
 not_launched() {
-  grep -s 'srun: error: .*\(ailed on node\|Node failure\|Unable to create step\)' "$logs/srun" |
-    grep -qv 'Unable to create step.*\(node configuration\|More processors\|Memory required\|Invalid\)'
+  grep -s 'srun: error: .*\(ailed on node\|Node failure\|Unable to c\(reate step\|onfirm\|ontact\)\)' "$logs/srun" |
+    grep -qv 'Unable to .*\(node configuration\|More processors\|Memory required\|Invalid\)'
 }
 
 # The nodes that have failed, one a line: as most of the processes say that watched the others, or else as srun does.
@@ -44,16 +47,18 @@ failed_nodes() {
   [ -n "$told" ] || told=$(sed -n "$srun_names" "$logs/srun" | paste -sd ,)
   [ -z "$told" ] || scontrol show hostnames "$told" | sort -u
 }
-srun_names='s/^srun: error: .*ailed on node \([^ :]*\):.*/\1/p
+# up to where srun itself ends the others: from there on it reports those, too, as killed
+srun_names='/^srun: \(First task exited\|Terminating\|Job step aborted\)/q
+s/^srun: error: .*ailed on node \([^ :]*\):.*/\1/p
 s/^srun: error: \([^ :]*\): tasks\{0,1\} [^:]*: \(Killed\|Aborted\|Segmentation\|Bus error\|Illegal\|Out Of\).*/\1/p'
 
 # `leave_out NODES` (one a line): sets $out to these and to those that the job leaves out already. 1, with the reason,
 # where not enough others are up: a job that cannot start would wait for ever.
 leave_out() {
   local already up
-  already=$(scontrol show job "$job" | sed -n 's/^.*ExcNodeList=\([^ (]*\).*/\1/p')
+  already=$(patiently scontrol show job "$job" | sed -n 's/^.*ExcNodeList=\([^ (]*\).*/\1/p')
   out=$({ [ -z "$already" ] || scontrol show hostnames "$already"; echo "$1"; } | sort -u)
-  up=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %T' |
+  up=$(patiently sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %T' |
     awk '$2 !~ /\*/ && $2 ~ /^(idle|alloc|mix|comp|resv|reserved|plan)/ {print $1}' | sort -u)
   [ "$(comm -23 <(echo "$up") <(echo "$out") | wc -l)" -lt "${nodes:?}" ] || return 0
   echo "--- there are not enough nodes to do without $(paste -sd ' ' <<<"$1")" >&2
@@ -71,14 +76,31 @@ start_again() {
   requeue "$1" "$out"
 }
 
+# `patiently COMMAND…`: again and again, for ten minutes or more, while it fails because Slurm's controller does not
+# answer; 1 where it refuses.
+patiently() {
+  local tries=0 said
+  until { said=$("$@" 2>&1 >&3); } 3>&1; do
+    echo "$said" >&2
+    [[ ! $said =~ Invalid|disabled|denied ]] && [ $((tries += 1)) -lt 120 ] || return 1
+    sleep 5
+  done
+}
+
+# Asks for it once. A request may have been heard though its answer is lost: the job is not running any more then.
+put_back() {
+  local state
+  scontrol requeue "$job" || { state=$(squeue --noheader --format=%T --jobs="$job") && [ "$state" != RUNNING ]; }
+}
+
 # `requeue REASON [NODES]`: back into the queue; the next start is without NODES (one a line).
 requeue() {
   local without=${2:-}
   trap '' TERM # which Slurm sends at once
   # a job that was canceled, or that Slurm itself puts back into the queue, is not running any more
-  [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ] || return 0
+  [ "$(patiently squeue --noheader --format=%T --jobs="$job")" = RUNNING ] || return 0
   echo "--- $(date -Is): $1; back into the queue${without:+, without $(paste -sd ' ' <<<"$without")}"
-  scontrol requeue "$job" || return 0
+  patiently put_back || return 0
   # Slurm takes this only once the job waits; the script has the cluster's KillWait left for it
   [ -z "$without" ] || until scontrol update "JobId=$job" "ExcNodeList=$(paste -sd , <<<"$without")"; do
     sleep 1

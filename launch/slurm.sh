@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the sbatch scripts beside it, with $here (this folder), the name of a config, and the job's arguments,
-# which go to `megatron-lcl train`. Checks every node, starts one process a GPU, and puts the job back into the queue
-# when the run asks for that. docs/launching.md says what can be set from outside.
+# Sourced by the sbatch scripts beside it, with $here (this folder), $told (what scontrol says of the job), the name of
+# a config, and the job's arguments, which go to `megatron-lcl train`. Checks every node, starts one process a GPU, and
+# puts the job back into the queue when the run asks for that. docs/launching.md says what can be set from outside.
+[ -z "${SLURM_JOB_ID:-}" ] || source "${here:?}/job.sh"
 if [ -n "${SETUP:-}" ]; then # the site's modules and variables; first, so that it can set all that is read below
   # shellcheck source=/dev/null
   source "$SETUP" || { echo "SETUP=$SETUP failed" >&2 && exit 2; }
@@ -37,6 +38,7 @@ train+=("${arguments[@]}")
 if [ -n "${SLURM_JOB_ID:-}" ]; then
   nodes=$SLURM_JOB_NUM_NODES
   per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  # shellcheck disable=SC2153 # no misspelling of SLURM_GPUS_ON_NODE
   cpus=$((SLURM_CPUS_ON_NODE / per_node))
   cpus=$((cpus > 1 ? cpus : 1))
   logs=${SLURM_JOB_NAME//\//_}-$SLURM_JOB_ID
@@ -50,7 +52,8 @@ step=(srun --nodes="$nodes" --export=ALL --gpu-bind=none --kill-on-bad-exit=0 "$
 all=("${step[@]}" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --distribution=block)
 all+=(--cpus-per-task="$cpus")
 pattern=${logs//%/%%} # of a job's name srun would replace %s and the like
-run=("${all[@]}" --wait=600 --open-mode=append --output="$pattern/rank-%4t.log" "${train[@]}") # a log for each
+# before SRUN_ARGS, which may have another: how long tasks go on after the first has ended; and a log for each
+run=(srun --wait=600 "${all[@]:1}" --open-mode=append --output="$pattern/rank-%4t.log" "${train[@]}")
 MEGATRON_LCL_LAUNCH=$(printf '%q ' "${run[@]}") # what a dry run prints
 export MEGATRON_LCL_LAUNCH
 
@@ -77,6 +80,13 @@ if [ "$code" != 0 ] && not_launched; then
   cat "$logs/srun" >&2
   [ "$dry" = yes ] || start_again "the check could not be launched"
   exit 71
+elif [ "$code" = 75 ]; then # a signal came, as in a run
+  cat "$logs/srun" "$logs"/check-*.err 2>/dev/null | tail -n 1 >&2
+  if [ "$dry" = no ]; then
+    within_restarts || exit 71
+    requeue "ended by a signal"
+  fi
+  exit 75
 elif [ "$code" != 0 ]; then
   for task in "${!names[@]}"; do
     grep -qs '^checks  *passed' "$logs/check-$task.log" || bad+=("$task")
@@ -99,7 +109,7 @@ for task in "${!names[@]}"; do
   fi
 done
 cat "$logs/check-0.log"
-[ "$again" -le "$max_restarts" ] || may_restart || exit 71 # nodes went down, or a signal came, before it could save
+within_restarts || exit 71
 
 # --- one sum over all processes: do they reach each other, and how fast?
 sum=("${prefix[@]}" "$python" -m megatron_lcl selftest --all-reduce --timeout "${CHECK_TIMEOUT:-300}")
@@ -107,7 +117,10 @@ if [ $((nodes * per_node)) -gt 1 ]; then
   code=0
   "${all[@]}" --wait=30 --output="$pattern/all-reduce.log" "${sum[@]}" 2>"$logs/srun" || code=$?
   if [ "$code" != 0 ]; then
-    { grep -m 1 '^megatron-lcl' "$logs/all-reduce.log" || cat "$logs/srun" "$logs/all-reduce.log" | tail -n 1; } >&2
+    {
+      grep -s -m 1 '^megatron-lcl' "$logs/all-reduce.log" || # which is absent where srun started nothing
+        cat "$logs/srun" "$logs/all-reduce.log" 2>/dev/null | tail -n 1
+    } >&2
     [ "$dry" = yes ] || ! was_lost "$code" || start_again "the all-reduce has failed"
     exit "$code"
   fi
@@ -125,6 +138,7 @@ if [ "$code" = 75 ]; then # EX_TEMPFAIL: ended by a signal, saved if it could be
 elif [ "$code" != 0 ]; then
   echo "--- $(date -Is): exit code $code; last lines of the processes that say why:" >&2
   for log in "$logs"/rank-*.log; do
+    [ -e "$log" ] || continue # where srun started nothing
     last=$(tail -n 1 "$log")
     case $last in megatron-lcl* | *Error*) echo "${log##*/}: $last" ;; esac
   done | head -n 8 >&2

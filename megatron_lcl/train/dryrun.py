@@ -62,6 +62,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
     check_requirements()
     check_slurm_devices()
     check_devices(processes)
+    check_cuda_starts()
     elsewhere = is_elsewhere(nodes)
     check(config, nodes * processes, processes, elsewhere)
     check_writable(Path(config.train.output))
@@ -151,6 +152,24 @@ def check_slurm_devices() -> None:
             if torch.version.cuda
             else f"Slurm gives this node {has}, but torch {torch.__version__} is built without CUDA"
         )
+
+
+def check_cuda_starts() -> None:
+    """UserError where torch counts GPUs, as the driver's management library does, and CUDA cannot use them.
+
+    That library answers also where the fabric manager is down, or the driver is too old for torch's CUDA. With
+    PYTORCH_NVML_BASED_CUDA_CHECK `torch.cuda.is_available` asks it alone. What is done here allocates nothing on a GPU.
+    """
+    if not (torch.version.cuda and (visible := torch.cuda.device_count())):
+        return
+    try:
+        torch.cuda.init()
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        raise UserError(
+            f"torch sees {counted(visible, 'GPU')}, but CUDA does not start on this node "
+            f"({str(error).strip().splitlines()[0]}); see what nvidia-smi says, whether the driver is new enough for "
+            f"CUDA {torch.version.cuda}, and, with NVSwitch, whether nvidia-fabricmanager runs in the driver's version"
+        ) from None
 
 
 def is_elsewhere(nodes: int) -> bool:

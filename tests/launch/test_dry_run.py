@@ -190,6 +190,24 @@ def test_what_is_wrong_is_one_line(
         assert "2 processes on a node where torch sees 1 GPU; start one a GPU" in fault("--processes", "2")
 
 
+def test_a_node_whose_cuda_does_not_start_fails_the_check(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its GPUs are counted all the same, and with this variable torch says that they are available."""
+
+    def init() -> None:
+        raise RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized\nat …")
+
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    code, out, err = dry_run(capsys, *tiny, "--processes", "8")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "torch sees 8 GPUs, but CUDA does not start on this node (Unexpected error from " in err
+    assert "Error 802: system not yet initialized); see what nvidia-smi says, " in err
+
+
 @pytest.mark.parametrize("sweep", [[], ["--sweep", "train.seed=1,2"]], ids=["a run", "a sweep"])
 def test_a_run_of_more_processes_than_gpus_does_not_start(
     capsys: pytest.CaptureFixture[str],

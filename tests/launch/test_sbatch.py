@@ -72,6 +72,7 @@ case $SLURM_ARRAY_TASK_ID,${SLURM_RESTART_COUNT:-0} in
 esac
 exit 0
 """
+OF_ANOTHER = {"SLURM_NTASKS_PER_NODE": "1", "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "7", "SLURM_GPUS": "1"}
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' srun "$@" >"$SLURM_SUBMIT_DIR/srun-$SLURM_JOB_ID"
 { printf '%q ' "$@" && echo; } >>"$SLURM_SUBMIT_DIR/sruns-$SLURM_JOB_ID"
@@ -328,12 +329,29 @@ def test_a_failed_check_is_one_line_and_starts_nothing(slurm: Slurm, checkout: P
 
 @pytest.mark.slow
 def test_a_process_that_fails_is_named(slurm: Slurm, checkout: Path, folder: Path) -> None:
-    """By its log in the folder that is called like the job, whatever of the name srun would replace."""
-    job = submit(slurm, checkout, folder, "--job-name=lr10%seed%j", CRASHES="2")
+    """By its log in the folder that is called like the job, whatever of the name srun would replace.
+
+    All four are started, whatever sbatch passes on of another job.
+    """
+    job = submit(slurm, checkout, folder, "--job-name=lr10%seed%j", CRASHES="2", **OF_ANOTHER)
     slurm.wait(lambda: slurm.state(job) == "FAILED", "the job fails")
     assert slurm.field(job, "ExitCode") == "1:0"
     said = (folder / f"lr10%seed%j-{job}.log").read_text()
     assert said.splitlines()[-1] == "rank-0002.log: OSError: no such thing"
+
+
+@pytest.mark.slow
+def test_a_job_with_another_number_of_gpus_than_the_script_asks_for_uses_those(
+    slurm: Slurm, checkout: Path, folder: Path
+) -> None:
+    """Which are all of the node: the script asks for nodes of its own."""
+    job = submit(slurm, checkout, folder, "--nodes=1", "--gpus-per-node=8", "--gres=gpu:1", DOES="exit 0")
+    slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "the job has ended")
+    assert slurm.state(job) == "COMPLETED", log(folder, job)
+    assert slurm.field(job, "TresPerNode") == "gres/gpu:8,gres/gpu:1"
+    node = slurm.field(job, "NodeList")
+    assert starts(folder, job) == [f"start 0, task {n} of 2, {n} on {node}" for n in range(2)]
+    assert "GPUs 0,1\n" in (folder / f"lcl_vitg-{job}" / "rank-0000.log").read_text()
 
 
 @pytest.mark.slow
@@ -418,11 +436,69 @@ def test_what_srun_says_of_a_node_is_no_fault_of_the_job(tmp_path: Path) -> None
         ("Unable to create step for job 1: Requested node configuration is not available", None),
         ("Unable to create step for job 1: Memory required by task is not available", None),
         ("Unable to create step for job 1: Invalid generic resource (gres) specification", None),
+        ("Unable to confirm allocation for job 1: Socket timed out on send/recv operation", ""),
+        ("Unable to confirm allocation for job 1: Invalid job id specified", None),
+        ("Unable to contact slurm controller (connect failure)", ""),
     ):
         (tmp_path / "srun").write_text(f"srun: error: {said}\n")
         command = ["bash", "-uc", stand_in, "bash", str(ROOT / "launch" / "restarts.sh"), str(tmp_path)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
         assert (None if result.returncode else result.stdout) == nodes, (said, result.stderr)
+
+
+def test_those_that_srun_kills_after_the_first_have_not_failed(tmp_path: Path) -> None:
+    """Once one of the processes has aborted in the all-reduce, and the others have waited for it too long."""
+    text = 'scontrol() { tr , "\\n" <<<"${@: -1}"; }; source "$1" && logs=$2 && failed_nodes'
+    command = ["bash", "-euc", text, "bash", str(ROOT / "launch" / "restarts.sh"), str(tmp_path)]
+    first = "srun: error: n2: task 3: Aborted\n"
+    killed = "srun: error: n2: task 2: Killed\nsrun: error: n1: tasks 0-1: Killed\n"
+    for between, nodes in (
+        ("srun: First task exited 30s ago\nsrun: StepId=24.1 task 3: exited\nsrun: Terminating StepId=24.1\n", "n2\n"),
+        ("srun: Terminating StepId=24.1\n", "n2\n"),
+        ("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n", "n2\n"),
+        ("", "n1\nn2\n"),
+    ):
+        (tmp_path / "srun").write_text(first + between + killed)
+        environment = {**os.environ, "SLURM_JOB_ID": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert result.stdout == nodes, (between, result.stderr)
+
+
+def test_a_controller_that_does_not_answer_is_asked_again_for_a_requeue(tmp_path: Path) -> None:
+    """It may have done what it gives no answer to; where it refuses, or says something else, that is it.
+
+    `answers`: what squeue and `scontrol requeue` say, one after the other.
+    """
+    text = """
+    answer() {  # the next line; 1 where it is an error
+      local line; line=$(head -n 1 "$answers"); sed -i 1d "$answers"; echo "$1" >>"$answers.asked"
+      case $line in error*) echo "$line" >&2; return 1 ;; *) echo "$line" ;; esac
+    }
+    squeue() { answer squeue; }
+    scontrol() { if [ "$1" = requeue ]; then answer requeue; else echo update >>"$answers.asked"; fi; }
+    sleep() { :; }
+    source "$1"; answers=$2; requeue "it has failed" n7
+    """
+    lost = "error: Socket timed out on send/recv operation"
+    for answers, asked in (
+        ([lost, lost, "RUNNING", "taken"], ["squeue"] * 3 + ["requeue", "update"]),
+        (["RUNNING", lost, "RUNNING", "taken"], ["squeue", "requeue", "squeue", "requeue", "update"]),
+        (["RUNNING", lost, "COMPLETING"], ["squeue", "requeue", "squeue", "update"]),
+        (["RUNNING", lost, lost, lost, "PENDING"], ["squeue", *["requeue", "squeue"] * 2, "update"]),
+        (["RUNNING", "error: Requested operation is presently disabled", "RUNNING"], ["squeue", "requeue", "squeue"]),
+        ([lost, "COMPLETING"], ["squeue"] * 2),
+        (["error: Invalid job id specified"], ["squeue"]),
+        ([lost] * 200, ["squeue"] * 120),
+    ):
+        said = tmp_path / "answers"
+        said.write_text("".join(f"{line}\n" for line in answers))
+        said.with_suffix(".asked").write_text("")
+        command = ["bash", "-euc", text, "bash", str(ROOT / "launch" / "restarts.sh"), str(said)]
+        environment = {**os.environ, "SLURM_JOB_ID": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert said.with_suffix(".asked").read_text().split() == asked, answers
+        assert ("back into the queue, without n7" in result.stdout) == ("requeue" in asked)
 
 
 def test_the_scripts_differ_in_name_and_size_only() -> None:
