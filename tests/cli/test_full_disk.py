@@ -186,11 +186,6 @@ def test_a_log_on_a_full_disk_changes_no_exit_code(words: str, codes: tuple[int,
             assert done.stderr == (said if code else "") or "nowhere" in done.stderr
 
 
-def test_a_closed_standard_error_changes_no_exit_code() -> None:
-    command = ["bash", "-c", '"$0" -m megatron_lcl --version 2>&-', sys.executable]
-    assert subprocess.run(command, timeout=60, stdout=subprocess.DEVNULL).returncode == 0
-
-
 @pytest.mark.parametrize("name", WRITERS)
 def test_results(name: str, disk: Path) -> None:
     (disk / name).write_text("as it was")
