@@ -344,6 +344,39 @@ def test_no_error_of_a_full_disk_is_without_a_name(disk: Path, monkeypatch: pyte
             sync(place)
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF])
+def test_folders_that_cannot_be_synced(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on VirtualBox's shared folders, and some of CIFS and FUSE: only that a file cannot is an error."""
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "fsync", fsync)
+    sync(tmp_path)
+    with pytest.raises(OSError, match=f"{os.strerror(number)}: '{tmp_path / 'file'}'"):
+        sync(tmp_path / "file")
+
+
+def test_a_file_that_may_not_grow_further(documents: Path, tmp_path: Path) -> None:
+    """As under `ulimit -f`, or on FAT32, whose files end at 4 GB."""
+    output = str(tmp_path / "exported")
+    code = (
+        "import resource, sys\nfrom megatron_lcl.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\nsys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "export-corpus", str(documents / "corpus"), "--output", output],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"megatron-lcl export-corpus: {output}: File too large"
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_of_files_is_a_line() -> None:
     for number in (errno.EIO, errno.ETIMEDOUT, errno.EMFILE):
         assert is_mendable(OSError(number, "broken", "a.png"))
