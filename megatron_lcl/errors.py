@@ -40,8 +40,8 @@ class RunError(UserError):
 
 
 _OF_FILES = {
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
-    errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT,
+    errno.ENOSPC, errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
 }  # fmt: skip
 """what the system says of files and folders; other OSErrors are faults of the program"""
 _OF_STORAGE = {errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.EREMOTEIO, errno.ETIMEDOUT}

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -320,8 +321,27 @@ def build(cls: type, tree: Mapping[str, Any], called: Callable[[str], str] = _co
     except ValidationError as error:
         faults = error.errors()
         said = [_explain(cls, fault, called) for fault in faults[:_FAULTS]]
+        if faults[0]["type"] == "json_invalid":  # a byte of a file's name that is not UTF-8
+            said = [
+                f"{called(key)} = {_shown(value)}: {wrong}"
+                for key, value in flat(tree, lists=True).items()
+                if (wrong := _not_utf8(json.dumps(value, ensure_ascii=False, default=str)))
+            ] or said
         more = [f"and {len(faults) - _FAULTS:,} more"] if len(faults) > _FAULTS else []
         raise UserError("; ".join(said + more)) from None
+
+
+def _not_utf8(text: str) -> str:
+    """Why a text cannot be a value, and what to do; empty where it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            os.fsencode(text).decode()
+        except UnicodeError:
+            return "the name is not UTF-8; rename it"
+        return "Python reads names of files as ASCII here; set PYTHONUTF8=1"
+    return ""
 
 
 def dump(value: Any) -> dict[str, Any]:

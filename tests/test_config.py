@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -138,12 +139,22 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("train.progress", "1", "config key `train.progress` = '1': input should be a valid boolean"),
         ("zero.stage", "true", "config key `zero.stage` = 'true'"),
         ("data.corpora", "[{path: a, weight: true}]", "config key `data.corpora.0.weight` = 'true'"),
+        ("train.output", "r\udcfcn", r"config key `train.output` = 'r\\udcfcn': the name is not UTF-8; rename it"),
+        ("data.corpora", "[{path: a}, {path: \udcfc}]", "config key `data.corpora.+ the name is not UTF-8; rename it"),
+        ("train.trackers", "[\udcfc]", "config key `train.trackers` = .+: the name is not UTF-8; rename it"),
     ],
 )
 def test_errors_name_the_key_and_the_nearest(key: str, value: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         configs.load(None, {key: value})
     assert "\n" not in str(caught.value)
+
+
+def test_where_names_of_files_are_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With LC_ALL=C and PYTHONUTF8=0 Python has every other character's bytes as it has those that are not UTF-8."""
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
+    with pytest.raises(UserError, match=r"`train.output` = .+: Python reads names of files as ASCII .+ PYTHONUTF8=1"):
+        configs.load(None, {"train.output": "r\udcc3\udcbcn"})
 
 
 def test_the_smallest_learning_rate_is_that_of_the_step_after_the_last() -> None:

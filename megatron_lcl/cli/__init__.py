@@ -7,6 +7,7 @@ May import everything. What is slow to import is imported only inside the functi
 with command.py.
 
 `main` is in place before anything that takes time is imported, so that a signal is answered from the first moment.
+Standard streams that are closed, full, or read by nobody end no command (streams.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from megatron_lcl.cli.streams import lasting_streams
 from megatron_lcl.train.resilience.start import answer_signals
 
 
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # what is imported stays: looked at for garbage after every 700 new objects, imports take a tenth longer
         gc.set_threshold(20_000)
         atexit.register(_end_at_once, ended)  # before all others, so it runs after them
-    with _interruptible(ends=arguments is None) as interrupts:
+    with lasting_streams(), _interruptible(ends=arguments is None) as interrupts:
         try:
             with answer_signals(training=given[:1] == ["train"]):
                 from megatron_lcl.cli.command import run
@@ -63,8 +65,8 @@ def _end_at_once(ended: Sequence[object]) -> None:
     """
     if "torch" in sys.modules and ended and isinstance(code := ended[0], int):
         with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk: Python says so
-            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before the process began
-                stream.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
 
 

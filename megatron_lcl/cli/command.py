@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,8 +28,6 @@ _WITH_SETTINGS = (*_WITH_FIELDS, "curate")
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid Unicode
     parser = _parser(arguments[0] if arguments else "")
     if not arguments:
         parser.print_help()
@@ -50,11 +46,8 @@ def run(arguments: Sequence[str]) -> int:
         code: int = options.run(options, rest) or 0
         trains = options.command == "train" and not (options.dry_run or options.print_config)
         if not trains:  # of a training it is a log, of all else the result
-            with contextlib.suppress(BrokenPipeError):
-                sys.stdout.flush()
+            sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        return 0
     except (UserError, OSError) as error:
         if not is_mendable(error):
             raise
@@ -63,18 +56,6 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    finally:
-        _flush()
-
-
-def _flush() -> None:
-    """Write what is left; where a reader has gone (`| head`), or a log's disk is full, it is dropped, for Python would
-    try once more when it ends, and change the exit code."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _said_elsewhere(error: BaseException) -> bool:

@@ -34,7 +34,7 @@ from megatron_lcl.selftest.worker import run_case
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.kernels import compile_fault
 from megatron_lcl.train.launch import is_launched
-from megatron_lcl.train.launch_store import exchange_in_store, open_store, wait_for_keys
+from megatron_lcl.train.launch_store import LOOPBACK, check_loopback, exchange_in_store, open_store, wait_for_keys
 from megatron_lcl.units import counted, listed
 
 
@@ -321,7 +321,8 @@ def _open_store(launched: bool, timeout: float) -> dist.TCPStore:
     """The store in which processes find each other."""
     if launched:
         return open_store(timeout)
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+    check_loopback(LOOPBACK)
+    return dist.TCPStore(LOOPBACK, 0, is_master=True, timeout=timedelta(seconds=timeout), wait_for_workers=False)
 
 
 def _of_everyone(

@@ -31,6 +31,7 @@ from megatron_lcl.model.lcl import LayerList
 from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_device
 from megatron_lcl.train.apex import fused_layer_norm
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, load_initial_weights
+from megatron_lcl.train.launch_store import LOOPBACK, check_loopback
 from megatron_lcl.train.layout import build_mesh, build_topology
 from megatron_lcl.train.master_weights import update_log_scale
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups, rules_of
@@ -53,11 +54,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def init_processes(config: Config) -> Mesh:
     """Join the process group that the launcher's variables describe (alone where there are none): NCCL or gloo.
 
-    RunError where the config's layout does not fit the number of processes; UserError where there is no GPU for this
-    one.
+    RunError where the config's layout does not fit the number of processes, or they cannot meet; UserError where there
+    is no GPU for this one.
     """
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK}.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    check_loopback(os.environ["MASTER_ADDR"])
     if torch.cuda.is_available():
-        own, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        own, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if own >= visible:
             raise UserError(
                 f"LOCAL_RANK = {own} on a node where torch sees {counted(visible, 'GPU')}; start one process a GPU"
@@ -69,10 +75,6 @@ def init_processes(config: Config) -> Mesh:
     import deepspeed
 
     connect_on_demand()
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_PORT", "0")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from megatron_lcl.errors import RunError
+
+LOOPBACK = "127.0.0.1"
 
 
 def open_store(timeout: float) -> dist.TCPStore:
@@ -15,9 +20,25 @@ def open_store(timeout: float) -> dist.TCPStore:
 
     timeout: seconds for every request of it.
     """
+    check_loopback(os.environ["MASTER_ADDR"])
     serves = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout)
     return dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
+
+
+def check_loopback(host: str) -> None:
+    """RunError where processes are to find each other at this machine's loopback address, and it cannot be used, as in
+    a network namespace of its own: a store waits ten minutes for it, also that of one process."""
+    if host not in (LOOPBACK, "localhost"):
+        return
+    try:
+        with socket.create_server((LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError as error:
+        raise RunError(
+            f"{LOOPBACK} cannot be used ({error.strerror or error}), and there the processes of a run find each other, "
+            "also where it has one; make it usable: `ip link set lo up`"
+        ) from None
 
 
 def keys_set(check: Callable[[list[str]], bool], keys: Sequence[str]) -> list[str]:

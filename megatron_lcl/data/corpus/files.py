@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import uuid
@@ -40,11 +41,15 @@ def blocks(path: Path) -> Iterator[bytes]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or renames inside a folder, durable."""
+    """Make a file's content, or renames inside a folder, durable; of a folder where its file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
             os.fsync(descriptor)
+    except OSError as error:
+        # some file systems cannot sync a folder (VirtualBox's shared ones, some of CIFS and FUSE); that is all they say
+        if error.errno not in (errno.EINVAL, errno.EBADF) or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)
 

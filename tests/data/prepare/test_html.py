@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -121,6 +122,19 @@ def test_image_sources(tmp_path: Path) -> None:
     assert documents == [["text", "[../img/a%20b.png?v=1]", "[/root.png]", f"[{inside[:20]}]", "[/lazy.png]"]]
     assert drops.bad_counts == {"image: on another host": 1, "image: outside the folder": 1, "image: file missing": 1}
     assert drops.left_out_counts == {"image: vector graphics": 1}
+
+
+def test_names_of_files_that_are_not_utf8(tmp_path: Path) -> None:
+    """What such a name is, percent-encoded, on a page; the corpus has the source as the page writes it."""
+    try:
+        (tmp_path / os.fsdecode(b"bild\xfc.png")).write_bytes(LARGE)
+    except OSError as error:
+        pytest.skip(f"this file system has no such names: {error}")
+    moved = "<meta http-equiv=refresh content='300; url=seite%FC.html'>"
+    pages = {"a.html": "text<img src=bild%FC.png>", os.fsdecode(b"seite\xfc.html"): f"{moved}itself"}
+    documents, drops = read(tmp_path, pages, {}, text_pages="yes")
+    assert documents == [["text", "[bild%FC.png]"], ["itself"]]
+    assert (drops.bad_counts, drops.left_out_counts) == ({}, {})
 
 
 @pytest.mark.parametrize(

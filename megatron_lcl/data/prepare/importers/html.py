@@ -63,7 +63,7 @@ class HtmlImporter(FilesImporter):
     """A folder of HTML pages, or one; in the order of their names."""
 
     kind = "natural"
-    rules = 4
+    rules = 5
     separator = "\n"  # as between paragraphs
     reads_objects = True
     strict = False  # beside pages links to scripts of other packages are common
@@ -143,7 +143,7 @@ class HtmlImporter(FilesImporter):
         """The file that the URL of an image means; None outside the folder or for another host's."""
         if url.scheme not in ("", "file") or url.netloc:
             return None
-        path = unquote(url.path)
+        path = unquote(url.path, errors="surrogateescape")  # as Python has names of files that are not UTF-8
         name = posixpath.normpath(posixpath.join("" if path[:1] == "/" else posixpath.dirname(page), path.lstrip("/")))
         return None if name.split("/")[0] == ".." or "\0" in name else self.image_root / name
 

@@ -151,7 +151,8 @@ def _is_redirect(tree: Any, name: str) -> bool:
             found = _REFRESH.match(meta.get("content") or "")
             if (target := split_url(found[1].strip() if found else "")) is None:
                 continue
-            path = posixpath.normpath(posixpath.join("/", posixpath.dirname(name), unquote(target.path)))
+            to = unquote(target.path, errors="surrogateescape")  # as Python has names of files that are not UTF-8
+            path = posixpath.normpath(posixpath.join("/", posixpath.dirname(name), to))
             if target.netloc or (target.path and path != f"/{name}"):
                 return True
     return False
