@@ -102,6 +102,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (EMA, r"evaluate\.average = ema_0\.9 is no average of this run; average\.ema or average\.tail make some"),
     ({**EMA, "average": {"ema": [0.99]}}, r"is no average of this run; there are ema_0\.99"),
     ({"optimizer": {"name": "apex_fused_adam", "parts": {"pool": {"lr": 2.0}}}}, "no effect on apex_fused_adam"),
+    ({"optimizer": {"eps": 1e-30}}, r"optimizer\.eps = 1e-30: .*; raise it to 1e-18 or more"),
     ({"optimizer": {"name": "apex_fused_adam"}, "deepspeed": OFFLOAD}, r"apex_fused_adam and deepspeed.*name to adamw"),
     ({"optimizer": {"name": "muon"}, "deepspeed": OFFLOAD}, r"name = muon and deepspeed.*; remove the offload"),
     (
