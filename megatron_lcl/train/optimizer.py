@@ -128,12 +128,11 @@ def check_optimizer(config: Config) -> None:
             f"{what} and deepspeed.zero_optimization.offload_optimizer: tensors are stepped on the device where their "
             "pieces meet; remove the offload, ZeRO shards the states over data-parallel processes"
         )
-    for option in ELSEWHERE:
-        if zero.get(option):
-            raise UserError(
-                f"{what} and deepspeed.zero_optimization.{option}: tensors would lie elsewhere in DeepSpeed's "
-                "partitions than is known here; remove it"
-            )
+    if zero.get(ELSEWHERE):
+        raise UserError(
+            f"{what} and deepspeed.zero_optimization.{ELSEWHERE}: tensors would lie elsewhere in DeepSpeed's "
+            "partitions than is known here; remove it"
+        )
 
 
 def _check_schedule(config: Config) -> None:

@@ -93,7 +93,7 @@ def test_rates_by_part_and_depth() -> None:
 
 CLIP_TRAINS = ["vision.*", "pool.*", "language.*", "head.norm.*", "head.projection.*", "head.log_scale"]
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
+ALIGNED = {"zero_optimization": {"parameter_alignment": True}}
 EMA = {"evaluate": {"average": "ema_0.9"}}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train": {"freeze": ["visual.*"]}}, r"no parameter is called visual\.\*; the nearest is vision\..*"),
@@ -110,8 +110,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"name = muon and deepspeed.*; remove the offload",
     ),
     (
-        {"optimizer": {"parts": {"pool": {"lr": 2.0}}}, "deepspeed": ROUND_ROBIN},
-        r"optimizer\.parts and deepspeed.*round_robin_gradients: .*; remove it",
+        {"optimizer": {"parts": {"pool": {"lr": 2.0}}}, "deepspeed": ALIGNED},
+        r"optimizer\.parts and deepspeed.*parameter_alignment: .*; remove it",
     ),
 ]
 
