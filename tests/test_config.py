@@ -132,6 +132,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("optimizer.lr", "nan", "config key `optimizer.lr` = nan: input should be a finite number"),
         ("optimizer.lr", "1:30", "config key `optimizer.lr` = '1:30': input should be a valid number"),
         ("optimizer.betas", "[0.9, true]", "config key `optimizer.betas.1` = 'true'"),
+        ("optimizer.betas", "[0.9, 1.0]", r"config key `optimizer.betas.1` = 1.0: .*less than or equal to 0\.9999999"),
+        ("optimizer.muon.momentum", "1.0", r"config key `optimizer.muon.momentum` = 1.0: .*less than or equal"),
         ("optimizer.betas", "0.9", "config key `optimizer.betas` = '0.9'"),
         ("objective.generation_weight", "inf", "config key `objective.generation_weight` = inf"),
         ("objective.contrastive_weight", "-0.1", "config key `objective.contrastive_weight` = -0.1: .*greater than or"),
@@ -169,11 +171,11 @@ def test_the_smallest_learning_rate_is_that_of_the_step_after_the_last() -> None
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("optimizer: {lr: 1e-3, eps: 1E-6, betas: [0, 1]}\ntrain: {steps: 1_000, output: '1e3'}\n")
+    file.write_text("optimizer: {lr: 1e-3, eps: 1E-6, betas: [0, 5e-1]}\ntrain: {steps: 1_000, output: '1e3'}\n")
     config = configs.load(
         file, {"optimizer.weight_decay": "1", "optimizer.min_lr": ".5e-5", "optimizer.clip_norm": "2."}
     )
-    assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.betas) == (1e-3, 1e-6, (0.0, 1.0))
+    assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.betas) == (1e-3, 1e-6, (0.0, 0.5))
     assert (config.optimizer.weight_decay, config.optimizer.min_lr, config.optimizer.clip_norm) == (1.0, 5e-6, 2.0)
     assert (config.train.steps, config.train.output) == (1000, "1e3")
     assert isinstance(config.optimizer.weight_decay, float)

@@ -7,7 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
+from megatron_lcl.config.types import STRICT, Count, Positive
+
+Decay = Annotated[float, Field(ge=0, le=1 - 2**-24)]
+"""what a moving average keeps in a step: below 1, in float32 too, or it would stay 0, and its correction be 0/0"""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -50,7 +53,7 @@ class Parts:
 class Muon:
     """Momentum orthogonalized by Newton-Schulz, matrix by matrix; with `optimizer.name: muon`."""
 
-    momentum: Fraction = Field(default=0.95, description="of Nesterov's kind (published: 0.95)")
+    momentum: Decay = Field(default=0.95, description="of Nesterov's kind (published: 0.95)")
     newton_schulz_steps: Positive = Field(default=5, description="iterations of an update (published: 5)")
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="type in which the iterations are computed (published: bfloat16)"
@@ -79,7 +82,7 @@ class Optimizer:
         description="learning rate that the cosine decay reaches one step after the last step (reference: 0)",
     )
     warmup: Count = Field(default=2000, description="steps of linear warmup (paper: 2000)")
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.98), description="Adam's beta1, beta2 (paper: 0.9, 0.98)")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.98), description="Adam's beta1, beta2 (paper: 0.9, 0.98)")
     eps: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="Adam's epsilon (paper: 1e-6)")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.2,

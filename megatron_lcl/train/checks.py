@@ -37,7 +37,7 @@ from megatron_lcl.train.memory import available
 from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import check_freeze, check_frozen_have_weights, frozen_parameters
 from megatron_lcl.train.precision import check_dtype
-from megatron_lcl.train.settings import deepspeed_config
+from megatron_lcl.train.settings import check_quantized, deepspeed_config
 from megatron_lcl.train.telemetry.lines import has_steps
 from megatron_lcl.train.telemetry.profile import check_profile
 from megatron_lcl.train.telemetry.sinks import check_trackers
@@ -66,6 +66,7 @@ def check(config: Config, processes: int, local: int | None = None, elsewhere: b
     check_averages(config)
     if not elsewhere:
         check_dtype(config)
+        check_quantized(config)
         check_memory(config, processes, available(local or processes))
     check_tokenizers(config)
     check_heldout(config)

@@ -13,8 +13,9 @@ import gc
 import io
 import logging
 import os
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 
 from megatron_lcl.attention import Attention, choose_attention
 from megatron_lcl.config import Config
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.model.block import Block, Norm
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Head, layer_specs
@@ -191,6 +192,7 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
     """DeepSpeed's engine around the layers that `build_module` gives.
 
     settings: DeepSpeed's config where it is derived already, as `deepspeed_config` does.
+    RunError where DeepSpeed refuses to build it and the section `deepspeed:`, which may be why, sets anything.
     """
     import deepspeed
 
@@ -201,7 +203,8 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
     groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
     rules = rules_of(tensors_of(dict(module.named_parameters())), config)
     optimizer = build_optimizer(groups, config.optimizer, rules)
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology and, for bfloat16, memory in use
+    # DeepSpeed prints its topology and, for bfloat16, memory in use
+    with contextlib.redirect_stdout(io.StringIO()), _refusals_in_one_line(config):
         if mesh.pipeline.size == 1:
             mpu = _grid(config, mesh)
             engine, *_ = deepspeed.initialize(
@@ -225,6 +228,19 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
         update_log_scale(parameter, functools.partial(torch.full_like, fill_value=value))
     gc.collect()  # ZeRO-3 leaves the partitions that it has copied into one in circles of references
     return engine
+
+
+@contextlib.contextmanager
+def _refusals_in_one_line(config: Config) -> Iterator[None]:
+    """What DeepSpeed itself raises inside becomes a RunError where `deepspeed:` sets anything: it compares some of its
+    settings with each other, and with the machine, only when it builds its engine. All else keeps its traceback."""
+    try:
+        yield
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not config.deepspeed or frame.f_globals["__name__"].partition(".")[0] != "deepspeed":
+            raise
+        raise RunError(f"deepspeed: {' '.join(str(error).split())}") from error
 
 
 def set_batch(engine: Any, packs: int, micro_batch: int) -> None:

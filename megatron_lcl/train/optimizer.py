@@ -22,6 +22,8 @@ from megatron_lcl.train.uncompiled import uncompiled
 _MATRICES = re.compile(r"(vision|language)\.blocks\..*\.weight|pool\.(q|k|v|out)\.weight")
 """what Muon steps, where it has two dimensions: neither embeddings nor what the outputs are read from"""
 _BY_HEADS = re.compile(r".*\.(q|k|v)\.weight")
+SMALLEST_EPS = 1e-18
+"""above 1.1e-19, whose square is the smallest float32 number in full precision"""
 SCHEDULE = (
     *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup", "train.steps"),
     *("schedule.learning_rate", "schedule.decay_steps", "schedule.cooldown", "schedule.cooldown_shape"),
@@ -104,6 +106,11 @@ def check_optimizer(config: Config) -> None:
             f"optimizer.min_lr = {optimizer.min_lr:g} is above optimizer.lr = {optimizer.lr:g}, from which the "
             "learning rate decays to it; lower optimizer.min_lr"
         )
+    if optimizer.eps < SMALLEST_EPS:  # nor this
+        raise UserError(
+            f"optimizer.eps = {optimizer.eps:g}: it, or its square, is too small for float32, so that a gradient of 0 "
+            f"would be divided by 0; raise it to {SMALLEST_EPS:g} or more"
+        )
     _check_schedule(config)
     parts = optimizer.parts != type(optimizer.parts)()
     if optimizer.name == "apex_fused_adam" and parts:
@@ -121,12 +128,11 @@ def check_optimizer(config: Config) -> None:
             f"{what} and deepspeed.zero_optimization.offload_optimizer: tensors are stepped on the device where their "
             "pieces meet; remove the offload, ZeRO shards the states over data-parallel processes"
         )
-    for option in ELSEWHERE:
-        if zero.get(option):
-            raise UserError(
-                f"{what} and deepspeed.zero_optimization.{option}: tensors would lie elsewhere in DeepSpeed's "
-                "partitions than is known here; remove it"
-            )
+    if zero.get(ELSEWHERE):
+        raise UserError(
+            f"{what} and deepspeed.zero_optimization.{ELSEWHERE}: tensors would lie elsewhere in DeepSpeed's "
+            "partitions than is known here; remove it"
+        )
 
 
 def _check_schedule(config: Config) -> None:

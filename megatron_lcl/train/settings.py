@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pydantic
+import torch
 
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
@@ -23,6 +24,26 @@ from megatron_lcl.train.precision import resolve_dtype
 BUCKET = 50_000_000
 """most numbers in a sum of gradients over replicas. DeepSpeed's own are 500 million: a model of that size has one sum,
 and every process holds a buffer, or two, of 2 GB each"""
+_OTHER_OPTIMIZER = "it needs an optimizer of DeepSpeed's own, which is given that of the `optimizer` section"
+_UNUSABLE: dict[str, tuple[Any, str]] = {
+    "zero_optimization.round_robin_gradients": (
+        False,
+        "DeepSpeed would look for parameters where they do not lie in its partitions; the steps and the checkpoints "
+        "would be wrong",
+    ),
+    "zero_optimization.legacy_stage1": (False, "DeepSpeed has this ZeRO-1 no more"),
+    "zero_optimization.zenflow": (None, _OTHER_OPTIMIZER),
+    "zero_optimization.offload_optimizer.ratio": (1, _OTHER_OPTIMIZER),
+    "zero_optimization.offload_optimizer.super_offload": (False, _OTHER_OPTIMIZER),
+    "bf16.bf16_master_weights_and_grads": (False, _OTHER_OPTIMIZER),
+    "fp16.fp16_master_weights_and_grads": (False, _OTHER_OPTIMIZER),
+    "tensor_parallel.autotp_size": (0, "parallel.tensor decides it"),
+    "sequence_parallel_size": (1, "no layout here divides sequences among processes"),
+    "gradient_allreduce_op": ("mean", "the loss is scaled for gradients that are averaged over replicas"),
+}
+"""settings of DeepSpeed that go with nothing here: the value with which each does nothing, and why not another"""
+_NOT_SCATTERED: dict[str, Any] = {"prescale_gradients": False, "gradient_predivide_factor": 1}
+"""what DeepSpeed takes from ZeRO-2 on without `reduce_scatter` only, and the value with which it does nothing"""
 
 
 def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
@@ -113,8 +134,19 @@ def _check(config: Config, settings: dict[str, Any], data_parallel: int) -> None
 
 
 def check_zero(config: Config, data_parallel: int) -> None:
-    """UserError where `deepspeed:` sets what is of another ZeRO stage, or does not divide so many replicas."""
+    """UserError where `deepspeed:` sets what goes with nothing here, is of another ZeRO stage, or does not divide so
+    many replicas."""
+    for path, (without_effect, reason) in _UNUSABLE.items():
+        if (value := _value(config, path)) not in (None, without_effect):
+            raise UserError(f"deepspeed.{path} = {value!r}: {reason}; remove it")
     zero = config.deepspeed.get("zero_optimization", {})
+    for name, without_effect in _NOT_SCATTERED.items():
+        value = _value(config, name)
+        if value not in (None, without_effect) and config.zero.stage > 1 and zero.get("reduce_scatter", True):
+            raise UserError(
+                f"deepspeed.{name} = {value!r} goes with zero.stage = {config.zero.stage} only where "
+                "deepspeed.zero_optimization.reduce_scatter is false; set that, or remove it"
+            )
     parts = zero.get("zero_hpz_partition_size", 1)
     of_zero_3 = {"offload_param": "param" in offloaded(config), "zero_hpz_partition_size": parts > 1}
     for name, used in of_zero_3.items():
@@ -126,6 +158,23 @@ def check_zero(config: Config, data_parallel: int) -> None:
             f"deepspeed.zero_optimization.zero_hpz_partition_size = {parts} does not divide {data_parallel} "
             f"data-parallel processes; the nearest that does is {nearest}"
         )
+
+
+def _value(config: Config, path: str) -> Any:
+    """What `deepspeed:` sets, None where it sets nothing."""
+    value: Any = config.deepspeed
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def check_quantized(config: Config) -> None:
+    """UserError where this machine cannot quantize what ZeRO-3 sends."""
+    for name, value in config.deepspeed.get("zero_optimization", {}).items():
+        if name.startswith("zero_quantized_") and value and not torch.cuda.is_available():
+            raise UserError(
+                f"deepspeed.zero_optimization.{name} needs a GPU, for which alone it has kernels; remove it"
+            )
 
 
 def _check_checkpoints(checkpoint: Mapping[str, Any], zero: Mapping[str, Any]) -> None:
@@ -184,12 +233,16 @@ def _check_names(theirs: dict[str, Any], settings: dict[str, Any]) -> None:
             DeepSpeedConfig(recording)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = [str(part) for part in first["loc"]]
-        section = next((name for name, value in theirs.items() if isinstance(value, dict) and where[0] in value), None)
+        where = [str(part) for part in first["loc"]]  # empty where a rule is one of the whole section
+        sections = [name for name, value in theirs.items() if isinstance(value, dict)]
+        section = next(
+            (x for x in sections if (where[0] in theirs[x] if where else settings[x] == first["input"])), None
+        )
         path = ".".join(["deepspeed", *([section] if section else []), *where])
         if first["type"] == "extra_forbidden":
             raise UserError(_unknown(path, _fields(DeepSpeedConfigModel))) from None
-        raise UserError(f"{path} = {first['input']!r}: {first['msg']}") from None
+        value = f" = {first['input']!r}" if where else ""
+        raise UserError(f"{path}{value}: {first['msg']}") from None
     except Exception as error:  # noqa: BLE001 - whatever DeepSpeed objects to in its config
         raise UserError(f"deepspeed: {' '.join(str(error).split())}") from None
     for path, known in _ignored(theirs, recording, "deepspeed"):

@@ -93,7 +93,7 @@ def test_rates_by_part_and_depth() -> None:
 
 CLIP_TRAINS = ["vision.*", "pool.*", "language.*", "head.norm.*", "head.projection.*", "head.log_scale"]
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
+ALIGNED = {"zero_optimization": {"parameter_alignment": True}}
 EMA = {"evaluate": {"average": "ema_0.9"}}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train": {"freeze": ["visual.*"]}}, r"no parameter is called visual\.\*; the nearest is vision\..*"),
@@ -102,6 +102,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (EMA, r"evaluate\.average = ema_0\.9 is no average of this run; average\.ema or average\.tail make some"),
     ({**EMA, "average": {"ema": [0.99]}}, r"is no average of this run; there are ema_0\.99"),
     ({"optimizer": {"name": "apex_fused_adam", "parts": {"pool": {"lr": 2.0}}}}, "no effect on apex_fused_adam"),
+    ({"optimizer": {"eps": 1e-30}}, r"optimizer\.eps = 1e-30: .*; raise it to 1e-18 or more"),
     ({"optimizer": {"name": "apex_fused_adam"}, "deepspeed": OFFLOAD}, r"apex_fused_adam and deepspeed.*name to adamw"),
     ({"optimizer": {"name": "muon"}, "deepspeed": OFFLOAD}, r"name = muon and deepspeed.*; remove the offload"),
     (
@@ -109,8 +110,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"name = muon and deepspeed.*; remove the offload",
     ),
     (
-        {"optimizer": {"parts": {"pool": {"lr": 2.0}}}, "deepspeed": ROUND_ROBIN},
-        r"optimizer\.parts and deepspeed.*round_robin_gradients: .*; remove it",
+        {"optimizer": {"parts": {"pool": {"lr": 2.0}}}, "deepspeed": ALIGNED},
+        r"optimizer\.parts and deepspeed.*parameter_alignment: .*; remove it",
     ),
 ]
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_lcl import config as configs
-from megatron_lcl.train.settings import deepspeed_config
+from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.train.settings import check_quantized, check_zero, deepspeed_config
 
 ZERO_3 = {"zero": {"stage": 3}, "contrast": {"strategy": "recompute"}}
 ON_CPU, NOWHERE = {"device": "cpu"}, {"device": "none"}
@@ -30,6 +31,9 @@ def zero(**options: Any) -> dict[str, Any]:
         (zero(offload_optimizer=NOWHERE, offload_param=NOWHERE), {"zero": {"stage": 2}}),
         (zero(zero_hpz_partition_size=2), ZERO_3),
         (zero(overlap_comm=False), {}),
+        (zero(round_robin_gradients=False, offload_optimizer={"ratio": 1.0}), {}),
+        ({"prescale_gradients": True, "gradient_predivide_factor": 2.0}, {}),
+        ({"prescale_gradients": True, **zero(reduce_scatter=False)}, {"zero": {"stage": 2}}),
         ({"fp16": {"initial_scale_power": 8}}, {"train": {"dtype": "float16"}}),
         ({"communication_data_type": "bf16", "wall_clock_breakdown": True}, {}),
         ({"activation_checkpointing": {"profile": True}, "flops_profiler": {"enabled": True}}, {}),
@@ -71,8 +75,81 @@ def test_gradients_are_summed_in_float32_in_every_precision(dtype: str) -> None:
         (zero(offload_optimizer={"device": "nvme"}), {}, "set it to cpu"),
         (zero(compute_grad_norm=False), {"optimizer": {"clip_norm": 0}}, "compute_grad_norm = False: .*; remove it$"),
         (zero(compute_grad_norm=False), {}, "compute_grad_norm = False: .*; remove it$"),
+        (
+            zero(offload_optimizer={"device": "cpu", "ratio": 0.5}),
+            {"zero": {"stage": 2}},
+            "^deepspeed.zero_optimization: .*Partial offloading only supported for ZeRO Stage 3",
+        ),
+        (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), ZERO_3, "ratio = 0.5: .*; remove it$"),
     ],
 )
 def test_what_would_be_ignored_is_refused(deepspeed: dict[str, Any], sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings_of(deepspeed, 4, **sections)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "deepspeed",
+    [
+        zero(round_robin_gradients=True),
+        zero(legacy_stage1=True),
+        zero(offload_optimizer=ON_CPU, zenflow={"topk_ratio": 0.1}),
+        zero(offload_optimizer={"device": "cpu", "super_offload": True}),
+        {"bf16": {"bf16_master_weights_and_grads": True}},
+        {"tensor_parallel": {"autotp_size": 2}},
+        {"sequence_parallel_size": 2},
+        {"gradient_allreduce_op": "sum"},
+    ],
+)
+def test_what_goes_with_nothing_here_is_refused(deepspeed: dict[str, Any], stage: int) -> None:
+    """By a plan too, which asks for no more than `check_zero`."""
+    config = configs.from_dict({"deepspeed": deepspeed, "zero": {"stage": stage}})
+    with pytest.raises(UserError, match=r"^deepspeed\..* = .*: .*; remove it$"):
+        check_zero(config, 2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("deepspeed", [{"prescale_gradients": True}, {"gradient_predivide_factor": 2.0}])
+def test_gradients_that_are_scattered_are_divided_after_they_are_summed(deepspeed: dict[str, Any], stage: int) -> None:
+    config = configs.from_dict({"deepspeed": deepspeed, "zero": {"stage": stage}})
+    with pytest.raises(UserError, match=r"reduce_scatter is false; set that, or remove it$"):
+        check_zero(config, 2)
+
+
+def test_quantizing_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configs.from_dict({"deepspeed": zero(zero_quantized_gradients=True)})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_quantized(config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="zero_quantized_gradients needs a GPU"):
+        check_quantized(config)
+
+
+def test_what_the_engine_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DeepSpeed raises; errors of others keep their traceback."""
+    import deepspeed
+    from deepspeed.runtime.config import get_gradient_allreduce_op
+
+    from megatron_lcl.parallel.mesh import ALONE, Mesh
+    from megatron_lcl.selftest.cases import Case
+    from megatron_lcl.train.engine import build_engine, build_module
+
+    def theirs(**_: Any) -> None:
+        get_gradient_allreduce_op({"gradient_allreduce_op": "none"})
+
+    def ours(**_: Any) -> None:
+        raise ValueError("ours")
+
+    config, mesh = Case(data=1).config(), Mesh(ALONE, ALONE)
+    module, given = build_module(config, mesh), configs.replace(config, deepspeed={"wall_clock_breakdown": True})
+    monkeypatch.setattr(deepspeed, "initialize", theirs)
+    with pytest.raises(RunError, match=r"^deepspeed: Invalid gradient_allreduce_op\..*'none'$") as caught:
+        build_engine(module, given, mesh, {"settings": 1})
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(ValueError, match=r"^Invalid") as raised:  # nothing was set that could be why
+        build_engine(module, configs.replace(config, deepspeed={}), mesh, {"settings": 1})
+    assert not isinstance(raised.value, UserError)
+    monkeypatch.setattr(deepspeed, "initialize", ours)
+    with pytest.raises(ValueError, match=r"^ours"):
+        build_engine(module, given, mesh, {"settings": 1})

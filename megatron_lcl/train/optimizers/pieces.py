@@ -12,8 +12,8 @@ from torch import nn
 from megatron_lcl.parallel.layers import full_shape, is_split
 from megatron_lcl.parallel.mesh import Mesh
 
-ELSEWHERE = ("round_robin_gradients", "parameter_alignment")
-"""DeepSpeed's options by which tensors lie elsewhere in its partitions than is known here"""
+ELSEWHERE = "parameter_alignment"
+"""DeepSpeed's option by which tensors lie elsewhere in its partitions than is known here"""
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,7 @@ class PartNorms:
     def __init__(self, engine: Any, config: Config, mesh: Mesh) -> None:
         self._mesh, self._clip_norm, self._device = mesh, config.optimizer.clip_norm, engine.device
         self._base = engine.optimizer.optimizer
-        zero = config.deepspeed.get("zero_optimization", {})
-        offload = zero.get("offload_optimizer") or {}
-        self._known = not any(zero.get(option) for option in ELSEWHERE) and offload.get("ratio", 1.0) == 1.0
+        self._known = not config.deepspeed.get("zero_optimization", {}).get(ELSEWHERE)
         parameters = dict(engine.module.named_parameters())
         self._pieces: dict[torch.Tensor, tuple[list[Piece], torch.Tensor]] = {}
         """by partition: its pieces that count on this process, and the number of each one's part"""
