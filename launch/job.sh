@@ -19,16 +19,17 @@ else
   unset SLURM_ARRAY_JOB_ID
 fi
 
+unset "${!SLURM_NTASKS_PER_@}"
 SLURM_NTASKS_PER_NODE=$(of_job NtasksPerN:B:S:C) # tasks a node, board, socket and core; 0: not given
 SLURM_NTASKS_PER_NODE=${SLURM_NTASKS_PER_NODE%%:*}
-[[ $SLURM_NTASKS_PER_NODE =~ ^[1-9] ]] || unset SLURM_NTASKS_PER_NODE
+if [[ $SLURM_NTASKS_PER_NODE =~ ^[1-9] ]]; then export SLURM_NTASKS_PER_NODE; else unset SLURM_NTASKS_PER_NODE; fi
 
-# sbatch itself binds nothing
-unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}"
-# a step that asks for no memory has all of the job's; of GPUs it is to have all that the job has, which may be other than
-# sbatch was asked for: more with --exclusive, fewer where --gres=gpu:N stood beside the scripts' --gpus-per-node. But
-# who asks for 0 wants none
+# a binding that sbatch was given cannot be told from one of the job or step in which it was called
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_TRES_BIND
+# a step that asks for no memory has all of the job's; of GPUs it is to have all that the job has, which may be other
+# than sbatch was asked for: more with --exclusive, fewer where --gres=gpu:N stood beside the scripts' --gpus-per-node.
+# But who asks for 0 wants none
 [ "${SLURM_GPUS_PER_NODE:-}" != 0 ] || unset SLURM_GPUS_ON_NODE
 gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}}
-unset "${!SLURM_MEM_PER_@}" SLURM_GPUS "${!SLURM_GPUS_PER_@}" SLURM_TRES_PER_TASK
+unset "${!SLURM_MEM_PER_@}" SLURM_GPUS "${!SLURM_GPUS_PER_@}" SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK
 [ -z "$gpus" ] || export SLURM_GPUS_PER_NODE=$gpus

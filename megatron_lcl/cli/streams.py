@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -23,7 +23,8 @@ def lasting_streams() -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid Unicode
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Lasting(sys.stdout, BrokenPipeError), _Lasting(sys.stderr, OSError)  # type: ignore[assignment]
+    lasting: list[Any] = [_Lasting(sys.stdout, BrokenPipeError), _Lasting(sys.stderr, OSError)]
+    sys.stdout, sys.stderr = lasting
     try:
         yield
     finally:
@@ -57,9 +58,14 @@ class _Lasting:
             self._stream.write(text)
         return len(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
     def flush(self) -> None:
         with suppress(self._dropped):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # as of a copy, whose stream is not set yet
+            raise AttributeError(name)
         return getattr(self._stream, name)

@@ -332,8 +332,11 @@ def _lines(groups: Sequence[Group], name: str, factor: float) -> Iterator[Line]:
 
 def _levels(groups: Sequence[Group], spec: Spec) -> Iterator[Line]:
     """What a chart's metrics are compared with, where it is the same for all groups."""
-    all_runs = Group([run for group in groups for run in group.runs], 0, {})
+    runs = [run for group in groups for run in group.runs]
     for name, label in spec.levels.items():
-        step, _, low, high, _ = np.array(all_runs.band(name), np.float64).reshape(-1, 5).T
-        if len(step) > 1 and (low == high).all():
-            yield Line(label, step, step, low * spec.factor(name), low * spec.factor(name), quiet=True)
+        bands = [Group([run], 0, {}).band(name) for run in runs]
+        steps = sorted({step for band in bands for step, *_ in band})
+        values = {value for band in bands for _, _, low, high, _ in band for value in (low, high)}
+        if all(bands) and len(values) == 1 and len(steps) > 1:
+            step, value = np.array(steps), np.full(len(steps), values.pop() * spec.factor(name))
+            yield Line(label, step, step, value, value, quiet=True)

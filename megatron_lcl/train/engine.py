@@ -24,7 +24,7 @@ from torch import nn
 
 from megatron_lcl.attention import Attention, choose_attention
 from megatron_lcl.config import Config
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.block import Block, Norm
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Head, layer_specs
@@ -192,7 +192,7 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
     """DeepSpeed's engine around the layers that `build_module` gives.
 
     settings: DeepSpeed's config where it is derived already, as `deepspeed_config` does.
-    RunError where DeepSpeed refuses to build it and the section `deepspeed:`, which may be why, sets anything.
+    UserError where DeepSpeed refuses to build it and the section `deepspeed:`, which may be why, sets anything.
     """
     import deepspeed
 
@@ -232,15 +232,17 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
 
 @contextlib.contextmanager
 def _refusals_in_one_line(config: Config) -> Iterator[None]:
-    """What DeepSpeed itself raises inside becomes a RunError where `deepspeed:` sets anything: it compares some of its
+    """What DeepSpeed itself says inside becomes a UserError where `deepspeed:` sets anything: it compares some of its
     settings with each other, and with the machine, only when it builds its engine. All else keeps its traceback."""
     try:
         yield
     except (AssertionError, ValueError, NotImplementedError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not config.deepspeed or frame.f_globals["__name__"].partition(".")[0] != "deepspeed":
+        theirs = str(frame.f_globals.get("__name__")).partition(".")[0] == "deepspeed"
+        if not (config.deepspeed and theirs and str(error)):
             raise
-        raise RunError(f"deepspeed: {' '.join(str(error).split())}") from error
+        # no RunError: one process alone may find it
+        raise UserError(f"deepspeed: {' '.join(str(error).split())}") from error
 
 
 def set_batch(engine: Any, packs: int, micro_batch: int) -> None:

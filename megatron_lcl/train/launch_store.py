@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -27,18 +28,19 @@ def open_store(timeout: float) -> dist.TCPStore:
 
 
 def check_loopback(host: str) -> None:
-    """RunError where processes are to find each other at this machine's loopback address, and it cannot be used, as in
-    a network namespace of its own: a store waits ten minutes for it, also that of one process."""
-    if host not in (LOOPBACK, "localhost"):
+    """RunError where processes are to find each other at this machine's loopback address, and there is none, as in a
+    network namespace of its own: a store waits ten minutes for it, also that of one process."""
+    if host != LOOPBACK:
         return
     try:
         with socket.create_server((LOOPBACK, 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
-        raise RunError(
-            f"{LOOPBACK} cannot be used ({error.strerror or error}), and there the processes of a run find each other, "
-            "also where it has one; make it usable: `ip link set lo up`"
-        ) from None
+        if error.errno in (errno.EADDRNOTAVAIL, errno.ENETUNREACH):  # of others the store itself speaks
+            raise RunError(
+                f"{LOOPBACK} cannot be used ({os.strerror(error.errno)}), and there the processes of a run find each "
+                "other, also where it has one; make it usable: `ip link set lo up`"
+            ) from None
 
 
 def keys_set(check: Callable[[list[str]], bool], keys: Sequence[str]) -> list[str]:

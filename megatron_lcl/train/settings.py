@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -137,11 +137,11 @@ def check_zero(config: Config, data_parallel: int) -> None:
     """UserError where `deepspeed:` sets what goes with nothing here, is of another ZeRO stage, or does not divide so
     many replicas."""
     for path, (without_effect, reason) in _UNUSABLE.items():
-        if (value := _value(config, path)) not in (None, without_effect):
+        if (value := _value(config.deepspeed, path.split("."))) not in (None, without_effect):
             raise UserError(f"deepspeed.{path} = {value!r}: {reason}; remove it")
     zero = config.deepspeed.get("zero_optimization", {})
     for name, without_effect in _NOT_SCATTERED.items():
-        value = _value(config, name)
+        value = config.deepspeed.get(name)
         if value not in (None, without_effect) and config.zero.stage > 1 and zero.get("reduce_scatter", True):
             raise UserError(
                 f"deepspeed.{name} = {value!r} goes with zero.stage = {config.zero.stage} only where "
@@ -160,12 +160,11 @@ def check_zero(config: Config, data_parallel: int) -> None:
         )
 
 
-def _value(config: Config, path: str) -> Any:
-    """What `deepspeed:` sets, None where it sets nothing."""
-    value: Any = config.deepspeed
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+def _value(settings: Any, path: Sequence[Any]) -> Any:
+    """What settings within settings are, None where nothing is set."""
+    for key in path:
+        settings = settings.get(key) if isinstance(settings, Mapping) else None
+    return settings
 
 
 def check_quantized(config: Config) -> None:
@@ -235,9 +234,8 @@ def _check_names(theirs: dict[str, Any], settings: dict[str, Any]) -> None:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"]]  # empty where a rule is one of the whole section
         sections = [name for name, value in theirs.items() if isinstance(value, dict)]
-        section = next(
-            (x for x in sections if (where[0] in theirs[x] if where else settings[x] == first["input"])), None
-        )
+        named = [x for x in sections if not where or where[0] in theirs[x]]
+        section = max(named, key=lambda x: _value(settings[x], first["loc"]) == first["input"], default=None)
         path = ".".join(["deepspeed", *([section] if section else []), *where])
         if first["type"] == "extra_forbidden":
             raise UserError(_unknown(path, _fields(DeepSpeedConfigModel))) from None

@@ -1,4 +1,5 @@
-"""The sbatch scripts with stand-ins for Slurm's commands, which may not answer, and for the time that they wait.
+"""The sbatch scripts, and functions of restarts.sh, with stand-ins for Slurm's commands, which may not answer, and for
+the time that they wait.
 
 `test_sbatch.py` runs them on a real Slurm.
 """
@@ -74,6 +75,10 @@ OF_ANOTHER = {
     "SLURM_GPUS": "1",
     "SLURM_GPUS_PER_TASK": "1",
     "SLURM_TRES_PER_TASK": "cpu=1,gres/gpu=1",
+    "SLURM_NTASKS_PER_GPU": "1",
+    "SLURM_NTASKS_PER_TRES": "1",
+    "SLURM_CPUS_PER_GPU": "1",
+    "SLURM_TRES_BIND": "gres/gpu:closest",
 }
 """that of the job in which sbatch was called"""
 
@@ -137,7 +142,18 @@ def test_a_controller_that_does_not_answer_is_asked_again_where_the_scripts_are(
     (stage.folder / "silent").write_text("no\n" * 1000)
     ended = stage.run()
     assert (ended.code, len(ended.asked)) == (71, 120)
-    assert ended.said == f"scontrol does not say where lcl_vitg.sh is: slurm_load_jobs error: {NO_ANSWER}\n"
+    again, at_last = ended.said.splitlines()
+    assert again == f"slurm_load_jobs error: {NO_ANSWER}; asking again for ten minutes"
+    assert at_last == f"scontrol does not say where lcl_vitg.sh is: slurm_load_jobs error: {NO_ANSWER}"
+
+
+def test_where_there_is_no_slurm_it_is_asked_once(stage: Stage) -> None:
+    """As in a shell inside a job's container."""
+    (stage.programs / "scontrol").write_text("#!/bin/sh\necho 'scontrol: command not found' >&2\nexit 127\n")
+    (stage.programs / "sleep").write_text("#!/bin/sh\nexit 9\n")
+    ended = stage.run()
+    assert (ended.code, ended.sruns) == (71, [])
+    assert ended.said == "scontrol does not say where lcl_vitg.sh is: scontrol: command not found\n"
 
 
 def test_a_job_takes_nothing_from_the_one_in_which_sbatch_was_called(stage: Stage) -> None:
@@ -205,3 +221,111 @@ def test_how_long_the_others_go_on_can_be_set(stage: Stage) -> None:
     check, total, run = stage.run(SRUN_ARGS="--wait=9000").sruns
     waits = [[word for word in step if word.startswith("--wait=")] for step in (check, total, run)]
     assert waits == [["--wait=9000"], ["--wait=9000", "--wait=30"], ["--wait=600", "--wait=9000"]]
+
+
+def test_a_node_that_does_not_respond_is_none_to_start_on(tmp_path: Path) -> None:
+    """sinfo marks it so: `idle*`."""
+    text = """
+    sinfo() { printf '%s\\n' 'n1 mixed' 'n2 idle' 'n3 idle*' 'n4 allocated' 'n5 down'; }
+    scontrol() { [ "$2" = job ] || printf '%s\\n' n1; }
+    source "$1" && nodes=$2 && leave_out n1 && echo "$out"
+    """
+    environment = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_JOB_PARTITION": "any"}
+    for nodes, left_out in (("2", "n1\n"), ("3", "")):
+        command = ["bash", "-uc", text, "bash", str(ROOT / "launch" / "restarts.sh"), nodes]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert result.stdout == left_out, result.stderr
+
+
+def test_starts_are_counted_from_the_same_checkpoint(tmp_path: Path) -> None:
+    """A start whose check said nothing counts for the checkpoint before; a sweep goes on where any of its runs does."""
+    text = 'source "$1" && logs=$2 && count_start && echo "$again"'
+    command = ["bash", "-euc", text, "bash", str(ROOT / "launch" / "restarts.sh"), str(tmp_path)]
+    first, second = "run a: from step 5", "run b: from step 1"
+    starts = [("", "0"), (first, "0"), ("", "1"), (first, "2"), (f"{first}\n{second}", "0"), ("", "1")]
+    starts += [(f"{first}\nrun b: from step 2", "0")]
+    for says, again in starts:
+        for log in tmp_path.glob("check-*.log"):
+            log.unlink()
+        for node in range(2 if says else 0):
+            (tmp_path / f"check-{node}.log").write_text(f"checks  passed\n{says}\n")
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env={**os.environ, "SLURM_JOB_ID": "1"}
+        )
+        assert result.stdout == f"{again}\n", (says, result.stderr)
+
+
+def test_what_srun_says_of_a_node_is_no_fault_of_the_job(tmp_path: Path) -> None:
+    text = 'source "$1" && logs=$2 && was_lost 1 && failed_nodes'
+    environment = {**os.environ, "SLURM_JOB_ID": "1"}
+    stand_in = f'scontrol() {{ echo "${{@: -1}}"; }}\n{text}'
+    for said, nodes in (
+        ("Task launch for StepId=1.0 failed on node n7: Communication connection failure", "n7\n"),
+        ("Task launch for StepId=1.0 failed on node n7: Invalid job credential", "n7\n"),
+        ("Unable to create step for job 1: Required node not available (down, drained or reserved)", ""),
+        ("Unable to create step for job 1: Requested node configuration is not available", None),
+        ("Unable to create step for job 1: Memory required by task is not available", None),
+        ("Unable to create step for job 1: Invalid generic resource (gres) specification", None),
+        ("Unable to confirm allocation for job 1: Socket timed out on send/recv operation", ""),
+        ("Unable to confirm allocation for job 1: Invalid job id specified", None),
+        ("Unable to contact slurm controller (connect failure)", ""),
+    ):
+        (tmp_path / "srun").write_text(f"srun: error: {said}\n")
+        command = ["bash", "-uc", stand_in, "bash", str(ROOT / "launch" / "restarts.sh"), str(tmp_path)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert (None if result.returncode else result.stdout) == nodes, (said, result.stderr)
+
+
+def test_those_that_srun_kills_after_the_first_have_not_failed(tmp_path: Path) -> None:
+    """Once one of the processes has aborted in the all-reduce, and the others have waited for it too long."""
+    text = 'scontrol() { tr , "\\n" <<<"${@: -1}"; }; source "$1" && logs=$2 && failed_nodes'
+    command = ["bash", "-euc", text, "bash", str(ROOT / "launch" / "restarts.sh"), str(tmp_path)]
+    first = "srun: error: n2: task 3: Aborted\n"
+    killed = "srun: error: n2: task 2: Killed\nsrun: error: n1: tasks 0-1: Killed\n"
+    for between, nodes in (
+        ("srun: First task exited 30s ago\nsrun: StepId=24.1 task 3: exited\nsrun: Terminating StepId=24.1\n", "n2\n"),
+        ("srun: Terminating StepId=24.1\n", "n2\n"),
+        ("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n", "n2\n"),
+        ("", "n1\nn2\n"),
+    ):
+        (tmp_path / "srun").write_text(first + between + killed)
+        environment = {**os.environ, "SLURM_JOB_ID": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert result.stdout == nodes, (between, result.stderr)
+
+
+def test_a_controller_that_does_not_answer_is_asked_again_for_a_requeue(tmp_path: Path) -> None:
+    """It may have done what it gives no answer to; where it refuses, or says something else, that is it.
+
+    `answers`: what squeue and `scontrol requeue` say, one after the other.
+    """
+    text = """
+    answer() {  # the next line; 1 where it is an error
+      local line; line=$(head -n 1 "$answers"); sed -i 1d "$answers"; echo "$1" >>"$answers.asked"
+      case $line in error*) echo "$line" >&2; return 1 ;; *) echo "$line" ;; esac
+    }
+    squeue() { answer squeue; }
+    scontrol() { if [ "$1" = requeue ]; then answer requeue; else echo update >>"$answers.asked"; fi; }
+    sleep() { :; }
+    source "$1"; answers=$2; requeue "it has failed" n7
+    """
+    lost = "error: Socket timed out on send/recv operation"
+    for answers, asked in (
+        ([lost, lost, "RUNNING", "taken"], ["squeue"] * 3 + ["requeue", "update"]),
+        (["RUNNING", lost, "RUNNING", "taken"], ["squeue", "requeue", "squeue", "requeue", "update"]),
+        (["RUNNING", lost, "COMPLETING"], ["squeue", "requeue", "squeue", "update"]),
+        (["RUNNING", lost, lost, lost, "PENDING"], ["squeue", *["requeue", "squeue"] * 2, "update"]),
+        (["RUNNING", "error: Requested operation is presently disabled", "RUNNING"], ["squeue", "requeue", "squeue"]),
+        ([lost, "COMPLETING"], ["squeue"] * 2),
+        (["error: Invalid job id specified"], ["squeue"]),
+        ([lost] * 200, ["squeue"] * 120),
+    ):
+        said = tmp_path / "answers"
+        said.write_text("".join(f"{line}\n" for line in answers))
+        said.with_suffix(".asked").write_text("")
+        command = ["bash", "-euc", text, "bash", str(ROOT / "launch" / "restarts.sh"), str(said)]
+        environment = {**os.environ, "SLURM_JOB_ID": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert said.with_suffix(".asked").read_text().split() == asked, answers
+        assert ("back into the queue, without n7" in result.stdout) == ("requeue" in asked)

@@ -78,6 +78,17 @@ def test_shares_are_in_percent_beside_chance(tmp_path: Path) -> None:
     assert runs.count('<td class="number">34\u00a0%</td>') == 2
 
 
+@pytest.mark.parametrize("lines", [[(1, 0.2), (2, 0.2)], [(3, 0.2), (4, 0.2)], [(3, 0.1), (4, 0.1)], []])
+def test_a_level_that_not_all_runs_have_is_not_drawn(tmp_path: Path, lines: list[tuple[int, float]]) -> None:
+    """Nor one that is another where they have no step in common."""
+    name, level = "heldout/image_to_context_recall_at_10", "heldout/chance_at_10"
+    for n, of_one in enumerate(([(1, 0.2), (2, 0.2)], lines)):
+        steps = [{"step": step, name: 0.5, level: chance} for step, chance in of_one] or [{"step": 1, name: 0.5}]
+        write_lines(tmp_path / f"s/{n}", [{"loss": 1.0, **line} for line in steps], n)
+    page = write_runs_report([tmp_path / "s"]).read_text()
+    assert ('data-label="chance"' in page) == (0.2 in dict(lines).values())
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     for n, name in enumerate(("a/run", "b/run", "c/other")):
         write_lines(tmp_path / name, [{"step": 1, "loss": 1.0}], n)

@@ -32,6 +32,15 @@ def test_a_loopback_address_that_is_down(number: int, monkeypatch: pytest.Monkey
     check_loopback("elsewhere.example")
 
 
+def test_what_else_the_system_says_is_not_of_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no file may be opened any more, or `localhost` is another address."""
+
+    def create(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "create_server", create)
+    check_loopback("127.0.0.1")
+
+
 def test_a_loopback_address_that_is_up() -> None:
     check_loopback("127.0.0.1")
-    check_loopback("localhost")

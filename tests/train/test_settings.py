@@ -81,6 +81,11 @@ def test_gradients_are_summed_in_float32_in_every_precision(dtype: str) -> None:
             "^deepspeed.zero_optimization: .*Partial offloading only supported for ZeRO Stage 3",
         ),
         (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), ZERO_3, "ratio = 0.5: .*; remove it$"),
+        (
+            {"flops_profiler": {"enabled": True}, "comms_logger": {"enabled": "maybe"}},
+            {},
+            "^deepspeed.comms_logger.enabled = 'maybe'",
+        ),
     ],
 )
 def test_what_would_be_ignored_is_refused(deepspeed: dict[str, Any], sections: dict[str, Any], message: str) -> None:
@@ -127,7 +132,7 @@ def test_quantizing_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_engine_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What DeepSpeed raises; errors of others keep their traceback."""
+    """What DeepSpeed raises; errors of others, and those that say nothing, keep their traceback."""
     import deepspeed
     from deepspeed.runtime.config import get_gradient_allreduce_op
 
@@ -138,18 +143,25 @@ def test_what_the_engine_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     def theirs(**_: Any) -> None:
         get_gradient_allreduce_op({"gradient_allreduce_op": "none"})
 
+    theirs_too: dict[str, Any] = {"__name__": "deepspeed.runtime.engine"}
+    exec("def says_nothing(**_): assert False", theirs_too)
+
     def ours(**_: Any) -> None:
         raise ValueError("ours")
 
     config, mesh = Case(data=1).config(), Mesh(ALONE, ALONE)
     module, given = build_module(config, mesh), configs.replace(config, deepspeed={"wall_clock_breakdown": True})
     monkeypatch.setattr(deepspeed, "initialize", theirs)
-    with pytest.raises(RunError, match=r"^deepspeed: Invalid gradient_allreduce_op\..*'none'$") as caught:
+    with pytest.raises(UserError, match=r"^deepspeed: Invalid gradient_allreduce_op\..*'none'$") as caught:
         build_engine(module, given, mesh, {"settings": 1})
     assert isinstance(caught.value.__cause__, ValueError)
+    assert not isinstance(caught.value, RunError)  # which only process 0 would print, and this may be another's alone
     with pytest.raises(ValueError, match=r"^Invalid") as raised:  # nothing was set that could be why
         build_engine(module, configs.replace(config, deepspeed={}), mesh, {"settings": 1})
     assert not isinstance(raised.value, UserError)
+    monkeypatch.setattr(deepspeed, "initialize", theirs_too["says_nothing"])
+    with pytest.raises(AssertionError):
+        build_engine(module, given, mesh, {"settings": 1})
     monkeypatch.setattr(deepspeed, "initialize", ours)
     with pytest.raises(ValueError, match=r"^ours"):
         build_engine(module, given, mesh, {"settings": 1})

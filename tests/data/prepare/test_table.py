@@ -82,7 +82,7 @@ def test_quoted_fields_with_tabs(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, header: bool, packed: bool
 ) -> None:
     """As pandas and Python's csv write them; commas are characters."""
-    texts = ["two\nlines", 'He said "hi", to\ta dog', '"sunset" by the river', "plain, with a comma"]
+    texts = ["one, comma", 'He said "hi", to\ta dog', '"sunset" by the river', "two\nlines"]
     path = tmp_path / "a.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = [["filepath", "title"]] * header + [[f"{k}.png", text] for k, text in enumerate(texts)]

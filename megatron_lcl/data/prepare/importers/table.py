@@ -129,11 +129,17 @@ class TableImporter(ImagesByName, LinesImporter):
         return "utf-16" if file in self._marked else self.encoding
 
     def _has_tabs(self, file: Path) -> bool:
-        """Whether the fields of a CSV file are separated by tabs, by its first row."""
-        unit = Unit(file.name, 0, (file, 0, file.stat().st_size))
-        firsts = (next(_records(unit, delimiter, self._charset(file), Drops()), ("", []))[1] for delimiter in ",\t")
-        by_commas, by_tabs = map(len, firsts)
-        return by_commas != by_tabs == len(self.given) if self.given else by_commas == 1 < by_tabs
+        """Whether the fields of a CSV file are separated by tabs: by them more of its first rows have as many as there
+        are columns."""
+
+        def fitting(delimiter: str) -> int:
+            unit = Unit(file.name, 0, (file, 0, file.stat().st_size))
+            rows = itertools.islice(_records(unit, delimiter, self._charset(file), Drops()), 100)
+            sizes = [len(fields) for _, fields in rows]
+            columns = len(self.given) or next(iter(sizes), 0)
+            return sizes.count(columns) if columns > 1 else 0
+
+        return fitting("\t") > fitting(",")
 
     def _records(self, unit: Unit, drops: Drops) -> Iterator[tuple[str, list[str]]]:
         file = unit.payload[0]
