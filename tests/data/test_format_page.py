@@ -144,7 +144,10 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
     separating = sorted(format for format in importers.formats() if importers.importer_class(format).separator)
     (tmp_path / "marked.csv").write_bytes("path,text\n".encode("utf-16"))
     marked = importers.create("table", tmp_path / "marked.csv", None, {}).rules - first["table"]
+    (tmp_path / "tabs.csv").write_text("path\ttext\n")
+    by_tabs = importers.create("table", tmp_path / "tabs.csv", None, {}).rules - first["table"]
     expected |= {
+        "`table` with CSV whose fields are separated by tabs": f"+ {by_tabs}",
         "`table` with CSV or TSV that begins with the byte order mark of UTF-16": f"+ {marked}",
         f"{', '.join(f'`{format}`' for format in separating)} {NOT_SEPARATED}": "+ 1",
         "`hf` with `--images`": str(first["hf"] + more["hf"]),
