@@ -143,7 +143,7 @@ class LabeledEvaluation:
         found = mesh.world.broadcast_object(open_labeled(config) if mesh.is_first else None)
         assert found is not None, "the first process has looked"
         self.sets = found
-        vision, language = config.model.vision, config.model.language
+        vision = config.model.vision
         self._image_size = vision.image_size
         self._images_at_once = min(_IMAGES, max(_FEW_IMAGES, rows // (vision.num_patches + 2)))
         self._texts: list[list[int]] = []
@@ -151,7 +151,7 @@ class LabeledEvaluation:
         self._texts_at_once = 1
         if "zero-shot" in self.sets.tasks and mesh.loads_data:
             tokenizer = open_corpus(config.data.corpora[0].path, config.data.cache).tokenizer
-            test, room = self.sets.test, language.context_length - 2
+            test, room = self.sets.test, objectives.longest_text(config)
             texts = [template.replace("{c}", c) for c in test.classes for template in test.templates]
             ids = [list(row[:room]) for row in tokenizer.encode_batch(texts)]
             low, high = (bound * len(test.templates) for bound in self._share(len(test.classes)))

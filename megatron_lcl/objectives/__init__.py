@@ -22,6 +22,7 @@ import torch
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.config.objective import Objective as Section
 from megatron_lcl.config.phases import phases_of
+from megatron_lcl.data.loading import rules
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives.base import Objective
 from megatron_lcl.plugins import Plugins
@@ -79,6 +80,25 @@ def trained_by(config: Config) -> tuple[EvaluationTask, ...]:
     """What of the model a run trains, in whatever phase; as `Objective.trains`."""
     trained = [create(phase.config).trains for phase in phases_of(config)]
     return tuple(task for task in objective_class(config.objective.name).tasks if any(task in one for one in trained))
+
+
+def longest_text(config: Config) -> int:
+    """Tokens of a text by itself that an evaluation reads, special ones not counted: what the context holds; where a
+    pair's caption shortens the text of its contrast (`Sequences.doubled`), as many as a run has trained that on, in
+    whatever phase."""
+    whole = config.model.language.context_length - 2
+    if config.objective.name not in names():  # of a package that is not installed here
+        return whole
+    sequences = objective_class(config.objective.name).sequences
+    if not sequences.doubled:
+        return whole
+    read = (
+        rules.longest_text(
+            sequences, c.model.vision.num_placeholders, c.model.language.context_length, c.data.tokens_per_pack
+        )
+        for c in (phase.config for phase in phases_of(config))
+    )
+    return min(whole, max(1, *read))
 
 
 def has_triton(config: Config) -> bool:

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from megatron_lcl import LCL
-from megatron_lcl.config import Config, Language, Model, Vision, from_dict
+from megatron_lcl import LCL, objectives
+from megatron_lcl.config import Config, Data, Language, Model, Vision, from_dict
+from megatron_lcl.config.schedule import EarlyPhase, Schedule
 from megatron_lcl.convert.export import export_model, import_checkpoint, save_checkpoint
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer
@@ -105,6 +106,32 @@ def test_our_texts_are_read_at_soi(model: LCL, checkpoint: Path, tokenizer: Sent
         assert torch.equal(read(iter(texts)), read(texts))
         with pytest.raises(ValueError, match=r"'a windmill' is one text"):
             read("a windmill")
+
+
+def test_of_a_coca_run_texts_are_no_longer_than_its_contrast_has_read(
+    model: LCL, checkpoint: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Which leaves room for the caption's placeholders; texts of other runs fill the context."""
+    words, text = checkpoint / "words.model", ["the quick brown fox " * 40]
+    context, patches = model.config.language.context_length, model.config.vision.num_placeholders
+    features = {}
+    for name, tokens, room in (
+        ("clip", 2048, context - 2), ("coca", 2048, context - patches - 4), ("coca", 48, (48 - patches - 6) // 2),
+        ("genlip", 2048, context - 2), ("of-another-package", 2048, context - 2),
+    ):  # fmt: skip
+        folder = tmp_path / f"{name}-{tokens}"
+        folder.mkdir()
+        config = replace(Config(), data=Data(tokens_per_pack=tokens), model=model.config)
+        save_checkpoint(model, replace(config, objective=replace(config.objective, name=name)), folder)
+        encoder = load_encoder(folder, words)
+        assert encoder.token_ids(text).shape == (1, room + 2), name
+        features[name, tokens] = encoder.fingerprint
+    assert features["clip", 2048] == features["genlip", 2048] == load_encoder(checkpoint).fingerprint
+    assert len(set(features.values())) == 3
+    # of smaller images in an early phase more text stood beside the caption's placeholders
+    run = replace(config, train=replace(config.train, steps=4), objective=replace(config.objective, name="coca"))
+    run = replace(run, data=Data(), schedule=Schedule(phases=(EarlyPhase(2, image_size=16),)))
+    assert objectives.longest_text(run) == context - patches // 4 - 4
 
 
 def test_zero_shot_from_checkpoint_to_result(checkpoint: Path, colors: Path, tmp_path: Path) -> None:

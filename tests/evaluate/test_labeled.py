@@ -92,13 +92,15 @@ def alone(config: configs.Config, model: LCL, rows: int, at_once: int = 1) -> La
     return LabeledEvaluation(config, Mesh(Axis(), Axis()), forward, rows, at_once)
 
 
-@pytest.mark.parametrize(("rows", "at_once"), [(1, 1), (200, 3)])
-def test_features_are_those_of_the_encoder(folder: Path, rows: int, at_once: int) -> None:
-    config = configs.load(folder / "config.yaml")
+@pytest.mark.parametrize(("rows", "at_once", "objective"), [(1, 1, "lcl"), (200, 3, "lcl"), (200, 1, "coca")])
+def test_features_are_those_of_the_encoder(folder: Path, rows: int, at_once: int, objective: str) -> None:
+    short = {"model.language.context_length": "12"} if objective == "coca" else {}  # 4 tokens of text beside a caption
+    config = configs.load(folder / "config.yaml", {"objective.name": objective, **short})
     model = LCL(config.model, seed=3).eval()
     measured = alone(config, model, rows, at_once)
     test = measured.sets.test
-    encoder = OurEncoder("ours", model, open_corpus(folder / "corpus").tokenizer)
+    longest = 12 - 4 - 4 if short else None
+    encoder = OurEncoder("ours", model, open_corpus(folder / "corpus").tokenizer, longest_text=longest)
     images = torch.stack([encoder.prepare(blob.read()) for blob in test.images])
     latents, kept, bad = measured._encode(test)
     assert latents is not None

@@ -73,6 +73,10 @@ class Rules(NamedTuple):
     cut_beside_images: bool = False
     """a text that does not fit one sequence with the images of its segment is cut, so that what fits stands beside the
     nearest one on either side"""
+    last_of_text: bool = False
+    """where pairs are sequences of their own, of a text before its image that is too long the last tokens are kept"""
+    in_turn: bool = False
+    """of alternatives each is read once in as many epochs as there are (`sequence.in_turn`); else each epoch draws"""
 
     @property
     def image_tokens(self) -> int:
@@ -82,9 +86,19 @@ class Rules(NamedTuple):
     def of_whole_documents(self) -> dict[str, Any]:
         """What the sizes of whole documents depend on, by name, without what earlier versions did not have, where it
         is off: their caches stay good."""
-        later = ("captions_alone", "alternatives", "cut_beside_images")
-        rules = self._replace(max_images=0, cut_beside_images=False)._asdict()
+        later = ("captions_alone", "alternatives", "cut_beside_images", "last_of_text", "in_turn")
+        rules = self._replace(max_images=0, cut_beside_images=False, last_of_text=False, in_turn=False)._asdict()
         return {name: value for name, value in rules.items() if value or name not in later}
+
+
+def longest_text(sequences: Sequences, num_patches: int, context_length: int, tokens_per_pack: int) -> int:
+    """Tokens of a text that a sequence without an image has room for; of a pair, that each of its sequences has."""
+    tokens = min(context_length, tokens_per_pack)
+    if sequences.captions:  # the caption has the same text and is the longer one
+        tokens -= num_patches + 2
+    if sequences.doubled:  # and both stand in one pack
+        tokens = min(tokens, (tokens_per_pack - num_patches - 2) // 2)
+    return tokens - 2  # `<sot>` and `<soi>` or `<eot>`
 
 
 def rules_for(
@@ -99,11 +113,13 @@ def rules_for(
     carry_text: bool = False,
     alternatives: bool = False,
     cut_beside_images: bool = True,
+    last_of_text: bool = False,
+    in_turn: bool = False,
 ) -> Rules:
     """The rules for documents of one kind: pairs (their texts alternatives or not), matched or (neither) natural.
     UserError if not even one image fits a sequence.
 
-    carry_text, alternatives, cut_beside_images: see `Rules`.
+    carry_text, alternatives, cut_beside_images, last_of_text, in_turn: see `Rules`.
     """
     max_tokens = min(context_length, data.tokens_per_pack)
     smallest = num_patches + 5 if sequences.interleaved or sequences.captions else 4
@@ -119,13 +135,9 @@ def rules_for(
             f"a sequence of {max_tokens} tokens cannot hold an image of {num_patches} patches, four special tokens and "
             f"one of text; give {short} at least {smallest}"
         )
-    if sequences.captions:  # the caption has the same text and is the longer one
-        max_tokens -= num_patches + 2
-    if sequences.doubled:  # and both stand in one pack
-        max_tokens = min(max_tokens, (data.tokens_per_pack - num_patches - 2) // 2)
     return Rules(
         num_patches=num_patches if sequences.interleaved else 0,
-        max_tokens=max_tokens,
+        max_tokens=longest_text(sequences, num_patches, context_length, data.tokens_per_pack) + 2,
         max_images=images_per_pack,
         selects=matched,
         min_similarity=data.min_similarity,
@@ -140,4 +152,6 @@ def rules_for(
         captions_alone=sequences.captions and not sequences.doubled,
         alternatives=alternatives,
         cut_beside_images=cut_beside_images,
+        last_of_text=last_of_text,
+        in_turn=in_turn,
     )

@@ -104,7 +104,7 @@ def measure(
             rows = _pairs(lengths[a:b], modes[a:b], matched[first:placement], keep, num_texts, -1, rules)
             tokens[d], images[d] = 0, len(rows) // 2
             for r in range(0, len(rows), 2):
-                tokens[d] += _pair_tokens(rows[r, 3], rules)
+                tokens[d] += _pair_tokens(rows[r, 3] - rows[r, 2], rules)
         elif rules.reference_pairs and num == 1 and (offsets[d + 1] - offsets[d] == 2 or rules.alternatives):
             tokens[d] = text + rules.num_patches + 3
         else:
@@ -148,6 +148,7 @@ def arrange(
     rules: Rules,
     begin: int = 0,
     until: int = END,
+    text: int = -1,
 ) -> np.ndarray:
     """The sequences of one document: int32 [N, 4], rows (sequence, piece, start, stop) in order.
 
@@ -156,10 +157,11 @@ def arrange(
 
     lengths int32 [K], modes int8 [K]; similarity float32 [M], matched int32 [M].
     A matched image (or that of a pair) stands before its segment with probability `image_first`, else after it; other
-    images and all texts stand in stored order. Of texts that are alternatives one is drawn. A document over
-    `max_tokens` or `max_images` is cut between segments, a segment and its images staying together where they fit one
-    sequence; a text is cut only if it is itself too long, or (`cut_beside_images`) has images, in its segment, that are
-    too many or too large for one sequence with it, or (`carry_text`) for an image after it that would begin a sequence.
+    images and all texts stand in stored order. Of texts that are alternatives number `text` is read; -1: one is drawn.
+    A document over `max_tokens` or `max_images` is cut between segments, a segment and its images staying together
+    where they fit one sequence; a text is cut only if it is itself too long, or (`cut_beside_images`) has images, in
+    its segment, that are too many or too large for one sequence with it, or (`carry_text`) for an image after it that
+    would begin a sequence.
 
     begin, until: of its positions in that order only these, cut as if they were all. Each token of a text and each
     image is one, with P = 0 each pair; so positions do not depend on how long a sequence may be.
@@ -168,7 +170,9 @@ def arrange(
     num_texts = 0
     for k in range(len(modes)):
         num_texts += modes[k] == 0
-    drawn = int(uniform(key, _TEXT) * num_texts) if rules.alternatives else -1
+    drawn = -1
+    if rules.alternatives:
+        drawn = text if text >= 0 else int(uniform(key, _TEXT) * num_texts)
     if rules.num_patches == 0:
         rows = _pairs(lengths, modes, matched, keep, num_texts, drawn, rules)[2 * begin : 2 * until].copy()
         rows[:, SEQUENCE] -= begin
@@ -187,7 +191,7 @@ def arrange(
         if modes[k] == 1:
             image_pieces[placement] = k
             placement += 1
-    count, text, placement = 0, 0, 0
+    count, passed, placement = 0, 0, 0
     for k in range(len(modes)):
         if modes[k] == 1:
             if keep[placement] and not 0 <= matches[placement] < num_texts:
@@ -195,18 +199,18 @@ def arrange(
                 count += 1
             placement += 1
             continue
-        if drawn >= 0 and text != drawn:
-            text += 1
+        if drawn >= 0 and passed != drawn:
+            passed += 1
             continue
         for before in (True, False):
             for j in range(len(matched)):
-                if keep[j] and matches[j] == text and (uniform(key, _PLACE + j) < rules.image_first) == before:
+                if keep[j] and matches[j] == passed and (uniform(key, _PLACE + j) < rules.image_first) == before:
                     order[count, 0], order[count, 1] = image_pieces[j], k
                     count += 1
             if before:
                 order[count, 0], order[count, 1] = k, k
                 count += 1
-        text += 1
+        passed += 1
     # what is in the range of each
     parts, position, num = np.empty((count, 4), np.int32), 0, 0
     for i in range(count):
@@ -217,6 +221,34 @@ def arrange(
         if start < stop:
             num = _put(parts, num, order[i, 1], piece, start, stop)
     return _cut(modes, parts[:num], rules)
+
+
+@compiled
+def in_turn(key: Any, num_texts: int, epoch: int) -> int:
+    """Which of a document's alternative texts an epoch reads; -1 where there is none.
+
+    In each round of num_texts epochs every text once, in an order drawn from the key, which is the document's in all
+    epochs, and the round's number.
+    """
+    if num_texts == 0:
+        return -1
+    of_round = mix(key, epoch // num_texts)
+    draw = np.empty(num_texts, np.uint64)
+    for t in range(num_texts):
+        draw[t] = mix(of_round, t)
+    return np.argsort(draw, kind="mergesort")[epoch % num_texts]
+
+
+@compiled
+def texts_in_turn(keys: np.ndarray, modes: np.ndarray, offsets: np.ndarray, epoch: int) -> np.ndarray:
+    """`in_turn` of each of some documents, int64 [documents], from the modes of their pieces and where those begin."""
+    out = np.empty(len(keys), np.int64)
+    for i in range(len(keys)):
+        num_texts = 0
+        for k in range(offsets[i], offsets[i + 1]):
+            num_texts += modes[k] == 0
+        out[i] = in_turn(keys[i], num_texts, epoch)
+    return out
 
 
 @compiled
@@ -307,7 +339,8 @@ def _pairs(
     rules: Rules,
 ) -> np.ndarray:
     """A sequence per kept image, cut to fit: with text number `drawn`; where that is -1, with its matched segment, else
-    the nearest text (the earlier of two)."""
+    the nearest text (the earlier of two). Of a text too long its first tokens stay, but (`last_of_text`) the last ones
+    where it stands before the image."""
     rows = np.empty((2 * len(matched), 4), np.int32)
     texts = np.empty(num_texts, np.int32)
     count = 0
@@ -332,7 +365,9 @@ def _pairs(
                 if lengths[t] > 0 and (best < 0 or abs(t - k) < abs(best - k)):
                     best = t
         if best >= 0:
-            count = _put(rows, count, sequence, best, 0, min(lengths[best], rules.max_tokens - 2))
+            kept = min(lengths[best], rules.max_tokens - 2)
+            start = lengths[best] - kept if rules.last_of_text and best < k else 0
+            count = _put(rows, count, sequence, best, start, start + kept)
             count = _put(rows, count, sequence, k, 0, IMAGE_ROW)
             sequence += 1
     return rows[:count].copy()
@@ -373,10 +408,12 @@ def arranged_sizes(
     keys: np.ndarray,
     ranges: np.ndarray,
     rules: Rules,
+    texts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Sizes of the sequences of some documents of a shard, int32 [N, 3]: rows (i, tokens, images) for documents[i].
 
-    ranges: int64 [documents, 2], of each the positions that `arrange` takes as begin and until.
+    ranges: int64 [documents, 2], of each the positions that `arrange` takes as begin and until; texts: int64
+    [documents], of each its text; None: -1.
     """
     out = np.empty((max(16, 2 * len(documents)), 3), np.int32)
     count = 0
@@ -395,6 +432,7 @@ def arranged_sizes(
             rules,
             ranges[i, 0],
             ranges[i, 1],
+            -1 if texts is None else texts[i],
         )
         begins, ends = has_ends(rows, modes[a:b], rules)
         previous, text = -1, 0

@@ -36,18 +36,24 @@ from megatron_lcl.data.loading.sequence import (
     arrange,
     arranged_sizes,
     has_ends,
+    in_turn,
     measure,
+    texts_in_turn,
 )
 from megatron_lcl.errors import UserError
 
-VERSION = 3
+VERSION = 4
 """of the rules by which documents become packs; a run keeps that with which it began (`Ledger.settings`). 1: a text too
 long for one sequence with the image of its segment stood in another one (`Rules.cut_beside_images`), and an image whose
 similarity is `data.min_similarity` was skipped where its float32 is the lower number. 1 and 2: the packs of a window
-were in the order in which they were filled, and filled otherwise (`packing.best_fit`)"""
+were in the order in which they were filled, and filled otherwise (`packing.best_fit`). 1 to 3: each epoch drew one of a
+document's captions, whatever others had read (`Rules.in_turn`), and of a natural document's text that was too long for
+a pair the first tokens were read, also before its image (`Rules.last_of_text`)"""
 _SIZES_VERSION = 1
 """of the rules by which whole documents are measured: caches are named by it"""
 _MORE_IMAGES = "its pieces name more images than the shard has placements"
+_TURNS = 1 << 61
+"""in place of an epoch, for what is drawn of a document for several epochs: in which turn its captions are read"""
 _THREADS = 16
 """shards that are measured at once: of a billion documents 130 GB are read, while other processes wait"""
 
@@ -184,7 +190,10 @@ class Source:
             raise shard.damaged(local, _MORE_IMAGES)
         arrays = plain(shard.lengths[a:b]), modes, plain(shard.similarity[p:q]), plain(shard.matched_text[p:q])
         rules = self.rules_of(k)
-        rows = arrange(*arrays, self.document_key(document, epoch), rules, begin, until)
+        text = -1
+        if rules.in_turn:
+            text = in_turn(self.document_key(document, _TURNS), len(modes) - int(modes.sum()), epoch)
+        rows = arrange(*arrays, self.document_key(document, epoch), rules, begin, until, text)
         return rows, *has_ends(rows, modes, rules), a, shard
 
     def cuts(self, document: int, epoch: int, begin: int = 0, until: int = END) -> list[int]:
@@ -231,8 +240,12 @@ class Source:
                 self.corpus.shard(k), chosen - self.corpus.document_starts[k], self.placements[chosen]
             )
             keys = mix_each(key(int(self.key), epoch), chosen)  # `document_key` of each
+            texts = np.full(len(mine), -1)
+            if self.rules_of(k).in_turn:
+                _, modes, offsets, *_ = of_these
+                texts = texts_in_turn(mix_each(key(int(self.key), _TURNS), chosen), modes, offsets, epoch)
             rows = arranged_sizes(  # type: ignore[call-arg]
-                *of_these, np.arange(len(mine)), keys, np.ascontiguousarray(ranges[mine]), self.rules_of(k)
+                *of_these, np.arange(len(mine)), keys, np.ascontiguousarray(ranges[mine]), self.rules_of(k), texts
             )
             first = np.searchsorted(rows[:, 0], np.arange(len(mine)))
             part = np.arange(len(rows)) - first[rows[:, 0]]
@@ -267,7 +280,7 @@ def rules_of_kinds(
     version: int = VERSION,
 ) -> dict[Kind, Rules]:
     """The rules for documents of each kind."""
-    second = version > 1 and not carry_text  # evaluation has rules of its own
+    second, fourth = (version >= since and not carry_text for since in (2, 4))  # evaluation has rules of its own
     as_stored = replace(data, min_similarity=float(np.float32(data.min_similarity)))
     return {
         kind: rules_for(
@@ -281,6 +294,8 @@ def rules_of_kinds(
             sequences=sequences,
             carry_text=carry_text,
             cut_beside_images=second,
+            last_of_text=fourth and kind == "natural",
+            in_turn=fourth and kind == "captions",
         )
         for kind in KINDS
     }

@@ -10,8 +10,10 @@ from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex
-from megatron_lcl.data.loading.rules import Sequences
-from megatron_lcl.data.loading.source import VERSION
+from megatron_lcl.data.loading.reader import PackReader
+from megatron_lcl.data.loading.rules import Sequences, longest_text
+from megatron_lcl.data.loading.sequence import PIECE, START, STOP
+from megatron_lcl.data.loading.source import VERSION, Source
 from megatron_lcl.units import counted
 
 PACKS = 64
@@ -30,9 +32,15 @@ class Summary:
     pairs: int
     documents: int
     cut: int
-    """documents that are several sequences"""
+    """documents that are several sequences; where a sequence is an image with its text: with a text that is cut"""
     cut_for_images: int
     """those of them that have over I images"""
+    texts: int = 0
+    """where a sequence is an image with its text: tokens of all texts that images have"""
+    unread: int = 0
+    """those of them that no sequence has"""
+    limit: str = field(default="", compare=False)
+    """the field that is to be raised where texts are cut, and its value"""
     tokens: int = field(default=0, compare=False)
     """token slots that are filled"""
     drawn: tuple[float, ...] = field(default=(), compare=False)
@@ -46,6 +54,9 @@ class Summary:
         text += f", {self.cut:,} of {self.documents:,} documents ({_share(self.cut, self.documents):.1%}) are cut"
         if self.cut_for_images:
             text += f", {self.cut_for_images:,} as they have over {counted(self.images_per_pack, 'image')}"
+        if self.unread:
+            share = _share(self.unread, self.texts)
+            text += f"; {share:.1%} of the tokens of images' texts do not fit and are never read: raise {self.limit}"
         return text
 
     def numbers(self) -> dict[str, Any]:
@@ -54,6 +65,7 @@ class Summary:
             "images_per_pack": self.images_per_pack,
             "contrast_share": _share(self.pairs, self.images),
             "cut_share": _share(self.cut, self.documents),
+            "unread_share": _share(self.unread, self.texts),
         }
 
 
@@ -62,7 +74,7 @@ def summarize(loader: PackedLoader, consumed: int, chosen: bool) -> Summary:
     reader, ledger = loader.reader, loader.ledger
     assert isinstance(reader.index, PackIndex)
     assert ledger is not None
-    images = pairs = documents = cut = cut_for_images = tokens = 0
+    images = pairs = documents = cut = cut_for_images = tokens = texts = unread = 0
     for number in (ledger.locate(consumed + i) for i in range(PACKS)):
         pack = reader.index[number]
         for origin in (origins := reader.provenance(number)):
@@ -73,11 +85,36 @@ def summarize(loader: PackedLoader, consumed: int, chosen: bool) -> Summary:
             source, document = pack.sources[entry["corpus"]], entry["document"]
             many = bool(source.images[document] > source.rules.max_images)
             documents += 1
-            if source.rules.num_patches:  # else a sequence is an image with its text, and nothing is cut
+            if source.rules.num_patches:
                 cut += many or bool(source.tokens[document] > source.rules.max_tokens)
                 cut_for_images += many
+            else:  # a sequence is an image with its text, and no other one reads what is cut off
+                whole, read = _texts_of_pairs(source, int(document), int(entry["epoch"]))
+                cut += read < whole
+                texts, unread = texts + whole, unread + whole - read
     reader.index.close()
-    return Summary(loader.images_per_pack, chosen, PACKS, images, pairs, documents, cut, cut_for_images, tokens)
+    slots = loader.images_per_pack
+    return Summary(
+        slots, chosen, PACKS, images, pairs, documents, cut, cut_for_images, texts, unread, _limit(reader), tokens
+    )
+
+
+def _texts_of_pairs(source: Source, document: int, epoch: int) -> tuple[int, int]:
+    """Of a document whose sequences are its pairs: tokens of the texts that its images have, and of those how many are
+    in any sequence."""
+    rows, _, _, first, shard = source.arranged(document, epoch)
+    read: dict[int, set[tuple[int, int]]] = {}
+    for row in rows[::2].tolist():  # the rows between are images
+        read.setdefault(row[PIECE], set()).add((row[START], row[STOP]))
+    whole = sum(int(shard.lengths[first + piece]) for piece in read)
+    return whole, sum(len(set().union(*(range(*span) for span in spans))) for spans in read.values())
+
+
+def _limit(reader: PackReader) -> str:
+    """What says how much of a text a pair has, with its value."""
+    context, slots = reader.context_length, reader.data.tokens_per_pack
+    now, longer = (longest_text(reader.sequences, reader.num_placeholders, c, slots) for c in (context, context + 1))
+    return f"model.language.context_length = {context}" if longer > now else f"data.tokens_per_pack = {slots}"
 
 
 def summarize_config(

@@ -22,7 +22,8 @@ class OurEncoder(Encoder):
     """An LCL model: pooled is the image latent z, texts are read at `<soi>`.
 
     The model stays the caller's: in training mode or not, what it computes here is the same, and it may be trained on.
-    `device`: where it is moved; None: nowhere.
+    `device`: where it is moved; None: nowhere. `longest_text`: tokens of a text that are read, at most
+    (`objectives.longest_text`); None: as many as the context holds.
     """
 
     module: LCL
@@ -33,8 +34,10 @@ class OurEncoder(Encoder):
         model: LCL,
         tokenizer: tokenizers.Tokenizer | None = None,
         device: str | torch.device | None = None,
+        longest_text: int | None = None,
     ) -> None:
         super().__init__(name, model, model.pool.query.device if device is None else device)
+        self.longest_text = model.config.language.context_length - 2 if longest_text is None else longest_text
         self.tokenizer = tokenizer
         size = model.config.language.vocab_size
         if tokenizer is not None and model.whole and tokenizer.vocab_size != size:
@@ -59,11 +62,11 @@ class OurEncoder(Encoder):
     def token_ids(self, texts: Iterable[str]) -> torch.Tensor:
         """Texts → int64 [N, S], as `LCL.encode_text` takes them: `<sot>`, the text's ids, `<eot>`, padded with 0.
 
-        Texts longer than the model's context are cut. UserError where the tokenizer is not known, ValueError for one
-        text in place of several.
+        Of longer texts the first `longest_text` tokens are read. UserError where the tokenizer is not known, ValueError
+        for one text in place of several.
         """
-        tokenizer, room = self.need_tokenizer(), self.module.config.language.context_length - 2
-        rows = [[tokenizer.sot, *ids[:room], tokenizer.eot] for ids in tokenizer.encode_batch(texts)]
+        tokenizer = self.need_tokenizer()
+        rows = [[tokenizer.sot, *ids[: self.longest_text], tokenizer.eot] for ids in tokenizer.encode_batch(texts)]
         padded = torch.zeros(len(rows), max(map(len, rows), default=2), dtype=torch.int64)
         for row, ids in zip(padded, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids)
@@ -78,4 +81,6 @@ class OurEncoder(Encoder):
 
     @property
     def settings(self) -> Any:
-        return str(self.module.config)
+        config = self.module.config
+        shortened = self.longest_text != config.language.context_length - 2
+        return str(config) + (f", texts of {self.longest_text} tokens" if shortened else "")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.convert.find import find_checkpoint, known_config
 from megatron_lcl.convert.load import load_model
@@ -44,14 +45,22 @@ def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: 
         encoder: Encoder = _LIBRARIES[parsed.kind](parsed, device)
     elif parsed.seed is not None:
         model, config = untrained_model(parsed.name, parsed.seed)
-        encoder = OurEncoder(parsed.text, model, _tokenizer(config, model, tokenizer), device)
+        encoder = _ours(parsed.text, model, config, tokenizer, device)
     else:
         found = find_checkpoint(Path(spec))
         model, same = load_model(found), str(found)
-        encoder = OurEncoder(parsed.text, model, _tokenizer(known_config(found), model, tokenizer), device)
+        encoder = _ours(parsed.text, model, known_config(found), tokenizer, device)
     encoder.module.eval().requires_grad_(False)
     encoder.source = EncoderSource(same, None if tokenizer is None else str(tokenizer), (str(device),))
     return encoder
+
+
+def _ours(
+    name: str, model: LCL, config: Config | None, tokenizer: str | Path | None, device: str | torch.device
+) -> OurEncoder:
+    """config: of the run, if it is known."""
+    longest = None if config is None else objectives.longest_text(config)
+    return OurEncoder(name, model, _tokenizer(config, model, tokenizer), device, longest)
 
 
 _LIBRARIES: dict[str, Callable[[Spec, str | torch.device], Encoder]] = {

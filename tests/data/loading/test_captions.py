@@ -1,4 +1,4 @@
-"""Several texts of a pair: all are kept, and each epoch reads one of them, drawn from seed, epoch and document."""
+"""Several texts of a pair: all are kept, and each epoch reads one of them, in an order drawn from seed and document."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.corpus.store import Corpus as Store
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.hashes import uniform
+from megatron_lcl.data.loading.ledger import Ledger, open_ledger
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, CAPTIONS, INTERLEAVED, PAIRS, Sequences, rules_for
 from megatron_lcl.data.loading.sequence import END, arrange, arranged_sizes
@@ -54,12 +56,14 @@ def test_all_texts_are_stored(corpus: Store, tmp_path: Path) -> None:
     assert open_corpus(tmp_path / "merged").kinds == ("captions",)
 
 
-def loader_of(corpus: Store, sequences: Sequences, steps: int = 12, **fields: Any) -> PackedLoader:
+def loader_of(
+    corpus: Store, sequences: Sequences, steps: int = 12, ledger: Ledger | None = None, **fields: Any
+) -> PackedLoader:
     data = Data(
         corpora=(Corpus(str(corpus.path)),), tokens_per_pack=TOKENS, images_per_pack=8, workers=0,
         cache=str(corpus.path / "cache"), **fields,
     )  # fmt: skip
-    return PackedLoader(data, P, SIZE, CONTEXT, global_batch=2, steps=steps, sequences=sequences)
+    return PackedLoader(data, P, SIZE, CONTEXT, global_batch=2, steps=steps, sequences=sequences, ledger=ledger)
 
 
 def texts_read(corpus: Store, loader: PackedLoader) -> dict[tuple[int, int], str]:
@@ -89,6 +93,27 @@ def test_each_epoch_draws_one(corpus: Store, sequences: Sequences) -> None:
     several = {document: {t for (_, d), t in found.items() if d == document} for document in range(24)}
     assert sum(len(several[d]) > 1 for d in range(24) if d % 4) > 12, "over epochs a document's texts take turns"
     assert all(len(several[d]) == 1 for d in range(0, 24, 4))
+
+
+@pytest.mark.parametrize("sequences", [INTERLEAVED, PAIRS], ids=["interleaved", "pairs"])
+def test_in_as_many_epochs_as_captions_each_is_read_once(corpus: Store, sequences: Sequences) -> None:
+    """In another order in the next round, by one key of the document; a run of an earlier version draws as it did."""
+    found = texts_read(corpus, loader_of(corpus, sequences, steps=60))
+    orders, same = set(), 0
+    for d in range(3, 24, 4):
+        rounds = [[found[epoch, d].strip() for epoch in range(first, first + 4)] for first in (0, 4)]
+        assert [sorted(order) for order in rounds] == [sorted(captions_of(d))] * 2
+        same += rounds[0] == rounds[1]
+        orders.add(tuple(text[2:] for text in rounds[0]))
+    assert same < 3
+    assert len(orders) > 2
+    loader = loader_of(corpus, sequences)
+    ledger = open_ledger(loader.reader.data, P, CONTEXT, sequences=sequences, version=3)
+    loader = loader_of(corpus, sequences, 20, ledger=ledger)
+    (source,) = loader.reader.index[0].sources
+    for (epoch, d), text in texts_read(corpus, loader).items():
+        drawn = int(uniform(source.document_key(d, epoch), 1 << 33) * len(captions_of(d)))
+        assert text.strip() == captions_of(d)[drawn]
 
 
 def test_the_draw_is_of_seed_epoch_and_document_alone(corpus: Store) -> None:
@@ -140,7 +165,10 @@ def test_what_caches_of_sizes_are_named_by_is_what_it_was() -> None:
     for sequences in (INTERLEAVED, PAIRS, CAPTIONED_PAIRS):
         assert rules_for(Data(), P, CONTEXT, 4, pairs=True, sequences=sequences).of_whole_documents().keys() == before
     assert "captions_alone" in rules_for(Data(), P, CONTEXT, 4, pairs=True, sequences=CAPTIONS).of_whole_documents()
-    assert "alternatives" in rules_for(Data(), P, CONTEXT, 4, pairs=True, alternatives=True).of_whole_documents()
+    drawn = rules_for(Data(), P, CONTEXT, 4, pairs=True, alternatives=True).of_whole_documents()
+    assert "alternatives" in drawn
+    later = rules_for(Data(), P, CONTEXT, 4, pairs=True, alternatives=True, in_turn=True, last_of_text=True)
+    assert later.of_whole_documents() == drawn, "which does not change what whole documents measure"
 
 
 def test_pairs_with_several_texts_read_as_they_did(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from megatron_lcl.data.loading.ledger import open_ledger
 from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.reader import draw_patches
 from megatron_lcl.data.loading.rules import rules_for
-from megatron_lcl.data.loading.sequence import IMAGE_ROW, arrange, select
+from megatron_lcl.data.loading.sequence import IMAGE_ROW, arrange, in_turn, select
 from megatron_lcl.data.loading.source import key
 
 BITS = (1 << 64) - 1
@@ -159,4 +159,12 @@ def test_which_caption_is_read() -> None:
     for of_document in range(50):
         rows = arrange(lengths, modes, nan, none, np.uint64(of_document), rules)
         (text,) = {int(row[1]) for row in rows if row[3] != IMAGE_ROW}
-        assert text == 1 + int(uniform(of_document, 1 << 33) * 3)
+        assert text == 1 + int(uniform(of_document, 1 << 33) * 3), "by rules of versions 1 to 3"
+
+
+@given(st.integers(0, BITS), st.integers(1, 9))
+def test_in_which_turn_captions_are_read(of_document: int, captions: int) -> None:
+    found = [in_turn(np.uint64(of_document), captions, epoch) for epoch in range(3 * captions)]
+    for n in range(3):
+        of_round = mix(of_document, n)
+        assert found[n * captions :][:captions] == sorted(range(captions), key=lambda t: (mix(of_round, t), t))

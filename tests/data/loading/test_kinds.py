@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
 from megatron_lcl.data.loading.ledger import open_ledger
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.rules import INTERLEAVED
+from megatron_lcl.data.loading.rules import INTERLEAVED, longest_text
+from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -200,3 +201,23 @@ def test_the_count_of_pairs_before_the_start_is_no_less_than_there_are(make_corp
         except ValueError:
             some = False
         assert some == (counted(corpus.path, image_first=0.0)[2] > 0), documents
+
+
+@pytest.mark.parametrize("objective", ["clip", "coca"])
+def test_of_a_text_too_long_a_pair_has_what_is_nearest_to_its_image(make_corpus: MakeCorpus, objective: str) -> None:
+    """In natural documents; of pairs, and by the rules of versions 1 to 3, its first tokens, wherever the image is."""
+    image, sequences, slots = (jpeg(0), None, None), objective_class(objective).sequences, 256
+    room = longest_text(sequences, P, CONTEXT, slots)
+    for (kind, length), version in product((("jsonl", 200), ("webdataset", 201)), (3, VERSION)):
+        text = list(range(length))
+        corpus = make_corpus(f"{kind}-{version}", [[text, image], [image, text]], source=kind)
+        read = data(corpus.path)
+        ledger = open_ledger(read, P, CONTEXT, sequences=sequences, version=version)
+        loader = PackedLoader(read, P, SIZE, CONTEXT, steps=1, global_batch=4, sequences=sequences, ledger=ledger)
+        found: dict[int, set[tuple[int, ...]]] = {0: set(), 1: set()}
+        for batch in loader:
+            for o in loader.provenance(batch.packs[0]):
+                ids = batch.tokens[o.start : o.stop].tolist()
+                found[o.document].add(tuple(i for i in ids if i <= 200))
+        first, last = tuple(text[:room]), tuple(text[-room:])
+        assert found == {0: {last if (kind, version) == ("jsonl", VERSION) else first}, 1: {first}}

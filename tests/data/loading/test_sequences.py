@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_lcl.config import Data
 from megatron_lcl.data.loading.hashes import mix, shuffled
 from megatron_lcl.data.loading.rules import Rules, rules_for
-from megatron_lcl.data.loading.sequence import END, IMAGE_ROW, arrange, arranged_sizes, has_ends, select
+from megatron_lcl.data.loading.sequence import END, IMAGE_ROW, arrange, arranged_sizes, has_ends, measure, select
 
 NATURAL = Rules(4, 32, 2, False, 0.24, 1, 6, 1, 0.5, False, False, False)
 
@@ -289,6 +289,28 @@ def test_pairs_of_objective_clip_take_the_matched_or_nearest_text() -> None:
     nan, rules = np.full(3, np.nan, np.float32), NATURAL._replace(num_patches=0)
     rows = arrange(lengths, modes, nan, np.array([-1, -1, 0], np.int32), np.uint64(0), rules)
     assert rows.tolist() == [[0, 0, 0, 5], [0, 1, 0, -1], [1, 3, 0, 30], [1, 2, 0, -1], [2, 0, 0, 5], [2, 4, 0, -1]]
+
+
+@settings(max_examples=200)
+@given(documents(), st.booleans(), st.sampled_from([0, 3]))
+def test_of_a_pair_s_text_that_is_too_long_what_is_near_the_image_stays(document, last: bool, captions: int) -> None:  # type: ignore[no-untyped-def]
+    """Before its image its last tokens, as when all of it is read; behind it, or by earlier rules, the first ones."""
+    lengths, modes, similarity, matched = document
+    rules = NATURAL._replace(num_patches=0, max_tokens=12, last_of_text=last, caption_patches=captions)
+    key, one = np.uint64(0), np.zeros(1, np.int64)
+    rows = arrange(*document, key, rules)
+    whole = arrange(*document, key, rules._replace(max_tokens=100))
+    assert rows[:, :2].tolist() == whole[:, :2].tolist()
+    for (_, text, start, stop), (_, image, _, _) in zip(rows[::2].tolist(), rows[1::2].tolist(), strict=True):
+        kept = list(range(lengths[text]))
+        assert list(range(start, stop)) == (kept[-10:] if last and text < image else kept[:10])
+    arrays = lengths, modes, np.array([0, len(modes)]), similarity, matched
+    sizes = arranged_sizes(*arrays, one, one, np.array([key]), np.array([[0, END]]), rules)  # type: ignore[call-arg]
+    texts = (rows[::2, 3] - rows[::2, 2]).tolist()
+    assert sizes[:, 1].tolist() == [2 * n + 2 + captions + 4 if captions else n + 2 for n in texts]
+    tokens, images = np.zeros(1, np.int32), np.zeros(1, np.int32)
+    measure(*arrays, rules, tokens, images, one)
+    assert (int(tokens[0]), int(images[0])) == (int(sizes[:, 1].sum()), len(sizes))
 
 
 def test_too_short_a_sequence_is_an_error_with_a_remedy() -> None:

@@ -17,7 +17,7 @@ from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.store import Corpus, ShardWriter
 from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
 from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS, Sequences
-from megatron_lcl.data.loading.sequence import END, IMAGE_ROW, arranged_sizes
+from megatron_lcl.data.loading.sequence import END, IMAGE_ROW, arranged_sizes, in_turn
 from megatron_lcl.data.loading.source import Source, open_source, pieces_of
 
 
@@ -37,12 +37,16 @@ def by_whole_shards(source: Source, documents: np.ndarray, epoch: int, ranges: n
         k, local = source.corpus.locate(document)
         start, stop = source.corpus.document_starts[k : k + 2]
         arrays = (*pieces_of(source.corpus.shard(k)), source.placements[start:stop])
+        text, num_texts = -1, len(source.corpus[document].texts)
+        if source.kinds[k] == "captions":
+            text = in_turn(source.document_key(document, 1 << 61), num_texts, epoch)
         rows = arranged_sizes(  # type: ignore[call-arg]
             *map(np.array, arrays),  # copies that may be written to, as `sizes` has them: else numba compiles once more
             np.array([local]),
             np.array([source.document_key(document, epoch)], np.uint64),
             np.array(ranges[i : i + 1]),
             source.rules_of(k),
+            np.array([text]),
         )
         found += [[i, part, int(tokens), int(images)] for part, (_, tokens, images) in enumerate(rows)]
     return found

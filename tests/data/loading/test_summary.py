@@ -52,6 +52,35 @@ def test_images_that_a_small_pack_cuts_off_from_their_text_are_said(make_corpus:
     assert (clip.pairs, clip.cut) == (clip.images, 0)
 
 
+def test_what_pairs_do_not_read_of_long_texts_is_said(make_corpus: MakeCorpus) -> None:
+    """No other sequence has it, unlike that of documents as they stand; of a text between two images less is lost."""
+    image = (jpeg(0), None, None)
+    texts = [[1] * n for n in (8, 30, 60, 150)]
+    documents: list[Any] = [[image, texts[d % 4]] for d in range(40)]
+    corpus = make_corpus("c", documents, source="webdataset")
+    settings = {"data.images_per_pack": "8", "data.tokens_per_pack": "512", "model.language.context_length": "77"}
+    config = config_of(corpus.path, **settings)
+    for name in ("clip", "siglip", "coca", "genlip", "lcl", "emu", "generation"):
+        summary = summarize_config(config, objective_class(name).sequences, None, 0)
+        room = {"clip": 75, "siglip": 75, "coca": 77 - 4 - 4, "genlip": 77 - 4 - 4}.get(name, 150)
+        share = sum(max(0, len(text) - room) for text in texts) / sum(map(len, texts))
+        assert summary.numbers()["cut_share"] == pytest.approx(0.25, abs=0.05), name
+        assert summary.numbers()["unread_share"] == pytest.approx(share, abs=0.05), name
+        said = "do not fit and are never read: raise model.language.context_length = 77"
+        assert str(summary).endswith(said) == (share > 0)
+    short = config_of(corpus.path, **settings | {"data.tokens_per_pack": "60"})
+    summary = summarize_config(short, objective_class("coca").sequences, None, 0)
+    assert str(summary).endswith("raise data.tokens_per_pack = 60"), "both sequences of a pair, of 4 + 6 + 2 n tokens"
+    assert summary.cut == pytest.approx(0.75 * summary.documents, rel=0.1)
+
+    between = make_corpus("between", [[image, list(range(100)), image]] * 20)
+    summary = summarize_config(config_of(between.path, **settings), PAIRS, None, 0)
+    assert (summary.cut, summary.unread) == (0, 0), "the first half stands behind an image, the rest before the other"
+    long = make_corpus("long", [[image, list(range(200)), image]] * 20)
+    summary = summarize_config(config_of(long.path, **settings), PAIRS, None, 0)
+    assert summary.numbers()["unread_share"] == 50 / 200
+
+
 @pytest.mark.parametrize("consumed", [0, 30])
 def test_it_counts_what_the_batches_hold(make_corpus: MakeCorpus, consumed: int) -> None:
     corpus = make_corpus("c", random_documents(60, 3, mean_text=10))

@@ -1,7 +1,7 @@
 """Image-text pairs in WebDataset tars, as img2dataset writes LAION, CC3M and CC12M: `.jpg .txt .json` of one key.
 
 Keys repeat from tar to tar; the image stands first, and a pair without caption is a document of one image. With option
-`captions` all captions of a pair are kept, and training draws one of them in each epoch.
+`captions` all captions of a pair are kept, and each epoch of training reads one of them, in turn.
 """
 
 from __future__ import annotations
