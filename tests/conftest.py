@@ -41,6 +41,7 @@ LONGEST = (
     "test_launchers.py",
     "test_loss_kernels.py",
     "test_recipe_states.py",
+    "test_untrained_states.py",
     "test_fetch.py",
     "test_claim.py",
     "test_sweep.py",

@@ -70,7 +70,8 @@ class Term(ABC):
     """
 
     task: ClassVar[EvaluationTask]
-    """what it trains: see `Objective.trains`"""
+    """what it trains: see `Objective.trains`. Parameters that only other tasks need are frozen, where no other term has
+    such a task (train/parts.py)"""
     all_features_first: ClassVar[bool] = False
     """it needs the features of all micro-batches before the first backward, as a contrast does"""
     has_triton: ClassVar[bool] = False
@@ -145,6 +146,18 @@ class Objective:
         """What of the model it trains, settings considered, named as what measures it: `retrieval`, image latents and
         texts' features in one space; `generation`, the text that follows. An evaluation of the rest is refused."""
         return tuple(dict.fromkeys(term.task for term, weight in self._weighted() if weight)) or self.tasks
+
+    @classmethod
+    def may_train(cls, config: Config) -> tuple[EvaluationTask, ...]:
+        """As `trains`, of a run in whatever phase, which may weight its contrast as it likes. What of the model only
+        other tasks need is frozen. Nothing is known of an objective without `parts`: ()."""
+        constant = {
+            name: value if (own := getattr(config.objective, name)) is None else own
+            for name, value in cls.published.items()
+            if name != "contrastive_weight"
+        }
+        weights = ((term.task, constant.get(by, 1.0) if isinstance(by, str) else by) for term, by in cls.parts)
+        return tuple(dict.fromkeys(task for task, weight in weights if weight))
 
     @property
     def all_features_first(self) -> bool:

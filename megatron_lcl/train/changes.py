@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, load, resolved, to_dict
@@ -15,10 +18,12 @@ from megatron_lcl.config.phases import phase_at
 from megatron_lcl.config.results import NO_RESULT, START
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.fields import flat
+from megatron_lcl.model.layers import parameter_shapes
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight
 from megatron_lcl.train.checkpoint.folder import read_progress
-from megatron_lcl.train.optimizer import SCHEDULE, learning_rate
+from megatron_lcl.train.optimizer import SCHEDULE, learning_rate, muon_parts
+from megatron_lcl.train.parts import called, frozen_parameters
 
 JUMP = 1.1
 """a factor by which the learning rate may differ from that of the old schedule without a warning"""
@@ -97,7 +102,11 @@ def changes_since(folder: Path, config: Config) -> Changes:
     drops = any(encoder.drop_path for encoder in (config.model.vision, config.model.language))
     return replace(
         changes,
-        warnings=(*_jumps(changes, before, config, folder), *_weight(folder, before, config)),
+        warnings=(
+            *_jumps(changes, before, config, folder),
+            *_unfrozen(before, config, read_progress(folder).step),
+            *_weight(folder, before, config),
+        ),
         without_effect=tuple(
             name for name in NO_EFFECT if not (drops and name == "train.seed")
         ),  # it draws these paths
@@ -156,6 +165,44 @@ def _jumps(changes: Changes, before: Config, now: Config, folder: Path) -> Itera
         f"the learning rate jumps from {last:.2g} in step {step}, the last one, to {value:.2g} in step {step + 1}, "
         f"the next one ({', '.join(changes.said(name) for name in cause)}). If that is not meant: {remedy}"
     )
+
+
+def _unfrozen(before: Config, now: Config, step: int) -> Iterator[str]:
+    """Where moments begin at zero and AdamW's count of steps, one for all parameters, does not.
+
+    Nothing of StableAdamW, whose clipping bounds such steps, nor of Muon's matrices, whose updates are of one size.
+    """
+    optimizer, model = now.optimizer, now.model
+    shapes, names = parameter_shapes(model), frozen_parameters(before) - frozen_parameters(now)
+    if optimizer.name == "muon":
+        names = frozenset(name for name in names if not muon_parts(name, shapes[name], model, per_head=False))
+    factor, number = largest_step(optimizer.betas, step)
+    if not names or optimizer.name == "stable_adamw" or factor <= JUMP:
+        return
+    parts = sorted({called(name, model).partition(".")[0] for name in names})
+    rates = " and ".join(f"optimizer.parts.{part}.lr" for part in parts)
+    yield (
+        f"more of {' and '.join(parts)} is trained than before: its moments begin at zero, without Adam's correction "
+        f"of their bias, and its steps are up to {factor:.2f} learning rates (optimizer.betas = {[*optimizer.betas]}, "
+        f"step {number} from here). To have none above one: {rates} {1 / factor:.2f} for the first steps, or a new run "
+        "with --train.init_from, which begins with new moments of all"
+    )
+
+
+def largest_step(betas: tuple[float, float], step: int) -> tuple[float, int]:
+    """The largest of AdamW's steps of a parameter whose gradient stays the same and whose moments are zero after `step`
+    steps of others, in learning rates, and which one it is, counted from 1.
+
+    The k-th is (1 - b1^k) / sqrt(1 - b2^k), divided by the same of step + k, which the bias correction counts.
+    """
+    first, second = betas
+    k = np.arange(1.0, math.ceil(10 / (1 - first)) + 1)  # later ones are smaller: of b1^k nothing is left
+
+    def ratio(k: np.ndarray) -> np.ndarray:
+        return (1 - first**k) / np.sqrt(1 - second**k)
+
+    factors = ratio(k) / ratio(step + k)
+    return float(factors.max()), int(factors.argmax()) + 1
 
 
 def _weight(folder: Path, before: Config, now: Config) -> Iterator[str]:

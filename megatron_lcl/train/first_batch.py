@@ -19,6 +19,7 @@ from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.engine import specs_of
 from megatron_lcl.train.fastest import Fastest, choose_fastest
+from megatron_lcl.train.parts import frozen_patterns
 from megatron_lcl.train.pipeline.partition import choose_partition
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.resume_point import ResumePoint
@@ -32,7 +33,7 @@ def pipeline_partition(config: Config, mesh: Mesh, point: ResumePoint) -> tuple[
     layout, pipeline = point.progress.layout, mesh.pipeline.size
     if pipeline == 1:
         return (0,)
-    if layout.pipeline == pipeline and {*layout.frozen} == {*config.train.freeze}:
+    if layout.pipeline == pipeline and {*layout.frozen} == {*frozen_patterns(config)}:
         return layout.partition
     sample, place = sample_batch(config, mesh, point), (local_device(), DTYPES[resolve_dtype(config)])
     return choose_partition(specs_of(config, mesh.tensor), sample, config, mesh, *place)

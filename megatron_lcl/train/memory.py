@@ -148,7 +148,7 @@ def _graph(config: Config, images: int, number: int, frozen: Collection[str]) ->
     patches = images * vision.num_kept * 3 * vision.patch_size**2 + rows * vision.width
     pooled = rows * (4 * vision.width + 2 * language.width)
     kept = number * (first * patches + rows * of_rows + pool * pooled + tokens * of_tokens)
-    if objectives.create(config).sequences.targets and trained["head", 0]:
+    if objectives.create(config).sequences.targets and f"{len(trained) - 1}.vocabulary" not in frozen:
         kept += 4 * language.vocab_size * language.width  # the gradient of the vocabulary: see losses/generation.py
     return kept
 

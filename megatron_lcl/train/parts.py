@@ -26,9 +26,12 @@ from megatron_lcl.model.layers import PARTS, layer_kinds, num_layers, parameter_
 
 _WITHOUT_GRADIENT = {
     "retrieval": ("head.vocabulary*",),
-    "generation": ("head.norm.*", "head.projection.*", "head.log_scale"),
+    "generation": (
+        *("head.norm.*", "head.projection.*", "head.log*"),
+        *("pool.query", "pool.norm_[qk].*", "pool.[qk].*"),  # a patch's embedding needs the pool's values alone
+    ),
 }
-"""what has no gradient, by what of the model an objective trains (`Objective.trains`)"""
+"""what has no gradient where an objective trains this alone of the model (`Objective.may_train`)"""
 
 
 def parameter_names(model: Model) -> dict[str, str]:
@@ -84,9 +87,27 @@ def rates_of(name: str, config: Config) -> Rates:
 # --- what is frozen ----------------------------------------------------------------------------------------------
 
 
+def frozen_patterns(config: Config) -> tuple[str, ...]:
+    """`train.freeze`, and what the objective never trains: with gradients of zero it would only be decayed."""
+    return tuple(dict.fromkeys((*config.train.freeze, *_untrained(config))))
+
+
 def frozen_parameters(config: Config) -> frozenset[str]:
-    """The parameters `{index}.name` that `train.freeze` names. UserError where a pattern names none."""
-    return _matched(config.model, config.train.freeze) if config.train.freeze else frozenset()
+    """The parameters `{index}.name` that `frozen_patterns` name. UserError where a pattern names none."""
+    return _matched(config.model, frozen_patterns(config))
+
+
+def untrained_parameters(config: Config) -> frozenset[str]:
+    """The parameters `{index}.name` that the objective never trains, whatever `train.freeze` says."""
+    return _matched(config.model, _untrained(config))
+
+
+def _untrained(config: Config) -> tuple[str, ...]:
+    """Nothing of an objective that is not installed, as that of another machine's run may be."""
+    if config.objective.name not in objectives.names():
+        return ()
+    tasks = objectives.objective_class(config.objective.name).may_train(config)
+    return _WITHOUT_GRADIENT.get(tasks[0], ()) if len(tasks) == 1 else ()
 
 
 def of_layer(names: Iterable[str], index: int) -> frozenset[str]:
@@ -115,9 +136,9 @@ def _nearest(pattern: str, names: Collection[str]) -> str:
 
 def check_freeze(config: Config) -> None:
     """UserError where a pattern matches nothing, or the objective has nothing left to train."""
-    frozen = frozen_parameters(config)
-    if not frozen:
+    if not config.train.freeze:
         return
+    frozen = frozen_parameters(config)
     trained = {own for name, own in parameter_names(config.model).items() if name not in frozen}
     without = [
         {own for pattern in _WITHOUT_GRADIENT[task] for own in fnmatch.filter(trained, pattern)}
@@ -131,11 +152,11 @@ def check_freeze(config: Config) -> None:
 
 
 def check_frozen_have_weights(config: Config, drawn: Iterable[str] | None) -> None:
-    """UserError where a whole part would stay for ever as `train.seed` draws it, and the objective needs it.
+    """UserError where `train.freeze` leaves a whole part for ever as `train.seed` draws it, and the objective needs it.
 
     drawn: parameters `{index}.name` that begin so; None: all.
     """
-    frozen = frozen_parameters(config)
+    frozen = _matched(config.model, config.train.freeze)
     if not frozen:
         return
     names = parameter_names(config.model)

@@ -79,17 +79,16 @@ def of_layout(
     objective, frozen = objectives.create(config), frozen_parameters(config)
     gradients = layer_gradients(shapes, frozen, config.model, received=mesh.pipeline.rank > 0)
     untrained = "generation" not in objective.trains
-    still = {name for name in shapes if name in frozen or (untrained and ".vocabulary" in name)}
     if config.zero.stage == 3:
         sizes = {name: shape.numel() for name, shape in shapes.items()}
         idle = {name for name in sizes if not _entered(name, gradients) or (untrained and ".vocabulary_norm" in name)}
-        of_model = zero3(sizes, still, idle, len(batches), objective.num_forwards, config, mesh)
+        of_model = zero3(sizes, frozen, idle, len(batches), objective.num_forwards, config, mesh)
     else:
         trained = [shape for name, shape in shapes.items() if name not in frozen]
         groups = [sum(s.numel() for s in trained if (len(s) >= 2) == decays) for decays in (True, False)]
         whole = sums_apart(config, resolve_dtype(config))  # they are reduced as they are kept, with padding
         padded = sum(_round_up(size, 2 * mesh.data.size) for size in groups)
-        reduced = padded if whole else sum(s.numel() for name, s in shapes.items() if name not in still)
+        reduced = padded if whole else sum(s.numel() for name, s in shapes.items() if name not in frozen)
         of_model = stepping(batches, gradients, shapes, groups, reduced, objective.num_forwards, config, mesh)
     of_model[mesh.data.ranks] += ring(len(COUNTS) * LONG * mesh.data.size, mesh.data.size)
     has_head = mesh.pipeline.rank == mesh.pipeline.size - 1
@@ -166,7 +165,7 @@ def stepping(
 
 def zero3(
     sizes: Mapping[str, int],
-    still: Collection[str],
+    frozen: Collection[str],
     idle: Collection[str],
     batches: int,
     forwards: int,
@@ -175,7 +174,7 @@ def zero3(
 ) -> Sent:
     """ZeRO-3's parameters and gradients (Rajbhandari et al. 2020), without a pipeline or tensor ranks.
 
-    sizes: numbers in each parameter, by name; still: those without gradients, of which none are reduced; idle: those
+    sizes: numbers in each parameter, by name; frozen: those without gradients, of which none are reduced; idle: those
     whose module backward does not enter, and which are not gathered for it. A micro-batch gathers parameters for each
     forward and for backward, and reduces its gradients; parameters up to DeepSpeed's persistence threshold stay, and
     are gathered once, after the step. Of a model up to its reuse distance parameters stay between a micro-batch's only
@@ -189,7 +188,7 @@ def zero3(
     for name, number in sizes.items():
         for_backward = 0 if stay or name in idle else 1
         gathers = batches * (forwards + for_backward) if number > threshold else 1
-        each = gathers * num_bytes(config) + (0 if name in still else batches * FLOAT)
+        each = gathers * num_bytes(config) + (0 if name in frozen else batches * FLOAT)
         sent[mesh.data.ranks] += each * _round_up(number, size) * (size - 1) / size
     return sent
 

@@ -16,6 +16,7 @@ from megatron_lcl import LCL, from_open_clip
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.model.lcl import pack_padded
+from megatron_lcl.train.parts import frozen_parameters
 
 STEPS = 3
 BELOW_BOUND = math.log(99.95)
@@ -106,12 +107,15 @@ def one_process(file: str, case: Case, clamp: bool = True) -> Run:
     for group in optimizer.param_groups:
         group["lr"] = case.lr(settings)
     losses, gradients = [], {}
+    untrained = frozen_parameters(case.config(model.config, settings))
     chosen = sorted(s for replica in case.split for micro_batch in replica for s in micro_batch)
     for step in range(STEPS):
         text, images = _sequences(tensors, model, step, chosen)
         out = model(images, text)
         optimizer.zero_grad()
         (out.generation_loss + (0.1 if case.objective == "lcl" else 0.0) * out.contrastive_loss).backward()
+        for name in untrained:
+            named[name].grad = None
         if step == 0:
             gradients = {name: p.grad.clone().numpy() for name, p in named.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(named.values(), case.clip_norm or float("inf"))
@@ -200,7 +204,7 @@ def run_case(file: str, case: Case) -> Run:
 
     def recording_step() -> None:
         if not gradients and engine.is_gradient_accumulation_boundary():
-            gradients.update((name, gather(safe_get_full_grad(p), p)) for name, p in named.items())
+            gradients.update((name, gather(safe_get_full_grad(p), p)) for name, p in named.items() if p.requires_grad)
         engine_step()
 
     engine.step = recording_step

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
@@ -81,6 +82,72 @@ def test_the_seed_matters_where_paths_are_dropped(tmp_path: Path) -> None:
         "setting changed: train.seed 0 → 9",
         "changed without effect on what is trained: data.workers 2 → 5",
     ]
+
+
+def steps_of_adamw(betas: tuple[float, float], before: int, steps: int) -> list[float]:
+    """Of a number whose gradient is 1 after `before` steps of others, in learning rates, by torch."""
+    parameter = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=betas, eps=0, weight_decay=0)
+    state = optimizer.state[parameter]
+    state["step"] = torch.tensor(float(before))
+    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+    moved, last = [], 0.0
+    for _ in range(steps):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moved.append(last - parameter.item())
+        last = parameter.item()
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("betas", "before", "largest", "number"),
+    [
+        ((0.9, 0.999), 10**6, 6.57, 12),
+        ((0.9, 0.98), 10**6, 1.55, 14),
+        ((0.9, 0.999), 1000, 5.24, 12),
+        ((0.0, 0.9), 10**6, 3.16, 1),
+        ((0.9, 0.999), 0, 1.0, 1),
+    ],
+)
+def test_the_largest_step_of_what_begins_without_moments(
+    betas: tuple[float, float], before: int, largest: float, number: int
+) -> None:
+    steps = steps_of_adamw(betas, before, 100)
+    assert changes.largest_step(betas, before)[0] == pytest.approx(max(steps), rel=1e-6)
+    assert max(steps) == pytest.approx(largest, abs=5e-3)
+    if before:
+        assert changes.largest_step(betas, before)[1] == steps.index(max(steps)) + 1 == number
+
+
+TOWER = {"train.freeze": "[vision.*]"}
+BETAS = {"optimizer.betas": "[0.9, 0.999]"}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        (TOWER, {}, "more of vision is trained than before: its moments begin at zero"),
+        (TOWER, {"optimizer.betas": "[0.9, 0.98]"}, "steps are up to 1.55 learning rates"),
+        (TOWER, BETAS, "up to 6.57 learning rates (optimizer.betas = [0.9, 0.999], step 12 from here). To have none "
+         "above one: optimizer.parts.vision.lr 0.15 for the first steps, or a new run with --train.init_from"),
+        ({"objective.name": "clip"}, {}, "more of head is trained"),
+        ({"objective.name": "clip", **TOWER}, BETAS, "optimizer.parts.head.lr and optimizer.parts.vision.lr 0.15"),
+        (TOWER, {"optimizer.name": "muon"}, "more of vision is"),  # its vectors, by AdamW
+        ({"train.freeze": "[vision.blocks.0.mlp.up.weight]"}, {"optimizer.name": "muon"}, None),
+        (TOWER, {"optimizer.name": "stable_adamw"}, None),  # which clips them
+        (TOWER, {"optimizer.betas": "[0.9, 0.9]"}, None),
+        (TOWER, TOWER, None),
+        ({}, TOWER, None),
+    ],
+)  # fmt: skip
+def test_what_begins_without_moments_is_said(
+    tmp_path: Path, was: dict[str, str], now: dict[str, str], said: str | None
+) -> None:
+    before, after = (configs.load(None, {"train.steps": "20000", **given}) for given in (was, now))
+    found = [line for line in changes_since(checkpoint(tmp_path, before, 10_000), after).lines() if "moments" in line]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
 
 
 def test_the_settings_that_are_treated_apart_exist() -> None:

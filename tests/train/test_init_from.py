@@ -194,6 +194,22 @@ def test_tensors_that_are_missing_keep_what_was_drawn(source: Path) -> None:
         begun(source)
 
 
+def test_what_the_runs_objective_does_not_train_is_named(source: Path) -> None:
+    """Where the new one's trains it; else nothing comes of it."""
+    config = configs.replace(TINY, objective__name="clip")
+    (source / "config.yaml").write_text(configs.to_yaml(config))
+    files = {path.name: fingerprint(path) for path in source.iterdir() if path.name != MANIFEST}
+    (source / MANIFEST).write_text(manifest_text(files))
+    _, weights = begun(source)
+    head = ("6.vocabulary", "6.vocabulary_norm.bias", "6.vocabulary_norm.weight")
+    assert (weights.untrained, weights.missing) == (head, [])
+    said = f"its objective does not train {', '.join(head)}, which may be as its train.seed drew them"
+    assert said in weights.describe(TINY)
+    for changes in ({"objective__name": "siglip"}, {"train__freeze": ("head.vocabulary*",)}):
+        _, weights = begun(source, **changes)
+        assert "does not train" not in weights.describe(TINY)
+
+
 def test_another_image_size_interpolates_the_positions(source: Path) -> None:
     model, weights = begun(source, model__vision__image_size=32)
     assert weights.image_size == 16

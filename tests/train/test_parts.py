@@ -9,6 +9,7 @@ import pytest
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import (
     Head,
@@ -73,6 +74,53 @@ def test_patterns_freeze_what_they_match() -> None:
     }
     assert frozen_parameters(config) == expected
     assert frozen_parameters(config_of()) == frozenset()
+
+
+RETRIEVAL = {"head.vocabulary", "head.vocabulary_norm.weight", "head.vocabulary_norm.bias"}
+GENERATION = {
+    *("head.norm.weight", "head.norm.bias", "head.projection.weight", "head.log_scale", "pool.query"),
+    *(f"pool.{name}.{kind}" for name in ("norm_q", "norm_k", "q", "k") for kind in ("weight", "bias")),
+}
+PHASES = [{"steps": 5, "contrastive_weight": 0.0, "contrastive_weight_change": "linear"}]
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({"name": "clip"}, RETRIEVAL),
+        ({"name": "siglip"}, RETRIEVAL),
+        ({"name": "generation"}, GENERATION),
+        ({"name": "genlip"}, GENERATION),
+        *(({"name": name}, set()) for name in ("lcl", "coca", "emu")),
+        ({"name": "lcl", "generation_weight": 0.0}, RETRIEVAL),
+        ({"name": "emu", "regression_weight": 0.0}, GENERATION),
+        ({"name": "lcl", "contrastive_weight": 0.0}, set()),  # a phase may have another one
+        ({"name": "of no package that is here"}, set()),
+    ],
+)
+def test_what_the_objective_never_trains_is_frozen(objective: dict[str, Any], expected: set[str]) -> None:
+    config = config_of(objective=objective)
+    names = parameter_names(config.model)
+    assert {names[name] for name in frozen_parameters(config)} == expected
+    both = config_of(objective=objective, train={"freeze": ["vision.patches.*", "head.vocabulary*"]})
+    vision = {own for own in names.values() if own.startswith("vision.patches.")}
+    assert {names[name] for name in frozen_parameters(both)} == expected | vision | RETRIEVAL
+    check_frozen_have_weights(config, None)
+    if objective["name"] == "siglip":
+        with_bias = configs.from_dict({"model": MODEL | {"logit_bias": -10.0}, "objective": {"name": "generation"}})
+        assert "head.logit_bias" in {parameter_names(with_bias.model)[name] for name in frozen_parameters(with_bias)}
+
+
+def test_in_every_phase_the_same_is_frozen() -> None:
+    """Also in one that only measures the contrast."""
+    config = config_of(objective={"contrastive_weight": 0.1}, schedule={"phases": PHASES}, train={"steps": 9})
+    assert {frozen_parameters(phase.config) for phase in phases_of(config)} == {frozenset()}
+
+
+def test_a_whole_part_is_frozen_by_who_says_so() -> None:
+    """What the objective does not train need not be given by train.init_from, beside a rest that is frozen."""
+    rest = ["head.norm.*", "head.projection.*", "head.log_scale"]
+    check_frozen_have_weights(config_of(objective={"name": "clip"}, train={"freeze": rest}), None)
 
 
 def test_rates_by_part_and_depth() -> None:

@@ -5,6 +5,6 @@ loads, with `snapshot.py` (what DeepSpeed would write), `state.py` (reads what D
 another layout); `saver.py` counts saves that fail. `unpickle.py` keeps pickles from running code, `inventory.py` is the
 command, `initial_weights.py` reads `train.init_from`.
 
-Of train it imports averages, master_weights, optimizer, optimizers, precision, resilience.audit, resilience.faults and
-telemetry; the engine is handed to it.
+Of train it imports averages, master_weights, optimizer, optimizers, parts, precision, resilience.audit,
+resilience.faults and telemetry; the engine is handed to it.
 """

@@ -49,6 +49,7 @@ from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restric
 from megatron_lcl.train.master_weights import clear_moments
 from megatron_lcl.train.optimizer import muon_parts
 from megatron_lcl.train.optimizers.pieces import partitions_of
+from megatron_lcl.train.parts import frozen_patterns
 from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.resilience.faults import is_distributed
 
@@ -432,7 +433,7 @@ def layout_of(engine: Any, config: Config, mesh: Mesh) -> Layout:
         dtype=resolve_dtype(config),
         partition=tuple(mesh.pipeline.gather_objects(first_layer)),
         deepspeed=config.deepspeed,
-        frozen=config.train.freeze,
+        frozen=frozen_patterns(config),
     )
     return Layout.from_json(json.loads(json.dumps(asdict(layout))))
 

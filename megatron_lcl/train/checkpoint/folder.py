@@ -57,7 +57,7 @@ class Layout:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """the config's `deepspeed` section"""
     frozen: tuple[str, ...] = ()
-    """the config's `train.freeze`: these parameters have no part in the optimizer's files"""
+    """`parts.frozen_patterns`: these parameters have no part in the optimizer's files"""
 
     def __str__(self) -> str:
         axes = [(self.tensor, "tensor"), (self.pipeline, "pipeline"), (self.data, "data")]

@@ -43,6 +43,7 @@ from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.run_folder import PROGRESS, WEIGHTS
 from megatron_lcl.train.checkpoint.folder import read_progress
 from megatron_lcl.train.checkpoint.library_weights import read_libraries
+from megatron_lcl.train.parts import frozen_parameters, untrained_parameters
 
 _MEANING = ("heads", "norm_eps", "embedding_norm", "registers", "layer_scale", "qk_norm")
 """ends of fields that decide what the same tensors compute"""
@@ -69,6 +70,8 @@ class InitialWeights:
     """the run's"""
     partly: tuple[str, ...] = ()
     """parameters of which some rows begin as `train.seed` draws them"""
+    untrained: tuple[str, ...] = ()
+    """parameters of the model that its objective trains, and that of the checkpoint's run does not"""
     compared: tuple[str, ...] = ()
     """what was found when other libraries' encoders were run beside what was made of them, a line each"""
 
@@ -79,6 +82,9 @@ class InitialWeights:
             parts.append(f"it lacks {some(self.missing)}, which begin as train.seed draws them")
         if self.partly:
             parts.append(f"some rows of {some([*self.partly])} begin so, too")
+        if self.untrained:
+            untrained = some([*self.untrained])
+            parts.append(f"its objective does not train {untrained}, which may be as its train.seed drew them")
         if self.unused:
             parts.append(f"not used of it: {some(self.unused)}")
         if self.image_size is not None:
@@ -97,6 +103,7 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
         return None
     path: Path | str = config.train.init_from
     compared: tuple[str, ...] = ()
+    never: frozenset[str] = frozenset()
     if libraries := library_specs(config.train.init_from):
         found = read_libraries(config.train.init_from, libraries, config.model)
         theirs, tensors, unused = found.model, found.tensors, found.unused
@@ -110,6 +117,8 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
         theirs, tensors, unused = _read(folder, config.model)
         path = path if url else folder
         _check_tokenizer(path, folder, config)
+        if is_dir(folder) and not export_kind(folder):
+            never = untrained_parameters(read_config(folder))
     shapes = parameter_shapes(config.model)
     names = {name: source for name in shapes if (source := _counterpart(name, config.model, theirs)) in tensors}
     if not names:
@@ -131,6 +140,7 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
         theirs.vision.image_size if theirs.vision.image_size != config.model.vision.image_size else None,
         config.model,
         tuple(sorted(partly, key=_order)),
+        tuple(sorted((n for n in names.keys() - frozen_parameters(config) if names[n] in never), key=_order)),
         compared,
     )
 

@@ -16,6 +16,7 @@ from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.model.lcl import LayerList, pack_padded
 from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.train.parts import frozen_parameters
 
 VOCABULARY, STEPS, LR = 61, 3, 3e-3
 MODEL = {
@@ -142,7 +143,7 @@ def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=config.optimizer.betas, eps=config.optimizer.eps)
     for group in optimizer.param_groups:
         group["lr"] = case.lr
-    log_scale = named[f"{NUM_LAYERS - 1}.log_scale"]
+    log_scale, untrained = named[f"{NUM_LAYERS - 1}.log_scale"], frozen_parameters(config)
     found: dict[str, Any] = {"rows": [], "contrast": []}
     for step in range(STEPS):
         batches = [batch for replica in global_batch(case, step) for batch in replica]
@@ -160,10 +161,11 @@ def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:
         found["contrast"].append(of_contrast(image.detach(), text.detach(), contrast.detach(), case))
         optimizer.zero_grad()
         loss.backward()
-        for parameter in model.parameters():  # DeepSpeed's gradients are zero where torch has none
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+        for name, parameter in named.items():  # DeepSpeed's are zero where torch has none
+            parameter.grad = None if name in untrained else gradients[name]
         if step == 0:
-            found["gradients"] = {name: p.grad.clone() for name, p in named.items()}
+            found["gradients"] = {name: gradient.clone() for name, gradient in gradients.items()}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip_norm or math.inf)
         optimizer.step()
         with torch.no_grad():
@@ -259,7 +261,10 @@ def whole_tensors(engine: Any, mesh: Any, kind: str) -> dict[str, Any]:
     get = safe_get_full_grad if kind == "gradients" else safe_get_full_fp32_param
     whole = {}
     for name, parameter in engine.module.named_parameters():
-        value = get(parameter)
+        if parameter.requires_grad:
+            value = get(parameter)
+        else:  # the objective does not train it
+            value = torch.zeros_like(parameter) if kind == "gradients" else parameter
         assert value.dtype == torch.float32, f"{kind} of {name} are {value.dtype}"
         whole[name] = full_tensor(value, parameter, mesh.tensor).detach().numpy().copy()
     return whole
