@@ -21,7 +21,6 @@ from megatron_lcl.train.parts import frozen_parameters
 UNTRAINED = {
     "clip": ("5.vocabulary",),
     "generation": ("5.norm.", "5.projection.", "5.log_scale", "2.query", "2.norm_q.", "2.norm_k.", "2.q.", "2.k."),
-    "lcl": (),
 }
 """beginnings of what an objective does not train, by our names"""
 
@@ -39,16 +38,13 @@ class Alone(Run):
 JOBS = [
     Alone("clip", objective="clip"),
     Alone("clip with tensor ranks", tensor=2, objective="clip", dtype="bfloat16"),
-    Alone("clip with ZeRO-3", 3, objective="clip"),
     Alone("generation", pipeline=2, objective="generation"),
     Alone("generation with ZeRO-3", 3, objective="generation"),
     Alone("all of clip", objective="clip", trains_all=True),
     Alone("all of generation", 3, objective="generation", trains_all=True),
-    Alone("same layout", source="all of clip", objective="clip", seed=1),
+    Alone("same layout", 3, source="all of generation", objective="generation", seed=1),
     Alone("pipeline", pipeline=2, source="all of clip", objective="clip", seed=1),
-    Alone("another ZeRO stage", source="all of generation", objective="generation", seed=1),
     Alone("to lcl", source="clip"),
-    Alone("to generation", 3, source="clip", objective="generation"),
 ]
 BEGUN = [job for job in JOBS if job.source is None and not job.trains_all]
 OF_EARLIER = [job for job in JOBS if job.source is not None and job.source.startswith("all of")]
@@ -121,12 +117,9 @@ def test_a_checkpoint_that_has_its_states_is_gone_on_from(job: Alone, runs: Any)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", JOBS[-2:], ids=lambda job: job.name)
-def test_another_objective_trains_it_from_moments_of_zero(job: Alone, runs: Any) -> None:
+def test_another_objective_trains_it_from_moments_of_zero(runs: Any) -> None:
     folder, results = runs
-    before, result = saved(folder, job.source or ""), results[job.name]
-    frozen = (*UNTRAINED[job.objective], *UNTRAINED["clip"])
-    assert result["moments at first"]["exp_avg"] == {name for name in before if not name.startswith(frozen)}
+    before, result = saved(folder, "clip"), results["to lcl"]
+    assert result["moments at first"]["exp_avg"] == {name for name in before if not name.startswith(UNTRAINED["clip"])}
     for name, value in before.items():
-        stays = name.startswith(UNTRAINED[job.objective])
-        assert np.array_equal(result["weights"][-1][name], value) == stays, name
+        assert not np.array_equal(result["weights"][-1][name], value), name
