@@ -15,7 +15,7 @@ from small_corpus import make_corpus
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
-from megatron_lcl.data.loading.sequence import END, arrange, arranged_sizes, select
+from megatron_lcl.data.loading.sequence import END, arrange, arranged_sizes, in_turn, select, texts_in_turn
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
@@ -34,4 +34,6 @@ if __name__ == "__main__":
     arrange(lengths, modes, nan, none, key, NATURAL)
     select(nan, none, key, NATURAL)
     document = lengths, modes, np.array([0, 2]), nan, none, zero, zero, np.array([key])
-    arranged_sizes(*document, np.array([[0, END]]), NATURAL)  # type: ignore[call-arg]
+    arranged_sizes(*document, np.array([[0, END]]), NATURAL, np.array([-1]))  # type: ignore[call-arg]
+    texts_in_turn(np.array([key]), modes, np.array([0, 2]), 0)
+    in_turn(key, 1, 0)

@@ -332,11 +332,12 @@ def _lines(groups: Sequence[Group], name: str, factor: float) -> Iterator[Line]:
 
 def _levels(groups: Sequence[Group], spec: Spec) -> Iterator[Line]:
     """What a chart's metrics are compared with, where it is the same for all groups."""
-    runs = [run for group in groups for run in group.runs]
+    alone = [Group([run], 0, {}) for group in groups for run in group.runs]
+    drawn = [run for run in alone if any(map(run.band, spec.names))]
     for name, label in spec.levels.items():
-        bands = [Group([run], 0, {}).band(name) for run in runs]
+        bands = [run.band(name) for run in drawn]
         steps = sorted({step for band in bands for step, *_ in band})
         values = {value for band in bands for _, _, low, high, _ in band for value in (low, high)}
-        if all(bands) and len(values) == 1 and len(steps) > 1:
+        if all(bands) and len(values) == 1 < len(steps):
             step, value = np.array(steps), np.full(len(steps), values.pop() * spec.factor(name))
             yield Line(label, step, step, value, value, quiet=True)

@@ -302,7 +302,7 @@ def _packs(config: Config, origin: Origin) -> Iterator[str]:
         if phase is now:
             summary = summarize_config(config, sequences, previous, consumed, step)
         else:
-            summary = summarize_config(phase.config, sequences, None, 0, version=version)
+            summary = summarize_config(phase.config, sequences, None, 0, version=version, names=phase.names)
         yield f"packs       {summary}"
         packs = (phase.stop - max(phase.first, step)) * phase.config.train.global_batch
         documents += packs * np.array(summary.drawn)

@@ -216,7 +216,8 @@ class Training:
             facts |= {"global_batch": train.global_batch, "micro_batch": train.micro_batch}
             telemetry.write({"step": step, "phase": self.phase.number + 1, **facts})
         if self.loader and self.mesh.is_first:
-            summary = summarize(self.loader, self.progress.packs, config.data.images_per_pack is None)
+            chosen = config.data.images_per_pack is None
+            summary = summarize(self.loader, self.progress.packs, chosen, self.phase.names)
             telemetry.say(f"packs: {summary}")
             telemetry.write({"step": step, **summary.numbers()})
 

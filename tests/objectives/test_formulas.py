@@ -212,7 +212,9 @@ def test_the_packer_knows_a_pair_s_size(lengths: list[int], patches: int, contex
         sizes.append(size)
     offsets, placements, documents = np.array([0, len(modes)]), np.zeros(1, np.int64), np.zeros(1, np.int64)
     arrays = pieces, modes, offsets, nan, none
-    found = arranged_sizes(*arrays, placements, documents, np.zeros(1, np.uint64), np.array([[0, END]]), rules)
+    found = arranged_sizes(
+        *arrays, placements, documents, np.zeros(1, np.uint64), np.array([[0, END]]), rules, np.array([-1])
+    )
     assert found[:, 1].tolist() == sizes
     assert found[:, 2].tolist() == [1] * len(sizes)
     total, images = np.zeros(1, np.int32), np.zeros(1, np.int32)

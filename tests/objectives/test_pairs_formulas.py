@@ -188,9 +188,8 @@ def texts_and_rows(sequences: Sequences, lengths: list[int], patches: int, conte
     nan, none = np.full(len(lengths), np.nan, np.float32), np.full(len(lengths), -1, np.int32)
     rows = arrange(pieces, modes, nan, none, np.uint64(0), rules)
     arrays = pieces, modes, np.array([0, len(modes)]), nan, none
-    found = arranged_sizes(
-        *arrays, np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.uint64), np.array([[0, END]]), rules
-    )
+    of_document = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.uint64), np.array([[0, END]])
+    found = arranged_sizes(*arrays, *of_document, rules, np.array([-1]))
     return [int(stop) for _, _, _, stop in rows[::2]], found[:, 1].tolist()
 
 

@@ -85,6 +85,7 @@ def test_a_level_that_not_all_runs_have_is_not_drawn(tmp_path: Path, lines: list
     for n, of_one in enumerate(([(1, 0.2), (2, 0.2)], lines)):
         steps = [{"step": step, name: 0.5, level: chance} for step, chance in of_one] or [{"step": 1, name: 0.5}]
         write_lines(tmp_path / f"s/{n}", [{"loss": 1.0, **line} for line in steps], n)
+    write_lines(tmp_path / "s/not measured", [{"loss": 1.0, "step": step} for step in (1, 2)], 2)
     page = write_runs_report([tmp_path / "s"]).read_text()
     assert ('data-label="chance"' in page) == (0.2 in dict(lines).values())
 

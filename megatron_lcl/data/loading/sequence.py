@@ -408,12 +408,12 @@ def arranged_sizes(
     keys: np.ndarray,
     ranges: np.ndarray,
     rules: Rules,
-    texts: np.ndarray | None = None,
+    texts: np.ndarray,
 ) -> np.ndarray:
     """Sizes of the sequences of some documents of a shard, int32 [N, 3]: rows (i, tokens, images) for documents[i].
 
     ranges: int64 [documents, 2], of each the positions that `arrange` takes as begin and until; texts: int64
-    [documents], of each its text; None: -1.
+    [documents], of each its text (`arrange`).
     """
     out = np.empty((max(16, 2 * len(documents)), 3), np.int32)
     count = 0
@@ -432,7 +432,7 @@ def arranged_sizes(
             rules,
             ranges[i, 0],
             ranges[i, 1],
-            -1 if texts is None else texts[i],
+            texts[i],
         )
         begins, ends = has_ends(rows, modes[a:b], rules)
         previous, text = -1, 0

@@ -47,8 +47,8 @@ VERSION = 4
 long for one sequence with the image of its segment stood in another one (`Rules.cut_beside_images`), and an image whose
 similarity is `data.min_similarity` was skipped where its float32 is the lower number. 1 and 2: the packs of a window
 were in the order in which they were filled, and filled otherwise (`packing.best_fit`). 1 to 3: each epoch drew one of a
-document's captions, whatever others had read (`Rules.in_turn`), and of a natural document's text that was too long for
-a pair the first tokens were read, also before its image (`Rules.last_of_text`)"""
+document's captions, as held-out evaluation does, whatever others had read (`Rules.in_turn`), and of a natural
+document's text that was too long for a pair the first tokens were read, also before its image (`Rules.last_of_text`)"""
 _SIZES_VERSION = 1
 """of the rules by which whole documents are measured: caches are named by it"""
 _MORE_IMAGES = "its pieces name more images than the shard has placements"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,8 +40,8 @@ class Summary:
     """where a sequence is an image with its text: tokens of all texts that images have"""
     unread: int = 0
     """those of them that no sequence has"""
-    limit: str = field(default="", compare=False)
-    """the field that is to be raised where texts are cut, and its value"""
+    limits: str = field(default="", compare=False)
+    """the fields that are to be raised where texts are cut, with their values"""
     tokens: int = field(default=0, compare=False)
     """token slots that are filled"""
     drawn: tuple[float, ...] = field(default=(), compare=False)
@@ -56,7 +57,7 @@ class Summary:
             text += f", {self.cut_for_images:,} as they have over {counted(self.images_per_pack, 'image')}"
         if self.unread:
             share = _share(self.unread, self.texts)
-            text += f"; {share:.1%} of the tokens of images' texts do not fit and are never read: raise {self.limit}"
+            text += f"; {share:.1%} of the tokens of images' texts do not fit and are never read: raise {self.limits}"
         return text
 
     def numbers(self) -> dict[str, Any]:
@@ -69,8 +70,8 @@ class Summary:
         }
 
 
-def summarize(loader: PackedLoader, consumed: int, chosen: bool) -> Summary:
-    """Of the packs that a training loader gives after `consumed` packs."""
+def summarize(loader: PackedLoader, consumed: int, chosen: bool, names: Mapping[str, str] | None = None) -> Summary:
+    """Of the packs that a training loader gives after `consumed` packs. names: `Phase.names`."""
     reader, ledger = loader.reader, loader.ledger
     assert isinstance(reader.index, PackIndex)
     assert ledger is not None
@@ -93,10 +94,8 @@ def summarize(loader: PackedLoader, consumed: int, chosen: bool) -> Summary:
                 cut += read < whole
                 texts, unread = texts + whole, unread + whole - read
     reader.index.close()
-    slots = loader.images_per_pack
-    return Summary(
-        slots, chosen, PACKS, images, pairs, documents, cut, cut_for_images, texts, unread, _limit(reader), tokens
-    )
+    counts = images, pairs, documents, cut, cut_for_images, texts, unread
+    return Summary(loader.images_per_pack, chosen, PACKS, *counts, _limits(reader, names or {}), tokens)
 
 
 def _texts_of_pairs(source: Source, document: int, epoch: int) -> tuple[int, int]:
@@ -110,11 +109,22 @@ def _texts_of_pairs(source: Source, document: int, epoch: int) -> tuple[int, int
     return whole, sum(len(set().union(*(range(*span) for span in spans))) for spans in read.values())
 
 
-def _limit(reader: PackReader) -> str:
-    """What says how much of a text a pair has, with its value."""
+def _limits(reader: PackReader, names: Mapping[str, str]) -> str:
+    """What says how much of a text a pair has, with its value: one field, or both where neither helps alone."""
     context, slots = reader.context_length, reader.data.tokens_per_pack
-    now, longer = (longest_text(reader.sequences, reader.num_placeholders, c, slots) for c in (context, context + 1))
-    return f"model.language.context_length = {context}" if longer > now else f"data.tokens_per_pack = {slots}"
+
+    def longest(context: int, slots: int) -> int:
+        return longest_text(reader.sequences, reader.num_placeholders, context, slots)
+
+    now = longest(context, slots)
+    fields = {
+        "model.language.context_length": (context, longest(context + 2, slots) > now),
+        "data.tokens_per_pack": (slots, longest(context, slots + 2) > now),
+    }
+    neither = not any(helps for _, helps in fields.values())
+    return " and ".join(
+        f"{names.get(name, name)} = {value}" for name, (value, helps) in fields.items() if helps or neither
+    )
 
 
 def summarize_config(
@@ -124,17 +134,18 @@ def summarize_config(
     consumed: int,
     step: int = 0,
     version: int = VERSION,
+    names: Mapping[str, str] | None = None,
 ) -> Summary:
     """Of a run's next packs after `step` steps and `consumed` packs.
 
     sequences: those that the run's objective reads; previous: the run's ledger, where it has one; version: else that of
-    its rules (`source.VERSION`).
+    its rules (`source.VERSION`); names: else those of the step's phase (`Phase.names`).
     """
     phase = phase_at(config, step)
     ledger = open_run_ledger(config, sequences, previous, step, consumed, version)
     reading, _ = ledger.reading_at(step, phase.config)
     loader = loader_of(reading, config.data, sequences, first_pack=consumed, ledger=ledger)
-    summary = summarize(loader, consumed, phase.config.data.images_per_pack is None)
+    summary = summarize(loader, consumed, phase.config.data.images_per_pack is None, names or phase.names)
     index = loader.reader.index
     assert isinstance(index, PackIndex)
     # by its weight and not counted: a corpus with a small one may have no document in so few packs

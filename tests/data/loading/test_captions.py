@@ -149,6 +149,7 @@ def test_the_draw_is_even_and_sizes_are_of_what_is_drawn() -> None:
                 np.array([key * 977], np.uint64),
                 np.array([[0, END]]),
                 rules,
+                np.array([-1]),
             )
             assert sizes.tolist() == [[0, int(lengths[text[1]]) + 2 + (P + 2) * sequences.interleaved, 1]]
         assert set(counts) == {1, 2, 3}

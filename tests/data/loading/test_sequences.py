@@ -115,7 +115,7 @@ def test_every_token_and_selected_image_stands_in_exactly_one_place(document, ru
         sizes.append([0, tokens, images])
     offsets, zero = np.array([0, len(modes)], np.int64), np.zeros(1, np.int64)
     arrays = lengths, modes, offsets, similarity, matched, zero, zero, np.array([key], np.uint64)
-    told = arranged_sizes(*arrays, np.array([[0, END]]), rules)
+    told = arranged_sizes(*arrays, np.array([[0, END]]), rules, np.array([-1]))
     assert told.tolist() == sizes
 
 
@@ -136,7 +136,7 @@ def test_ranges_of_positions_make_up_the_document_however_each_is_cut(document, 
         one = np.zeros(1, np.int64)
         lengths, modes, similarity, matched = document
         arrays = lengths, modes, np.array([0, len(modes)]), similarity, matched, one, one, np.array([key], np.uint64)
-        sizes = arranged_sizes(*arrays, np.array([[begin, until]]), other)
+        sizes = arranged_sizes(*arrays, np.array([[begin, until]]), other, np.array([-1]))
         assert sizes[:, 1].max() <= other.max_tokens
         assert sizes[:, 2].max() <= other.max_images
         ends = sum(has_ends(rows, modes, other)) * len(sizes)
@@ -305,7 +305,8 @@ def test_of_a_pair_s_text_that_is_too_long_what_is_near_the_image_stays(document
         kept = list(range(lengths[text]))
         assert list(range(start, stop)) == (kept[-10:] if last and text < image else kept[:10])
     arrays = lengths, modes, np.array([0, len(modes)]), similarity, matched
-    sizes = arranged_sizes(*arrays, one, one, np.array([key]), np.array([[0, END]]), rules)  # type: ignore[call-arg]
+    of_document = one, one, np.array([key]), np.array([[0, END]])
+    sizes = arranged_sizes(*arrays, *of_document, rules, np.array([-1]))  # type: ignore[call-arg]
     texts = (rows[::2, 3] - rows[::2, 2]).tolist()
     assert sizes[:, 1].tolist() == [2 * n + 2 + captions + 4 if captions else n + 2 for n in texts]
     tokens, images = np.zeros(1, np.int32), np.zeros(1, np.int32)

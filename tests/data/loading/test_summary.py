@@ -72,6 +72,11 @@ def test_what_pairs_do_not_read_of_long_texts_is_said(make_corpus: MakeCorpus) -
     summary = summarize_config(short, objective_class("coca").sequences, None, 0)
     assert str(summary).endswith("raise data.tokens_per_pack = 60"), "both sequences of a pair, of 4 + 6 + 2 n tokens"
     assert summary.cut == pytest.approx(0.75 * summary.documents, rel=0.1)
+    both = summarize_config(config_of(corpus.path, **settings | {"data.tokens_per_pack": "77"}), PAIRS, None, 0)
+    assert str(both).endswith("raise model.language.context_length = 77 and data.tokens_per_pack = 77"), "neither helps"
+    early = {"schedule.phases": '[{"steps": 2, "context_length": 40}]', "train.steps": "4"}
+    phase = summarize_config(config_of(corpus.path, **settings | early), PAIRS, None, 0)
+    assert str(phase).endswith("raise schedule.phases[0].context_length = 40")
 
     between = make_corpus("between", [[image, list(range(100)), image]] * 20)
     summary = summarize_config(config_of(between.path, **settings), PAIRS, None, 0)
