@@ -124,8 +124,7 @@ class Objective:
     def __init__(self, config: Config) -> None:
         """UserError where the settings leave nothing to train, or lack what one of `parts` needs."""
         self.config = config
-        given = {name: getattr(config.objective, name) for name in self.published}
-        self.weights = {name: self.published[name] if value is None else value for name, value in given.items()}
+        self.weights = self._weights_of(config)
         """those of `published`, as they count"""
         if self.weights and not any(self.weights.values()):
             names = " and ".join(f"objective.{name}" for name in self.weights)
@@ -133,8 +132,21 @@ class Objective:
         for term, _ in self.parts:
             term.check_config(config)
 
+    @classmethod
+    def _weights_of(cls, config: Config) -> dict[str, float]:
+        given = {name: getattr(config.objective, name) for name in cls.published}
+        return {name: cls.published[name] if value is None else value for name, value in given.items()}
+
+    @classmethod
+    def _weighted_by(cls, weights: Mapping[str, float]) -> list[tuple[type[Term], float]]:
+        return [(term, weights[by] if isinstance(by, str) else by) for term, by in cls.parts]
+
+    @classmethod
+    def _trained_by(cls, weights: Mapping[str, float]) -> tuple[EvaluationTask, ...]:
+        return tuple(dict.fromkeys(term.task for term, weight in cls._weighted_by(weights) if weight))
+
     def _weighted(self) -> list[tuple[type[Term], float]]:
-        return [(term, self.weights[by] if isinstance(by, str) else by) for term, by in self.parts]
+        return self._weighted_by(self.weights)
 
     def terms(self, step: StepInputs) -> Sequence[Term]:
         """The terms of a step, in the order in which they are added; all processes that have outputs call it."""
@@ -145,19 +157,13 @@ class Objective:
     def trains(self) -> tuple[EvaluationTask, ...]:
         """What of the model it trains, settings considered, named as what measures it: `retrieval`, image latents and
         texts' features in one space; `generation`, the text that follows. An evaluation of the rest is refused."""
-        return tuple(dict.fromkeys(term.task for term, weight in self._weighted() if weight)) or self.tasks
+        return self._trained_by(self.weights) or self.tasks
 
     @classmethod
     def may_train(cls, config: Config) -> tuple[EvaluationTask, ...]:
         """As `trains`, of a run in whatever phase, which may weight its contrast as it likes. What of the model only
         other tasks need is frozen. Nothing is known of an objective without `parts`: ()."""
-        constant = {
-            name: value if (own := getattr(config.objective, name)) is None else own
-            for name, value in cls.published.items()
-            if name != "contrastive_weight"
-        }
-        weights = ((term.task, constant.get(by, 1.0) if isinstance(by, str) else by) for term, by in cls.parts)
-        return tuple(dict.fromkeys(task for task, weight in weights if weight))
+        return cls._trained_by(cls._weights_of(config) | {"contrastive_weight": 1.0})
 
     @property
     def all_features_first(self) -> bool:

@@ -333,9 +333,8 @@ def _lines(groups: Sequence[Group], name: str, factor: float) -> Iterator[Line]:
 def _levels(groups: Sequence[Group], spec: Spec) -> Iterator[Line]:
     """What a chart's metrics are compared with, where it is the same for all groups."""
     alone = [Group([run], 0, {}) for group in groups for run in group.runs]
-    drawn = [run for run in alone if any(map(run.band, spec.names))]
     for name, label in spec.levels.items():
-        bands = [run.band(name) for run in drawn]
+        bands = [run.band(name) for run in alone if any(map(run.band, spec.names))]
         steps = sorted({step for band in bands for step, *_ in band})
         values = {value for band in bands for _, _, low, high, _ in band for value in (low, high)}
         if all(bands) and len(values) == 1 < len(steps):

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
-from urllib.parse import SplitResult, unquote, unquote_to_bytes
+from urllib.parse import SplitResult, unquote_to_bytes
 
 import lxml.etree
 import xxhash
@@ -30,7 +30,7 @@ from megatron_lcl.data.corpus.words import spaced
 from megatron_lcl.data.prepare.importers import Each, Unit
 from megatron_lcl.data.prepare.importers.charsets import text_of_page
 from megatron_lcl.data.prepare.importers.files import FilesImporter, TooLarge, whole_file
-from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page, split_url
+from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, file_path, parse_page, split_url
 from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_keys, without_repeated
 from megatron_lcl.data.prepare.importers.html_scan import Repeats, counting
 from megatron_lcl.data.storage.paths import ObjectPath
@@ -143,7 +143,7 @@ class HtmlImporter(FilesImporter):
         """The file that the URL of an image means; None outside the folder or for another host's."""
         if url.scheme not in ("", "file") or url.netloc:
             return None
-        path = unquote(url.path, errors="surrogateescape")  # as Python has names of files that are not UTF-8
+        path = file_path(url)
         name = posixpath.normpath(posixpath.join("" if path[:1] == "/" else posixpath.dirname(page), path.lstrip("/")))
         return None if name.split("/")[0] == ".." or "\0" in name else self.image_root / name
 

@@ -112,6 +112,11 @@ def split_url(url: str) -> SplitResult | None:
         return None
 
 
+def file_path(url: SplitResult) -> str:
+    """The path of a file that a URL means, which need not be UTF-8: as Python has names of files."""
+    return unquote(url.path, errors="surrogateescape")
+
+
 def parse_page(text: str, name: str) -> Page:
     """The page with the path `name`, of the characters `text`; an empty one where nothing can be read.
 
@@ -151,8 +156,7 @@ def _is_redirect(tree: Any, name: str) -> bool:
             found = _REFRESH.match(meta.get("content") or "")
             if (target := split_url(found[1].strip() if found else "")) is None:
                 continue
-            to = unquote(target.path, errors="surrogateescape")  # as Python has names of files that are not UTF-8
-            path = posixpath.normpath(posixpath.join("/", posixpath.dirname(name), to))
+            path = posixpath.normpath(posixpath.join("/", posixpath.dirname(name), file_path(target)))
             if target.netloc or (target.path and path != f"/{name}"):
                 return True
     return False
