@@ -4,6 +4,8 @@
 set -eu
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 find_python
-# SIGUSR1 and SIGTERM are passed on, and the processes have ten minutes to save
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node="${PROCESSES:-auto}" --shutdown-timeout=600 \
+# SIGUSR1 and SIGTERM are passed on, and the processes have ten minutes to save (torch 2.11 ignores the variable, and
+# refuses the option --shutdown-timeout that 2.12 has for it)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node="${PROCESSES:-auto}" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m megatron_lcl train "$@"

@@ -51,7 +51,8 @@ HALF = (torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)
 """oldest CUDA compute capability for which flash-attn and torch's variable-length kernel are built"""
 TRITON_CAPABILITY = (7, 0)
-"""oldest CUDA compute capability for which Triton compiles, and FlexAttention with it"""
+"""oldest CUDA compute capability for which Triton compiles, and FlexAttention with it; torch itself, in its builds for
+CUDA 13, begins with 7.5"""
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _torch_varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.15 would choose cuDNN's kernel on Hopper and newer: of that it has no deterministic backward, and before
+    # torch 2.15 would choose cuDNN's kernel on 9.x and 10.x: of that it has no deterministic backward, and before
     # cuDNN 9.25 an empty sequence gives NaN there. Backward takes the kernel that forward has taken
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))

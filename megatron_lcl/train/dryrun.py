@@ -36,6 +36,7 @@ from megatron_lcl.model.layers import num_of_parts
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.checks import check, without_pairs
+from megatron_lcl.train.engine import check_built_for
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.kernels import Kernels, choose_kernels, kernels_of_blocks
 from megatron_lcl.train.launch import check_devices
@@ -48,8 +49,10 @@ from megatron_lcl.units import counted, plain
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
 """variable in which a launch script says what it would run"""
-TORCHRUN = "--shutdown-timeout=600 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""what torchrun needs for a run that saves when it is told to end, as in launch/torchrun.sh"""
+TORCHRUN_WAITS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"
+"""the seconds that torchrun gives processes to end after a signal; torch 2.11 knows no other number than its 30"""
+TORCHRUN_SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""the signals that it passes on: what a run needs that saves when it is told to end, as in launch/torchrun.sh"""
 LAST_LINE = "checks      passed: "
 """the text's last line begins so; launch scripts look for it"""
 
@@ -155,7 +158,7 @@ def check_slurm_devices() -> None:
 
 
 def check_cuda_starts() -> None:
-    """UserError where torch counts GPUs, as the driver's management library does, and CUDA cannot use them.
+    """UserError where torch counts GPUs, as the driver's management library does, and CUDA or torch cannot use them.
 
     That library answers also where the fabric manager is down, or the driver is too old for torch's CUDA. With
     PYTORCH_NVML_BASED_CUDA_CHECK `torch.cuda.is_available` asks it alone. What is done here allocates nothing on a GPU.
@@ -170,6 +173,8 @@ def check_cuda_starts() -> None:
             f"({str(error).strip().splitlines()[0]}); see what nvidia-smi says, whether the driver is new enough for "
             f"CUDA {torch.version.cuda}, and, with NVSwitch, whether nvidia-fabricmanager runs in the driver's version"
         ) from None
+    for device in range(visible):
+        check_built_for(device)
 
 
 def is_elsewhere(nodes: int) -> bool:
@@ -212,7 +217,7 @@ def _launch(arguments: Sequence[str], nodes: int, processes: int) -> Iterator[st
         command = f"srun --ntasks-per-node={processes} {program} {line}"
     elif nodes > 1:
         where_and_which = f"--nnodes={nodes} --nproc-per-node={processes} --node-rank=K --master-addr=NODE_0"
-        command = f"torchrun {where_and_which} {TORCHRUN} {line}"
+        command = f"{TORCHRUN_WAITS} torchrun {where_and_which} {TORCHRUN_SIGNALS} {line}"
     else:
         command = f"{program} {line} --processes {processes}"
     yield f"each node   {command}"

@@ -13,6 +13,7 @@ import gc
 import io
 import logging
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,7 @@ def init_processes(config: Config) -> Mesh:
     """Join the process group that the launcher's variables describe (alone where there are none): NCCL or gloo.
 
     RunError where the config's layout does not fit the number of processes, or they cannot meet; UserError where there
-    is no GPU for this one.
+    is no GPU for this one, or torch was not built for it.
     """
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK}.items():
         os.environ.setdefault(name, value)
@@ -69,6 +70,7 @@ def init_processes(config: Config) -> Mesh:
             raise UserError(
                 f"LOCAL_RANK = {own} on a node where torch sees {counted(visible, 'GPU')}; start one process a GPU"
             )
+        check_built_for(own)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
@@ -80,6 +82,19 @@ def init_processes(config: Config) -> Mesh:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return build_mesh(config)
+
+
+def check_built_for(device: int) -> None:
+    """UserError where torch was built for newer GPUs than this one alone: CUDA's "no kernel image", before it comes."""
+    built_for = [int(number) for number in re.findall(r"(?:sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))]
+    major, minor = torch.cuda.get_device_capability(device)
+    if built_for and 10 * major + minor < min(built_for):  # ROCm's are gfx…
+        oldest = "{}.{}".format(*divmod(min(built_for), 10))
+        raise UserError(
+            f"torch {torch.__version__} is built for compute capability {oldest} and newer, and GPU {device} "
+            f"({torch.cuda.get_device_name(device)}) has {major}.{minor}; use a newer one, "
+            "or torch's build for CUDA 12.6 (up to torch 2.14), which begins with 5.0"
+        )
 
 
 def leave_processes(others_wait: bool) -> None:

@@ -22,7 +22,7 @@ from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.errors import UserError
 from megatron_lcl.selftest.cases import Case
 from megatron_lcl.train import checks, dryrun, launch, memory
-from megatron_lcl.train.engine import init_processes
+from megatron_lcl.train.engine import check_built_for, init_processes
 from megatron_lcl.train.launch import adopt_slurm, hosts
 
 TASK = {
@@ -65,8 +65,8 @@ def test_it_prints_what_would_be_launched(capsys: pytest.CaptureFixture[str], ti
     assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"documents", "packs"}, "what the run needs"
     lines = {line[:12].strip(): line[12:] for line in out.splitlines()}
     assert lines["processes"] == "8: 4 on each of 2 nodes"
-    assert lines["each node"].startswith("torchrun --nnodes=2 --nproc-per-node=4 ")
-    assert f" {dryrun.TORCHRUN} -m megatron_lcl train " in lines["each node"]
+    assert lines["each node"].startswith(f"{dryrun.TORCHRUN_WAITS} torchrun --nnodes=2 --nproc-per-node=4 ")
+    assert f" {dryrun.TORCHRUN_SIGNALS} -m megatron_lcl train " in lines["each node"]
     assert lines["each node"].endswith(f"--train.output '{run}'")
     assert "data 4 x pipeline 1 x tensor 2, ZeRO stage 1" in lines["layout"]
     assert "8 packs of 96 tokens: 768 tokens a step; a replica runs 1 micro-batch of 2" in lines["batch"]
@@ -206,6 +206,29 @@ def test_a_node_whose_cuda_does_not_start_fails_the_check(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "torch sees 8 GPUs, but CUDA does not start on this node (Unexpected error from " in err
     assert "Error 802: system not yet initialized); see what nvidia-smi says, " in err
+
+
+def test_a_gpu_older_than_all_that_torch_was_built_for_fails_the_check(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is computed on it; what is built as PTX runs on newer ones."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU-{device}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((8, 0), (7, 0))[device])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"])
+    said = " is built for compute capability 7.5 and newer, and GPU 1 (GPU-1) has 7.0; use a newer one, "
+    code, out, err = dry_run(capsys, *tiny, "--processes", "2")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=re.escape(said)):
+        init_processes(Case().config())
+    for built_for in (["sm_50", "sm_90"], ["compute_70"], ["gfx90a"], []):
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda built_for=built_for: built_for)
+        check_built_for(1)
 
 
 @pytest.mark.parametrize("sweep", [[], ["--sweep", "train.seed=1,2"]], ids=["a run", "a sweep"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from ports import hold_port
+from torch.distributed.launcher.api import LaunchConfig
 
 from megatron_lcl.machine import num_cores
 from megatron_lcl.train import dryrun, launch
@@ -66,7 +68,24 @@ def test_torchrun_is_told_the_same_wherever_it_is_named() -> None:
     """By the script, the page, and a dry run for several machines."""
     page = LAUNCH.parent / "docs" / "launching.md"
     for text in (page.read_text(), (LAUNCH / "torchrun.sh").read_text()):
-        assert all(f" {option} " in text for option in dryrun.TORCHRUN.split())
+        assert re.search(f"[ \n]{dryrun.TORCHRUN_SIGNALS} ", text)
+        assert re.search(f" {dryrun.TORCHRUN_WAITS}[ \n]", text)
+
+
+def test_torchrun_script_sets_what_torch_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With options that torch 2.11 has, too: of those for the time to end it has none."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text('#!/usr/bin/env bash\necho "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $*"\n')
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    command = ["bash", str(LAUNCH / "torchrun.sh"), "--train.steps", "2"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(VENV=str(tmp_path)))
+    seconds, *arguments = said.stdout.split()
+    options = [argument.partition("=")[0] for argument in arguments[: arguments.index("megatron_lcl")]]
+    assert options == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "--signals-to-handle", "-m"]
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1)
+    if hasattr(config, "shutdown_timeout"):  # from torch 2.12 on
+        assert config.shutdown_timeout == 600
 
 
 @pytest.mark.slow
