@@ -141,14 +141,15 @@ def store_by_url(folder: Path) -> Path:
     return folder
 
 
-def store_of_img2dataset(folder: Path) -> Path:
-    """As img2dataset 1.47 leaves it, two images a shard; the third URL could not be loaded."""
+def store_of_img2dataset(folder: Path, digits: int = 5) -> Path:
+    """As img2dataset 1.47 leaves it, two images a shard; the third URL could not be loaded. digits: of the shard, by
+    its option `oom_shard_count`."""
     folder.mkdir()
     for shard in range(2):
         rows = []
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+        with tarfile.open(folder / f"{shard:0{digits}d}.tar", "w") as archive:
             for k in range(2 * shard, 2 * shard + 2):
-                key, there = f"{shard:05d}{k % 2:04d}", k != 2
+                key, there = f"{shard:0{digits}d}{k % 2:04d}", k != 2
                 row = {
                     "url": URLS[k],
                     "caption": "theirs",
@@ -159,7 +160,7 @@ def store_of_img2dataset(folder: Path) -> Path:
                 if there:
                     for suffix, data in (("png", picture(k)), ("txt", b"theirs"), ("json", json.dumps(row).encode())):
                         writers._add(archive, f"{key}.{suffix}", data)
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{shard:05d}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{shard:0{digits}d}.parquet")
     return folder
 
 
@@ -196,6 +197,33 @@ def test_images_by_key(tmp_path: Path) -> None:
         found, drops = documents_of(create("table", tmp_path / "mine.parquet", tmp_path / "files", {}))
         assert plain(found) == [[(picture(1), None, None), "b"], ["d"]]
         assert drops.bad_counts == {"image: file missing": 1}
+
+
+@pytest.mark.parametrize("digits", [6, 8], ids=["6", "8, as DataComp's"])
+def test_images_by_key_where_shards_have_more_digits(tmp_path: Path, digits: int) -> None:
+    """In tars, and in a folder per shard, with img2dataset's tables and without them."""
+    tars, folders = store_of_img2dataset(tmp_path / "tars", digits), tmp_path / "folders"
+    keys, table = [f"{shard:0{digits}d}0001" for shard in (0, 1)], tmp_path / "mine.parquet"
+    for key, k in zip(keys, (1, 3), strict=True):
+        file = folders / key[:digits] / f"{key}.png"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(picture(k))
+    for images in (tars, folders):
+        for column in (pa.array(keys), pa.array([1, 10001])):
+            pq.write_table(pa.table({"key": column, "caption": ["b", "d"]}), table)
+            assert plain(documents_of(create("table", table, images, {}))[0]) == [
+                [(picture(1), None, None), "b"],
+                [(picture(3), None, None), "d"],
+            ]
+    for shard in tars.glob("*.parquet"):
+        shard.rename(folders / shard.name)
+    pq.write_table(pa.table({"url": [URLS[1], URLS[3]], "caption": ["b", "d"]}), table)
+    found, _ = documents_of(create("table", table, folders, {}))
+    assert [row[0][0] for row in plain(found)] == [picture(1), picture(3)]
+    with tarfile.open(tars / "more.tar", "w") as archive:  # the shard in the key goes first, also in a number
+        writers._add(archive, f"{keys[1]}.png", picture(0))
+    pq.write_table(pa.table({"key": [10001], "caption": ["d"]}), table)
+    assert plain(documents_of(create("table", table, tars, {}))[0]) == [[(picture(3), None, None), "d"]]
 
 
 def test_urls_of_our_own_lines_and_of_mmc4(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     some_columns,
 )
 from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, decoded, its_id, text_item
-from megatron_lcl.data.prepare.importers.url_keys import UrlKeys, key_names
+from megatron_lcl.data.prepare.importers.url_keys import UrlKeys
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import raise_if_passing
 
@@ -77,7 +77,7 @@ class TableImporter(ImagesByName, LinesImporter):
         self.given = [name.strip() for name in columns.split(",")] if columns else []
         self.text, self.image, self.join = text_column, image_column, join
         self.look_in(images or self.root)
-        self.keys = UrlKeys(images or self.root)
+        self.keys = UrlKeys(images or self.root, self.images.archives)
         self._marked = frozenset(file for file in self.files if _begins_with_mark(file))
         self._tabs = frozenset(file for file in self.files if _is_csv(file) and self._has_tabs(file))
         self.rules += bool(self._marked) + bool(self._tabs)  # earlier releases read UTF-8 and commas
@@ -225,7 +225,7 @@ class TableImporter(ImagesByName, LinesImporter):
         if self.join == "path":
             return self.images.read(name, near)
         if self.join == "key":
-            return self.images.read(key_names(name), (name[:5], *near))
+            return self.images.read(self.keys.names_of_key(name), (*self.keys.shards_of_key(name), *near))
         return self.images.read([name, *self.keys.names(name)], near)
 
 
