@@ -25,6 +25,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from measuring import versions
 
 from megatron_lcl import config as configs
 from megatron_lcl.train.checkpoint import reshard
@@ -79,6 +80,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         engines[mode] = Checkpointer(engine, config, mesh, folder / mode), own
     num_parameters = sum(p.numel() for p in engine.module.parameters())
     print(f"{num_parameters / 1e6:.0f} million parameters, {torch.get_num_threads()} threads, {options.rounds} rounds")
+    print(versions("torch", "deepspeed"))
 
     stalls: dict[str, list[float]] = {"DeepSpeed": [], "ours, waiting": [], "ours, background": []}
     writes: dict[str, list[float]] = {"ours, waiting": [], "ours, background": []}

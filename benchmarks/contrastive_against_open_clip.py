@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 from claims import exit_unless
+from measuring import versions
 from open_clip.loss import ClipLoss
 
 from megatron_lcl.losses.contrastive import contrastive_loss
@@ -80,6 +81,7 @@ def compare(rank: int, size: int, pairs: int, cuda: bool, result: Any) -> None:
         print(
             f"{size} processes ({where}), {PER_RANK * size} pairs in all, width {WIDTH}, float32; {pairs} pairs of runs"
         )
+        print(versions("torch", "open_clip_torch"))
         for name in ways:
             print(f"{name:<12}{statistics.median(seconds[name]):>8.3f} s   loss {losses[name].item():.6f}")
         ratio = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["open_clip"], strict=True))

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from claims import exit_unless
+from measuring import versions
 from open_clip.tokenizer import SimpleTokenizer
 
 from megatron_lcl.data.corpus.tokenizer import load
@@ -38,6 +39,7 @@ def main() -> None:
             run()
             times[name].append(time.process_time() - start)
     print(f"{len(texts):,} texts, {size:.2f} MB; same ids: {same}; medians of {arguments.rounds} rounds, CPU seconds")
+    print(versions("tokenizers", "open_clip_torch"))
     for name, values in times.items():
         print(f"{name:<14}{size / statistics.median(values):>8.2f} MB/s")
     pairs = zip(times["open_clip"], times["megatron_lcl"], strict=True)

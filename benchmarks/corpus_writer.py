@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from claims import exit_unless
+from measuring import versions
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_lcl.data.corpus.store import ShardWriter
@@ -60,6 +61,7 @@ def main() -> None:
     size = 4 * int(lengths.sum()) / 1e6
     theirs = times["megatron-core, add_item"]
     print(f"{len(pieces):,} pieces, {size:.0f} MB; same bytes: {same}; medians of {arguments.rounds} rounds")
+    print(versions("megatron-core"))
     claims = {"the same bytes": same}
     for key, values in times.items():
         ratio = statistics.median(a / b for a, b in zip(theirs, values, strict=True))

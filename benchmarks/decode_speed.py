@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from claims import exit_unless
+from measuring import versions
 from PIL import Image
 from torchvision.transforms import functional as F
 from torchvision.transforms import transforms
@@ -75,6 +76,7 @@ def main() -> None:
             transforms.Normalize(IMAGE_MEAN, IMAGE_STD),
         ]
     )
+    print(versions("pillow", "torchvision", "simplejpeg"))
     print("side  photographs  images/s ours  images/s torchvision  ratio (median, range)   mean difference of a pixel")
     claims = {}
     for side in arguments.side:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from measuring import resident
+from measuring import resident, versions
 
 from megatron_lcl.curate.duplicates.clusters import equal_keys, find, unite_alike
 from megatron_lcl.curate.duplicates.minhash import choose_bands, shingle_hashes, signature, word_hashes
@@ -45,6 +45,7 @@ def main() -> int:
     arguments = parser.parse_args()
     bands, per_band = choose_bands(THRESHOLD, PERMUTATIONS)
     print(f"{PERMUTATIONS} permutations, threshold {THRESHOLD}: {bands} bands of {per_band} rows")
+    print(versions("numpy", "duckdb", "polars", "ray", "datasketch", "rensa"))
     print(f"{'rows':>10} {'grouped by':<12}{'seconds':>10}{'of ours':>9}{'peak GB':>9}{'clusters':>10}")
     agree = True
     for rows in arguments.rows:

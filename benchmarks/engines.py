@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import local_slurm
 from data.helpers import TOKENIZER, contents
 from data.writers import picture, write_jsonl
+from measuring import versions
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 
@@ -78,6 +79,7 @@ def main() -> None:
                 assert contents(output) == contents(folder / "workers-0"), name
     least = statistics.median(seconds["workers"])
     print(f"{given.documents:,} documents, {given.jobs} jobs, median of {given.rounds}; load {os.getloadavg()[0]:.1f}")
+    print(versions("ray"))
     for name in names:
         median = statistics.median(seconds[name])
         said = f"{name:8} {median:7.1f} s  {median / least:5.2f} x"

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from claims import exit_unless
+from measuring import versions
 
 from megatron_lcl.losses.generation import generation_loss
 
@@ -62,6 +63,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ways = peers()
+    print(versions("torch", "liger-kernel"))
     print(f"{'relative error of':<28}{'loss':>10}{'d hidden':>10}{'d weight':>10}   dtype of the loss")
     claims = {}
     for dtype in (torch.bfloat16, torch.float32):

@@ -1,7 +1,8 @@
-"""Memory of a process as Linux has it, for the programs beside this file."""
+"""Memory of a process as Linux has it, and what a program was measured with, for the programs beside this file."""
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 
@@ -13,3 +14,15 @@ def resident(field: str, process: int | str = "self") -> float:
     """
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return 0.0 if lines["State"].split()[0] in "ZX" else int(lines[field].split()[0]) / 1024
+
+
+def versions(*packages: str) -> str:
+    """Packages with their versions, for the heading of a table: "torch 2.13.0, liger-kernel (not installed)"."""
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "(not installed)"
+
+    return ", ".join(f"{package} {version(package)}" for package in packages)

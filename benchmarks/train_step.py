@@ -60,7 +60,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import exit_unless
-from measuring import resident
+from measuring import resident, versions
 from train_step_ways import COCA, CONFIGS, ROWS, Parts, begin, num_workers, place
 
 REFERENCE = "like the reference float32"
@@ -118,6 +118,7 @@ def report(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, A
     depth = f", {arguments.depth} blocks an encoder" if arguments.depth else ""
     where = torch.cuda.get_device_name() if has_gpu else f"{os.cpu_count()} cores"
     print(f"{CONFIGS[arguments.model]}{depth}; {where}, {num_workers(has_gpu)} that read; step s is a median")
+    print(versions("torch", "deepspeed", "open_clip_torch"))
     columns = [
         "docs/s", "images/s", "tokens/s", "images", "tokens", "step s", "TFLOP", "peak GF/s", "of peak", "bound", "MiB",
     ]  # fmt: skip

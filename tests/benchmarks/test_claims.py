@@ -1,4 +1,4 @@
-"""Benchmarks judge what they claim: what is missed is named, and the exit code is 1."""
+"""Benchmarks judge what they claim: what is missed is named, and the exit code is 1; and name what they measured."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def missed(claims: dict[str, bool]) -> list[str]:
     return [claim for claim, holds in claims.items() if not holds]
+
+
+def test_what_a_table_was_measured_with_is_named() -> None:
+    said = importlib.import_module("measuring").versions("numpy", "a-package-nobody-has")
+    assert said == f"numpy {np.__version__}, a-package-nobody-has (not installed)"
 
 
 def test_what_does_not_hold_is_named() -> None:
