@@ -21,13 +21,19 @@ _SAME_SECONDS = 10.0
 
 @contextmanager
 def holding_interrupts(signals: Collection[signal.Signals] = (signal.SIGINT,)) -> Iterator[None]:
-    """Ctrl-C, or what else is given, comes afterwards, so that whoever starts processes knows of all that it has
-    started.
+    """`deferring` for whoever starts processes, so that it knows of all that it has started.
 
     They are born with it held back, so that none is met importing: they let it through with `end_with_command`, or are
     ended by who started them.
     """
     resource_tracker.ensure_running()  # which lets the signals through where it is started in here
+    with deferring(signals):
+        yield
+
+
+@contextmanager
+def deferring(signals: Collection[signal.Signals]) -> Iterator[None]:
+    """Signals that come meanwhile come afterwards, each once."""
     came: list[int] = []
     in_main = threading.current_thread() is threading.main_thread()  # where handlers run, whichever thread is met
 

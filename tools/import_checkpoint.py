@@ -7,4 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_lcl.cli import main
 
 if __name__ == "__main__":  # worker processes import this file too
-    raise SystemExit(main(["import", *sys.argv[1:]]))
+    sys.argv.insert(1, "import")
+    raise SystemExit(main())

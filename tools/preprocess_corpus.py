@@ -7,4 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_lcl.cli import main
 
 if __name__ == "__main__":  # worker processes import this file too
-    raise SystemExit(main(["preprocess", *sys.argv[1:]]))
+    sys.argv.insert(1, "preprocess")
+    raise SystemExit(main())

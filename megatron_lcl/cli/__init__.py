@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = 128 + signal.SIGINT
     ended.append(code)
     if arguments is None and threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGTERM, signal.SIGUSR1):  # a late copy of one that was answered changes no exit code
+        # a late copy of one that was answered changes no exit code
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, lambda *_: os._exit(code))
     return code

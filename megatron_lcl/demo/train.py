@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +20,7 @@ from megatron_lcl.convert.find import find_checkpoint
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.demo.write import CORPORA, EVALUATE, HELD_OUT, SOURCES, TRAINING
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, complain
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.evaluate.results import Result
 from megatron_lcl.evaluate.run import evaluate
@@ -27,6 +28,7 @@ from megatron_lcl.report.page import REPORT, write_report
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checks import check
 from megatron_lcl.train.launch import default_processes, start_local
+from megatron_lcl.train.resilience.start import code_of_signal
 
 RUN, CACHE = "run", "cache"
 """folders of the output"""
@@ -80,10 +82,16 @@ def packaged_config(package: str, name: str, corpora: Mapping[str, Path], output
 
 
 def train_on_this_machine(config: Config, file: Path) -> int:
-    """Train by the config, which lies in `file`, with as many processes as this machine has use for; the exit code."""
+    """Train by the config, which lies in `file`, with as many processes as this machine has use for; the exit code,
+    that of a signal also where it came when the training had no more use for it: what follows is not begun."""
     processes = default_processes(config)
     check(config, processes)
-    return start_local(["train", "--config", str(file)], processes)
+    told: list[int] = []
+    code = start_local(["train", "--config", str(file)], processes, told)
+    if told and not code:
+        complain(f"megatron-lcl: {signal.Signals(told[0]).name}: stopped; the same command goes on")
+        return code_of_signal(told[0])
+    return code
 
 
 def name_pictures(data: Path, run: Path, cache: Path) -> str:

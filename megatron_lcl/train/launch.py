@@ -28,7 +28,7 @@ from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError, complain
 from megatron_lcl.machine import num_cores, num_gpus
 from megatron_lcl.processes import same_code
-from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal
+from megatron_lcl.train.resilience.start import code_of_signal, handle
 from megatron_lcl.units import counted
 
 GRACE_SECONDS = 30.0
@@ -138,9 +138,10 @@ def start_local(arguments: Sequence[str], processes: int, told: list[int] | None
     """Run `python -m megatron_lcl ARGUMENTS`, with the code of this process, in so many; their exit code (the first
     that failed).
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on; before the processes watch each other, where nothing has begun, they end
-    all at once. When one process has ended with a failure, the others notice that by themselves (`watchdog`); those
-    that do not, or have not even begun to watch, are killed after a while. None outlives this process (on Linux).
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on; before the processes watch each other, where nothing has begun,
+    they end all at once. SIGTSTP (Ctrl-Z) stops all, until this process goes on. When one process has ended with a
+    failure, the others notice that by themselves (`watchdog`); those that do not, or have not even begun to watch, are
+    killed after a while. None outlives this process (on Linux).
     told: is given the signals that came, for a caller that has more to start.
     """
     threads = max(1, num_cores() // processes)
@@ -168,7 +169,18 @@ def start_local(arguments: Sequence[str], processes: int, told: list[int] | None
         came.append(signum)
         told.append(signum)
 
-    before = {s: signal.signal(s, note) for s in SIGNALS}
+    def suspend(_signum: int, _frame: object) -> None:
+        """Stop with the processes and their loaders, which a terminal's Ctrl-Z does not reach, and go on with them."""
+        for signum in (signal.SIGSTOP, signal.SIGCONT):
+            for child in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signum)
+            if signum == signal.SIGSTOP:
+                signal.raise_signal(signum)  # returns when this process is to go on
+
+    before = handle(note)
+    if signal.getsignal(signal.SIGTSTP) is not signal.SIG_IGN:
+        before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, suspend)
     try:
         return _wait(" ".join(["megatron-lcl", *arguments[:1]]), children, _Heard(watched), came)
     finally:

@@ -20,7 +20,7 @@ from train.resilience import fleet
 from megatron_lcl import machine
 from megatron_lcl.cli import main, version
 from megatron_lcl.interrupts import end_with_command, holding_interrupts
-from megatron_lcl.train.resilience.start import REQUEUE, SIGNALS
+from megatron_lcl.train.resilience.start import REQUEUE
 
 SLOW = """
 import os, pathlib, time
@@ -71,7 +71,7 @@ def stopped_in(tmp_path: Path) -> Callable[..., tuple[int, str]]:
     return stop
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("module", ["pydantic", "torch"])
 def test_train_that_has_not_begun(stopped_in: Callable[..., tuple[int, str]], module: str, signum: int) -> None:
     """Before and after its arguments are read; a requeue loses nothing, for there is nothing."""
@@ -151,7 +151,7 @@ def test_where_torch_is_imported_python_does_not_take_its_modules_apart(how: str
         assert done.stderr.count("Traceback") == (how == "raise ValueError")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_that_comes_when_the_command_has_ended_changes_no_exit_code(signum: int) -> None:
     """It may come later to one process of several than to another, which has answered it for all."""
     program = (

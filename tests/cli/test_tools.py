@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lcl import cli
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
@@ -49,6 +51,17 @@ def test_each_starts_from_another_folder(checkout: Path, tmp_path: Path) -> None
         said, faults = process.communicate(timeout=120)
         assert process.returncode == 0, faults
         assert said.startswith(f"usage: megatron-lcl {name.partition('_')[0]} ")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_is_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose process ends with it: `main` without arguments, so that Ctrl-C at the end has no traceback."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.setattr(cli, "main", lambda: 3)
+    with pytest.raises(SystemExit, match=r"^3$"):
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    assert sys.argv == [name, name.partition("_")[0], "--help"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

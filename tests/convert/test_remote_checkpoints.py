@@ -24,7 +24,7 @@ from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.convert.find import find_average
 from megatron_lcl.convert.folder import RECORDS, write_record
 from megatron_lcl.convert.manifest import fingerprint, manifest_text
-from megatron_lcl.data.corpus import cache_folders, scratch
+from megatron_lcl.data.corpus import cache_folders, owners
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
@@ -185,7 +185,7 @@ def test_machines_that_no_lock_keeps_apart_copy_at_once(run: str, cache: Path, m
         if not others:
             others.append(folder)
             with monkeypatch.context() as patch:
-                patch.setattr(scratch, "_machine", lambda: "another")
+                patch.setattr(owners, "machine", lambda: "another")
                 others[0] = remote.local_copy(run)
 
     monkeypatch.setattr(Store, "fetch", fetched)

@@ -23,7 +23,7 @@ from megatron_lcl.curate.languages import context_of
 from megatron_lcl.curate.page import write_page
 from megatron_lcl.curate.run import curate, read_curated
 from megatron_lcl.curate.settings import Settings, as_recipe, preset_names, read_settings
-from megatron_lcl.data.corpus import scratch
+from megatron_lcl.data.corpus import owners
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
@@ -164,7 +164,7 @@ def test_a_dry_run_removes_what_a_killed_one_left(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left = tmp_path / f"megatron-lcl-curate-{scratch._machine()}-{2**30}-{'0' * 32}"  # no process has that number
+    left = tmp_path / f"megatron-lcl-curate-{owners.machine()}-{2**30}-{'0' * 32}"  # no process has that number
     left.mkdir()
     curate(source, None)
     assert [*tmp_path.iterdir()] == []

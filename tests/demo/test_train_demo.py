@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from demo.test_emoji import LABELS, write_packages
 
 from megatron_lcl import LCL
 from megatron_lcl.cli import main
-from megatron_lcl.config import load
+from megatron_lcl.config import Config, load
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.demo import train as train_module
 from megatron_lcl.evaluate.sources import open_images
@@ -38,7 +39,23 @@ def test_train_goes_with_what_has_a_held_out_artist(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "out").exists()
 
 
-def save_untrained(command: Sequence[str], processes: int) -> int:
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_at_the_last_step_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signum: signal.Signals, code: int
+) -> None:
+    """The training had no more use for it; what follows is not begun."""
+
+    def start(_command: Sequence[str], _processes: int, told: list[int]) -> int:
+        told.append(signum)
+        return 0
+
+    monkeypatch.setattr(train_module, "check", lambda *_: None)
+    monkeypatch.setattr(train_module, "start_local", start)
+    assert train_module.train_on_this_machine(Config(), Path("config.yaml")) == code
+    assert capsys.readouterr().err == f"megatron-lcl: {signum.name}: stopped; the same command goes on\n"
+
+
+def save_untrained(command: Sequence[str], processes: int, told: list[int]) -> int:
     """In place of training: the weights that a run of this config begins with."""
     assert command[0] == "train"
     config = load(Path(command[-1]))

@@ -271,6 +271,59 @@ def test_a_signal_that_comes_while_the_launcher_reads_what_its_processes_say(
     assert (out, err) == ("saved\n", "")
 
 
+def test_a_hang_up_under_nohup_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -HUP $PPID $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    told: list[int] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch.start_local([], 1, told) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not told
+
+
+STOPPED = """
+import os, signal, sys, time
+launcher = os.getppid()
+if loader := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(loader, 0)[1]))
+signal.signal(signal.SIGCONT, lambda *_: os._exit(0))
+with open(sys.argv[0] + ".pids", "w") as file:
+    file.write(f"{os.getpid()} {os.getppid()}")
+os.kill(launcher, signal.SIGTSTP)
+time.sleep(10)
+sys.exit("nobody continues what is stopped")
+"""
+
+
+@pytest.mark.timeout(60)
+def test_ctrl_z_stops_its_processes_until_it_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With those that they have started; the terminal reaches none of them."""
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}{STOPPED}")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    stopped: list[int] = []
+
+    def stop(signum: int) -> None:
+        """In place of stopping this process, which goes on at once."""
+        stopped.append(signum)
+        pids = (tmp_path / "python.pids").read_text().split()
+        while [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids] != ["T", "T"]:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(signal, "raise_signal", stop)
+    before = signal.signal(signal.SIGTSTP, lambda *_: None)
+    try:
+        assert launch.start_local([], 1) == 0
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+    assert stopped == [signal.SIGSTOP]
+
+
 @pytest.mark.parametrize(
     ("of_connections", "allowed"),
     [

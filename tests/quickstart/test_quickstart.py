@@ -275,11 +275,11 @@ def test_the_report_in_a_browser(output: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_exit_code_is_that_of_the_training(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for code in (130, 75):
-        monkeypatch.setattr(train_module, "start_local", lambda arguments, processes, code=code: code)
+        monkeypatch.setattr(train_module, "start_local", lambda arguments, processes, told, code=code: code)
         assert main(arguments(output.parent / "pages", output)) == code
 
 
-def start_forked(command: Sequence[str], processes: int) -> int:
+def start_forked(command: Sequence[str], processes: int, told: list[int]) -> int:
     """The same processes, forked: they have imported everything."""
     with Fleet(Path(command[-1]).parent / RUN, *command[1:], size=processes) as fleet:
         return max(code if code is not None else 1 for code in fleet.wait())

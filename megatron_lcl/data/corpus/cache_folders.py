@@ -20,7 +20,8 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from megatron_lcl.data.corpus.scratch import UNUSED_SECONDS, lock_file
+from megatron_lcl.data.corpus.owners import UNUSED_SECONDS
+from megatron_lcl.data.corpus.scratch import lock_file
 from megatron_lcl.data.storage.blocks import disk_use
 from megatron_lcl.data.storage.open_files import allow_open_files
 from megatron_lcl.errors import UserError, free_space, is_full

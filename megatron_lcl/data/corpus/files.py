@@ -6,14 +6,15 @@ import contextlib
 import errno
 import os
 import stat
-import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from megatron_lcl.data.corpus.owners import left_over, own_name
 from megatron_lcl.errors import naming
 from megatron_lcl.filesystem import below, exists, is_file
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 CORPUS_MANIFEST = "corpus.json"
 """a corpus's file that is written last (`corpus_manifest.py`)"""
 _BLOCK = 1 << 22
+_TEMPORARY = ".tmp"
+"""how the name ends of a file that is being written"""
 
 
 def hash_file(path: Path) -> str:
@@ -87,13 +90,15 @@ def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
 def replace_bytes(path: Path, content: bytes) -> None:
     """Write a file; whoever reads it, even after a crash, finds it as it was before or as it is now.
 
-    A link stays, its target is replaced. Where this fails nothing is left behind, and the OSError names the file.
+    A link stays, its target is replaced. Where this fails nothing is left behind, and the OSError names the file. What
+    a process leaves that is killed goes when another one writes a file into the same folder in this way.
     """
     if exists(path) and not is_file(path):  # a pipe or a device, which is not replaced
         path.write_bytes(content)
         return
     target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")  # several may write one file at once
+    _clear_dead(target.parent)
+    temporary = target.with_name(own_name(".", _TEMPORARY))  # several may write one file at once
     try:
         temporary.write_bytes(content)
         sync(temporary)
@@ -103,6 +108,14 @@ def replace_bytes(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@cache  # once in this process: the folder may have many files
+def _clear_dead(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it may be written, and not listed
+        for left in left_over(folder, ".", _TEMPORARY):
+            with contextlib.suppress(OSError):  # another user's
+                left.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -7,15 +7,11 @@ where the file system has them, save work that would be done twice. What does de
 from __future__ import annotations
 
 import errno
-import glob
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -23,20 +19,16 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 from megatron_lcl.data.corpus.files import sync, sync_all
+from megatron_lcl.data.corpus.owners import UNUSED_SECONDS, left_over, own_name
 from megatron_lcl.data.storage.names import SCRATCH
 from megatron_lcl.errors import UserError, is_mendable
 from megatron_lcl.filesystem import GONE, below, exists, is_dir, matching
-from megatron_lcl.interrupts import ending_on_sigterm
+from megatron_lcl.interrupts import ENDING, deferring, ending_on_sigterm
 from megatron_lcl.processes import UNGUARDED, runs_script_again
 
-UNUSED_SECONDS = 86400.0
-"""after which what nobody has used or written is taken for left over"""
 _BEAT_SECONDS = UNUSED_SECONDS / 24
 _NEW, _REPLACED = "new", "replaced"
 """in the scratch folder of `whole_folder`: the new folder, until it has its name, and what it takes the place of"""
-_OWNER = re.compile(r"([0-9a-f]{32}(?:-\d+)?)-(\d+)-[0-9a-f]{32}")
-"""how a scratch folder's name ends: `_machine`, process, and what is this folder's alone; what stands before them is
-the whole prefix, where names of outputs have dots (run, run.v2)"""
 _POLL_SECONDS = 0.2
 """between attempts at a lock that another process holds"""
 _ANEW = 100
@@ -50,7 +42,7 @@ def scratch_folder(work: Path, prefix: str = SCRATCH) -> Iterator[Path]:
 
     prefix: how its name begins. What a process leaves that is killed, `clear_dead` removes.
     """
-    folder = work / f"{prefix}{_machine()}-{os.getpid()}-{uuid.uuid4().hex}"
+    folder = work / own_name(prefix)
     folder.mkdir()
     try:
         with kept_fresh(folder, _BEAT_SECONDS):
@@ -108,7 +100,8 @@ def _stays(_output: Path) -> str:
 @contextmanager
 def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Iterator[Path]:
     """A folder that takes the place of `output` at the end, once all of it is on the disk, and is gone where that is
-    not reached: by SIGTERM too, and after SIGKILL when the next one is made for the same output.
+    not reached: by SIGTERM too, and after SIGKILL when the next one is made for the same output. Ctrl-C and SIGTERM
+    that come while it takes that place come afterwards, when what it has replaced is gone, too.
 
     objection: why something that is no empty folder has to stay; "" where it may be replaced. UserError with it, before
     the work and after it, and before the work where no other folder can take the output's place. An OSError of what is
@@ -129,20 +122,28 @@ def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Ite
         return True
 
     beside.mkdir(parents=True, exist_ok=True)
-    for left in _ended(beside, prefix):
+    for left in left_over(beside, prefix):
         with suppress(OSError):  # nothing was replaced yet, or it is another user's
             if exists(left / _NEW):  # else killed after both renames below, perhaps while it removed the old folder
                 (left / _REPLACED).rename(target)
         shutil.rmtree(left, ignore_errors=True)
     to_move(target)
-    with _named(output, beside / prefix), ending_on_sigterm(), scratch_folder(beside, prefix) as scratch:
+    with (
+        _named(output, beside / prefix),
+        ending_on_sigterm(),
+        ExitStack() as until_cleared,
+        scratch_folder(beside, prefix) as scratch,
+    ):
         folder, replaced = scratch / _NEW, scratch / _REPLACED
         folder.mkdir()
         yield folder
         sync_all(folder)
+        seen = _files_of(target)
+        replaces = to_move(target)  # which may take long
+        # two of these, between the renames and while the old one is put back, would remove both with the scratch folder
+        until_cleared.enter_context(deferring(ENDING))
         try:
-            seen = _files_of(target)
-            if to_move(target):  # which may take long
+            if replaces:
                 target.rename(replaced)
                 if _files_of(replaced) != seen:
                     raise UserError(f"{output} was written to by something else meanwhile; give another place")
@@ -152,6 +153,13 @@ def whole_folder(output: Path, objection: Callable[[Path], str] = _stays) -> Ite
                 replaced.rename(target)
             raise
         sync(beside)
+
+
+def clear_replaced(output: Path) -> None:
+    """Remove what a `whole_folder` that was killed once `output` was whole has left beside it."""
+    target = output.resolve()
+    with suppress(OSError):  # the folder above may be written, and not listed
+        clear_dead(target.parent, f".{target.name}.")
 
 
 @contextmanager
@@ -186,19 +194,8 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 def clear_dead(work: Path, prefix: str = SCRATCH) -> None:
     """Remove the scratch folders, of a prefix, of processes that have ended."""
-    for folder in _ended(work, prefix):
+    for folder in left_over(work, prefix):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _ended(work: Path, prefix: str) -> Iterator[Path]:
-    """The scratch folders, of a prefix, of processes that have ended; one of another machine has where nothing in its
-    folder was written for UNUSED_SECONDS, as `scratch_folder` writes its time."""
-    for folder in matching(work, glob.escape(prefix) + "*"):
-        if (owner := _OWNER.fullmatch(folder.name.removeprefix(prefix))) is None:
-            continue  # a user's
-        machine, pid = owner[1], int(owner[2])
-        if not _alive(pid) if machine == _machine() else time.time() - _written(folder) > UNUSED_SECONDS:
-            yield folder
 
 
 def is_scratch(path: Path) -> bool:
@@ -324,36 +321,3 @@ def try_lock(lock: int | None) -> bool:
         return lock_descriptor(lock, blocking=False)
     except OSError:
         return True
-
-
-def _machine() -> str:
-    """Names where process ids are unique, until the next boot: hosts may share a name, and containers a host."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip().replace("-", "")
-        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return uuid.uuid4().hex  # no process's
-
-
-def _written(folder: Path) -> float:
-    """When something was last written in a folder, as seconds since 1970: now, where it changes while it is looked at,
-    or cannot be."""
-    try:
-        return max(path.lstat().st_mtime for path in (folder, *below(folder)))
-    except OSError:
-        return time.time()
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process runs: not where it has ended, and its parent only has not asked how."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    try:
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except OSError:  # another user's, which the system may hide
-        return True
-    return state not in (b"Z", b"X")

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-_IGNORED = {signal.SIGINT, signal.SIGUSR1}
+_IGNORED = {signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 _HELD = {signal.SIGTERM, signal.SIGCHLD, *_IGNORED}
 _KILLED_SECONDS = 5.0
 """which one needs to end, unless it waits for a file server, for which nobody else is to wait"""
@@ -62,7 +62,7 @@ def kill(workers: Sequence[BaseProcess]) -> None:
 
 
 def _begin(main: int, threshold: tuple[int, int, int], mask: Collection[int], worker: int) -> None:
-    """A worker ends when the main process wants it to or is gone, and by no other SIGTERM, SIGINT or SIGUSR1.
+    """A worker ends when the main process wants it to or is gone, and by no other signal that asks a run to end.
 
     Schedulers and terminals signal the whole process group; the main process then saves, and needs its workers.
 

@@ -22,7 +22,7 @@ from megatron_lcl.data.corpus.corpus_manifest import (
 from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
 from megatron_lcl.data.corpus.files import blocks
 from megatron_lcl.data.corpus.indexed import write_file
-from megatron_lcl.data.corpus.scratch import whole_folder
+from megatron_lcl.data.corpus.scratch import clear_replaced, whole_folder
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.storage.paths import path_of
 from megatron_lcl.data.storage.store import url_of
@@ -52,6 +52,8 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
             raise UserError("a corpus is given twice")
         with whole_folder(output) as folder:
             _join(sources, folder)
+    else:
+        clear_replaced(output)
     if move:
         for source in sources:
             _remove(source)

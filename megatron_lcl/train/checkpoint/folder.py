@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Container, Mapping
@@ -39,6 +40,8 @@ STATE = "state"
 RNG = "rng"
 SMALL = (PROGRESS, CONFIG)
 """the files of a checkpoint that say where its run stood"""
+_DELETED = ".old"
+"""how the name ends of what is being deleted"""
 REPLACED = ".replaced"
 """how the name ends of a checkpoint that is about to be replaced by another of the same step"""
 
@@ -306,12 +309,18 @@ def _without_successor(folder: Path) -> dict[Path, Path]:
 
 def set_aside(folder: Path) -> Path:
     """Rename a folder so that it is no checkpoint, but what `clear_leftovers` removes; the name, which no other has."""
-    return folder.rename(folder.with_name(f".{folder.name.lstrip('.')}.{time.time_ns()}.old"))
+    return folder.rename(folder.with_name(f".{folder.name.lstrip('.')}.{time.time_ns()}{_DELETED}"))
 
 
 def delete(folder: Path) -> list[str]:
     """Delete a checkpoint; where that is interrupted, what is left does not look like one. As `clear_leftovers`."""
-    return _remove(set_aside(folder))
+    return remove(set_aside(folder))
+
+
+def half_deleted(folder: Path) -> list[Path]:
+    """What deletions that were interrupted, or are at work, have left in a run's folder of checkpoints; nothing that a
+    save writes or puts back."""
+    return matching(folder, f".step-*{_DELETED}")
 
 
 def clear_leftovers(folder: Path) -> list[str]:
@@ -322,7 +331,7 @@ def clear_leftovers(folder: Path) -> list[str]:
     """
     with contextlib.suppress(OSError):
         put_back(folder)
-    return [fault for leftover in _leftovers(folder) for fault in _remove(leftover)]
+    return [fault for leftover in _leftovers(folder) for fault in remove(leftover)]
 
 
 def leftover_bytes(folder: Path) -> int:
@@ -340,10 +349,11 @@ def _leftovers(folder: Path) -> list[Path]:
     return [path for path in matching(folder, ".step-*") if path not in kept]
 
 
-def _remove(folder: Path) -> list[str]:
+def remove(folder: Path) -> list[str]:
+    """Remove a folder, or what another process that is at it leaves of it; what cannot be removed, and why."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)  # whatever else of it can go
-        return [describe_os_error(error, folder)]
+        return [describe_os_error(error, folder)] if os.path.lexists(folder) else []
     return []

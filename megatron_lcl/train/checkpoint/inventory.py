@@ -10,8 +10,8 @@ from megatron_lcl.config import load, replace
 from megatron_lcl.convert.find import checkpoints_in, run_of
 from megatron_lcl.convert.manifest import MANIFEST, Unread, read_manifest, verify
 from megatron_lcl.errors import UserError
-from megatron_lcl.run_folder import CONFIG
-from megatron_lcl.train.checkpoint.folder import delete, read_progress, step_of, superseded
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
+from megatron_lcl.train.checkpoint.folder import delete, half_deleted, read_progress, remove, step_of, superseded
 
 
 def checkpoints_of(path: Path) -> list[Path]:
@@ -57,9 +57,9 @@ def prune(
 ) -> Iterator[str]:
     """Delete a run's checkpoints but the newest `keep_last` that verify and those at multiples of `keep_every` steps.
 
-    None: as the run's config says. Damaged ones go too, but not those of which a file cannot be read. Yields a line for
-    each of these, and for each that is (or, with `dry_run`, would be) deleted. UserError, and nothing is deleted, where
-    none verifies.
+    None: as the run's config says. Damaged ones go too, but not those of which a file cannot be read, and so does
+    what deletions that were interrupted have left. Yields a line for each that cannot be read, and for each that is
+    (or, with `dry_run`, would be) deleted. UserError, and nothing is deleted, where none verifies.
     """
     if step_of(run) >= 0:
         raise UserError(f"{run} is one checkpoint; prune takes the run's folder, {run_of(run)}")
@@ -72,10 +72,15 @@ def prune(
     if not whole:
         raise UserError(f"no checkpoint of {run} verifies; nothing was deleted")
     old = set(superseded(whole, keep))
+    deleted = "would delete" if dry_run else "deleted"
+    for leftover in half_deleted(run / CHECKPOINTS):  # before others, which, where this fails, are left as well
+        left = [] if dry_run else remove(leftover)
+        yield f"{deleted} {leftover} (left by a deletion that was interrupted)"
+        yield from (f"could not delete {fault}" for fault in left)
     for folder, wrong in found.items():
         if unread := next((fault for fault in wrong if isinstance(fault, Unread)), None):
             yield f"kept {folder}, which cannot be read ({unread})"
         elif wrong or folder in old:
             left = [] if dry_run else delete(folder)
-            yield f"{'would delete' if dry_run else 'deleted'} {folder}" + (f" (damaged: {wrong[0]})" if wrong else "")
+            yield f"{deleted} {folder}" + (f" (damaged: {wrong[0]})" if wrong else "")
             yield from (f"could not delete {fault}" for fault in left)

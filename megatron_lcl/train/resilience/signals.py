@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal, leave
+from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal, handle, leave
 
 SAME_SECONDS = 1.0
 """signals this close together are one: a scheduler and a launcher that passes signals on both reach a process"""
@@ -65,7 +65,7 @@ class Signals:
         """number of the first signal; 0: none yet"""
         self.answered = False
         """the run saves for it, and then ends"""
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
         self._ends: tuple[int, int] | None = None
 
     def __enter__(self) -> Signals:
@@ -74,7 +74,7 @@ class Signals:
         self._ends = os.pipe()
         os.set_blocking(self._ends[1], False)
         self._wakeup = signal.set_wakeup_fd(self._ends[1])
-        self._handlers = {s: signal.signal(s, self._note) for s in SIGNALS}
+        self._handlers = handle(self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # those that `start` held back come now
         threading.Thread(target=self._listen, args=(self._ends[0],), daemon=True).start()
         return self

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """those that ask a run to end"""
 REQUEUE = 75
 """exit code: stopped by a signal with everything saved, start me again (EX_TEMPFAIL of sysexits.h)"""
@@ -19,6 +19,13 @@ LOST = 71
 """exit code: a process or a machine was lost (EX_OSERR of sysexits.h); the last checkpoint is where to go on"""
 WRITE_SECONDS = 5.0
 """that a process which ends gives to what it has to say: the storage may be what hangs"""
+
+
+def handle(handler: Callable[[int, FrameType | None], object]) -> dict[signal.Signals, Any]:
+    """Set a handler for `SIGNALS`, but for those that whoever started this process wants ignored, as `nohup` does
+    SIGHUP; the handlers until then."""
+    wanted = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    return {signum: signal.signal(signum, handler) for signum in wanted}
 
 
 def code_of_signal(signum: int) -> int:
@@ -38,9 +45,8 @@ def answer_signals(training: bool) -> Iterator[None]:
         return
     launched = _launched(os.environ)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if launched else ())
-    wanted = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
     # a late copy of a signal that the run has answered may find threads of the run which do not hold it back
-    handlers = {signum: signal.signal(signum, _ignore if launched else _end) for signum in wanted}
+    handlers = handle(_ignore if launched else _end)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from data.corpus.conftest import DOCUMENTS
 from data.helpers import TOKENIZER, plain
 from forks import fork_context
 
+from megatron_lcl.data.corpus import owners
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.prepare import merge as merge_module
 from megatron_lcl.data.prepare.merge import link_file, merge
@@ -34,8 +35,11 @@ def test_merge(corpus: Path, tmp_path: Path, move: bool) -> None:
     linked = {p.name: p.stat().st_nlink for p in (tmp_path / "both").iterdir()}
     ours = {"corpus.json", "drops.jsonl"}  # written anew; moved or linked, nothing else is copied
     assert {name for name, links in linked.items() if links == 1} == (set(linked) if move else ours)
+    left = tmp_path / f".both.{owners.machine()}-{2**30}-{'0' * 32}"  # of a merge that was killed when it was done
+    left.mkdir()
     again = merge([corpus, tmp_path / "second"], tmp_path / "both", move=move)
     assert again["fingerprint"] == manifest["fingerprint"]
+    assert not left.exists()
 
 
 def test_a_move_that_is_interrupted_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from forks import fork_context
 from users import as_other, needs_root, shared_folder, succeeds
 
 from megatron_lcl.convert.folder import new_folder, write_record
-from megatron_lcl.data.corpus import scratch
+from megatron_lcl.data.corpus import files, owners, scratch
 from megatron_lcl.data.corpus.cache_folders import locked
 from megatron_lcl.errors import UserError
 
@@ -42,7 +43,7 @@ def test_left_or_in_use(tmp_path: Path, here: bool, alive: bool, written: int | 
     process = fork_context().Process()
     process.start()
     process.join()
-    machine, pid = scratch._machine() if here else ANOTHER, os.getpid() if alive else process.pid
+    machine, pid = owners.machine() if here else ANOTHER, os.getpid() if alive else process.pid
     folder = tmp_path / f"scratch-{machine}-{pid}-{'0' * 32}"
     (folder / "below").mkdir(parents=True)
     (folder / "below" / "file").touch()
@@ -57,7 +58,7 @@ def test_a_process_that_nobody_has_asked_how_it_ended_has_left_its_folder(tmp_pa
     process = fork_context().Process()
     process.start()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[arg-type]
-    folder = tmp_path / f"scratch-{scratch._machine()}-{process.pid}-{'0' * 32}"
+    folder = tmp_path / f"scratch-{owners.machine()}-{process.pid}-{'0' * 32}"
     folder.mkdir()
     scratch.clear_dead(tmp_path)
     process.join()
@@ -72,7 +73,7 @@ def test_one_in_use_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.Mo
         ends = time.monotonic() + 30
         while folder.stat().st_mtime == 1 and time.monotonic() < ends:
             time.sleep(0.01)
-        monkeypatch.setattr(scratch, "_machine", lambda: "another")
+        monkeypatch.setattr(owners, "machine", lambda: "another")
         scratch.clear_dead(tmp_path)
         assert folder.exists()
 
@@ -103,7 +104,7 @@ def test_temporary_folders_of_killed_processes_go(tmp_path: Path, monkeypatch: p
     process = fork_context().Process()
     process.start()
     process.join()
-    left = [tmp_path / f"{name}-{scratch._machine()}-{process.pid}-{'0' * 32}" for name in ("ours", "theirs")]
+    left = [tmp_path / f"{name}-{owners.machine()}-{process.pid}-{'0' * 32}" for name in ("ours", "theirs")]
     for folder in left:
         folder.mkdir()
     with scratch.temporary_folder("ours-") as folder, scratch.temporary_folder("ours-") as another:
@@ -115,12 +116,38 @@ def test_temporary_folders_of_killed_processes_go(tmp_path: Path, monkeypatch: p
         assert folder.exists()
 
 
+def test_a_file_that_a_killed_process_was_writing_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once another one writes into its folder, which is looked through once in a process."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+
+    def killed(path: Path) -> None:
+        os.link(path, second / path.name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: 2**30)  # no process has that number
+        patched.setattr(files, "sync", killed)
+        files.replace_bytes(first / ("x" * 255), b"new")
+    assert [path.name for path in first.iterdir()] == ["x" * 255]
+    (left,) = second.iterdir()
+    theirs = [second / ".report.html.tmp", second / owners.own_name(".", left.suffix)]
+    for path in theirs:
+        path.touch()
+    files.replace_bytes(second / "report.html", b"new")
+    assert {*second.iterdir()} == {*theirs, second / "report.html"}
+    monkeypatch.setattr(files, "left_over", lambda *_: pytest.fail("the folder may be large"))
+    files.replace_bytes(second / "report.html", b"newer")
+    monkeypatch.setattr(files, "left_over", lambda folder, *_: as_listed(folder))
+    files.replace_bytes(tmp_path / "report.html", b"new")
+
+
 def as_listed(folder: Path) -> list[Path]:
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def test_a_folder_of_the_user_stays(tmp_path: Path) -> None:
-    for name in ("scratch-of-bob-1", "scratch-2024", f"scratch-{scratch._machine()}-x-{'0' * 32}"):
+    for name in ("scratch-of-bob-1", "scratch-2024", f"scratch-{owners.machine()}-x-{'0' * 32}"):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, times=(1, 1))
     scratch.clear_dead(tmp_path)
@@ -182,7 +209,7 @@ def test_a_killed_command_leaves_no_folder(tmp_path: Path, signum: int) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.timeout(60)
 def test_killed_while_one_folder_takes_the_place_of_another(tmp_path: Path, signum: int) -> None:
-    """After the old one is gone, and before the new one is there."""
+    """After the old one is gone, and before the new one is there, which comes all the same where it can."""
     output = tmp_path / "out"
     output.mkdir()
     (output / "file").write_text("old")
@@ -191,10 +218,44 @@ def test_killed_while_one_folder_takes_the_place_of_another(tmp_path: Path, sign
     assert output.exists() == (signum != signal.SIGKILL)
     with pytest.raises(UserError, match="is not empty"), scratch.whole_folder(output):
         pytest.fail("the earlier one is seen before any work")
-    assert (output / "file").read_text() == "old"
+    assert (output / "file").read_text() == ("old" if signum == signal.SIGKILL else "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with scratch.whole_folder(output, lambda _: "") as folder:
         (folder / "file").write_text("new")
+    assert (output / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["between the renames, and again", "removing what was replaced"])
+def test_an_interrupt_leaves_one_whole_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, signum: signal.Signals
+) -> None:
+    """Also a second one, while the first one's damage would be repaired."""
+    output, renamed = tmp_path / "out", []
+    output.mkdir()
+    (output / "file").write_text("old")
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def interrupted_rename(path: Path, target: Path) -> Path:
+        if renamed:
+            signal.raise_signal(signum)
+        renamed.append(target)
+        return rename(path, target)
+
+    def interrupted_rmtree(path: Path, **options: Any) -> None:
+        signal.raise_signal(signum)
+        rmtree(path, **options)
+
+    def fill(folder: Path) -> None:
+        (folder / "file").write_text("new")
+        if place.startswith("between"):
+            monkeypatch.setattr(Path, "rename", interrupted_rename)
+        else:
+            monkeypatch.setattr(shutil, "rmtree", interrupted_rmtree)
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)), scratch.whole_folder(output, lambda _: "") as folder:
+        fill(folder)
     assert (output / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -298,7 +359,7 @@ def test_what_another_users_killed_command_left_stops_nobody() -> None:
             pass
 
     with shared_folder(0o3777) as folder:
-        (folder / f".out.{scratch._machine()}-{process.pid}-{'0' * 32}").mkdir(mode=0o700)
+        (folder / f".out.{owners.machine()}-{process.pid}-{'0' * 32}").mkdir(mode=0o700)
         assert succeeds(as_other(use))
 
 

@@ -133,7 +133,7 @@ def test_a_worker_does_not_collect_the_garbage_of_the_main_process(
         gc.set_threshold(*before)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_while_a_worker_starts_is_not_for_it(
     make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch, signum: int
 ) -> None:

@@ -20,7 +20,7 @@ from data import writers
 from data.helpers import TOKENIZER, contents, parts_in
 from data.writers import picture
 
-from megatron_lcl.data.corpus import scratch
+from megatron_lcl.data.corpus import owners
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare import importers, unfinished
@@ -336,7 +336,7 @@ def test_of_one_that_was_killed_while_it_cleared_up_the_rest_is_removed(
     preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
     process = subprocess.Popen(["true"])
     process.wait(timeout=60)
-    (output / f"scratch-{scratch._machine()}-{process.pid}-{'0' * 32}" / WORK).mkdir(parents=True)
+    (output / f"scratch-{owners.machine()}-{process.pid}-{'0' * 32}" / WORK).mkdir(parents=True)
     assert preprocess("jsonl", source, output, **SMALL).reused  # type: ignore[arg-type]
     assert contents(output) == expected
 

@@ -27,7 +27,7 @@ from s3_server import Proxy
 from megatron_lcl.cli import main
 from megatron_lcl.curate.passes import REMOVED_FILE
 from megatron_lcl.curate.run import SAMPLES_FILE
-from megatron_lcl.data.corpus import scratch
+from megatron_lcl.data.corpus import owners
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.corpus_manifest import read_manifest
 from megatron_lcl.data.corpus.store import open_corpus
@@ -150,7 +150,7 @@ def test_verify_reads_every_byte(s3: Proxy, place: str, tmp_path: Path, monkeypa
     s3.cut = 5
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(tmp_path))
-        left = tmp_path / f"megatron-lcl-verify-{scratch._machine()}-{2**30}-{'0' * 32}"  # no process has that number
+        left = tmp_path / f"megatron-lcl-verify-{owners.machine()}-{2**30}-{'0' * 32}"  # no process has that number
         left.mkdir()
         assert main(["verify", url]) == 0
         assert not [*tmp_path.glob("megatron-lcl-verify-*")]

@@ -27,7 +27,7 @@ from s3_fixtures import readable_by_all, upload
 from s3_server import Proxy
 
 from megatron_lcl.config import Corpus, Data
-from megatron_lcl.data.corpus import cache_folders, scratch
+from megatron_lcl.data.corpus import cache_folders, owners
 from megatron_lcl.data.corpus import remote as module
 from megatron_lcl.data.corpus.cache_folders import make_room
 from megatron_lcl.data.corpus.remote import Remote, open_remote
@@ -249,7 +249,7 @@ def test_machines_that_no_lock_keeps_apart_copy_at_once(
         if not others:
             others.append(Remote(place, tmp_path, "corpus.json"))
             with monkeypatch.context() as patch:
-                patch.setattr(scratch, "_machine", lambda: "another")
+                patch.setattr(owners, "machine", lambda: "another")
                 others[0].prepare(manifest)
 
     monkeypatch.setattr(Store, "fetch", fetched)

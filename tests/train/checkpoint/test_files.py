@@ -11,6 +11,7 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.train.checkpoint import code_versions, reshard
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.code_versions import PACKAGE, source_hash, versions_that_differ
+from megatron_lcl.train.checkpoint.inventory import prune
 from megatron_lcl.train.checkpoint.state import KEYS, State
 from megatron_lcl.train.resilience.bad_steps import BadSteps
 
@@ -331,6 +333,35 @@ def test_what_cannot_be_read_is_kept(
     failing.clear()
     assert main(prune) == 0
     assert checkpoint.list_checkpoints(tmp_path) == [third]
+
+
+def test_prune_removes_what_an_interrupted_one_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a live run writes; and that run may be removing the same."""
+    (tmp_path / "config.yaml").write_text(to_yaml(Config()))
+    for step in (1, 2):
+        checkpoint.step_folder(tmp_path, step).mkdir(parents=True)
+        (checkpoint.step_folder(tmp_path, step) / "manifest.json").write_text(manifest_text({}))
+    live = {tmp_path / "checkpoints" / name for name in (".step-00000003.tmp", ".step-00000002.replaced")}
+    remove, both = shutil.rmtree, [False]
+
+    def rmtree(folder: Path, **options: Any) -> None:
+        if not both[0]:
+            raise KeyboardInterrupt
+        remove(folder, ignore_errors=True)
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt):
+        list(prune(tmp_path, keep_last=1))
+    (left,) = (tmp_path / "checkpoints").glob(".step-*")
+    for folder in live:
+        folder.mkdir()
+    both[0] = True
+    said = f"{left} (left by a deletion that was interrupted)"
+    assert list(prune(tmp_path, keep_last=1, dry_run=True)) == [f"would delete {said}"]
+    assert (left / "manifest.json").exists()
+    assert list(prune(tmp_path, keep_last=1)) == [f"deleted {said}"]
+    assert {*(tmp_path / "checkpoints").iterdir()} == {*live, checkpoint.step_folder(tmp_path, 2)}
 
 
 @pytest.mark.parametrize(

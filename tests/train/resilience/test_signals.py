@@ -257,6 +257,18 @@ def test_signals_are_the_same_by_when_they_came(monkeypatch: pytest.MonkeyPatch)
     os.close(write)
 
 
+def test_what_whoever_started_the_command_wants_ignored_stays_so() -> None:
+    """SIGHUP, under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.Signals() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert not asked.received
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def held_meeting(rank: int, mark: str) -> None:
     """The second process leaves a mark when it joins the others, and waits until it is removed."""
     from megatron_lcl.train import run as loop
