@@ -67,7 +67,8 @@ def run(rank: int, folder: str, jobs: list[Run]) -> list[dict[str, Any]]:
 
 
 def run_job(folder: Path, job: Run) -> dict[str, Any]:
-    """Losses after the checkpoint; weights after every step, averages after the last one, as numpy arrays."""
+    """Losses after the checkpoint; as numpy arrays averages after the last step, and weights, which `STEP_BY_STEP` have
+    after every one."""
     from megatron_lcl.train.averages import Averages
     from megatron_lcl.train.broadcast_batches import broadcast_batches
     from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
@@ -98,7 +99,8 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
             averages.update(step + 1, pending.skipped)
             result, averaged = pending.read(), averages.count(step + 1, averaged)
             rows.append((result.loss, result.grad_norm))
-            weights.append(arrays(read_parameters(engine, mesh)))
+            if job.name in STEP_BY_STEP or step == 2 * FIRST - 1:  # to read them takes as long as a step
+                weights.append(arrays(read_parameters(engine, mesh)))
 
     with Checkpointer(engine, config, mesh, run) as checkpoints:
         if job.source is None:
@@ -115,6 +117,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
                 checkpoints.save(Progress(FIRST, FIRST * GLOBAL_BATCH, {}, averaged=averaged))
                 checkpoints.wait()
         steps(FIRST, 2 * FIRST)
+    of_last = ("exp_avg", "exp_avg_sq") if job.freeze in TOWERS else ()
     in_optimizer = sum(piece.length for each in partitions_of(engine.optimizer, mesh) for piece in each.pieces)
     before = in_model(engine, mesh)
     with averages.evaluated(averaged):
@@ -128,7 +131,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
         "moments at first": moments,
         "undone": all(np.array_equal(before[name], after[name]) for name in before),
         "in optimizer": sum(mesh.world.gather_objects(in_optimizer)),
-        "moments": {name for kind in ("exp_avg", "exp_avg_sq") for name in read_parameters(engine, mesh, kind)},
+        "moments": {name for kind in of_last for name in read_parameters(engine, mesh, kind)},
         "with gradient": {name for names in mesh.world.gather_objects(with_gradient) for name in names},
     }
 
@@ -182,6 +185,7 @@ OF_MUON = [
     Run("thaw with adamw", 3, source="zero1", freeze=(), other=STABLE),
 ]
 """from a checkpoint of Muon's to another optimizer, at the same layout and at others"""
+STEP_BY_STEP = ("zero1", "zero3", "tensor", "pipeline", *(job.name for job in OF_MUON))
 OF_ADAMW = [Run("adamw", other=ADAMW), Run("to muon", 3, source="adamw", passes_on=True)]
 AND_BACK = [
     Run("back", 3, source="to muon", other=ADAMW),
