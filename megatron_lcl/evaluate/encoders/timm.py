@@ -21,7 +21,7 @@ class TimmEncoder(Encoder):
 
     def __init__(self, spec: Spec, device: str | torch.device = "cpu") -> None:
         self._version = require("timm", spec.text)
-        import timm
+        import timm.data
 
         with loading(spec.text, "timm", _remote(spec)), drawn_from(spec.seed or 0):
             module: Any = timm.create_model(spec.name)
