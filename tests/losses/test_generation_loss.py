@@ -166,6 +166,16 @@ def test_padding_of_the_vocabulary_never_counts(small_chunks):
     assert (weight_grad[19:] == 0).all()
 
 
+def test_ranks_with_and_without_padding_of_the_vocabulary_cut_the_same_chunks(monkeypatch):
+    """They exchange something for each: with other chunks they would wait for each other for ever."""
+    asked = []
+    monkeypatch.setattr(generation, "rows_of_chunk", lambda *shape: asked.append(shape) or 4)
+    hidden, weight, targets = problem(13, 24)
+    for vocab_size in (24, 19):
+        generation_loss(hidden, weight, targets % 19, vocab_size=vocab_size)
+    assert asked == [(24, WIDTH)] * 2
+
+
 @pytest.mark.parametrize("target", [-1, 19, 24])
 def test_a_target_outside_the_vocabulary_gives_an_infinite_loss(target):
     hidden, weight, targets = problem(5, 24)

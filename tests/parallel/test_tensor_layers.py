@@ -52,6 +52,7 @@ def everything(rank: int) -> None:
         check_layers(axis, num_rows)
     check_two_sources(axis)
     check_order(axis)
+    check_frozen(axis)
     check_embedding(axis)
     for dtype in (torch.float32, torch.bfloat16):
         check_sums(axis, dtype)
@@ -186,6 +187,18 @@ def check_order(axis: Axis) -> None:
     of_rows, of_weights = ["multiply", "start sum"] * 2, ["multiply"] * 2
     expected = ["start gather"] * 2 + of_rows + ["wait gather"] * 2 + of_weights + ["wait sum"] * 2
     assert order.events == expected, order.events
+
+
+def check_frozen(axis: Axis) -> None:
+    """Of a layer whose bias or weight is not trained, the other one is."""
+    for frozen, trained in (("bias", "weight"), ("weight", "bias")):
+        layers = [ColumnLinear(4, 6, axis) for _ in range(2)]
+        getattr(layers[1], frozen).requires_grad_(False)
+        local = draw(2, 4, seed=axis.rank).requires_grad_()
+        outputs = gathered_linear([local, local], layers, axis, 6)
+        (outputs[0].sum() + outputs[1].sum()).backward()
+        names = [{name for name, p in layer.named_parameters() if p.grad is not None} for layer in layers]
+        assert names == [{"weight", "bias"}, {trained}]
 
 
 def check_embedding(axis: Axis) -> None:

@@ -152,6 +152,18 @@ def test_a_tail_of_a_run_that_is_given_more_steps_begins_anew(steps: int, count:
     assert after.state["tail_0.5"].item() == mean
 
 
+def test_after_a_rewind_an_average_is_again_of_as_many_steps_as_the_checkpoint_says() -> None:
+    """From step 16 back to step 12 of 20, of which the last 10 are meant."""
+    run = OneNumber(20, 0.5)
+    averaged = run.steps(1, 12, {})
+    saved = {name: average.clone() for name, average in run.state.items()}
+    run.steps(13, 16, averaged)
+    run.state.update(saved)
+    averaged = run.steps(13, 20, run.begin(averaged, 20))
+    assert averaged == {"ema_0.5": 20, "tail_0.5": 10}
+    assert run.state["tail_0.5"].item() == pytest.approx(15.5)
+
+
 def test_steps_that_were_skipped_keep_no_tail_that_is_too_long() -> None:
     """Of 10 steps the last 5 are meant, and 2 of them were skipped; of 14 the last 7, and the sixth is none of them."""
     before, after = OneNumber(10, 0.5), OneNumber(14, 0.5)

@@ -19,6 +19,7 @@ from megatron_lcl import LCL, from_open_clip
 from megatron_lcl import config as configs
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.reference_format import open_clip_config
+from megatron_lcl.selftest.cases import Case
 
 OFFLOADED = {"device": "cpu"}
 
@@ -187,6 +188,30 @@ def test_in_bfloat16_the_log_scale_trains_in_float32(shared: Path) -> None:
         torch.testing.assert_close(ours[:, 3], expected[:, 3], rtol=0, atol=4e-4)
         torch.testing.assert_close(ours[:, 2], expected[:, 2], rtol=2e-2, atol=0)
         assert len(set(ours[:, 3].tolist())) == 5
+
+
+def numbers_in_bfloat16(rank: int) -> list[dict[str, float]]:
+    """Scale and bias of a sigmoid contrast as a step reads them: of a new engine, and after an update of each."""
+    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+    from megatron_lcl.train.master_weights import read_numbers, update_log_scale
+
+    config = configs.replace(Case(dtype="bfloat16", objective="siglip").config(), model__logit_bias=-9.99)
+    mesh = init_processes(config)
+    head = build_stepper(build_engine(build_module(config, mesh), config, mesh), config, mesh)._head()
+    found = [read_numbers(head)]
+    for parameter in head.numbers.values():
+        update_log_scale(parameter, lambda value: value + 0.01)
+    found.append(read_numbers(head))
+    return [{name: float(value) for name, value in numbers.items()} for numbers in found]
+
+
+@pytest.mark.slow
+def test_in_bfloat16_scale_and_bias_are_read_in_float32() -> None:
+    """bfloat16 has nothing between -10 and -9.9375, nor between 2.65625 and 2.671875."""
+    before, after = run_processes(numbers_in_bfloat16, 1)[0]
+    scale = math.log(1 / 0.07)
+    assert before == pytest.approx({"log_scale": scale, "logit_bias": -9.99}, abs=1e-5)
+    assert after == pytest.approx({"log_scale": scale + 0.01, "logit_bias": -9.98}, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -131,23 +131,25 @@ def test_a_run_imports_what_it_needs(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_a_tensor_parallel_run_is_the_same_run(finished: Path, config_file: Path, tmp_path: Path) -> None:
-    """One process reads for two that share every layer, in place of two that read and have all layers each."""
+    """Two replicas, in each of which one process reads for two that share every layer, in place of two processes that
+    read and have all layers each."""
     recomputing = ["--train.activation_checkpointing", "full", "--train.activation_checkpointing_every", "2"]
-    train(config_file, tmp_path / "run", "--parallel.tensor", "2", *recomputing)
+    train(config_file, tmp_path / "run", "--parallel.tensor", "2", *recomputing, processes=4)
     assert_same_run(tmp_path / "run", finished)
 
 
 @pytest.mark.slow
 def test_a_pipeline_is_the_same_run_and_keeps_its_partition(finished: Path, config_file: Path, tmp_path: Path) -> None:
+    """Of two replicas."""
     run, layout = tmp_path / "run", ["--parallel.pipeline", "2", "--contrast.strategy", "recompute"]
-    train(config_file, run, *layout)
+    train(config_file, run, *layout, processes=4)
     before, (middle, last) = losses(run), checkpoint.list_checkpoints(run)
     assert_same_run(run, finished)
     partition = checkpoint.read_progress(last).layout.partition
     assert partition[0] == 0 < partition[1] < 6  # measured
     checkpoint.delete(last)
     as_before_partition_was_called_so(middle)
-    said = train(config_file, run, *layout)
+    said = train(config_file, run, *layout, processes=4)
     assert str(middle) in said
     assert "from 2 pipeline" not in said  # nothing had to be converted
     assert losses(run) == before

@@ -44,6 +44,7 @@ class Job:
     """of DeepSpeed's `zero_optimization`"""
     optimizer: str = "adamw"
     """or apex_fused_adam: the stand-in"""
+    betas: tuple[float, float] = (0.9, 0.98)
     before: bool = False
     """apex's count of steps stays where apex keeps it, as it did before it was kept beside the moments"""
     again: bool = False
@@ -66,7 +67,7 @@ def build_config(folder: Path, job: Job) -> Config:
     tree: dict[str, Any] = {
         "objective": {"name": job.objective},
         "model": {"vision": vision, "language": language, "pool_heads": 4},
-        "optimizer": {"name": job.optimizer, "weight_decay": 0.3, "clip_norm": 0.5},
+        "optimizer": {"name": job.optimizer, "weight_decay": 0.3, "clip_norm": 0.5, "betas": job.betas},
         "zero": {"stage": job.zero},
         "deepspeed": {"zero_optimization": job.zero_options},
         "parallel": {"tensor": job.tensor, "pipeline": job.pipeline},
@@ -136,7 +137,8 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
         else:
             said = checkpoints.load(step_folder(folder / job.source, FIRST))
         rows = steps(FIRST, LAST)
-        groups = [(group["weight_decay"], group["lr"]) for group in engine.optimizer.optimizer.param_groups]
+        settings = ("weight_decay", "lr", "betas", "eps")
+        groups = [tuple(group[name] for name in settings) for group in engine.optimizer.optimizer.param_groups]
         write.set()
         checkpoints.wait()
         again = []

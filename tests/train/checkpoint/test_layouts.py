@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ SOURCES = {
     # several pieces of each parameter group
     "apex, zero3": Job("apex, zero3", 3, optimizer="apex_fused_adam", zero_options=SMALL_PIECES, again=True),
 }
-GROUPS = [(0.3, LR[LAST - 1]), (0.0, LR[LAST - 1])]
-"""weight decay and learning rate of every parameter group in the last step"""
+BETAS = (0.8, 0.9)  # other ones than those of the sources
 Result = dict[str, dict[str, Any]]
 
 
@@ -66,7 +66,7 @@ def test_at_the_same_layout_the_losses_are_the_same_to_the_last_bit(name: str, s
     if SOURCES[name].again:
         assert undisturbed["again"] == undisturbed["rows"], "into an engine that has gone on"
     assert fresh["said"] == []
-    assert fresh["groups"] == GROUPS
+    assert fresh["groups"] == groups_of(SOURCES[name])
     assert [(s.step, s.stall_seconds > 0, s.write_seconds > 0) for s in undisturbed["saved"]] == [
         (step, True, True) for step in (FIRST - 1, FIRST)
     ]
@@ -116,6 +116,9 @@ def test_at_two_processes(saved: tuple[Path, Result]) -> None:
             ("siglip", Job("p", 3, objective="siglip")),
             ("zero1", Job("e", 3, zero_options=SMALL_PIECES)),
             ("zero3", Job("f", 1)),
+            ("zero3", Job("s", 3, zero_options=SMALL_PIECES)),
+            ("zero1", Job("betas a", betas=BETAS)),
+            ("zero1", Job("betas b", 3, betas=BETAS)),
             ("offload", Job("q", 1)),
             ("zero3", Job("r", 2, zero_options={"offload_optimizer": ON_CPU})),
             ("apex", Job("apex a", 3, optimizer="apex_fused_adam", zero_options=SMALL_PIECES)),
@@ -140,10 +143,26 @@ def test_at_three_processes(saved: tuple[Path, Result]) -> None:
 
 @pytest.mark.slow
 def test_at_four_processes_and_back(saved: tuple[Path, Result]) -> None:
-    """Two by two, and from there to one process."""
+    """Two by two, and from there to one process; two replicas, of two tensor ranks and of two stages, each from its own
+    checkpoint and from the other's."""
     folder, expected = saved
     split = Job("split", tensor=2, pipeline=2)
-    resume(4, saved, [("zero3", Job("m", tensor=2, pipeline=2))], [split])
+    tensor, stages = Job("tensor ranks", 2, tensor=2, packs=4), Job("stages", pipeline=2, packs=4)
+    again = [dataclasses.replace(job, name=f"{job.name}-fresh", source=job.name) for job in (tensor, stages)]
+    into = [
+        dataclasses.replace(tensor, name="from stages", source="stages"),
+        dataclasses.replace(stages, name="from tensor ranks", source="tensor ranks"),
+    ]
+    four = [split, tensor, stages, *again, *into]
+    for results in resume(4, saved, [("zero3", Job("m", tensor=2, pipeline=2))], four):
+        assert_close(results["split"]["rows"], expected["zero1"]["rows"], split)
+        for job in again:
+            assert results[job.name]["rows"] == results[job.source or ""]["rows"]
+            assert results[job.name]["said"] == []
+        for job in (stages, *into):
+            assert_close(results[job.name]["rows"], results["tensor ranks"]["rows"], job)
+        for job in four:
+            assert results[job.name]["groups"] == groups_of(job), job
     rows = run_processes(run_jobs, 1, str(folder), [Job("n", 3, source="split")])[0]["n"]["rows"]
     assert_close(rows, expected["zero1"]["rows"], split)
 
@@ -164,7 +183,7 @@ def test_from_and_to_hierarchical_zero3(tmp_path: Path) -> None:
     results |= run_processes(run_jobs, 1, str(tmp_path), [back])[0]
     for job in (*jobs, back):
         assert_close(results[job.name]["rows"], results["plain"]["rows"], job)
-        assert results[job.name]["groups"] == GROUPS, job
+        assert results[job.name]["groups"] == groups_of(job), job
     written = results["hierarchical"]
     assert written["again"] == results["fresh"]["rows"] == written["rows"]
 
@@ -175,15 +194,26 @@ def test_apex_takes_the_steps_of_adamw(name: str, saved: tuple[Path, Result]) ->
     assert_close(saved[1][name]["rows"], saved[1]["zero1"]["rows"], SOURCES[name])
 
 
-def resume(processes: int, saved: tuple[Path, Result], cases: list[tuple[str, Job]], more: Any = ()) -> None:
+def resume(
+    processes: int, saved: tuple[Path, Result], cases: list[tuple[str, Job]], more: Sequence[Job] = ()
+) -> list[Result]:
+    """Sources go on at other layouts, as they went on themselves. What these jobs, then `more`, gave, by process."""
     folder, expected = saved
     jobs = [dataclasses.replace(job, source=source) for source, job in cases]
-    for results in run_processes(run_jobs, processes, str(folder), [*jobs, *more]):
-        for job in [*jobs, *more]:
-            assert_close(results[job.name]["rows"], expected[job.source or "zero1"]["rows"], job)
-            assert results[job.name]["groups"] == GROUPS, job
+    everyone = run_processes(run_jobs, processes, str(folder), [*jobs, *more])
+    for results in everyone:
+        for job, (source, _) in zip(jobs, cases, strict=True):
+            same = 1 if job.betas == BETAS else None  # steps until the weights differ
+            assert_close(results[job.name]["rows"][:same], expected[source]["rows"][:same], job)
+            assert results[job.name]["groups"] == groups_of(job), job
     for source, _ in cases:  # converted once, beside what it was made from
         assert (folder / source / "checkpoints" / "step-00000003" / "universal" / "manifest.json").is_file()
+    return everyone
+
+
+def groups_of(job: Job) -> list[tuple[Any, ...]]:
+    """Weight decay, learning rate, betas and epsilon of every parameter group in the last step."""
+    return [(decay, LR[LAST - 1], job.betas, 1e-6) for decay in (0.3, 0.0)]
 
 
 def assert_close(ours: Any, theirs: Any, job: Job) -> None:

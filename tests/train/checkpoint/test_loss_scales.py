@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from small_runs import LR, Job, build_config, pack
 
 from megatron_lcl import config as configs
 from megatron_lcl import load_model
+from megatron_lcl.train.checkpoint.checkpointer import adopt_scale
 from megatron_lcl.train.checkpoint.folder import read_progress, step_folder, verify
 from megatron_lcl.train.checkpoint.state import MOMENTS, State
 
@@ -118,3 +120,15 @@ def test_going_on_without_a_step_is_beginning(name: str, runs: Any) -> None:
     for mine, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
     assert read_progress(step_folder(folder / name, 2)).step == 2
+
+
+def test_the_search_for_the_scale_goes_on_where_it_was() -> None:
+    """The scale grows a window of steps after the last overflow, and falls after as many overflows as are left of the
+    hysteresis: never more than the run's own."""
+    saved = SimpleNamespace(dynamic=True, cur_scale=2.0**8, cur_iter=1700, last_overflow_iter=900, cur_hysteresis=3)
+    for own, left in ((4, 3), (2, 2)):
+        scaler = SimpleNamespace(dynamic=True, cur_scale=2.0**16, min_scale=1.0, cur_iter=0, last_overflow_iter=-1)
+        vars(scaler).update(cur_hysteresis=own, delayed_shift=own)
+        adopt_scale(scaler, saved)
+        assert (scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter) == (2.0**8, 1700, 900)
+        assert scaler.cur_hysteresis == left

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from audit_lines import read_audit
 from processes import run_processes
 from small_runs import FIRST, GLOBAL_BATCH, LR, Job, build_config, pack
 
 from megatron_lcl import config as configs
 from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.checkpoint.snapshot import Snapshot
 
 
 def failing_saves(rank: int, folder: str, background: bool) -> dict[str, Any]:
@@ -90,7 +92,6 @@ def life(rank: int, folder: str) -> dict[str, Any]:
     import random
 
     import numpy as np
-    import torch
     import torch.distributed as dist
 
     from megatron_lcl.train.checkpoint import checkpointer
@@ -263,3 +264,16 @@ def test_what_cannot_be_deleted_is_audited_and_spoils_no_save(lives: tuple[Path,
     events = [(line["event"], line["step"], len(line["files"])) for line in first["audited"][:-1]]
     assert events == [("not deleted", step, 2) for step in (1, 2, 3)]
     assert ".step-00000099.old: Cannot call rmtree on a symbolic link" in " ".join(first["audited"][0]["files"])
+
+
+def test_saves_in_the_background_share_the_memory_of_one_copy() -> None:
+    """Which is not that of the weights: training changes them while the copy is written."""
+    snapshot, weights, places = Snapshot(copies=True), torch.arange(3.0), set()
+    for step in range(3):
+        weights.fill_(step)
+        snapshot.save({"weights": weights}, "file")
+        ((_, content),) = snapshot.take()
+        assert torch.equal(content["weights"], weights)
+        places.add(content["weights"].data_ptr())
+    assert len(places) == 1
+    assert weights.data_ptr() not in places

@@ -178,6 +178,17 @@ def test_a_spike_is_far_above_the_mean_of_half_a_window_at_least() -> None:
     assert BadSteps(guard.config, unwatched).limit() == math.inf, "a resume without spikes, another with them again"
 
 
+def test_a_spike_in_float16_is_no_search_for_the_scale() -> None:
+    """Though the scale can still be lower."""
+    guard = BadSteps(Guard(spike_sigmas=6.0, spike_window=4))
+    for loss in (1.0, 1.1, 1.0, 0.9):
+        guard.record((0, 0), loss, True, 65536.0)
+    reason = guard.record((4, 16), 9.0, False, 65536.0)
+    assert reason is not None
+    assert "is a spike" in reason
+    assert guard.consecutive == 1
+
+
 def test_a_phase_measures_spikes_by_its_own_losses() -> None:
     guard = BadSteps(Guard(spike_sigmas=6.0, spike_window=4))
     for loss in (1.0, 1.1, 1.0, 0.9):

@@ -15,6 +15,7 @@ from audit_lines import read_audit
 from bad_packs import poison_and_stop, saved_steps
 from fleet import losses, train
 
+from megatron_lcl import config as configs
 from megatron_lcl.config import Checkpoint, Guard
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.loading.ledger import PLANNED, Ledger
@@ -97,6 +98,33 @@ def test_the_checkpoint_that_a_run_goes_back_to(tmp_path: Path) -> None:
     assert saved_steps(tmp_path) == [4, 6, 7]
     other = save(tmp_path / "other", 5)
     assert checkpoint.go_back(tmp_path, 6, other)[0] == other
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, [10, 12]),
+        ({"checkpoint.every": "5"}, [5, 10, 12]),
+        ({"guard.every": "3"}, [3, 6, 9, 10, 12]),
+        ({"train.evaluate_every": "4"}, [4, 8, 10, 12]),
+    ],
+)
+def test_after_which_steps_a_run_must_know_whether_they_were_applied(
+    overrides: dict[str, str], expected: list[int]
+) -> None:
+    """Those that are logged, here every twelfth; before a phase ends, here with step 10; before anything is saved,
+    compared or evaluated."""
+    run = Training.__new__(Training)
+    run.config = configs.load(None, {"checkpoint.every": "0", "guard.every": "0", **overrides})
+    run.phase = SimpleNamespace(stop=10)  # type: ignore[assignment]
+    run.heldout = SimpleNamespace()  # type: ignore[assignment]
+    run.telemetry = SimpleNamespace(is_logged=lambda step: step % 12 == 0)  # type: ignore[assignment]
+    found = []
+    for step in range(1, 13):
+        run.progress = Progress(step, 4 * step, {})
+        if run._must_know():
+            found.append(step)
+    assert found == expected
 
 
 @pytest.mark.parametrize("saved", [4, 7])
