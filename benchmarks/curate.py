@@ -39,7 +39,7 @@ from pathlib import Path
 
 import numpy as np
 from claims import exit_unless, flat
-from measuring import resident
+from measuring import resident, versions
 from PIL import Image as Pillow
 
 from megatron_lcl.curate.languages import language_score
@@ -227,6 +227,9 @@ def main() -> None:
             language(named, options.repeats)
         return
     claims: dict[str, bool] = {}
+    for package, python in (("datatrove", options.datatrove), ("nemo_curator", options.nemo_curator)):
+        if python:
+            print(versions(package, python=python))
     print("documents                        documents a second of CPU, MB, peak of memory")
     for images, sizes in ((True, options.documents), (False, options.text_documents)):
         found = {}

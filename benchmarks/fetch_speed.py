@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from measuring import versions
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -91,6 +92,8 @@ def main() -> None:
         peer.write_text(PEER.replace("CONCURRENCY", str(CONCURRENCY)))
         size = (folder / "photo.jpg").stat().st_size
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, images of {size:,} bytes")
+        if options.img2dataset:
+            print(versions("img2dataset", python=options.img2dataset))
         print(
             f"{'':12} {'URLs':>8} {'side':>5} {'processes':>9} {'kept':>8} {'images/s':>9} {'per CPU s':>10} {'MB':>6}"
         )

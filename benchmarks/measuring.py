@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+import subprocess
+import sys
 from pathlib import Path
 
 
@@ -16,13 +17,21 @@ def resident(field: str, process: int | str = "self") -> float:
     return 0.0 if lines["State"].split()[0] in "ZX" else int(lines[field].split()[0]) / 1024
 
 
-def versions(*packages: str) -> str:
-    """Packages with their versions, for the heading of a table: "torch 2.13.0, liger-kernel (not installed)"."""
+_VERSIONS = """
+import sys
+from importlib import metadata
+def version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+print(", ".join(f"{package} {version(package)}" for package in sys.argv[1:]))
+"""
 
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "(not installed)"
 
-    return ", ".join(f"{package} {version(package)}" for package in packages)
+def versions(*packages: str, python: str = sys.executable) -> str:
+    """Packages with their versions, for the heading of a table: "torch 2.13.0, liger-kernel (not installed)". python:
+    of the environment that has them."""
+    return subprocess.run(
+        [python, "-c", _VERSIONS, *packages], capture_output=True, text=True, check=True
+    ).stdout.strip()

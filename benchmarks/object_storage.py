@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from measuring import versions
 from s3_server import moto, proxied
 
 OBJECT = 64 << 20
@@ -91,6 +92,7 @@ def main() -> None:
         obstore.put(S3Store.from_url("s3://bench/"), "object", os.urandom(OBJECT), use_multipart=False)
         proxy.keeps, proxy.latency = True, arguments.latency
         bytes(obstore.get(S3Store.from_url("s3://bench/"), "object").bytes())
+        print(versions("obstore", "s3fs", "multi-storage-client", python=arguments.peers))
         for library in arguments.libraries:
             numbers = json.dumps(arguments.sizes), json.dumps(arguments.flight), str(OBJECT)
             command = [arguments.peers, "-c", READER, library, *numbers]

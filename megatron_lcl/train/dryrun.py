@@ -65,7 +65,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
     check_requirements()
     check_slurm_devices()
     check_devices(processes)
-    check_cuda_starts()
+    check_cuda_starts(processes)
     elsewhere = is_elsewhere(nodes)
     check(config, nodes * processes, processes, elsewhere)
     check_writable(Path(config.train.output))
@@ -157,7 +157,7 @@ def check_slurm_devices() -> None:
         )
 
 
-def check_cuda_starts() -> None:
+def check_cuda_starts(processes: int) -> None:
     """UserError where torch counts GPUs, as the driver's management library does, and CUDA or torch cannot use them.
 
     That library answers also where the fabric manager is down, or the driver is too old for torch's CUDA. With
@@ -173,7 +173,7 @@ def check_cuda_starts() -> None:
             f"({str(error).strip().splitlines()[0]}); see what nvidia-smi says, whether the driver is new enough for "
             f"CUDA {torch.version.cuda}, and, with NVSwitch, whether nvidia-fabricmanager runs in the driver's version"
         ) from None
-    for device in range(visible):
+    for device in range(min(processes, visible)):
         check_built_for(device)
 
 

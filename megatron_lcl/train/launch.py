@@ -139,7 +139,7 @@ def start_local(arguments: Sequence[str], processes: int, told: list[int] | None
     that failed).
 
     SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on; before the processes watch each other, where nothing has begun,
-    they end all at once. SIGTSTP (Ctrl-Z) stops all, until this process goes on. When one process has ended with a
+    they end all at once. SIGTSTP (Ctrl-Z) stops them, until this process goes on. When one process has ended with a
     failure, the others notice that by themselves (`watchdog`); those that do not, or have not even begun to watch, are
     killed after a while. None outlives this process (on Linux).
     told: is given the signals that came, for a caller that has more to start.
@@ -170,11 +170,11 @@ def start_local(arguments: Sequence[str], processes: int, told: list[int] | None
         told.append(signum)
 
     def suspend(_signum: int, _frame: object) -> None:
-        """Stop with the processes and their loaders, which a terminal's Ctrl-Z does not reach, and go on with them."""
+        """Stop with the processes, which a terminal's Ctrl-Z does not reach, and go on with them. Their loaders wait
+        for them by themselves; stopped, they would not notice where their process is killed."""
         for signum in (signal.SIGSTOP, signal.SIGCONT):
             for child in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signum)
+                child.send_signal(signum)
             if signum == signal.SIGSTOP:
                 signal.raise_signal(signum)  # returns when this process is to go on
 

@@ -223,6 +223,7 @@ def test_a_gpu_older_than_all_that_torch_was_built_for_fails_the_check(
     code, out, err = dry_run(capsys, *tiny, "--processes", "2")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert said in err
+    dryrun.check_cuda_starts(1)  # by a run that does not use it
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match=re.escape(said)):
         init_processes(Case().config())

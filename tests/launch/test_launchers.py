@@ -287,21 +287,19 @@ def test_a_hang_up_under_nohup_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp
 
 STOPPED = """
 import os, signal, sys, time
-launcher = os.getppid()
-if loader := os.fork():
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(loader, 0)[1]))
 signal.signal(signal.SIGCONT, lambda *_: os._exit(0))
-with open(sys.argv[0] + ".pids", "w") as file:
-    file.write(f"{os.getpid()} {os.getppid()}")
-os.kill(launcher, signal.SIGTSTP)
-time.sleep(10)
+with open(sys.argv[0] + ".pid", "w") as file:
+    file.write(str(os.getpid()))
+for _ in range(100):  # the first may come before the launcher answers
+    os.kill(os.getppid(), signal.SIGTSTP)
+    time.sleep(0.1)
 sys.exit("nobody continues what is stopped")
 """
 
 
 @pytest.mark.timeout(60)
 def test_ctrl_z_stops_its_processes_until_it_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With those that they have started; the terminal reaches none of them."""
+    """The terminal does not reach them."""
     program = tmp_path / "python"
     program.write_text(f"#!{sys.executable}{STOPPED}")
     program.chmod(0o755)
@@ -311,8 +309,8 @@ def test_ctrl_z_stops_its_processes_until_it_goes_on(monkeypatch: pytest.MonkeyP
     def stop(signum: int) -> None:
         """In place of stopping this process, which goes on at once."""
         stopped.append(signum)
-        pids = (tmp_path / "python.pids").read_text().split()
-        while [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids] != ["T", "T"]:
+        status = Path("/proc", (tmp_path / "python.pid").read_text(), "stat")
+        while status.read_text().rpartition(")")[2].split()[0] != "T":
             time.sleep(0.01)
 
     monkeypatch.setattr(signal, "raise_signal", stop)
@@ -321,7 +319,7 @@ def test_ctrl_z_stops_its_processes_until_it_goes_on(monkeypatch: pytest.MonkeyP
         assert launch.start_local([], 1) == 0
     finally:
         signal.signal(signal.SIGTSTP, before)
-    assert stopped == [signal.SIGSTOP]
+    assert set(stopped) == {signal.SIGSTOP}
 
 
 @pytest.mark.parametrize(

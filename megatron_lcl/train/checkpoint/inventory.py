@@ -75,7 +75,7 @@ def prune(
     deleted = "would delete" if dry_run else "deleted"
     for leftover in half_deleted(run / CHECKPOINTS):  # before others, which, where this fails, are left as well
         left = [] if dry_run else remove(leftover)
-        yield f"{deleted} {leftover} (left by a deletion that was interrupted)"
+        yield f"{deleted} {leftover} (left by a deletion)"
         yield from (f"could not delete {fault}" for fault in left)
     for folder, wrong in found.items():
         if unread := next((fault for fault in wrong if isinstance(fault, Unread)), None):

@@ -54,7 +54,7 @@ def start_compilers() -> None:
 
 
 class Signals:
-    """The first signal is kept until the end of a step; a second one ends the process at once.
+    """The first signal is kept until the end of a step; a second one, but for SIGHUP, ends the process at once.
 
     At once also means while the main thread waits in a collective, where no Python handler runs: the interpreter's C
     handler writes each signal's number into a pipe, and a thread reads it.
@@ -97,6 +97,8 @@ class Signals:
             signum = number[0]
             if signum not in SIGNALS:
                 continue
+            if not first and signum == signal.SIGHUP:
+                continue  # nobody insists by it: a shell passes it on, and as it ends the system sends it again
             if not first:
                 leave(128 + signum, f"{signal.Signals(signum).name} again: ending at once")
             first = False

@@ -226,6 +226,21 @@ def test_images_by_key_where_shards_have_more_digits(tmp_path: Path, digits: int
     assert plain(documents_of(create("table", table, tars, {}))[0]) == [[(picture(3), None, None), "d"]]
 
 
+@pytest.mark.parametrize("digits", [5, 6])
+def test_images_by_key_where_each_tar_has_a_table_and_keys_of_its_own(tmp_path: Path, digits: int) -> None:
+    """The same in each tar: the table's name says which."""
+    images, tables = tmp_path / "images", tmp_path / "tables"
+    images.mkdir()
+    tables.mkdir()
+    for shard in range(3):
+        with tarfile.open(images / f"{shard:0{digits}d}.tar", "w") as archive:
+            writers._add(archive, f"{0:0{digits + 4}d}.png", picture(shard))
+        keys = pa.table({"key": [f"{0:0{digits + 4}d}"], "caption": [str(shard)]})
+        pq.write_table(keys, tables / f"{shard:0{digits}d}.parquet")
+    found, _ = documents_of(create("table", tables, images, {}))
+    assert plain(found) == [[(picture(shard), None, None), str(shard)] for shard in range(3)]
+
+
 def test_urls_of_our_own_lines_and_of_mmc4(tmp_path: Path) -> None:
     store = store_by_url(tmp_path / "store")
     (tmp_path / "a.jsonl").write_text(json.dumps({"items": [{"text": "a"}, {"image": URLS[1]}]}))

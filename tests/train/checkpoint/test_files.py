@@ -357,7 +357,7 @@ def test_prune_removes_what_an_interrupted_one_has_left(tmp_path: Path, monkeypa
     for folder in live:
         folder.mkdir()
     both[0] = True
-    said = f"{left} (left by a deletion that was interrupted)"
+    said = f"{left} (left by a deletion)"
     assert list(prune(tmp_path, keep_last=1, dry_run=True)) == [f"would delete {said}"]
     assert (left / "manifest.json").exists()
     assert list(prune(tmp_path, keep_last=1)) == [f"deleted {said}"]

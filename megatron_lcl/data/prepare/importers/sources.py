@@ -68,6 +68,10 @@ class ImageSource(SortedRuns):
         self._damaged = json.loads((folder / _DAMAGED).read_text())
         return super().read_runs(folder)
 
+    def has_archive(self, stem: str) -> bool:
+        """Whether there is one of this name, without extension."""
+        return stem in self._stems
+
     def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
         """The first of the names that there is. BadImage says why there is none.
 

@@ -225,7 +225,8 @@ class TableImporter(ImagesByName, LinesImporter):
         if self.join == "path":
             return self.images.read(name, near)
         if self.join == "key":
-            return self.images.read(self.keys.names_of_key(name), (*self.keys.shards_of_key(name), *near))
+            own = near if self.images.has_archive(*near) else self.keys.shards_of_key(name)
+            return self.images.read(self.keys.names_of_key(name), own)
         return self.images.read([name, *self.keys.names(name)], near)
 
 
