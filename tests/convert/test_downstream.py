@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import textwrap
 from collections.abc import Callable
@@ -17,8 +18,12 @@ from torch import nn
 from megatron_lcl import LCL
 from megatron_lcl.convert.certificate import check_images
 from megatron_lcl.convert.export import export_model
+from megatron_lcl.convert.load import load_model
 from megatron_lcl.convert.pool import POOL, save_pool
 from megatron_lcl.convert.resolution import at_image_size
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.run import evaluate
+from megatron_lcl.evaluate.settings import KnnSettings, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text("utf-8")
 DINO = {"embedding_norm": False}
@@ -149,3 +154,47 @@ def test_backbones_give_the_patches_as_maps(options: dict[str, Any], export_with
         (maps,) = getattr(transformers, name).from_pretrained("DIR").eval()(images).feature_maps
     assert maps.shape == (4, 64, 4, 4)
     assert relative(maps.flatten(2).transpose(1, 2), ours.patch_features(images)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, DINO])
+def test_an_export_that_was_saved_again(
+    options: dict[str, Any],
+    export_with: Callable[..., LCL],
+    photograph: Callable[[Path], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It has lost its pool, which is said where that matters, until it is given back."""
+    transformers = pytest.importorskip("transformers")
+    export_with("hf", options)
+    for name in ("AutoModel", "AutoImageProcessor"):
+        getattr(transformers, name).from_pretrained("DIR").save_pretrained("tuned")
+    for name in ("data/train/a", "data/train/b", "data/test/a", "data/test/b"):
+        Path(name).mkdir(parents=True)
+        photograph(Path(name) / f"{name.replace('/', '-')}.png")
+    with pytest.raises(UserError, match=r"take a Hugging Face model as hf:tuned$"):
+        load_model("tuned")
+
+    def said() -> str:
+        evaluate(["hf:tuned"], ["knn"], "data", settings=Settings(knn=KnnSettings(k=1)), cache=Path("cache"))
+        return capsys.readouterr().err
+
+    capsys.readouterr()
+    line = "hf:tuned has no lcl/attention_pool.safetensors: the class token's output is measured, which LCL does not"
+    assert said().count(line) == 1
+    config = Path("tuned/config.json")
+    ours = config.read_text()
+    config.write_text(ours.replace('"gelu"', '"quick_gelu"'))  # OpenAI's CLIP, which no export is
+    assert "has no lcl" not in said()
+    config.write_text(ours)
+    Path("DIR/lcl").rename("tuned/lcl")
+    assert "has no lcl" not in said()
+
+
+def test_a_folder_of_no_library_is_not_taken_for_one(tmp_path: Path) -> None:
+    for content in ("{}", "[]", "no JSON"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"no complete checkpoint.*manifest\.json$"):
+            load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(UserError, match=f"hf:{re.escape(str(tmp_path))}$"):
+        load_model(tmp_path)
