@@ -68,6 +68,7 @@ def test_commands_of_a_data_set_are_ours(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each command, format and option is known: what fails is the first look at the data, which are not there."""
+    monkeypatch.setattr("megatron_lcl.data.prepare.bars._LONG", 60.0)  # a full garbage collection takes half a second
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line)[1:] for line in re.findall(r"^ {4}(megatron-lcl .*)$", page.read_text("utf-8"), re.M)]
     assert {"preprocess", "verify", "inspect"} <= {name for name, *_ in commands}

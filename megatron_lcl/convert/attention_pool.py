@@ -17,13 +17,18 @@ def read_pool(file: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], in
 
 
 def attention_pool(patches: torch.Tensor, w: dict[str, torch.Tensor], heads: int) -> torch.Tensor:
-    """Normed patches [N, P, V] -> image latents z [N, D], not scaled; w: the tensors of attention_pool.safetensors."""
+    """Normed patches [N, P, V] -> image latents z [N, D], not scaled, in the patches' dtype and on their device.
+
+    w: the tensors of attention_pool.safetensors.
+    """
+    w = {name: tensor.to(patches) for name, tensor in w.items()}
+    num_images = patches.shape[0]  # not by `len`, which is a constant to torch.export, ONNX and torch.jit.trace
     q, k, v = (
         F.linear(
             F.layer_norm(x, x.shape[-1:], w[f"norm_{n}.weight"], w[f"norm_{n}.bias"]), w[f"{n}.weight"], w[f"{n}.bias"]
         )
         .unflatten(-1, (heads, -1))
         .transpose(1, 2)
-        for n, x in (("q", w["query"].expand(len(patches), 1, -1)), ("k", patches), ("v", patches))
+        for n, x in (("q", w["query"].expand(num_images, 1, -1)), ("k", patches), ("v", patches))
     )
     return F.linear(F.scaled_dot_product_attention(q, k, v).flatten(1), w["out.weight"])

@@ -178,6 +178,8 @@ class Usage:
     """which features to use"""
     example: str
     """Python that computes them, run in the export's folder"""
+    note: str = ""
+    """what else is to be known of it: a paragraph behind the example"""
     difference: str = ""
     """what the library does otherwise, which the certificate does not see"""
 
@@ -200,6 +202,7 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
         f"{v.image_size} px; image latents of width {t.width}.",
         "## Which features to use\n\n" + usage.advice,
         f"Run in this folder:\n\n```python\n{usage.example}```",
+        *([usage.note] if usage.note else []),
         "`certificate.json` has the measured difference between these features and megatron_lcl's own."
         + (usage.difference and f" {usage.difference}"),
         f"## Data\n\n{data}",

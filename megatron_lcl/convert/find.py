@@ -11,6 +11,7 @@ Imports neither torch nor numpy, so that listing checkpoints stays fast.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(
         f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "
         f"or {CHECKPOINTS}/step-…/ with these and {MANIFEST}"
+        + (f"; evaluate and train.init_from take a Hugging Face model as hf:{path}" if _is_hugging_face(path) else "")
     )
 
 
@@ -144,6 +146,15 @@ def one_line(error: BaseException) -> str:
 
 def _is_checkpoint(path: Path) -> bool:
     return is_file(path / WEIGHTS) and is_file(path / CONFIG)
+
+
+def _is_hugging_face(path: Path) -> bool:
+    """Whether a folder's config.json names a type of model, as those do that transformers writes."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def _is_step(path: Path) -> bool:

@@ -47,6 +47,11 @@ with torch.no_grad():
     patches = norm(model(images).last_hidden_state[:, 1:])  # [1, patches, width]
     z = attention_pool(patches, *read_pool("{POOL}"))  # [1, latent width]
 """,
+    note=(
+        '`pipeline("image-feature-extraction")` returns `last_hidden_state` as it is (`pool=True`: `pooler_output`); '
+        "use these lines in its place. "
+    )
+    + hf_dinov2.OTHER_SIZES,
     difference=hf_dinov2.PREPARATION,
 )
 

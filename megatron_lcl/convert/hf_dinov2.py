@@ -30,6 +30,12 @@ PREPARATION = (
 )
 """said of an export whose images transformers' CLIPImageProcessor prepares"""
 
+OTHER_SIZES = (
+    "For another image size export again with `--image-size`: transformers' class interpolates the positions without "
+    "antialiasing, which changes the features by some percent."
+)
+"""said of `CLIPVisionModel` and `Dinov2Model`; `Dinov2WithRegistersModel` interpolates as megatron_lcl does"""
+
 _USAGE = Usage(
     "transformers",
     advice=(
@@ -50,13 +56,18 @@ with torch.no_grad():
     patches = model(images).last_hidden_state[:, PREFIX:]  # [1, patches, width]
     z = attention_pool(patches, *read_pool("{POOL}"))  # [1, latent width]
 """,
+    note=(
+        '`pipeline("image-feature-extraction")` returns `last_hidden_state` with the rows before the patches '
+        "(`pool=True`: `pooler_output`); use these lines in its place."
+    ),
     difference=PREPARATION,
 )
 
 
 def usage(vision: Vision) -> Usage:
     """What the model card says of it."""
-    return dataclasses.replace(_USAGE, example=_USAGE.example.replace("PREFIX", str(vision.num_prefix)))
+    note = _USAGE.note if vision.registers else f"{_USAGE.note} {OTHER_SIZES}"
+    return dataclasses.replace(_USAGE, example=_USAGE.example.replace("PREFIX", str(vision.num_prefix)), note=note)
 
 
 def config_of(vision: Vision) -> dict[str, Any]:

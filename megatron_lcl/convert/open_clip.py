@@ -56,9 +56,9 @@ with torch.no_grad():
 
 
 _PROBABILITY = (
-    ". Trained by a sigmoid loss: the probability that an image and a text belong together is "
+    "Trained by a sigmoid loss: the probability that an image and a text belong together is "
     "sigmoid(logit_scale.exp() · z · t + logit_bias), z and t the unit-norm latent and feature of the text "
-    "(megatron_lcl's `encode_image` and `encode_text`)"
+    "(megatron_lcl's `encode_image` and `encode_text`)."
 )
 
 
@@ -99,7 +99,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     save_pool(model, folder, dtype)
     usage = USAGE
     if model.config.logit_bias is not None:
-        usage = dataclasses.replace(USAGE, advice=USAGE.advice + _PROBABILITY)
+        usage = dataclasses.replace(USAGE, note=_PROBABILITY)
     write_card(folder, usage, model.config, card)
 
 

@@ -26,7 +26,7 @@ from megatron_lcl.evaluate.results import Result, make_output, table, write_json
 from megatron_lcl.evaluate.retrieval import retrieval
 from megatron_lcl.evaluate.settings import Settings
 from megatron_lcl.evaluate.sources import open_images
-from megatron_lcl.evaluate.trained import check_trained, untrained_pool
+from megatron_lcl.evaluate.trained import POOLED, check_trained, untrained_pool
 from megatron_lcl.evaluate.workers import check_workers
 from megatron_lcl.evaluate.zero_shot import accuracy, classify
 from megatron_lcl.run_folder import RESULTS
@@ -105,6 +105,8 @@ def evaluate(
 
     def load(spec: str) -> Encoder:
         encoder = EncoderSource(spec, tokenizer, tuple(devices))(0)
+        if progress and encoder.untrained_pooled and set(POOLED) & set(tasks):
+            tqdm.write(encoder.untrained_pooled, file=sys.stderr)
         if {"zero-shot", "retrieval"} & set(tasks):
             encoder.encode_texts(["a text"])  # says at once if it cannot
         if "captioning" in tasks:

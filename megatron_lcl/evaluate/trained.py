@@ -23,7 +23,8 @@ _NEEDS: dict[str, Part] = {
     "captioning": "captions",
 }
 """of the tasks; the others read the image encoder, which every objective trains"""
-_POOLED = ("knn", "linear-probe")
+POOLED = ("knn", "linear-probe")
+"""tasks that read the pooled feature of the images alone"""
 _PARTS: dict[Part, str] = {
     "retrieval": "image latents and texts' features in one space",
     "generation": "the generation of text",
@@ -69,7 +70,7 @@ def untrained_pool(model: str, tasks: Sequence[str]) -> str | None:
 
     The generation reads the patches through the pool's value and output projections; query and keys have no gradient.
     """
-    spec, read = parse_spec(model), [task for task in tasks if task in _POOLED]
+    spec, read = parse_spec(model), [task for task in tasks if task in POOLED]
     config = None if spec.kind or not read else known_config(Path(spec.name))
     if config is None or "retrieval" in _trained(config):
         return None

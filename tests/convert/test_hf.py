@@ -57,10 +57,24 @@ def test_constants(transformers: Any, exported: Path, model: LCL) -> None:
     assert config.layer_norm_eps == model.pool.norm.eps
 
 
-def test_pipeline(transformers: Any, exported: Path, tmp_path: Path, photograph: Callable[[Path], Path]) -> None:
+def test_pipeline(
+    transformers: Any, model: LCL, exported: Path, tmp_path: Path, photograph: Callable[[Path], Path]
+) -> None:
+    """It returns what the card warns of: the rows before the final norm, the class token first."""
     pipe = transformers.pipeline("image-feature-extraction", model=str(exported))
-    (features,) = pipe(str(photograph(tmp_path / "image.jpg")))
+    image = photograph(tmp_path / "image.jpg")
+    (features,) = pipe(str(image))
     assert np.shape(features) == (1 + 16, 64)
+    with torch.no_grad():
+        pixels = transformers.AutoImageProcessor.from_pretrained(exported)(Image.open(image), return_tensors="pt")
+        ours = model.patch_features(pixels["pixel_values"])[0]
+        rows = torch.tensor(features)[1:]
+        torch.testing.assert_close(model.pool.norm(rows), ours, rtol=1e-4, atol=1e-4)
+    assert (rows - ours).norm() > 0.1 * ours.norm()
+    warning = (
+        '`pipeline("image-feature-extraction")` returns `last_hidden_state` as it is (`pool=True`: `pooler_output`)'
+    )
+    assert warning in (exported / "README.md").read_text("utf-8")
 
 
 def test_certificate_and_card(model: LCL, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,17 @@ def test_create_model(open_clip: Any, model: LCL, tmp_path: Path) -> None:
 
 def test_images_are_normalized_as_open_clip_does(open_clip: Any) -> None:
     assert (IMAGE_MEAN, IMAGE_STD) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+
+def test_the_card_of_a_sigmoid_loss(make_model: Callable[..., LCL], model: LCL, tmp_path: Path) -> None:
+    """A paragraph of its own, behind the example to which the advice leads."""
+    for name, ours in (("without", model), ("with", make_model(replace(model.config, logit_bias=-10.0)))):
+        export_model(ours, "open_clip", tmp_path / name)
+    without, within = ((tmp_path / name / "README.md").read_text("utf-8") for name in ("without", "with"))
+    assert "which the attention pool makes of them:\n\nRun in this folder:\n\n```python\n" in within
+    before, paragraph, behind = re.split(r"```\n\n(Trained by a sigmoid loss: the probability .*\.)\n\n", within)
+    assert f"{before}```\n\n{behind}" == without
+    assert "\n" not in paragraph
 
 
 @pytest.mark.parametrize("bias", [None, -10.0])

@@ -48,6 +48,8 @@ class Encoder(ABC):
 
     source: Callable[[int], Encoder] | None = None
     """makes the same encoder in process i of several (`load.EncoderSource`)"""
+    untrained_pooled: str | None = None
+    """why its pooled feature may be one that nothing has trained, in a line"""
 
     def __init__(self, name: str, module: nn.Module, device: str | torch.device = "cpu") -> None:
         """Moves the module to the device."""

@@ -52,10 +52,15 @@ class HfEncoder(Encoder):
                 trust_remote_code=False,
             )
             self._processor: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-            found = pool if is_file(pool) else None
-            if self._remote is not None and _may_be_export(module, self._processor):
+            may_be_export, found = _may_be_export(module, self._processor), pool if is_file(pool) else None
+            if self._remote is not None and may_be_export:
                 found = optional_file(folder, POOL)
             self._pool = None if found is None else read_pool(found)
+        if self._pool is None and may_be_export:  # `save_pretrained` of an export writes the tower alone
+            self.untrained_pooled = (
+                f"{spec.text} has no {POOL}: the class token's output is measured, which LCL does not train; if the "
+                "model began as an export, copy that one's folder lcl into its own"
+            )
         missing = sorted(report["missing_keys"])
         # a classifier's checkpoint has no pooler, which some architectures put behind the class token
         self._has_pooler = not any("pooler." in name for name in missing)
@@ -95,9 +100,7 @@ class HfEncoder(Encoder):
             first = max(0, hidden.shape[1] - self._num_patches(vision.config, images))
             tokens, patches = hidden[:, :first], hidden[:, first:]
         if self._pool is not None:
-            weights, heads = self._pool
-            weights = {key: value.to(images.device) for key, value in weights.items()}
-            return Features(attention_pool(patches, weights, heads), patches)
+            return Features(attention_pool(patches, *self._pool), patches)
         if hasattr(module, "get_image_features"):
             return Features(_tensor(module.get_image_features(pixel_values=images)), patches)
         if pooled is None:
@@ -168,7 +171,8 @@ def _is_masked(module: Any) -> bool:
 def _may_be_export(module: Any, processor: Any) -> bool:
     """Whether `export --format hf` writes such a model. Others, DINOv2's own among them, are not asked for a pool: from
     a cache that another program filled they load without the hub."""
-    return module.config.model_type in _EXPORTED and type(processor).__name__.startswith("CLIPImageProcessor")
+    config, clips = module.config, type(processor).__name__.startswith("CLIPImageProcessor")
+    return clips and config.model_type in _EXPORTED and config.hidden_act == "gelu"
 
 
 def _tensor(out: Any) -> torch.Tensor:
