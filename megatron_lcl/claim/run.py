@@ -9,10 +9,12 @@ OUTPUT/PART.md, .json            the table               OUTPUT/PART.html   the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ from megatron_lcl.train.telemetry import read_metrics
 
 DATA, RUNS = "data", "runs"
 """folders of the output"""
+_USED = "loss", "contrastive", "num_images", "num_pairs", "step_seconds", "flops_per_second"
+"""what the tables say of a run's metrics"""
 Start = Callable[[Member], int]
 
 
@@ -191,7 +195,7 @@ def _facts(
 
     first: the runs of the part's first row.
     """
-    lines, of_first = _steps_of(members), _steps_of(first)
+    lines = _steps_of(members)
     config, wanted = members[0].config, first[0].config
     same = (config.objective, config.data.corpora) == (wanted.objective, wanted.data.corpora)
     contrasts = [any(line["contrastive"] for line in of_run if line.get("contrastive")) for of_run in lines]
@@ -211,7 +215,7 @@ def _facts(
         "minutes": [sum(line["step_seconds"] for line in of_run) / 60 for of_run in lines],
         "steps to the same loss": [
             steps_to([line["loss"] for line in of_run], [line["loss"] for line in goal])
-            for of_run, goal in zip(lines, of_first, strict=True)
+            for of_run, goal in zip(lines, _steps_of(first), strict=True)
         ]
         if same
         else [],
@@ -219,9 +223,10 @@ def _facts(
 
 
 def _steps_of(members: Sequence[Member]) -> list[list[dict[str, Any]]]:
-    """Of each run, the lines of its metrics that are of a step."""
+    """Of each run, the lines of its metrics that are of a step, and of these what is used: a line has several kB."""
+    runs = (read_metrics(Path(member.config.train.output)) for member in members)
     return [
-        [line for line in read_metrics(Path(member.config.train.output)) if "num_images" in line] for member in members
+        [{name: line[name] for name in _USED if name in line} for line in run if "num_images" in line] for run in runs
     ]
 
 
@@ -232,8 +237,16 @@ def steps_to(losses: Sequence[float], goal: Sequence[float]) -> int | None:
     """
     width = max(1, len(goal) // 20)
     level = math.fsum(goal[-width:]) / width
-    means = (math.fsum(losses[end - width : end]) / width for end in range(width, len(losses) + 1))
-    return next((width + n for n, mean in enumerate(means) if mean <= level), None)
+    # sums of all losses so far, exact: rounded ones would say that a run does not end where it ends itself. Of a step
+    # whose loss is no number the windows are left out
+    finite = [math.isfinite(loss) for loss in losses]
+    sums = [*itertools.accumulate((Fraction(x) if ok else 0 for x, ok in zip(losses, finite, strict=True)), initial=0)]
+    counts = [*itertools.accumulate(finite, initial=0)]
+    for end in range(width, len(losses) + 1):
+        start = end - width
+        if counts[end] - counts[start] == width and float(sums[end] - sums[start]) / width <= level:
+            return end
+    return None
 
 
 def _untrained(output: Path, config: configs.Config, data: Path, seeds: Sequence[int]) -> Iterator[list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_lcl.claim.data import CORPORA, HELD_OUT, in_validation, prepare
 from megatron_lcl.claim.measure import RESULT, VALIDATION, Measure
 from megatron_lcl.claim.parts import PARTS, Part
 from megatron_lcl.claim.plan import OWN, plan
-from megatron_lcl.claim.run import _untrained, claim, default_config, steps_to
+from megatron_lcl.claim.run import _steps_of, _untrained, claim, default_config, steps_to
 from megatron_lcl.claim.table import Trained, markdown, table
 from megatron_lcl.cli import main
 from megatron_lcl.config.phases import phases_of
@@ -410,6 +411,29 @@ def test_steps_to_the_same_loss() -> None:
     assert steps_to([2 * loss - 10.05 for loss in goal], goal) == 31  # 4.35, 4.15, 3.95
     assert steps_to([loss + 0.01 for loss in goal], goal) is None
     assert steps_to([9, 9, 9, 0, 9, 4.1, 4.1, 4.1], goal) == 8, "one small loss is not enough"
+    assert steps_to([math.nan, 9, 9, 0, math.inf, 4.1, 4.1, 4.1], goal) == 8
+    assert steps_to([math.nan] * 60, goal) is None
+    for losses in ([first, *(10 - step / 70 for step in range(399))] for first in (1e9, 1e10, 1e11, 1e12)):
+        assert steps_to(losses, losses) == 400, "where it ends itself, whatever sums are rounded to"
+
+
+def test_each_loss_is_added_once(tmp_path: Path) -> None:
+    """And of a run's lines no more is held than what is used."""
+
+    class Losses(list[float]):
+        def __getitem__(self, at: Any) -> Any:
+            found = super().__getitem__(at)
+            read.append(len(found) if isinstance(at, slice) else 1)
+            return found
+
+    read: list[int] = []
+    goal = [1.0] * 1000
+    assert steps_to(Losses([2.0] * 1000), goal) is None
+    assert sum(read) <= 1000
+    lines = [{"step": 1, "loss": 2.0, "num_images": 3, "of each layer": [0.0] * 99}, {"step": 1, "validation/loss": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    member: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(output=str(tmp_path))))
+    assert _steps_of([member]) == [[{"loss": 2.0, "num_images": 3}]]
 
 
 @pytest.mark.parametrize(

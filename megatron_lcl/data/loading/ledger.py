@@ -7,13 +7,15 @@ midst of one.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -112,6 +114,17 @@ class Segment:
         return replace(data, **{name: self.settings[name] for name in _SETTINGS})
 
 
+class _Skipped(NamedTuple):
+    """Packs that are not used."""
+
+    ranges: list[list[int]]
+    """[first, stop], in order; no two of them touch"""
+    total: list[int]
+    """packs in the first n ranges, for n from 0 to all of them"""
+    used: list[int]
+    """packs before each range that are used"""
+
+
 @dataclass(frozen=True)
 class Ledger:
     """What the packs of a run depend on: the settings that it began with, and entries, which are only ever appended.
@@ -149,16 +162,13 @@ class Ledger:
 
     def locate(self, consumed: int) -> int:
         """Number of the pack that comes after `consumed` packs were used: those of skipped ranges are jumped over."""
-        pack = consumed
-        for start, stop in self._skipped():
-            if pack >= start:
-                pack += stop - start
-        return pack
+        skipped = self._skipped
+        return consumed + skipped.total[bisect.bisect_right(skipped.used, consumed)]
 
     def ranges(self, consumed: int, count: int) -> list[tuple[int, int]]:
         """Numbers of the `count` packs that come after `consumed` packs were used: ranges (first, stop), in order."""
         first, found = self.locate(consumed), []
-        for start, stop in self._skipped():
+        for start, stop in self._skipped.ranges:
             if first < start < first + count:
                 found.append((first, start))
                 first, count = stop, count - (start - first)
@@ -180,14 +190,17 @@ class Ledger:
                 entries.append({"from_pack": start, "skip": end - start, "plan": plan})
         return replace(self, entries=tuple(entries))
 
-    def _skipped(self) -> list[list[int]]:
+    @cached_property
+    def _skipped(self) -> _Skipped:
         merged: list[list[int]] = []
         for start, stop in sorted((e["from_pack"], e["from_pack"] + e["skip"]) for e in self.entries if "skip" in e):
             if merged and start <= merged[-1][1]:
                 merged[-1][1] = max(merged[-1][1], stop)
             else:
                 merged.append([start, stop])
-        return merged
+        total = [0, *itertools.accumulate(stop - start for start, stop in merged)]
+        used = [start - before for (start, _), before in zip(merged, total, strict=False)]
+        return _Skipped(merged, total, used)
 
     def blends(self) -> list[dict[str, Any]]:
         """The entries that set a blend, in order."""
@@ -199,24 +212,32 @@ class Ledger:
 
     def phases(self) -> list[dict[str, Any]]:
         """The entries of phases, in order; none where the run has but one and leaves out no patch."""
+        return list(self._phases)
+
+    @cached_property
+    def _phases(self) -> list[dict[str, Any]]:
         return sorted((e for e in self.entries if "phase" in e), key=_consumed)
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> tuple[Segment, ...]:
         """Stretches of packs that are planned alike, in order: one at least.
 
         Packs that a rewind has skipped stay as they were planned, and so do the documents in them. Where it has gone
         back into the phase before theirs, that phase goes on behind them in a segment of its own.
         """
+        return self._segments
+
+    @cached_property
+    def _segments(self) -> tuple[Segment, ...]:
         found = [Segment(0, 0, 0, self.settings)]
         planned = [(e["from_pack"], e["from_pack"] + e["skip"]) for e in self.entries if "plan" in e]
         # a phase begins behind the last pack of the one before, whatever is skipped from there on
-        begins = {self.locate(entry["consumed"] - 1) + 1 for entry in self.phases()}
+        begins = {self.locate(entry["consumed"] - 1) + 1 for entry in self._phases}
         for first in sorted(begins.union(*planned)):
             plan, rests = self._plan_of(first)
             settings = {**self.settings, **{name: plan[name] for name in PLANNED}}
             if settings != found[-1].settings:
                 found.append(Segment(len(found), self._used_before(first), first, settings, rests))
-        return found
+        return tuple(found)
 
     def _plan_of(self, pack: int) -> tuple[Mapping[str, Any], int]:
         """The settings PLANNED with which a pack is planned, among others, and `Segment.rests`."""
@@ -224,12 +245,13 @@ class Ledger:
             if "plan" in entry and entry["from_pack"] <= pack < entry["from_pack"] + entry["skip"]:
                 return entry["plan"], int(entry["plan"]["rests"])
         used = self._used_before(pack)
-        begun = [entry for entry in self.phases() if entry["consumed"] <= used]
+        begun = [entry for entry in self._phases if entry["consumed"] <= used]
         return (begun[-1]["phase"], int(begun[-1].get("rests", 0))) if begun else (self.settings, 1)
 
     def _used_before(self, pack: int) -> int:
         """How many packs of lower numbers are used."""
-        return pack - sum(min(stop, pack) - start for start, stop in self._skipped() if start < pack)
+        begun = bisect.bisect_left(self._skipped.ranges, [pack])
+        return max(self._skipped.used[begun - 1], pack - self._skipped.total[begun]) if begun else pack
 
     def goes_on(self, segment: Segment) -> Segment | None:
         """The segment in which the phase goes on that a segment is of, behind packs of later phases that a rewind has

@@ -5,10 +5,13 @@ enter, each connection in a thread; it ends when the last of them has (its stand
 (operation, url, arguments); an answer ("ok", value) or ("fault", message, missing) with
 remedies behind that, where there are any.
 
-A request that may succeed later is made again, after a pause that doubles: for FIRST_SECONDS where no request to a URL
-was answered yet (a wrong address shows soon), otherwise for PATIENCE_SECONDS after it first failed (of what puts, whose
-parts obstore itself repeats, after it began). How long an answer takes depends on the link, which many share, so only
-silence is a failure. A body with fewer bytes than were asked for counts as one that failed.
+All folders of a bucket, or of a server, are asked over one client's connections: corpora may have images in millions of
+folders, and a client takes threads and 0.3 MB.
+
+A request that may succeed later is made again, after a pause that doubles: for FIRST_SECONDS where no request to the
+bucket was answered yet (a wrong address shows soon), otherwise for PATIENCE_SECONDS after it first failed (of what
+puts, whose parts obstore itself repeats, after it began). How long an answer takes depends on the link, which many
+share, so only silence is a failure. A body with fewer bytes than were asked for counts as one that failed.
 
 Credentials that were taken before and are refused are obtained again, once for each request.
 """
@@ -17,7 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import random
+import re
 import shutil
 import sys
 import threading
@@ -30,7 +35,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from megatron_lcl.data.storage.faults import KEYS, Fault, StorageError, explained, status_of
 from megatron_lcl.data.storage.names import is_within
@@ -44,31 +49,60 @@ SILENT_SECONDS = 60.0
 PUT_SECONDS = 300.0
 """until a request that puts is answered, with the time to send its bytes; 12 share the link"""
 IN_FLIGHT = 32
-"""requests made at once for one process that reads"""
+"""requests made at once to a bucket, or to a server, for one process that reads"""
 CHUNK = 16 << 20
 """bytes of a request, of a whole object that is fetched, and of a part, of one that is put"""
 T = TypeVar("T")
 
 
+class Client:
+    """Connections to a bucket, or to a server, and the threads that make requests over them."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.open()
+        self.answered = False
+        self.pool = ThreadPoolExecutor(IN_FLIGHT)
+
+    def open(self) -> None:
+        """With the credentials that there are now."""
+        self.store, self.retrying = _open(self.address, 0, SILENT_SECONDS), _open(self.address, 10, PUT_SECONDS)
+
+
+class Clients:
+    """Those that are open. Threads may use it at once."""
+
+    def __init__(self) -> None:
+        self._by_address: dict[str, Client] = {}
+        self._lock = threading.Lock()
+
+    def at(self, address: str) -> Client:
+        """The client of an address, which is opened the first time."""
+        with self._lock:
+            if address not in self._by_address:
+                self._by_address[address] = Client(address)
+            return self._by_address[address]
+
+
 class Remote:
-    """A folder of objects."""
+    """A folder of objects. Cheap to make, but for the client of its address."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, client_at: Callable[[str], Client] = Client) -> None:
         self.url = url
-        self._open()
-        self._answered = False
-        self._pool = ThreadPoolExecutor(IN_FLIGHT)
+        address, self._folder = address_and_folder(url)
+        self._client = client_at(address)
 
-    def _open(self) -> None:
-        self._store, self._retrying = _open(self.url, 0, SILENT_SECONDS), _open(self.url, 10, PUT_SECONDS)
+    def _key(self, name: str) -> str:
+        """The name that an object of this folder has at the client's address."""
+        return f"{self._folder}{name.removeprefix('/')}"
 
     def head(self, names: list[str]) -> list[tuple[int, str | None] | None]:
         """(bytes, ETag) of each object; None where it is not there."""
-        return list(self._pool.map(self._head, names))
+        return list(self._client.pool.map(self._head, names))
 
     def read(self, name: str, etag: str | None, ranges: list[tuple[int, int]]) -> list[bytes]:
         """Bytes start … stop-1 of an object, for each range."""
-        return list(self._pool.map(lambda r: self._range(name, etag, *r), ranges))
+        return list(self._client.pool.map(lambda r: self._range(name, etag, *r), ranges))
 
     def fetch(self, names: list[str], known: list[tuple[int, str | None] | None], folder: str) -> None:
         """Whole objects into files of the same names in a folder, one after another in many requests.
@@ -102,7 +136,7 @@ class Remote:
                         written = os.pwrite(to, content, start)
                         content, start = content[written:], start + written
 
-                chunks = [self._pool.submit(one, start) for start in range(0, size, CHUNK)]
+                chunks = [self._client.pool.submit(one, start) for start in range(0, size, CHUNK)]
                 try:
                     for chunk in chunks:
                         chunk.result()
@@ -114,11 +148,12 @@ class Remote:
         import obstore
 
         source = Path(content) if isinstance(content, str) else content
-        if not self._answered:
+        if not self._client.answered:
             self._head(name)  # a wrong address shows soon
         # of the requests for its parts each is made again; all of them together seldom succeed. When it fails, that may
         # have taken longer than PATIENCE_SECONDS
-        self._again(name, lambda: obstore.put(self._retrying, name, source, chunk_size=CHUNK), time.monotonic())
+        key = self._key(name)
+        self._again(name, lambda: obstore.put(self._client.retrying, key, source, chunk_size=CHUNK), time.monotonic())
 
     def delete(self, names: Sequence[str]) -> None:
         """Objects, as far as they are there."""
@@ -126,7 +161,7 @@ class Remote:
 
         def one(name: str) -> None:
             with contextlib.suppress(FileNotFoundError):
-                obstore.delete(self._store, name)
+                obstore.delete(self._client.store, self._key(name))
 
         for name in names:
             self._again(name, lambda name=name: one(name))  # type: ignore[misc]
@@ -136,15 +171,18 @@ class Remote:
         below, and the folders there as (name, -1, None)."""
         import obstore
 
+        below = self._key(prefix) or None
+
         def listed() -> list[tuple[str, int, str | None]]:
             if deep:
-                items = [item for page in obstore.list(self._store, prefix or None) for item in page]
+                items = [item for page in obstore.list(self._client.store, below) for item in page]
                 folders = []
             else:
-                found = obstore.list_with_delimiter(self._store, prefix or None)
+                found = obstore.list_with_delimiter(self._client.store, below)
                 items, folders = list(found["objects"]), list(found["common_prefixes"])
             objects = [(item["path"], item["size"], item["e_tag"]) for item in items]
-            return sorted(objects + [(name, -1, None) for name in folders])
+            all_of_them = objects + [(key, -1, None) for key in folders]
+            return sorted((key[len(self._folder) :], size, etag) for key, size, etag in all_of_them)
 
         return self._again(prefix, listed)
 
@@ -154,9 +192,9 @@ class Remote:
 
         def one() -> tuple[int, str | None] | None:
             try:
-                about = obstore.head(self._store, name)
+                about = obstore.head(self._client.store, self._key(name))
             except FileNotFoundError:
-                if urlsplit(self.url).scheme == "s3" and not self._answered:
+                if urlsplit(self.url).scheme == "s3" and not self._client.answered:
                     self._say_why(name)
                 return None
             except BaseError as error:
@@ -174,7 +212,7 @@ class Remote:
 
         with contextlib.suppress(FileNotFoundError):
             try:
-                obstore.get(self._store, name)
+                obstore.get(self._client.store, self._key(name))
             except FileNotFoundError as error:
                 if "NoSuchBucket" in str(error):
                     raise StorageError(explained(error, self.url, name, os.environ).message) from None
@@ -186,7 +224,7 @@ class Remote:
             options: dict[str, Any] = {"range": (start, stop)}
             if etag is not None and not etag.startswith("W/"):  # a weak one says nothing of bytes
                 options["if_match"] = etag
-            content = obstore.get(self._store, name, options=options).bytes()  # type: ignore[arg-type]
+            content = obstore.get(self._client.store, self._key(name), options=options).bytes()  # type: ignore[arg-type]
             if len(content) != stop - start:
                 raise _CutShort
             return content.to_bytes()
@@ -197,29 +235,29 @@ class Remote:
         """failed: from when patience counts; 0: from the first failure on."""
         began, pause, reopened = time.monotonic(), 0.1, False
         while True:
-            store = self._store
+            store = self._client.store
             try:
                 result = action()
-                self._answered = True
+                self._client.answered = True
                 return result
             except StorageError:
                 raise
             except _CutShort:
-                self._answered = True
+                self._client.answered = True
                 fault = Fault(f"{self.url}/{name}: the answer ended too early, each time; check the network", True)
             except Exception as error:  # noqa: BLE001 of whatever kind, it is explained
                 fault = explained(error, self.url, name, os.environ)
-            if fault.refused and self._answered and not reopened:
+            if fault.refused and self._client.answered and not reopened:
                 # a role's token, whose age obstore takes by a clock that stands still in a suspend, or keys of a file
                 # that were replaced
                 reopened = True
-                if self._store is store:  # else another thread has done it
-                    self._open()
+                if self._client.store is store:  # else another thread has done it
+                    self._client.open()
                 continue
-            self._answered |= fault.answered
+            self._client.answered |= fault.answered
             now = time.monotonic()
             failed = failed or now
-            end = failed + PATIENCE_SECONDS if self._answered else began + FIRST_SECONDS
+            end = failed + PATIENCE_SECONDS if self._client.answered else began + FIRST_SECONDS
             if not fault.passing or now + pause > end:
                 raise StorageError(fault.message, fault.missing)
             time.sleep(pause * random.uniform(0.5, 1.0))
@@ -228,6 +266,22 @@ class Remote:
 
 class _CutShort(Exception):
     """Fewer bytes than were asked for."""
+
+
+def address_and_folder(url: str) -> tuple[str, str]:
+    """The URL of a bucket, or of a server, and what the names of the objects of a folder there begin with: empty, or
+    with a slash at its end and without escapes (%20)."""
+    from obstore import parse_scheme
+
+    parts = urlsplit(url)
+    kept = ""
+    if parts.scheme in ("http", "https"):
+        # clouds have addresses of which the first part of the path is the bucket. Other servers may tell the escape of
+        # an ASCII character (%2F) from the character
+        pattern = r".*%(?![89a-f])[^/]*" if parse_scheme(url) == "http" else r"/[^/]*"
+        kept = found[0] if (found := re.match(pattern, parts.path, re.IGNORECASE)) else ""
+    folder = posixpath.normpath("/" + unquote(parts.path[len(kept) :], errors="strict")).strip("/")
+    return f"{parts.scheme}://{parts.netloc}{kept}", folder and f"{folder}/"
 
 
 def _open(url: str, retries: int, silent: float) -> Any:
@@ -275,34 +329,35 @@ def _profile() -> dict[str, str]:
     return {ours: section[theirs] for theirs, ours in keys.items() if theirs in section}
 
 
+def reply_to(operation: str, url: str, arguments: Sequence[Any], clients: Clients) -> tuple[Any, ...]:
+    """The answer to a request, as the head of this file says."""
+    try:
+        return "ok", getattr(Remote(url, clients.at), operation)(*arguments)
+    except StorageError as error:
+        return "fault", error.said(), error.missing, error.remedies
+    except OSError as error:  # of a file of ours
+        return "fault", f"{arguments[-1]}: {error.strerror or type(error).__name__}", False
+    except ImportError:
+        return "fault", "object storage needs obstore: pip install 'megatron-lcl[storage]'", False
+    except Exception as error:  # noqa: BLE001 its text may repeat what is secret
+        said = f"{type(error).__name__} in obstore, of the settings in AWS_… variables"
+        if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+            said = (
+                "the process that makes requests cannot start another thread; raise the limit of this user's processes "
+                "and threads (ulimit -u), or that of the container or job (pids.max)"
+            )
+        return "fault", f"{url}: {said}", False
+
+
 def main(address: str) -> None:
     """Say "ready" and answer until standard input ends; where that cannot be, say why and end."""
-    remotes: dict[str, Remote] = {}
-    lock = threading.Lock()
+    clients = Clients()
 
     def answer(connection: Connection) -> None:
         with connection, contextlib.suppress(EOFError, OSError):
             while True:
                 operation, url, arguments = connection.recv()
-                reply: tuple[Any, ...]
-                try:
-                    with lock:
-                        if url not in remotes:
-                            remotes[url] = Remote(url)
-                    reply = "ok", getattr(remotes[url], operation)(*arguments)
-                except StorageError as error:
-                    reply = "fault", error.said(), error.missing, error.remedies
-                except OSError as error:  # of a file of ours
-                    reply = "fault", f"{arguments[-1]}: {error.strerror or type(error).__name__}", False
-                except ImportError:
-                    reply = "fault", "object storage needs obstore: pip install 'megatron-lcl[storage]'", False
-                except Exception as error:  # noqa: BLE001 its text may repeat what is secret
-                    reply = (
-                        "fault",
-                        f"{url}: {type(error).__name__} in obstore, of the settings in AWS_… variables",
-                        False,
-                    )
-                connection.send(reply)
+                connection.send(reply_to(operation, url, arguments, clients))
 
     try:
         listener = Listener(address, "AF_UNIX", backlog=128)

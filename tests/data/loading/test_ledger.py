@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from corpora import MakeCorpus, random_documents
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
+from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index, packing
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger, open_ledger, open_run_ledger
@@ -271,6 +273,29 @@ def test_skipped_packs_between_phases(make_corpus: MakeCorpus) -> None:
     assert max(Counter(used).values()) == 1
     skipped = set(documents_of(config, plain, range(20, 23)))
     assert skipped.isdisjoint(used[: len(documents_of(config, plain, range(40)))])
+
+
+def test_a_ledger_of_many_rewinds_counts_them_once() -> None:
+    """`locate` is asked for each pack that is read."""
+    plan = {"tokens_per_pack": 8, "images_per_pack": 2, "num_patches": 4, "context_length": 8}
+    rng = np.random.default_rng(0)
+    ledger, used = Ledger(dict(plan)), list(range(3000))
+    for _ in range(40):
+        at, count = int(rng.integers(1500)), int(rng.integers(1, 20))
+        ledger = ledger.skip(at, count)
+        del used[at : at + count]
+    assert [ledger.locate(consumed) for consumed in range(2000)] == used[:2000]
+    below = np.searchsorted(used, np.arange(2000)).tolist()
+    assert [ledger._used_before(pack) for pack in range(2000)] == below
+    again = Ledger.from_json(ledger.to_json())
+    with mock.patch.object(ledger_module, "sorted", create=True, side_effect=sorted) as sorting:
+        for consumed in range(9):
+            again.locate(consumed)
+            again.ranges(consumed, 9)
+            again.segment_after(consumed)
+    assert sorting.call_count <= 3, "the skipped packs, the phases and where segments begin"
+    assert again == ledger
+    assert again.segments() is again.segments()
 
 
 def test_packs_skipped_across_the_end_of_a_phase(make_corpus: MakeCorpus, tmp_path: Path) -> None:

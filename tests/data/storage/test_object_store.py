@@ -325,11 +325,12 @@ def planted(code: str, status: str = "403 Forbidden") -> bytes:
     [
         ("SignatureDoesNotMatch", "403 Forbidden", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
         ("ExpiredToken", "400 Bad Request", r"refused \(ExpiredToken\); set AWS_"),
-        ("NoSuchBucket", "404 Not Found", "there is no bucket 'bucket' at http://127.0.0.1"),
+        ("NoSuchBucket", "404 Not Found", "there is no bucket 'of-nosuchbucket' at http://127.0.0.1"),
         ("PermanentRedirect", "301 Moved", "set AWS_REGION"),
     ],
 )
-def test_errors_have_one_line_and_no_secret(s3: Proxy, place: str, code: str, status: str, said: str) -> None:
+def test_errors_have_one_line_and_no_secret(s3: Proxy, code: str, status: str, said: str) -> None:
+    place = f"s3://of-{code.lower()}/folder"  # not answered yet
     for question in (lambda: Store(place).get("object"), lambda: Store(place).list()):
         s3.answer = planted(code, status)
         with pytest.raises(StorageError, match=said) as raised:
@@ -357,7 +358,7 @@ def test_a_clock_that_is_wrong_for_a_while_is_waited_for(s3: Proxy, place: str) 
         assert asked.result() == [CONTENT[5:9]]
     s3.answer = planted("RequestTimeTooSkewed")
     with pytest.raises(StorageError, match=r"refused the time of this machine \(RequestTimeTooSkewed\)") as raised:
-        Store(f"{place}/never-answered").list()
+        Store("s3://never-answered/folder").list()
     assert "PLANTED" not in str(raised.value)
 
 
@@ -374,10 +375,10 @@ def test_credentials_that_were_taken_before_are_read_again_once(monkeypatch: pyt
     tried: list[str] = []
 
     def answered_from(good: int) -> str:
-        tried.append(remote._store)
+        tried.append(remote._client.store)
         if len(opened) < good:
             raise PermissionError("status: 400, <Code>ExpiredToken</Code>")
-        return remote._store
+        return remote._client.store
 
     with pytest.raises(StorageError, match="refused"):  # wrong from the first
         remote._again("object", lambda: answered_from(3))
@@ -415,7 +416,7 @@ def test_chunks_of_a_file_that_failed_are_written_to_no_other(tmp_path: Path, mo
             opened.set()
             with pytest.raises(StorageError, match="no answer"):
                 fetched.result()
-            remote._pool.shutdown()
+            remote._client.pool.shutdown()
     assert (tmp_path / "second").read_bytes() == b""
 
 

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 from audit_lines import read_audit
 
+from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.train.resilience.audit import AUDIT, Audit
 from megatron_lcl.train.run import Training
@@ -43,7 +44,7 @@ def test_the_packs_of_a_skipped_step_are_ranges(tmp_path: Path) -> None:
     training.ledger, training.audit, training.bad.too_many = ledger, Audit(tmp_path, True), False
     training.bad.record.return_value = "loss is nan"
     step: Any = SimpleNamespace(number=3, packs=20_000, global_batch=8_192, lr=1e-3, scale=None)
-    with mock.patch.object(Ledger, "_skipped", autospec=True, side_effect=Ledger._skipped) as sorting:
+    with mock.patch.object(ledger_module, "sorted", create=True, side_effect=sorted) as sorting:
         Training._record(training, [(step, None)])
     assert sorting.call_count <= 2, "of all entries, and not for each pack"
     assert (tmp_path / AUDIT).stat().st_size < 1_000
