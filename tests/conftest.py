@@ -90,12 +90,12 @@ def pytest_collection() -> Generator[None, object, object]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # one process of several, which take file after file: the longest first
-        weights = Counter(_file(item) for item in items if "slow" in item.keywords)
+        weights = Counter(_file(item) for item in items if item.get_closest_marker("slow"))
         rank = {name: number for number, name in enumerate(LONGEST)}
         items.sort(key=lambda item: (rank.get(_file(item), len(rank)), -weights[_file(item)]))
     if not config.getoption("--soak"):
         for item in items:
-            if "soak" in item.keywords:
+            if item.get_closest_marker("soak"):
                 item.add_marker(pytest.mark.skip(reason="long; run with --soak"))
 
 
