@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from configparser import ConfigParser
 from configparser import Error as ConfigError
 from datetime import timedelta
@@ -50,6 +50,8 @@ PUT_SECONDS = 300.0
 """until a request that puts is answered, with the time to send its bytes; 12 share the link"""
 IN_FLIGHT = 32
 """requests made at once to a bucket, or to a server, for one process that reads"""
+COPYING = 24
+"""of these for a whole object that is fetched, however large: others are read meanwhile"""
 CHUNK = 16 << 20
 """bytes of a request, of a whole object that is fetched, and of a part, of one that is put"""
 T = TypeVar("T")
@@ -60,13 +62,20 @@ class Client:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.open()
+        self._lock = threading.Lock()
+        self._open()
         self.answered = False
         self.pool = ThreadPoolExecutor(IN_FLIGHT)
 
-    def open(self) -> None:
-        """With the credentials that there are now."""
+    def _open(self) -> None:
         self.store, self.retrying = _open(self.address, 0, SILENT_SECONDS), _open(self.address, 10, PUT_SECONDS)
+
+    def reopen(self, store: Any) -> None:
+        """With the credentials that there are now, if `store` is still that of this client: else another thread has
+        done it."""
+        with self._lock:
+            if self.store is store:
+                self._open()
 
 
 class Clients:
@@ -125,23 +134,29 @@ class Remote:
                 remedies={"--data.cache": ", or data.cache"},
             )
         for name, (size, etag) in found.items():
-            with open(Path(folder) / name, "wb") as file:
-                descriptor = file.fileno()
+            self._fetch(name, etag, size, Path(folder) / name)
 
-                def one(
-                    start: int, name: str = name, etag: str | None = etag, size: int = size, to: int = descriptor
-                ) -> None:
-                    content = memoryview(self._range(name, etag, start, min(start + CHUNK, size)))
-                    while content:
-                        written = os.pwrite(to, content, start)
-                        content, start = content[written:], start + written
+    def _fetch(self, name: str, etag: str | None, size: int, path: Path) -> None:
+        path.write_bytes(b"")
 
-                chunks = [self._client.pool.submit(one, start) for start in range(0, size, CHUNK)]
-                try:
-                    for chunk in chunks:
+        def one(start: int) -> None:
+            content = self._range(name, etag, start, min(start + CHUNK, size))
+            with open(path, "r+b") as file:
+                file.seek(start)
+                file.write(content)
+
+        running: set[Future[None]] = set()
+        try:
+            for start in range(0, size, CHUNK):
+                if len(running) == COPYING:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for chunk in done:
                         chunk.result()
-                finally:  # where one failed: the next file that is opened gets this descriptor
-                    wait([chunk for chunk in chunks if not chunk.cancel()])
+                running.add(self._client.pool.submit(one, start))
+            for chunk in running:
+                chunk.result()
+        finally:
+            wait([chunk for chunk in running if not chunk.cancel()])
 
     def put(self, name: str, content: bytes | str) -> None:
         """An object, of these bytes or of a file at this path; as it was or whole, whatever ends this process."""
@@ -251,8 +266,7 @@ class Remote:
                 # a role's token, whose age obstore takes by a clock that stands still in a suspend, or keys of a file
                 # that were replaced
                 reopened = True
-                if self._client.store is store:  # else another thread has done it
-                    self._client.open()
+                self._client.reopen(store)
                 continue
             self._client.answered |= fault.answered
             now = time.monotonic()
@@ -274,13 +288,15 @@ def address_and_folder(url: str) -> tuple[str, str]:
     from obstore import parse_scheme
 
     parts = urlsplit(url)
-    kept = ""
+    path, kept = parts.path, ""
     if parts.scheme in ("http", "https"):
-        # clouds have addresses of which the first part of the path is the bucket. Other servers may tell the escape of
-        # an ASCII character (%2F) from the character
-        pattern = r".*%(?![89a-f])[^/]*" if parse_scheme(url) == "http" else r"/[^/]*"
-        kept = found[0] if (found := re.match(pattern, parts.path, re.IGNORECASE)) else ""
-    folder = posixpath.normpath("/" + unquote(parts.path[len(kept) :], errors="strict")).strip("/")
+        # other servers than clouds' may tell the escape of an ASCII character (%2F) from the character
+        pattern = r".*%(?![89a-f])[^/]*"
+        if parse_scheme(url) != "http":  # clouds have addresses of which the first part of the path is the bucket
+            path = posixpath.normpath("/" + re.sub("%2e", ".", path, flags=re.IGNORECASE).lstrip("/"))
+            pattern = r"/[^/]*"
+        kept = found[0] if (found := re.match(pattern, path, re.IGNORECASE)) else ""
+    folder = posixpath.normpath("/" + unquote(path[len(kept) :], errors="strict")).strip("/")
     return f"{parts.scheme}://{parts.netloc}{kept}", folder and f"{folder}/"
 
 

@@ -57,6 +57,7 @@ def test_names_are_those_below_a_folder_whatever_is_in_them(s3: Proxy, place: st
         ("https://host/group%2Fproject/a/b", "https://host/group%2Fproject", "a/b/"),
         ("https://s3.us-east-1.amazonaws.com/bucket/a/b", "https://s3.us-east-1.amazonaws.com/bucket", "a/b/"),
         ("https://account.blob.core.windows.net/container", "https://account.blob.core.windows.net/container", ""),
+        ("https://s3.us-east-1.amazonaws.com/a/../b/./c/%2e%2e/d", "https://s3.us-east-1.amazonaws.com/b", "d/"),
     ],
 )
 def test_a_client_has_the_address_of_a_bucket_or_server(url: str, address: str, folder: str) -> None:
@@ -80,6 +81,48 @@ def test_folders_of_a_bucket_share_a_client(place: str, monkeypatch: pytest.Monk
     for folder in folders:
         server.Remote(folder, clients.at)
     assert opened == ["s3://bucket"] * 2, "one that repeats requests, and one that does not"
+
+
+def test_others_read_while_a_large_object_is_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It has more chunks than there are threads, none of which is free before another object was read."""
+    read, begun, chunks = threading.Event(), threading.Semaphore(0), server.IN_FLIGHT + 2
+
+    def answer(_: object, name: str, _etag: str | None, start: int, stop: int) -> bytes:
+        if name == "small":
+            read.set()
+        begun.release()
+        assert read.wait(10)
+        return bytes([start % 256]) * (stop - start)
+
+    monkeypatch.setattr(server, "_open", lambda *_: None)
+    monkeypatch.setattr(server, "CHUNK", 7)
+    monkeypatch.setattr(server.Remote, "_range", answer)
+    remote = server.Remote("s3://bucket/folder")
+    copy = threading.Thread(target=remote.fetch, args=(["large"], [(7 * chunks - 3, None)], str(tmp_path)))
+    copy.start()
+    assert begun.acquire(timeout=10)
+    while begun.acquire(timeout=0.3):  # until no more begin
+        pass
+    assert remote.read("small", None, [(0, 1)]) == [b"\0"]
+    copy.join(20)
+    expected = b"".join(bytes([7 * k % 256]) * 7 for k in range(chunks))
+    assert (tmp_path / "large").read_bytes() == expected[:-3]
+
+
+def test_credentials_are_opened_once_by_threads_that_were_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+
+    def open(*_: object) -> object:
+        opened.append(object())
+        return opened[-1]
+
+    monkeypatch.setattr(server, "_open", open)
+    client = server.Client("s3://bucket")
+    refused, before = client.store, len(opened)
+    for _ in range(3):
+        client.reopen(refused)
+    assert len(opened) == 2 * before
+    assert client.store is opened[before]
 
 
 def test_no_more_threads_is_no_fault_of_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
