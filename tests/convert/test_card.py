@@ -97,6 +97,7 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     heldout = {
         "step": 10, "corpus": str(corpus), "documents": 5, "images": 8, "pairs": 7, "targets": 1234,
         "image_to_context_recall_at_10": 0.5, "chance_at_10": 0.25, "median_rank": None, "bits_per_token": 3.0,
+        "image_in_document_recall_at_1": 0.75, "chance_in_document": 0.5, "pairs_with_rivals": 4,
         "intervals": {"image_to_context_recall_at_10": [0.375, 0.625]},
     }  # fmt: skip
     (tmp_path / "run" / "heldout.json").write_text(json.dumps(heldout))
@@ -105,6 +106,7 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     old = "not recorded"  # in files of earlier versions
     assert card.metrics == (
         Measured(*of, "image to context recall@10", 0.5, (0.375, 0.625), 0.25, "7 pairs", dtype=old),
+        Measured(*of, "image in document recall@1", 0.75, None, 0.5, "4 pairs with rivals", dtype=old),
         Measured(*of, "bits per token", 3.0, items="1,234 targets", dtype=old),
         Measured(*of, "perplexity", 8.0, items="1,234 targets", dtype=old),
     )
@@ -113,8 +115,9 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     assert "license GFDL" in card.datasets[0]
     assert "documents 1,234" in card.datasets[0]
     assert "elsewhere" in card.datasets[1]
-    (tmp_path / "run" / "heldout.json").write_text(json.dumps({**heldout, "step": 9}))  # of an earlier checkpoint
-    assert card_of(checkpoint).metrics == ()
+    for other in ({"step": 9}, {"average": "ema"}):  # of an earlier checkpoint; of an average of this one's weights
+        (tmp_path / "run" / "heldout.json").write_text(json.dumps(heldout | other))
+        assert card_of(checkpoint).metrics == ()
     text = to_text(card, tmp_path)
     assert str(tmp_path) not in text  # the config's folders are nobody's business
     assert "path: manual" in text

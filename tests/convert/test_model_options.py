@@ -68,6 +68,7 @@ def test_every_row_is_what_dinov2s_classes_compute(
     with torch.no_grad():
         rows = theirs.eval()(images).last_hidden_state
         expected = ours.pool.norm(ours.vision_tokens(images))
+    assert load_model(tmp_path / "out").config.vision == replace(ours.config.vision, drop_path=0.0)
     assert rows.shape == (4, 1 + registers + 16, 64)
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
 

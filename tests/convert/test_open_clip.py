@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.convert.certificate import check_images
 from megatron_lcl.convert.export import export_model, import_checkpoint
-from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
+from megatron_lcl.data.loading.images import square
+from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD, normalize
 
 B32 = Model(Vision(224, 32, 768, 12, 12, 3072), Language(128, 1000, 768, 1, 12, 3072), 12)
 B16 = Model(Vision(224, 16, 768, 2, 12, 3072), Language(128, 1000, 768, 1, 12, 3072), 12)
@@ -39,14 +41,17 @@ def test_there_and_back(model: LCL, tmp_path: Path) -> None:
     assert all(torch.equal(p, theirs[name]) for name, p in model.layers.named_parameters())
 
 
-def test_create_model(open_clip: Any, model: LCL, tmp_path: Path) -> None:
+def test_create_model(open_clip: Any, model: LCL, tmp_path: Path, photograph: Callable[[Path], Path]) -> None:
+    """And its transform makes of a picture what ours does."""
     export_model(model, "open_clip", tmp_path / "out")
     loaded, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     images = check_images(64)
     with torch.no_grad():
         mean = model.patch_features(images).mean(1)
         assert torch.allclose(loaded.eval().encode_image(images), mean, rtol=1e-4, atol=1e-5)
-    assert [type(step).__name__ for step in transform.transforms[:2]] == ["Resize", "CenterCrop"]
+    with Image.open(photograph(tmp_path / "picture.png")) as picture:
+        ours = normalize(torch.from_numpy(square(picture, 64).copy())[None])[0]
+        assert torch.allclose(transform(picture), ours, atol=1e-5)
 
 
 def test_images_are_normalized_as_open_clip_does(open_clip: Any) -> None:

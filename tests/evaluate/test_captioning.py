@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def test_a_model_that_has_learned_captions_writes_them() -> None:
     assert generate(model, pictures, CaptioningSettings()) == captions
 
 
-WRITTEN = ["A dog runs on the green grass.", "two people ride a bike", "it's a red house by the sea", "nothing like it"]
+WRITTEN = ["A dog runs on the green grass.", "two people ride a bike", "it's a red house by the sea", "nothing"]
+"""together a word shorter than the nearest references, and longer than the shortest"""
 REFERENCES = [
     ["A brown dog runs on green grass", "the dog is running on the grass"],
     ["Two people, riding one bike!", "a man and a woman ride a bike", "two people ride"],
@@ -135,7 +137,16 @@ def test_metrics_against_pycocoevalcap_and_torchmetrics() -> None:
     truth = {i: tokenize(several) for i, several in enumerate(REFERENCES)}
     ours = {i: tokenize([w]) for i, w in enumerate(WRITTEN)}
     assert found["CIDEr"].value == pytest.approx(cider.compute_score(truth, ours)[0])
-    assert found["BLEU-4"].value == pytest.approx(bleu.compute_score(truth, ours, verbose=0)[0][3])
+
+    def bleu4(chosen: Iterable[int]) -> float:
+        given = [dict(enumerate(of[i] for i in chosen)) for of in (truth, ours)]
+        return bleu.compute_score(*given, verbose=0)[0][3]
+
+    assert found["BLEU-4"].value == pytest.approx(bleu4(range(4)))
+    generator = np.random.default_rng(0)
+    resampled = [bleu4(generator.integers(4, size=4)) for _ in range(200)]
+    interval = found["BLEU-4"].low, found["BLEU-4"].high
+    assert interval == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])))
     theirs = torchmetrics.BLEUScore(4)([ours[i][0] for i in range(4)], [truth[i] for i in range(4)])
     assert found["BLEU-4"].value == pytest.approx(theirs.item(), rel=1e-5)
     for metric in found.values():
@@ -178,13 +189,14 @@ def test_copies_of_an_image_are_one_image_with_all_its_references(encoder: OurEn
     drawn = CaptioningSettings(max_tokens=8, top_p=1.0)  # by numbers that depend on an image's batch
     written = caption(encoder, blobs, drawn, batch_size=2, progress=False)
     references = [(written[0], "some words"), (written[1],), ("words of c", written[2])]
-    captions = (references[0][:1], references[1], references[2][:1], references[0][1:], references[2][1:])
-    once = ImageSet("x", (zero, one, two), captions=tuple(references))
-    copied = ImageSet("x", (zero, one, two, zero, copy), captions=captions)
+    captions = (references[0][:1], references[1], references[0][1:], references[2][:1], references[2][1:])
+    once = ImageSet("x", (zero, one, two), captions=tuple(references), domains=("in", "near", "out"))
+    domains = ("in", "near", "in", "out", "out")
+    copied = ImageSet("x", (zero, one, zero, two, copy), captions=captions, domains=domains)
     expected, of_once = captioning(encoder, once, drawn, batch_size=2, progress=False)
     found, of_copied = captioning(encoder, copied, drawn, batch_size=2, progress=False)
     assert of_once == written
-    assert of_copied == [*written, written[0], written[2]]
+    assert of_copied == [written[i] for i in (0, 1, 0, 2, 2)]
     assert (found.num_items, found.metrics) == (3, expected.metrics)
     assert (found.settings["image copies"], expected.settings["image copies"]) == (2, 0)
 

@@ -63,6 +63,7 @@ def test_captions_stay_with_their_images_where_bad_ones_are_left_out(folder: Pat
     left = without_bad(data, find_bad(data, tmp_path / "cache"), skip=True)
     assert [blob.name for blob in left.images] == [str(tmp_path / f"{i}.png") for i in (1, 2, 4, 5)]
     assert left.captions == tuple((f"caption {i}",) for i in (1, 2, 4, 5))
+    assert left.digests == image_set.content_digests(left.images)
     assert find_bad(left, tmp_path / "cache") == []
     assert len(list((tmp_path / "cache").iterdir())) == 1  # that these are good is known from now on
     (tmp_path / "4.png").unlink()

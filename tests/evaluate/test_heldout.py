@@ -117,9 +117,9 @@ def test_recall_of_random_similarities_is_chance() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("heldout")
     documents = random_documents(14, seed=5, mean_text=12.0) * 2  # each context is as near as its copy
-    for d in range(4):  # of an image that stands twice each place is right, whatever the third image is
+    for d in range(4):  # of an image that stands twice each place is right, whatever the third image is; or is none
         twice, rival = ((jpeg(100 + 2 * d + n), None, None) for n in range(2))
-        documents.append([[d, 7], twice, [d, 8, 9], twice, [d], rival])
+        documents.append([[d, 7], twice, [d, 8, 9], twice, *([[d], rival] if d else [])])
     write_corpus(folder / "corpus", documents, num_shards=2)
     return folder
 
@@ -129,19 +129,21 @@ def settings(folder: Path) -> Config:
     return Config(model=TINY, data=data)
 
 
-def own_model() -> LCL:
-    model = LCL(TINY, seed=3)
+def own_model(config: Model = TINY) -> LCL:
+    model = LCL(config, seed=3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "log_scale" not in name:
+            if not name.endswith(("log_scale", "logit_bias")):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
+@pytest.mark.parametrize("bias", [None, -3.0])
 @torch.no_grad()
-def test_equals_a_brute_force_count(folder: Path) -> None:
-    config, model, corpus = settings(folder), own_model(), open_corpus(folder / "corpus")
+def test_equals_a_brute_force_count(folder: Path, bias: float | None) -> None:
+    config, model = settings(folder), own_model(dataclasses.replace(TINY, logit_bias=bias))
+    corpus = open_corpus(folder / "corpus")
     result, examples = evaluate_heldout(model, config, folder / "corpus", progress=False)
     # a pack is one sequence of the model's context, with as many images as it has places for
     data = Data(({"path": str(folder / "corpus")},), 48, (48 - 2) // (4 + 2), cache=str(folder / "cache"))
@@ -178,7 +180,11 @@ def test_equals_a_brute_force_count(folder: Path) -> None:
     assert any(r == 1 < right_inside[i] for i, r in zip(rivalled, among, strict=True)), "one of several found"
     at_10 = 1 - np.mean([math.comb(n - r, 10) / math.comb(n, 10) for r in right])
     logits = math.exp(float(model.head.log_scale)) * similarity
-    loss = np.mean([np.log(np.exp(a).sum()) for a in (*logits, *logits.T)]) - np.diagonal(logits).mean()
+    if model.head.logit_bias is None:
+        loss = np.mean([np.log(np.exp(a).sum()) for a in (*logits, *logits.T)]) - np.diagonal(logits).mean()
+    else:  # of each pair right or wrong, summed over an image's contexts
+        logits += float(model.head.logit_bias)
+        loss = np.log1p(np.exp(np.where(np.eye(n), -logits, logits))).sum() / n
     expected = {
         "documents": len(corpus),
         "pairs": n,
@@ -210,7 +216,8 @@ def test_equals_a_brute_force_count(folder: Path) -> None:
     assert any("\n" in example.pair.context for example in examples)
     many = dataclasses.replace(result, chance_at_10=1 / 5120)
     for of, chance in ((result, f"{100 * at_10:.2g}%"), (many, "0.02%")):
-        assert f"{result.context_to_image_recall_at_10:.1%}   chance {chance:>5}   " in table(of)
+        for recall_at_10 in (result.image_to_context_recall_at_10, result.context_to_image_recall_at_10):
+            assert f"recall@10  {recall_at_10:7.1%}   chance {chance:>5}   " in table(of)
 
 
 def over_processes(rank: int, folder: Path) -> list[tuple[HeldOut, list[Example]]]:

@@ -11,6 +11,7 @@ from data.corpora import Piece, jpeg, write_corpus
 
 from megatron_lcl import LCL, open_corpus
 from megatron_lcl.config import Config, Data, Language, Model, Vision
+from megatron_lcl.evaluate import heldout_packs
 from megatron_lcl.evaluate.heldout import evaluate_heldout
 from megatron_lcl.evaluate.heldout_results import Example, HeldOut
 from megatron_lcl.evaluate.rules import VERSION, heldout_rules
@@ -25,7 +26,9 @@ def measured(folder: Path, documents: list[list[Piece]]) -> tuple[HeldOut, list[
     return evaluate_heldout(LCL(TINY, seed=3), config, folder / "corpus", num_examples=99, progress=False)
 
 
-@pytest.mark.parametrize(("context", "sequences", "images"), [(48, "documents", 7), (8, "pairs", 1)])
+@pytest.mark.parametrize(
+    ("context", "sequences", "images"), [(48, "documents", 7), (9, "documents", 1), (8, "pairs", 1)]
+)
 def test_the_rules_are_those_of_their_version(context: int, sequences: str, images: int) -> None:
     """Numbers of other rules cannot be compared: whoever changes one raises the version."""
     expected: dict[str, Any] = {
@@ -69,3 +72,11 @@ def test_an_image_that_begins_a_sequence_has_the_end_of_its_text(tmp_path: Path)
     assert (result.documents, result.images, result.pairs) == (1, 1, 1)
     tokenizer = open_corpus(tmp_path / "corpus").tokenizer
     assert example.pair.context == tokenizer.decode(text[-40:]) != tokenizer.decode(text[-39:])
+
+
+def test_a_long_context_is_shown_by_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heldout_packs, "CONTEXT_CHARACTERS", 20)
+    text = list(range(30, 70))
+    _, (example,) = measured(tmp_path, [[text, (jpeg(0), None, None)]])
+    whole = open_corpus(tmp_path / "corpus").tokenizer.decode(text)
+    assert example.pair.context == whole[-20:] != whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -29,7 +30,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
-from megatron_lcl.evaluate.image_set import FileBlob
+from megatron_lcl.evaluate.image_set import FileBlob, ImageSet
 from megatron_lcl.evaluate.labeled import LabeledEvaluation, LabeledSets, open_labeled
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import KnnSettings, Settings, ZeroShotSettings
@@ -110,6 +111,23 @@ def test_features_are_those_of_the_encoder(folder: Path, rows: int, at_once: int
     expected = class_features(encoder, CLASSES, PROMPTS)
     torch.testing.assert_close(texts, expected, rtol=1e-5, atol=1e-6)
     assert (expected - expected.roll(1, 0)).norm(dim=1).min() > 1e-3, "or the classes could be exchanged"
+
+
+def test_the_second_replica_takes_the_labels_of_its_images_that_decode(folder: Path) -> None:
+    """Of four images one of the first replica's does not; it was the only one of a class, which the mean leaves out."""
+    config = configs.load(folder / "config.yaml")
+    measured = alone(config, LCL(config.model).eval(), 1)
+    labels, features = np.array([0, 3, 2]), torch.eye(4)[[3, 2]]
+
+    def gather_objects(own: Any) -> list[Any]:
+        """With the number of the first replica's images, or the rank of their classes."""
+        return [1 if isinstance(own, int) else np.zeros(1, np.int64), own]
+
+    data: Any = SimpleNamespace(rank=1, size=2, gather_objects=gather_objects)
+    measured.mesh = dataclasses.replace(measured.mesh, data=data)
+    test = ImageSet("x", (FileBlob(Path("unread")),) * 3, labels, tuple("abcd"))
+    found = measured._classify(features, test, None, None, torch.eye(4))
+    assert found["zero_shot_accuracy"] == found["zero_shot_mean_per_class_recall"] == 1
 
 
 @pytest.mark.slow
