@@ -159,7 +159,7 @@ def test_statistics(small_tiles):
     similarity = image @ text.t()
     others = similarity.masked_fill(torch.eye(n, dtype=torch.bool), -math.inf)
     target = torch.arange(n)
-    assert 0 < output.image_accuracy < 1
+    assert 0 < output.image_accuracy != output.text_accuracy < 1
     expected = (
         plain(image, text, torch.tensor(2.0, dtype=torch.float64)),
         (similarity.argmax(1) == target).double().mean(),

@@ -317,6 +317,7 @@ def test_the_command_says_what_was_found_and_writes_the_best(
     planned = json.loads(numbers.read_text())
     assert planned["layout"] in text
     assert planned["images_per_second"] * planned["step_seconds"] == pytest.approx(8 * 2), "8 packs of 2 images"
+    assert planned["tokens_per_second"] * planned["step_seconds"] == pytest.approx(8 * CONTEXT), "which are full"
     assert (planned["processes"], planned["is_measured"]) == (4, False)
     (name,) = [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith("best ")]
     written = configs.load(best)

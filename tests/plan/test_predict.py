@@ -288,6 +288,7 @@ def test_a_group_over_nodes_shares_their_adapters() -> None:
     assert bandwidth(range(16), 8, rates) == 100, "eight adapters are faster than the links inside"
     assert bandwidth(range(0, 16, 2), 8, rates) == 80
     assert bandwidth(range(0, 64, 8), 8, rates) == 20
+    assert bandwidth((0, 1, 2, 8), 8, rates) == 20, "the second node has one process of the group"
 
 
 def test_kernels_are_started_ahead_of_a_device() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,6 +90,24 @@ def test_others_metrics_have_charts_too() -> None:
     for line in lines:
         metrics._take(line)
     assert [g.title for g in groups(metrics.series, 4, {})][-2:] == ["Further metrics", "Theirs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "value", "shown"),
+    [
+        ("flops_per_second", "TFLOP/s of all processes", 5e14, 500.0),
+        ("memory_peak_bytes", "peak memory of a device (GiB)", 3 * 2**30, 3.0),
+        ("checkpoint_bytes", "size of a checkpoint (MB)", 7e6, 7.0),
+        ("heldout/bits_per_token", "generation loss (nats a token)", 2.0, 2 * math.log(2)),
+        ("mfu", "model FLOPs utilization, MFU (%)", 0.25, 25.0),
+        ("data_wait", "time spent waiting for data (%)", 0.25, 25.0),
+    ],
+)
+def test_values_are_drawn_in_the_unit_of_the_title(name: str, title: str, value: float, shown: float) -> None:
+    figure = drawn([{"step": step, "loss": 1.0, name: step * value} for step in (1, 2, 3)])[title]
+    *_, low, high = map(float, re.findall(r'data-range="([^"]*)"', figure)[0].split())
+    assert (low, high) == pytest.approx((0.92 * shown, 3.08 * shown)), "a margin of 4 % on either side"
+    assert f'data-now="{short(3 * shown)}"' in figure
 
 
 def test_a_curve_stands_where_its_numbers_say() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from report.conftest import write_lines
 
 from megatron_lcl import config as configs
 from megatron_lcl import fields
-from megatron_lcl.report.runs import Run, find_runs, group, write_runs_report
+from megatron_lcl.report.runs import Run, _lines, find_runs, group, write_runs_report
 from megatron_lcl.report.series import Metrics
 
 
@@ -88,6 +89,25 @@ def test_a_level_that_not_all_runs_have_is_not_drawn(tmp_path: Path, lines: list
     write_lines(tmp_path / "s/not measured", [{"loss": 1.0, "step": step} for step in (1, 2)], 2)
     page = write_runs_report([tmp_path / "s"]).read_text()
     assert ('data-label="chance"' in page) == (0.2 in dict(lines).values())
+
+
+def test_the_mean_of_runs_is_drawn_in_the_unit_of_their_band() -> None:
+    runs = [run_of({"train": {"seed": seed}}) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        for step in (1, 2):
+            run.metrics._take({"step": step, "mfu": 0.25 * step + 0.5 * seed})
+    (line,) = _lines(group(runs), "mfu", 100.0)
+    assert line.mean is not None
+    assert (line.low.tolist(), line.mean.tolist(), line.high.tolist()) == ([25, 50], [50, 75], [75, 100])
+
+
+@pytest.mark.parametrize(("step", "expected"), [(4, 9.0), (5, 7.0), (6, 7.0), (None, 7.0)])
+def test_a_held_out_result_of_the_last_measured_step_or_a_later_one_counts(
+    tmp_path: Path, step: int | None, expected: float
+) -> None:
+    write_lines(tmp_path / "run", [{"step": 5, "heldout/median_rank": 9.0}])
+    (tmp_path / "run/heldout.json").write_text(json.dumps({"median_rank": 7.0, "step": step}))
+    assert Run.of(tmp_path / "run").last("heldout/median_rank") == expected
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
             {"step": 3, "bad_images": ["a: empty", "b: cut"], "num_bad_images_since": 40, "time": 7.0},
             {"step": 3, "loss": 2.0, "num_pairs": 4, "contrastive": 1.0, "image_accuracy": 0.5, "time": 9.0},
             {"step": 3, "attention": "dense", "loss_kernels": "torch", "time": 1000.0},
-            {"step": 4, "loss": 1.0, "time": 1003.0, "on": True, "words": "x"},
+            {"step": 4, "loss": 1.0, "num_targets": 0, "generation": 0.0, "time": 1003.0, "on": True, "words": "x"},
             {"step": 4, "health": {"metric": "latent_spread", "says": "all the same"}, "time": 1003.0},
             {
                 "step": 4,
@@ -174,6 +174,7 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
     assert metrics.seconds == 12.0, "not the time in which nothing ran"
     assert metrics.series["loss"].num_values == 2
     assert metrics.series["contrastive"].num_values == 1, "no mean over no pairs"
+    assert metrics.series["generation"].num_values == 0, "nor over no targets"
     assert metrics.series["chance_accuracy"].last == 0.25, "earlier versions did not write it"
     assert {"on", "words", "skipped", "phase", "step", "time", "num_bad_images_since"}.isdisjoint(metrics.series)
     with (tmp_path / "metrics.jsonl").open("a") as file:

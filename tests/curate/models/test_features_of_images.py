@@ -101,6 +101,8 @@ def test_a_head_scores_what_it_is_given(format: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(low.value, [0.5, -1.5], atol=1e-6)
     assert join_scores(files, HeadScore(str(file), max_score=1.0)).document.tolist() == [0, 1]
     assert join_scores(files, HeadScore(str(file), min_score=-1.0, max_score=2.0)).document.tolist() == [0, 4]
+    at_the_bounds = HeadScore(str(file), min_score=-1.5, max_score=2.5)
+    assert join_scores(files, at_the_bounds).document.tolist() == [], "what has a bound's score stays"
     for content, said in ((np.ones(3), "3 weights, the encoder 2"), (np.zeros((2, 0)), "0 weights")):
         np.savez(tmp_path / "other.npz", weight=content)
         with pytest.raises(UserError, match=said):

@@ -216,6 +216,7 @@ def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:
         {"text": "first"}, {"image": "good.png"}, {"text": None}, {"text": " \n\t"}, {"text": 5}, {"other": 1},
         {"image": "../secret.png"}, {"image": str(secret)}, {"image": "C:\\x.png"}, {"image": ""}, {"image": 7},
         {"image": "gone.png"}, {"image": "html.jpg"}, {"image": "lfs.webp"}, {"image": "dot.gif"}, {"image": "a\0b"},
+        {"image": "row.gif"}, {"image": "column.gif"},
         {"text": "last \ud800."},
         {"image": "good.png", "similarity": 0.5, "matched_text_index": 4},
         {"image": "good.png", "similarity": float("nan"), "matched_text_index": 0},
@@ -225,8 +226,9 @@ def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:
     ]  # fmt: skip
     lines = [{"items": items}, {"items": [{"image": "gone.png"}]}, {"items": 3}, 4, b'{"items": [{"text": "x\xff"}]}',
              b"[" * 100_000, b'{"items": [{"te']  # fmt: skip
-    dot = encoded(Pillow.new("P", (1, 1)), "GIF")
-    images = {"good.png": good, "html.jpg": BAD["html"][0], "lfs.webp": BAD["lfs"][0], "dot.gif": dot}
+    sizes = {"dot.gif": (1, 1), "row.gif": (5, 1), "column.gif": (1, 5)}
+    images = {"good.png": good, "html.jpg": BAD["html"][0], "lfs.webp": BAD["lfs"][0]}
+    images |= {name: encoded(Pillow.new("P", size), "GIF") for name, size in sizes.items()}
     drops = corpus_of(tmp_path, lines, images).drops
     assert drops.bad_counts == {
         "text: null": 1,
@@ -263,8 +265,10 @@ def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:
 
     first, second = open_corpus(tmp_path / "out")
     assert [t.text for t in first.texts] == ["first", "last \ufffd."]
-    assert [(i.data == good, i.similarity, i.matched_text) for i in first.images] == [
-        (True, None, None),
-        (True, 0.5, 1),
+    assert [(i.data, i.similarity, i.matched_text) for i in first.images] == [
+        (good, None, None),
+        (images["row.gif"], None, None),
+        (images["column.gif"], None, None),
+        (good, 0.5, 1),
     ]
     assert [t.text for t in second.texts] == ["x\ufffd"]

@@ -175,15 +175,18 @@ def energies(pixels: np.ndarray) -> np.ndarray:
     return np.bincount(band.ravel(), (np.abs(np.fft.fft2(gray - gray.mean())) ** 2).ravel())
 
 
-@pytest.mark.parametrize("side", [200, 228, 285, 430, 512, 1030])
-def test_jpegs_of_any_size_keep_the_fine_structure_that_torchvision_keeps(side: int) -> None:
-    """From 512 pixels on they are decoded at 1/2, from 1,024 at 1/4."""
+@pytest.mark.parametrize(
+    ("width", "height"), [*((side, side) for side in (200, 228, 285, 430, 512, 1030)), (1030, 250), (250, 1030)]
+)
+def test_jpegs_of_any_size_keep_the_fine_structure_that_torchvision_keeps(width: int, height: int) -> None:
+    """From 512 pixels of the shorter side on they are decoded at 1/2, from 1,024 at 1/4."""
     functional = pytest.importorskip("torchvision.transforms.functional")
-    data, size = encode(noise(side), "JPEG", quality=95), 64
+    data, size = encode(noise(max(width, height)).crop((0, 0, width, height)), "JPEG", quality=95), 64
     opened = PIL.Image.open(io.BytesIO(data))
     expected = np.asarray(functional.resize(opened, [size, size], functional.InterpolationMode.BICUBIC))
-    kept = energies(decode_train(data, size, draws(), (1.0, 1.0), (1.0, 1.0))) / energies(expected.transpose(2, 0, 1))
-    assert np.abs(kept - 1).max() < (0.002 if side < 512 else 0.065), kept
+    got = decode_train(data, size, draws(), (1.0, 1.0), (width / height, width / height))
+    kept = energies(got) / energies(expected.transpose(2, 0, 1))
+    assert np.abs(kept - 1).max() < (0.002 if min(width, height) < 512 else 0.065), kept
 
 
 @pytest.mark.parametrize(
@@ -210,7 +213,10 @@ def test_crop_boxes_have_torchvision_s_distribution() -> None:
         "aspect ratio": lambda top, left, height, width: width / height,
     }.items():
         assert ks_2samp(of(*ours.T), of(*theirs.T)).pvalue > 1e-4, name
-    assert crop_box(1000, 10, draws(), (0.9, 1.0), ratio) == (493, 0, 13, 10)  # nothing fits: the largest, centered
+    # nothing fits: the largest, centered
+    assert crop_box(1000, 10, draws(), (0.9, 1.0), ratio) == (493, 0, 13, 10)
+    assert crop_box(1000, 10, draws(), (0.9, 1.0), (0.5, 3.0)) == (485, 0, 30, 10)
+    assert crop_box(10, 1000, draws(), (0.9, 1.0), (0.2, 2.0)) == (0, 475, 10, 50)
 
 
 @pytest.mark.parametrize(("width", "height"), [(11, 10), (10, 11)])

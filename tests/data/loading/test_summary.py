@@ -38,6 +38,8 @@ def test_images_that_a_small_pack_cuts_off_from_their_text_are_said(make_corpus:
     small = summarize_config(config_of(corpus.path, **{"data.images_per_pack": "1"}), INTERLEAVED, None, 0)
     assert small.pairs == pytest.approx(small.images / 3, abs=6)  # the first one of three has a text before it
     assert small.cut == small.documents == small.cut_for_images
+    assert small.numbers()["contrast_share"] == small.pairs / small.images
+    assert small.numbers()["cut_share"] == 1, "of the documents"
     assert "1 image slot a pack (given); in 64 packs " in str(small)
     assert " are cut, " in str(small)
     assert str(small).endswith(" as they have over 1 image")

@@ -418,14 +418,15 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_max_image_side(tmp_path: Path) -> None:
-    documents = [Document((Image(picture(1, 200, 100)), Image(picture(2, 50, 40)), Text("x")))]
+    sizes = ((200, 100), (50, 40), (30, 120), (120, 30))
+    documents = [Document((*(Image(picture(k, *size)) for k, size in enumerate(sizes)), Text("x")))]
     writers.write_jsonl(documents, tmp_path / "in")
     preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_image_side=80)
     corpus = open_corpus(tmp_path / "out")
     assert corpus.manifest["recipe"]["rules"] == 2
     shard = corpus.shard(0)
-    assert shard.image_width.tolist() == [80, 50]
-    assert shard.image_height.tolist() == [40, 40]
+    assert shard.image_width.tolist() == [80, 50, 20, 80]
+    assert shard.image_height.tolist() == [40, 40, 80, 20]
     assert bytes(shard.image(1)) == documents[0].images[1].data
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from small_model_of_telemetry import RESULT, batch, config_of
 
+from megatron_lcl import config as configs
 from megatron_lcl import objectives
+from megatron_lcl.config import Config
 from megatron_lcl.model import flops
 from megatron_lcl.model.layers import PARTS
 from megatron_lcl.objectives.base import GlobalCounts
@@ -40,12 +42,19 @@ def measured(latents: torch.Tensor, contexts: torch.Tensor) -> Measured:
 
 
 def one_line(
-    meter: StepMeter, step: int, features: Measured | None = None, freeze: tuple[str, ...] = (), **replaced: Any
+    meter: StepMeter,
+    step: int,
+    features: Measured | None = None,
+    phase: Config | None = None,
+    num_pairs: int | None = None,
+    **replaced: Any,
 ) -> dict[str, Any]:
-    """A step of half a second on one batch, which is logged."""
-    config = config_of(freeze=freeze)
+    """A step of half a second on one batch, which is logged. phase: its config; num_pairs: of all replicas."""
+    config = phase or config_of()
     own = batch(config)
     counts = GlobalCounts.of([own], MESH, CPU)
+    if num_pairs is not None:
+        counts = GlobalCounts(counts.counts | {"num_pairs": num_pairs}, [own.num_pairs, num_pairs - own.num_pairs])
     meter.read([own], config, objectives.create(config))
     meter.step([own], counts, 0.5)
     result = dataclasses.replace(RESULT, measured=features, num_pairs=counts.counts["num_pairs"], **replaced)
@@ -83,10 +92,21 @@ def test_operations_are_those_of_the_batches_and_mfu_their_part_of_the_peak(tmp_
         assert line["flops_per_second"] == pytest.approx(expected / 0.5)
         assert line["mfu"] == pytest.approx(expected / 0.5 / 1e9)
         assert line["token_slots_padded"] == len(own.tokens) - RESULT.num_tokens
-        less = flops.of_step(config.model, flops.Sizes.of([own]), frozen=frozen_parameters(config_of(freeze=FROZEN)))
+        frozen, sizes = config_of(freeze=FROZEN), flops.Sizes.of([own])
+        less = flops.of_step(config.model, sizes, frozen=frozen_parameters(frozen))
         assert less.total < 0.9 * expected
-        assert one_line(meter, 2, freeze=FROZEN)["flops_per_second"] == pytest.approx(less.total / 0.5)
+        assert one_line(meter, 2, phase=frozen)["flops_per_second"] == pytest.approx(less.total / 0.5)
+        wider = configs.replace(config, model__language__mlp_width=96)
+        more = flops.of_step(wider.model, sizes).total
+        assert one_line(meter, 3, phase=wider)["flops_per_second"] == pytest.approx(more / 0.5) != expected / 0.5
+        against_all = flops.of_step(config.model, sizes, 10).total
+        assert against_all > expected
+        found = one_line(meter, 4, num_pairs=10)["flops_per_second"]
+        assert found == pytest.approx(against_all / 0.5), "similarities to the pairs of all replicas"
         assert "mfu" not in one_line(StepMeter(config_of(), MESH, Clock(CPU), telemetry), 1), "of a CPU"
+        of_four = one_line(StepMeter(config, Mesh(Four(None, 0, 4), ALONE), Clock(CPU), telemetry), 1)
+        assert of_four["flops_per_second"] == pytest.approx(4 * expected / 0.5)
+        assert of_four["mfu"] == pytest.approx(line["mfu"]), "of the peak of all processes"
 
 
 def test_a_line_has_the_rates_of_the_steps_since_the_last_one_or_since_the_run_went_back(
@@ -106,6 +126,10 @@ def test_a_line_has_the_rates_of_the_steps_since_the_last_one_or_since_the_run_w
         own = batch(config)
         assert [first[name] for name in rates[:3]] == [2 * own.num_images, 2 * own.num_tokens, 0.5]
         assert tuple(first)[:3] == rates[:3], "in metrics.jsonl they follow the learning rate"
+        meter.read([own], config, objectives.create(config))
+        meter.step([own], GlobalCounts.of([own], MESH, CPU), 1.5)
+        of_two = one_line(meter, 2)
+        assert [of_two[name] for name in rates[:3]] == [own.num_images, own.num_tokens, 1.0]
         with meter.waiting():
             pass
         clock.enter("data")
@@ -214,6 +238,27 @@ def test_a_clock_gives_each_phase_its_time_and_costs_nothing_before_it_is_starte
     clock.enter("other")
     assert clock.take() == pytest.approx({**dict.fromkeys(PHASES, 0.0), "forward": 0.03})
     assert not any(clock.take().values())
+
+
+def test_times_of_a_device_are_those_between_its_events_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    milliseconds = iter((0.0, 250.0, 1000.0))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(milliseconds)
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Clock(torch.device("cuda"))
+    clock.start()
+    clock.enter("data")
+    clock.enter("forward")
+    assert clock.take() == {**dict.fromkeys(PHASES, 0.0), "other": 0.25, "data": 0.75}
 
 
 def test_the_sums_over_replicas_begin_where_autograd_has_ended(sleep: Callable[[float], None]) -> None:
