@@ -59,7 +59,8 @@ class Request:
 @dataclass
 class Proxy:
     """What is between the clients and the server, in a thread of this process. Each n-th request of those that are
-    counted (GET and PUT of objects) fails in the way that is set; 0: none does."""
+    counted (GET and PUT of objects) fails in the way that is set, but never one that repeats what failed, however
+    the requests of several clients alternate: one retry is always enough. 0: none does."""
 
     server: int
     port: int = 0
@@ -79,6 +80,8 @@ class Proxy:
     late: float = 0.0
     """seconds by which the link came too late at most, as the process was not given the time"""
     _count: int = 0
+    _failed: set[tuple[str, str, str]] = field(default_factory=set)
+    """what failed and was not asked for again: method, path, range"""
     _free: float = 0.0
     """when the link has sent what it was given"""
     _kept: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
@@ -91,6 +94,7 @@ class Proxy:
         """No faults, and nothing seen."""
         self.latency, self.unavailable, self.cut, self.answer, self._count = 0.0, 0, 0, b"", 0
         self.speed, self._free, self.late = 0.0, 0.0, 0.0
+        self._failed.clear()
         self.requests.clear()
 
     def keep(self, path: str, content: bytes, etag: str) -> None:
@@ -111,10 +115,14 @@ class Proxy:
                     await asyncio.sleep(self.latency)
                 counted = method in ("GET", "PUT") and path.count("/") > 1
                 self._count += counted
+                fails = {n for n in (self.unavailable, self.cut) if counted and n and self._count % n == 0}
+                if (what := (method, path, seen.range)) in self._failed:
+                    fails.clear()
+                (self._failed.add if fails else self._failed.discard)(what)
                 if self.answer:
                     reply, content = self.answer.split(b"\r\n\r\n", 1)
                     reply, content = reply + b"\r\n\r\n", b"" if method == "HEAD" else content
-                elif counted and self.unavailable and self._count % self.unavailable == 0:
+                elif self.unavailable in fails:
                     content = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
                     reply = b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n" % len(content)
                 elif self.keeps and method == "GET" and path in self._kept:
@@ -129,7 +137,7 @@ class Proxy:
                     if self.keeps and method == "GET" and not seen.range and b" 200 " in reply[:20]:
                         self._kept[path] = _header(reply, b"etag").encode(), content
                 seen.status = int(reply.split(b" ", 2)[1])
-                if counted and self.cut and self._count % self.cut == 0 and len(content) > 1:
+                if self.cut in fails and len(content) > 1:
                     seen.sent = len(content) // 2
                     writer.write(reply + content[: seen.sent])
                     await writer.drain()
