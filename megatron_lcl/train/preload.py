@@ -28,5 +28,6 @@ importlib.import_module("numba").njit(lambda: 0)()  # numba sets itself up with 
 importlib.import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - found out when they are first asked for
 gc.collect()
 gc.enable()
-gc.freeze()  # the garbage collector of a forked process has only that process's own objects to look at
+gc.freeze()  # the garbage collector of a forked process has only that process's own objects to look at,
+gc.set_threshold(20_000)  # and not after every 700 new ones, as in the command itself
 atexit.register(gc.unfreeze)  # or some libraries report leaks when the server ends

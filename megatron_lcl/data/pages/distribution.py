@@ -60,7 +60,9 @@ class Distribution:
         low, (high,) = float(values[0]), self.quantiles([fraction])
         if high <= low:
             high = low + 1
-        return np.histogram(np.clip(values, low, high), bins=num_bins, range=(low, high), weights=counts)
+        # float32 has not always as many numbers as there are edges between two of its values
+        wide = np.clip(values.astype(np.float64), low, high)
+        return np.histogram(wide, bins=num_bins, range=(low, high), weights=counts)
 
     def _merge(self) -> tuple[np.ndarray, np.ndarray]:
         """Different values, ascending, and how often each occurs."""

@@ -13,6 +13,7 @@ from s3_server import Proxy
 
 from megatron_lcl.config import load
 from megatron_lcl.data.storage.store import Store
+from megatron_lcl.train.checkpoint import folder as checkpoint
 
 
 def planted(rank: int, environment: dict[str, str], mark: str = "") -> None:
@@ -34,7 +35,7 @@ def test_a_run_that_is_killed_goes_on_as_from_the_disk(
     options: dict[str, Any] = {"plant": planted, "planted": (environment, str(mark))}
     s3.latency, s3.unavailable, s3.cut = 0.02, 11, 13
     with Fleet(run, *words, **options) as fleet:
-        fleet.wait_for_step(6)
+        fleet.wait_for(lambda: bool(checkpoint.list_checkpoints(run)))  # its last process may write later than step 7
         started = [pid for process in fleet.processes for pid in descendants(process.pid)]
         assert started
         fleet.kill()
