@@ -24,8 +24,9 @@ cd "$root"
 unset PYTHONDONTWRITEBYTECODE
 compile() {
   "$venv/bin/python" -m compileall -q megatron_lcl tests
-  PYTHONPATH=tests "$venv/bin/python" tests/compile_numba.py
+  PYTHONPATH=tests "$venv/bin/python" tests/compile_numba.py & numba=$!
   "$venv/bin/python" -m pytest --collect-only -q -n 0 >/dev/null || true # the tests will say why
+  wait "$numba"
 }
 compile & compiled=$!
 "$venv/bin/ruff" format --check --quiet .

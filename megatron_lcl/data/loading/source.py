@@ -100,7 +100,7 @@ def _pieces_of_some(shard: Shard, documents: np.ndarray, placements: np.ndarray)
         raise shard.damaged(local, _MORE_IMAGES)
     chosen, _ = one_after_another(placements, numbers)
     arrays = shard.lengths[pieces], modes, offsets, shard.similarity[chosen], shard.matched_text[chosen]
-    return *arrays, images[:-1]
+    return *map(plain, arrays), images[:-1]
 
 
 def one_after_another(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
