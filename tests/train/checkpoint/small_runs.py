@@ -22,9 +22,9 @@ from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 
 GLOBAL_BATCH = 6  # divides among one, two and three processes
-LR = (1e-2, 8e-3, 6e-3, 4e-3, 2e-3, 1e-3)  # of the steps
+LR = (1e-2, 8e-3, 6e-3, 4e-3, 2e-3, 1e-3)  # of at least as many steps
 PARTITION = (0, 4)  # of a pipeline of two stages
-FIRST, LAST = 3, 6  # steps before the checkpoint, and of a job in all
+FIRST, LAST = 3, 5  # steps before the checkpoint, and of a job in all: the last one has what the first updated
 
 
 @dataclass(frozen=True)
