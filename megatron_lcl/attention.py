@@ -33,6 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_lcl.config import AttentionName
 from megatron_lcl.errors import UserError
+from megatron_lcl.losses.derivatives import first_derivative_only
 from megatron_lcl.losses.kernels import triton_fault
 
 PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -394,7 +395,7 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only("per_sequence attention")
     def backward(ctx, grad):
         grad = grad.index_select(0, ctx.back)
         return grad if ctx.is_own is None else grad.mul_(ctx.is_own[:, None, None]), None, None, None

@@ -156,7 +156,8 @@ def _on_format(format: str) -> str:
     lines = [f"format {format}:", *_entry("reads", what_it_reads(format)), ""]
     lines.append(f"options of format {format}, each as --option KEY=VALUE:" if options else "it has no options")
     for option in options:
-        lines += _entry(option.name, f"{option.help} ({option.type_name}, default {option.default_text})")
+        default = "needed" if option.is_needed else f"default {option.default_text}"
+        lines += _entry(option.name, f"{option.help} ({option.type_name}, {default})")
     return "\n".join(lines)
 
 

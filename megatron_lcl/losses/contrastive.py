@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.losses import contrastive_tiles
+from megatron_lcl.losses.derivatives import first_derivative_only
 from megatron_lcl.losses.group import exchange
 from megatron_lcl.losses.kernels import triton_fault
 from megatron_lcl.parallel.mesh import Axis, Pending
@@ -106,12 +107,13 @@ def contrastive_loss(
 
     `.loss` is the global mean, the same on every rank. Convention: sum. backward gives the gradient of that global mean
     with respect to this rank's own rows, and this rank's part of the gradient of log_scale; the sum over the group is
-    the gradient. backward sends nothing, and is once differentiable.
+    the gradient. backward sends nothing.
 
     Raises ValueError, on every rank of the group and before any feature is sent, if a rank's features are not two
     [n, D] tensors of one dtype on one device from which the group sends, if its log_scale is not one number there, if D
     or the dtype differs between ranks, or if a rank's counts are not those of the group; and on a caller that is not in
-    the group. Non-finite features give a non-finite loss.
+    the group. Non-finite features give a non-finite loss. First derivatives only: a backward with create_graph=True is
+    a RuntimeError.
     """
     return finish_contrastive_loss(start_gather(image_features, text_features, log_scale, group, counts, kernels))
 
@@ -197,7 +199,7 @@ class _ContrastiveFunction(torch.autograd.Function):
         return loss, *statistics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only("contrastive_loss")
     def backward(ctx, grad, *_):
         *features, image_lse_N, text_lse_N, shortfall_n, scale = ctx.saved_tensors
         image_nD, text_nD, image_ND, _ = features

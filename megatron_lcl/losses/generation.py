@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_lcl.losses import softmax_torch
+from megatron_lcl.losses.derivatives import first_derivative_only
 from megatron_lcl.losses.group import exchange
 from megatron_lcl.losses.kernels import triton_fault
 from megatron_lcl.parallel.mesh import Axis
@@ -68,9 +69,9 @@ def generation_loss(
     the group, or `gather_from_sequence_parallel`, whose backward reduce-scatters (parallel.mappings).
 
     The gradient is computed in forward, if gradients are enabled and asked for, and kept until backward, as large as
-    hidden and weight in float32; it is once differentiable. Raises ValueError for shapes, dtypes, devices or a
-    vocab_size that do not fit or are not the same on every rank, on every rank of the group (where `agreed`: on the
-    rank whose own do not fit), and on a caller that is not in the group.
+    hidden and weight in float32. First derivatives only: a backward with create_graph=True is a RuntimeError. Raises
+    ValueError for shapes, dtypes, devices or a vocab_size that do not fit or are not the same on every rank, on every
+    rank of the group (where `agreed`: on the rank whose own do not fit), and on a caller that is not in the group.
     """
     axis = Axis.of_group(group)
     device = hidden.device.type
@@ -161,7 +162,7 @@ class _GenerationFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only("generation_loss")
     def backward(ctx, grad):
         if ctx.gradients is None:
             raise RuntimeError("a second backward through generation_loss needs retain_graph=True in the first")

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.losses.contrastive import FeatureGather, start_gather
+from megatron_lcl.losses.derivatives import first_derivative_only
 from megatron_lcl.losses.sigmoid_tiles import loss_and_gradients
 
 SUMS = 5
@@ -54,8 +55,8 @@ def sigmoid_loss(
     """The sigmoid loss of n own pairs against the N pairs of all ranks of `group`.
 
     bias: shape [] or [1], floating point. Everything else, the convention (sum) and the errors are those of
-    `contrastive.contrastive_loss`: backward gives the gradient of the global mean with respect to this rank's own rows,
-    and this rank's parts of those of log_scale and bias.
+    `contrastive.contrastive_loss`, first derivatives only among them: backward gives the gradient of the global mean
+    with respect to this rank's own rows, and this rank's parts of those of log_scale and bias.
     """
     return finish_sigmoid_loss(start_gather(image_features, text_features, log_scale, group, counts, bias=bias))
 
@@ -101,7 +102,7 @@ class _SigmoidFunction(torch.autograd.Function):
         return loss, *statistics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only("sigmoid_loss")
     def backward(ctx, grad, *_):
         gradients = zip(ctx.saved_tensors, ctx.inputs, strict=True)
         return *((grad.to(g.dtype) * g).to(dtype).reshape(shape) for g, (shape, dtype) in gradients), None

@@ -22,6 +22,7 @@ from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare import train_tokenizer
 from megatron_lcl.data.prepare.bars import Bars
 from megatron_lcl.data.prepare.budget import nothing_left
+from megatron_lcl.data.prepare.faulty_documents import naming_faulty_documents
 from megatron_lcl.data.prepare.holdout import Described, Describer, Grouping, group_name
 from megatron_lcl.data.prepare.importers import Importer, Unit, separated
 from megatron_lcl.data.prepare.workers import in_order
@@ -101,7 +102,8 @@ def _held_out_groups(
 def _describe_unit(shared: tuple[Importer, Describer], unit: Unit) -> tuple[list[Described], Drops]:
     importer, describer = shared
     drops = Drops()
-    return [describer.describe(document) for document in importer.documents(unit, drops)], drops
+    with naming_faulty_documents(importer, [unit]):
+        return [describer.describe(document) for document in importer.documents(unit, drops)], drops
 
 
 def _train_tokenizer(
@@ -154,16 +156,17 @@ def _sample(importer: Importer, units: list[Unit], groups: frozenset[str], room:
 def _texts(importer: Importer, unit: Unit, groups: frozenset[str], room: int, drops: Drops) -> list[str] | None:
     """The first `room` bytes of a unit's texts that are not held out, as they are written; None: it has no document."""
     texts: list[str] | None = None
-    for document in importer.documents(unit, drops):
-        texts = texts or []
-        if group_name(document) in groups:
-            continue
-        for text in separated(document, importer.separator).texts:
-            raw = text.text.encode(errors="replace")[:room]
-            texts.append(raw.decode(errors="ignore"))
-            room -= len(raw)
-            if room <= 0:
-                return texts
+    with naming_faulty_documents(importer, [unit]):
+        for document in importer.documents(unit, drops):
+            texts = texts or []
+            if group_name(document) in groups:
+                continue
+            for text in separated(document, importer.separator).texts:
+                raw = text.text.encode(errors="replace")[:room]
+                texts.append(raw.decode(errors="ignore"))
+                room -= len(raw)
+                if room <= 0:
+                    return texts
     return texts
 
 

@@ -75,7 +75,10 @@ class Describer:
             digest = xxhash.xxh3_128_digest(image.data)
             images.append((digest, None if digest in self._seen else _features(image.data)))
             self._seen.add(digest)
-        return Described(group_name(document), shared, images)
+        group = group_name(document)
+        if not isinstance(group, str):  # its names are sorted, and written as JSON
+            raise TypeError(f"a document's group, or name, is {group!r}, not a str")
+        return Described(group, shared, images)
 
 
 @dataclass

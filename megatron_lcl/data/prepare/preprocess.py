@@ -10,6 +10,7 @@ machines, does no harm: see `data/corpus/scratch.py`.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -200,9 +201,17 @@ def preprocess(
         if input is not None and is_dir(Path(input)) and folder.resolve().is_relative_to(Path(input).resolve()):
             raise UserError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
     given = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+    signature = importer.signature()
+    try:
+        json.dumps(signature)
+    except TypeError:
+        raise UserError(
+            f"the `signature` of {importer} is {signature!r}, which the recipe in a manifest cannot hold; mend it to "
+            "give a str"
+        ) from None
     recipe: dict[str, Any] = {
         "format": format,
-        "input": importer.signature(),
+        "input": signature,
         "images": None if images is None else images_signature(path_of(images)),
         "options": dict(options or {}),
         "tokenizer": given.fingerprint if given else {"train": vocab_size, **_texts_in_recipe(more_texts)},
@@ -241,7 +250,7 @@ def preprocess(
         importer.scan(bars.scan(importer, workers))
         if limit is not None:
             importer = FirstDocuments(importer, limit)
-        units = importer.units()
+        units = list(importer.units())  # read more than once, and another package's may be a generator
         tasks = cut(units, task_size(sum(unit.size for unit in units), task_bytes, shard_bytes))
         as_before = [*map(len, tasks)] == [*map(len, cut(units, task_bytes))]
 

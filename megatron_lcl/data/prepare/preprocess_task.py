@@ -23,13 +23,14 @@ import numpy as np
 import xxhash
 
 from megatron_lcl.data.corpus.corpus_manifest import total
-from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
+from megatron_lcl.data.corpus.document import KINDS, Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.probe import BadImage, Probe, downscale, probe
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import ShardWriter
 from megatron_lcl.data.corpus.tokenizer import JoinedEncoder, Tokenizer
+from megatron_lcl.data.prepare.faulty_documents import naming_faulty_documents
 from megatron_lcl.data.prepare.holdout import group_name, groups_hash
 from megatron_lcl.data.prepare.importers import Importer, Unit, separated
 from megatron_lcl.errors import UserError
@@ -154,7 +155,8 @@ def run_task(settings: TaskSettings, numbered: tuple[int, list[Unit]]) -> Drops:
         parts = parts_of(settings.folder, task)
         check_parts(settings, parts)
         if not is_finished(parts):
-            _write_parts(settings, task, units, parts, scratch)
+            with naming_faulty_documents(settings.importer, units):
+                _write_parts(settings, task, units, parts, scratch)
     drops = Drops()
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
@@ -212,6 +214,11 @@ def _write_part(
             kind = document.kind or default
             shard = shards.get(kind)
             if shard is None:
+                if kind is not None and kind not in KINDS:  # of an importer's class, too
+                    raise UserError(
+                        f"{settings.importer} gives the document {document.name!r} the kind {kind!r}; the kinds are "
+                        f"{', '.join(KINDS)}, or None"
+                    )
                 shard = shards[kind] = _OpenShard(ShardWriter(folder, len(shards)), settings.shard_documents)
             taken, document = shard.take(document, documents)
             num_read += taken

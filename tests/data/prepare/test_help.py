@@ -54,10 +54,25 @@ class HalfImporter(Importer):
         return str(self.input)
 
 
+class DialectImporter(JsonlImporter):
+    """Poems in a dialect."""
+
+    def __init__(self, input: Path, images: Path | None = None, *, dialect: str, meter: Any) -> None:
+        super().__init__(input, images)
+
+
+class LonelyImporter(JsonlImporter):
+    """Poems, without images."""
+
+    def __init__(self, input: Path) -> None:
+        super().__init__(input)
+
+
 @pytest.fixture
 def other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     classes = {"poem": "PoemImporter", "old": "OldImporter", "broken": "NoSuchImporter"}
     classes |= {"half": "HalfImporter", "function": "help_of"}
+    classes |= {"dialect": "DialectImporter", "lonely": "LonelyImporter"}
     points = [EntryPoint(name, f"{__name__}:{cls}", importers.ENTRY_POINTS) for name, cls in classes.items()]
     monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == importers.ENTRY_POINTS else [])
 
@@ -91,6 +106,9 @@ def test_the_help_on_a_format(capsys: pytest.CaptureFixture[str], help_first: bo
         named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
         assert ("it has no options" in text) == (not named)
         for parameter in named:
+            if parameter.default is parameter.empty:
+                assert re.search(rf" {parameter.name} \(\w+, needed\)", text)
+                continue
             (found,) = re.findall(rf" {parameter.name} (\S.*?) \((\w+), default (.*?)\)", text)
             default = str(parameter.default)
             assert float(found[2]) == float(default) if re.fullmatch(r"[\d.]+", default) else (
@@ -115,6 +133,12 @@ def test_other_packages_importers_take_their_options(tmp_path: Path) -> None:
     for name, value in (("max_lines", "many"), ("width", "3")):
         with pytest.raises(UserError, match=rf"--option {name}={value}|has no option '{name}'"):
             create("poem", tmp_path, None, read_options("poem", {name: value}))
+    for given, missing in ({}, "--option dialect=… --option meter=…"), ({"dialect": "Swabian"}, "--option meter=…"):
+        with pytest.raises(UserError, match=re.escape(f"format dialect needs {missing} (`megatron-lcl preprocess")):
+            create("dialect", tmp_path, None, given)
+    assert isinstance(create("dialect", tmp_path, None, {"dialect": "Swabian", "meter": 4}), DialectImporter)
+    with pytest.raises(UserError, match=r"--option dialect=3: give a str \("):
+        create("dialect", tmp_path, None, {"dialect": 3, "meter": 4})
 
 
 @pytest.mark.usefixtures("other_packages")
@@ -124,6 +148,10 @@ def test_other_packages_importers_take_their_options(tmp_path: Path) -> None:
         ("broken", f"AttributeError: module '{__name__}' has no attribute 'NoSuchImporter'; mend that package"),
         ("half", "format 'half': the class HalfImporter does not define its documents, units"),
         ("function", "which is no class made of `Importer`"),
+        (
+            "lonely",
+            "format lonely: LonelyImporter.__init__ takes (input: 'Path') -> 'None', and has to take",
+        ),
     ],
 )
 def test_a_format_that_cannot_be_used_is_one_line(

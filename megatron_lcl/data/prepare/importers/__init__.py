@@ -92,6 +92,10 @@ class Importer(ABC):
     """what stands between two texts of a document where there is no white space (`separated`); empty: all texts stay as
     they are given, as where they are alternatives"""
 
+    def __str__(self) -> str:
+        """Its class, for messages."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
     @abstractmethod
     def __init__(self, input: Path, images: Path | None = None, **options: Any) -> None:
         """UserError, with the remedy, where `input` holds nothing of this format."""
@@ -122,6 +126,9 @@ class Importer(ABC):
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         """The unit's documents in order; what cannot be read is counted in `drops`, never raised.
 
+        Called for a unit any number of times, in any order of the units, on a copy in any process: what is yielded
+        follows from the unit and from what `__init__`, `scan` and `prepare` left, not from units that were read before.
+        What it keeps in `self` may save work, such as an opened archive, and changes no document.
         A Text of "" keeps its place among the texts (`matched_text` counts them), is not written, and was counted here.
         `separator` is not in the texts yet: whether it is needed depends on the tokenizer.
         Where images of a document were counted here as bad, its metadata have their number, as "lost_images".
@@ -199,6 +206,10 @@ class Option:
         return getattr(self.type, "__name__", "value")
 
     @property
+    def is_needed(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    @property
     def default_text(self) -> str:
         return plain_text(self.default) if self.default != "" else "empty"
 
@@ -208,7 +219,7 @@ class Option:
         try:
             return TypeAdapter(self.type, config=lenient).validate_python(value)
         except ValidationError as error:
-            such = f"give a value such as {self.default_text}"
+            such = f"give a {self.type_name}" if self.is_needed else f"give a value such as {self.default_text}"
             said = " or ".join(fault["msg"].lower() for fault in error.errors())
             raise UserError(f"--option {self.name}={value}: {such} ({said})") from None
 
@@ -251,7 +262,8 @@ def read_options(format: str, texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def create(format: str, input: str | Path, images: str | Path | None, options: Mapping[str, Any]) -> Importer:
-    """An importer of `format` for `input`. UserError for an unknown format or option, or input that is not there."""
+    """An importer of `format` for `input`. UserError for an unknown format or option, one that is missing, or input
+    that is not there."""
     cls = importer_class(format)
     known = {option.name: option for option in options_of(cls)}
     for name in options:
@@ -268,4 +280,17 @@ def create(format: str, input: str | Path, images: str | Path | None, options: M
             raise UserError(f"format {format} reads files on a disk; copy {place} there first (`aws s3 sync`, rclone)")
         if not exists(place):
             raise UserError(f"{place} does not exist")
-    return cls(places[0], places[1] if images is not None else None, **given)
+    arguments = places[0], places[1] if images is not None else None
+    takes = inspect.signature(cls)
+    try:
+        bound = takes.bind_partial(*arguments, **given).arguments
+    except TypeError:
+        raise UserError(
+            f"format {format}: {cls.__name__}.__init__ takes {takes}, and has to take `input` and `images` first"
+        ) from None
+    if missing := [name for name, option in known.items() if option.is_needed and name not in bound]:
+        raise UserError(
+            f"format {format} needs {' '.join(f'--option {name}=…' for name in missing)} "
+            f"(`megatron-lcl preprocess --format {format} --help` says what they do)"
+        )
+    return cls(*arguments, **given)

@@ -20,6 +20,9 @@ class FirstDocuments(Importer):
         self.kind = importer.kind
         self.separator = importer.separator
 
+    def __str__(self) -> str:
+        return str(self._importer)
+
     def signature(self) -> str:
         return self._importer.signature()
 
