@@ -20,8 +20,9 @@ from filelock import FileLock
 pytest_plugins = ["local_slurm", "s3_fixtures"]
 
 # an example takes longer than usual where another test needs the machine
-hypothesis.settings.register_profile("shared", deadline=None)
-hypothesis.settings.load_profile("shared")
+hypothesis.settings.register_profile("soak", deadline=None)
+# which examples are tried changes with the code, not from one run to the next: no change fails for what was there before
+hypothesis.settings.register_profile("shared", deadline=None, derandomize=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores are slower
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -53,7 +54,7 @@ MAX_WORKERS = 12
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="also run the long soaks")
+    parser.addoption("--soak", action="store_true", help="also run the long soaks, and properties on new examples")
     parser.addoption(
         "--shared", default=None, help="folder with reference/ and samples/ (default: ../shared beside the checkout)"
     )
@@ -61,6 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Only `-m gpu` sees a machine's GPUs: other tests are of processes on CPUs, of more than it may have GPUs."""
+    hypothesis.settings.load_profile("soak" if config.option.soak else "shared")
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
