@@ -62,7 +62,7 @@ def _distribution(point: EntryPoint) -> str:
 def _load(point: EntryPoint) -> Any:
     try:
         return point.load()
-    except Exception as error:  # whatever another package's code raises
+    except (Exception, SystemExit) as error:  # whatever another package's code raises; a script's module may exit
         said = traceback.format_exception_only(error)[-1].strip()
         raise UserError(
             f"{point.name!r} of {point.group} ({_distribution(point)}) cannot be loaded from {point.value}: {said}; "

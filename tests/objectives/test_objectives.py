@@ -124,6 +124,41 @@ class Unknown(GenerationOnly):
 
 def function(config):
     return Clip(config)
+
+
+class OneTask(Clip):
+    tasks = ("retrieval")
+    metrics = ("generation")
+
+
+class Named(Clip):
+    metrics = (*Clip.metrics, "loss", "step", "num_pairs", "mfu", "heldout/nll")
+
+
+class Misspelled(GenerationOnly):
+    parts = ((Generation, "generation_weigth"), (Clip, 1.0))
+    published = {"generation_weight": 1.0}
+
+
+class Unweighted(GenerationOnly):
+    parts = (Generation,)
+
+
+class Described(GenerationOnly):
+    sequences = "interleaved"
+
+
+class Aligned(Generation):
+    task = "alignment"
+
+
+class OfAligned(GenerationOnly):
+    tasks = ("generation", "captioning")
+    parts = ((Aligned, 1.0),)
+
+
+class Nothing(Objective):
+    sequences, tasks, metrics = GenerationOnly.sequences, ("generation",), ("generation",)
 """
 FAULTS = {
     "learned": (
@@ -136,6 +171,29 @@ FAULTS = {
     "half": ("OfHalf", "'half': the class Half does not declare its loss, task"),
     "unknown": ("Unknown", r"Unknown\.published names margin; the config's `objective` has contrastive_weight, gen"),
     "function": ("function", "names <function function at .*>, which is no class made of `Objective`"),
+    "one_task": (
+        "OneTask",
+        r"OneTask\.tasks is 'retrieval'; it has to be a tuple .*; OneTask\.metrics is 'generation'; it has to be",
+    ),
+    "named": (
+        "Named",
+        r"Named\.metrics names loss, step, num_pairs, mfu, heldout/nll, as which a run writes numbers of its own; give",
+    ),
+    "misspelled": (
+        "Misspelled",
+        r"Misspelled\.parts has \(.*Generation'>, 'generation_weigth'\); it has to be a pair of a class made of `Term` "
+        r"and its weight, a number or 'generation_weight'; Misspelled\.parts has \(.*Clip'>, 1\.0\); it has to be",
+    ),
+    "unweighted": (
+        "Unweighted",
+        r"Unweighted\.parts has <class .*Generation'>; it has to be a pair of a class .* number",
+    ),
+    "described": ("Described", r"Described\.sequences is 'interleaved'; it has to be made of `Sequences`"),
+    "of_aligned": (
+        "OfAligned",
+        "OfAligned names the task 'captioning'; there are retrieval, generation; Aligned names the task 'alignment'",
+    ),
+    "nothing": ("Nothing", "the class Nothing declares neither `parts` nor `terms` of its own"),
     "missing": (
         "Missing",
         r"'missing' of megatron_lcl\.objectives \(with-faults 2\) cannot be loaded from with_faults:Missing: "
@@ -299,6 +357,7 @@ def test_a_module_that_cannot_be_imported_is_one_line(
     files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_package(files / "broken", "broken_objectives", 3, "import no_such_module", {"broken": "Broken"})
+    write_package(files / "broken", "script", 4, "import sys; sys.exit('usage: script FILE')", {"script": "Script"})
     monkeypatch.syspath_prepend(files / "broken")
     command = ["train", "--config", str(files / "config.yaml"), "--train.output", str(files / "none")]
     assert main([*command, "--objective.name", "broken", "--processes", "1", "--dry-run"]) == 2
@@ -306,6 +365,10 @@ def test_a_module_that_cannot_be_imported_is_one_line(
     assert said.count("\n") == 1
     assert "(broken-objectives 3) cannot be loaded from broken_objectives:Broken: ModuleNotFoundError: No mod" in said
     assert "`python -c 'import broken_objectives'` shows where" in said
+    with pytest.raises(
+        UserError, match=r"\(script 4\) cannot be loaded from script:Script: SystemExit: usage: script F"
+    ):
+        objectives.objective_class("script")
 
 
 def test_a_sigmoid_contrast_without_a_bias_is_refused_by_the_checks(
