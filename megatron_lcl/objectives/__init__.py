@@ -113,6 +113,19 @@ def _is_part(value: object, published: Collection[str]) -> bool:
     return False
 
 
+def package_of(config: Config) -> dict[str, str]:
+    """The version of the other package that the objective of a run is of, by its name; {} of one of ours."""
+    return _PLUGINS.distribution(config.objective.name)
+
+
+def parts_of(config: Config) -> dict[str, float]:
+    """What the terms of another package's objective weigh, by their class; {} of ours, whose weights are the version's
+    and the config's, and where it is not installed here."""
+    if not package_of(config):
+        return {}
+    return {term.__name__: float(weight) for term, weight in create(config)._weighted()}
+
+
 def trained_by(config: Config) -> tuple[EvaluationTask, ...]:
     """What of the model a run trains, in whatever phase; as `Objective.trains`."""
     trained = [create(phase.config).trains for phase in phases_of(config)]

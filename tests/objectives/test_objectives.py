@@ -28,6 +28,7 @@ from megatron_lcl.model.layers import MAX_LOG_SCALE
 from megatron_lcl.objectives.base import GlobalCounts, Objective, StepInputs
 from megatron_lcl.objectives.generation import Generation
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
+from megatron_lcl.train.checkpoint.folder import read_progress, step_folder
 from megatron_lcl.train.checks import check
 from megatron_lcl.train.result import PendingResult
 
@@ -411,6 +412,8 @@ def test_the_documented_objective_is_what_it_says(files: Path, monkeypatch: pyte
     *of_lcl, (square, weight) = objective._weighted()
     assert of_lcl == objectives.create(configs.from_dict({}))._weighted()
     assert (objective.trains, weight) == (("retrieval", "generation"), 0.01)
+    assert objectives.parts_of(objective.config) == {"Contrast": 0.1, "Generation": 1.0, "Square": 0.01}
+    assert objectives.parts_of(configs.from_dict({})) == {}, "one of ours"
     counts = GlobalCounts({"num_pairs": 4}, [4])
     batches: Any = [SimpleNamespace(image_soi=torch.tensor([3, -1, 5]), num_pairs=2)] * 2
     term: Any = square(StepInputs(batches, [], torch.zeros(1), counts, Mesh(ALONE, ALONE)), weight)  # type: ignore[call-arg]
@@ -431,6 +434,9 @@ def run(files: Path, name: str, *arguments: str, size: int = 1) -> list[dict[str
     output = files / f"run-{name}-{size}"
     words = ["--config", str(files / "config.yaml"), "--objective.name", name, *arguments]
     fleet.train(output, *words, size=size, plant=install, planted=(str(files / "site"),))
+    of_package = read_progress(step_folder(output, 2))
+    assert of_package.parts.keys() == ({"Perplexity"} if name == "on_pairs" else {"Contrast", "Generation", "Square"})
+    assert of_package.code["more-objectives"] == "1"
     return [line for line in fleet.lines(output) if "loss" in line]
 
 
