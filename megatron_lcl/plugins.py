@@ -44,6 +44,13 @@ class Plugins:
             return getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
         return _load(points[0]) if points else None
 
+    def distribution(self, name: str) -> dict[str, str]:
+        """The version of the other package whose entry this is, by that package's name; {} where there is none."""
+        if name in self.built_in:
+            return {}
+        named = [point.dist for point in entry_points(self.group) if point.name == name]
+        return {dist.name: dist.version for dist in named if dist}
+
 
 def entry_points(group: str) -> tuple[EntryPoint, ...]:
     """Those of a group of all installed packages."""
@@ -62,7 +69,7 @@ def _distribution(point: EntryPoint) -> str:
 def _load(point: EntryPoint) -> Any:
     try:
         return point.load()
-    except Exception as error:  # whatever another package's code raises
+    except (Exception, SystemExit) as error:  # whatever another package's code raises; a script's module may exit
         said = traceback.format_exception_only(error)[-1].strip()
         raise UserError(
             f"{point.name!r} of {point.group} ({_distribution(point)}) cannot be loaded from {point.value}: {said}; "

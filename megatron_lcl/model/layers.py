@@ -92,7 +92,8 @@ class Outputs(NamedTuple):
     """What the head gives: the same on every tensor rank, which all do the same with it."""
 
     generation: torch.Tensor
-    """sum of the negative log-likelihoods (nats) of all targets, float32 scalar"""
+    """sum of the negative log-likelihoods (nats) of all targets, float32 scalar; NaN in the first forwards of a step
+    with `contrast.strategy: recompute`, which leave the targets out"""
     latents: torch.Tensor
     """[N, D] float32 image latents z, of every slot, as the pool gives them"""
     contexts: torch.Tensor

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from numbers import Real
+from typing import Any, get_args
 
 import torch
 
@@ -24,7 +25,7 @@ from megatron_lcl.config.objective import Objective as Section
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading import rules
 from megatron_lcl.errors import UserError
-from megatron_lcl.objectives.base import Objective
+from megatron_lcl.objectives.base import Objective, Term, is_of_the_run
 from megatron_lcl.plugins import Plugins
 
 ENTRY_POINTS = "megatron_lcl.objectives"
@@ -68,12 +69,61 @@ def _faults(found: object) -> Iterator[str]:
         return
     if missing := [name for name in ("sequences", "tasks", "metrics") if not hasattr(found, name)]:
         yield f"the class {found.__name__} does not declare its {', '.join(missing)}"
-    for term, _ in found.parts:
+        return
+    own = found.__name__
+    if not isinstance(found.sequences, rules.Sequences):
+        yield f"{own}.sequences is {found.sequences!r}; it has to be made of `Sequences` (`data.loading.rules`)"
+    names: dict[str, Sequence[str]] = {"tasks": (), "metrics": ()}
+    for name in names:
+        value: Any = getattr(found, name)
+        if isinstance(value, tuple | list) and all(isinstance(one, str) for one in value):
+            names[name] = value
+        else:
+            yield f"{own}.{name} is {value!r}; it has to be a tuple of names, of one as ('NAME',)"
+    if taken := [name for name in names["metrics"] if is_of_the_run(name)]:
+        yield f"{own}.metrics names {', '.join(taken)}, as which a run writes numbers of its own; give other names"
+    tasks = {own: names["tasks"]}
+    if not found.parts and found.terms is Objective.terms:
+        yield f"the class {own} declares neither `parts` nor `terms` of its own, and has nothing to train"
+    parts: Any = found.parts
+    for part in parts if isinstance(parts, tuple | list) else [parts]:
+        if not _is_part(part, found.published):
+            weight = " or ".join(["a number", *map(repr, found.published)])
+            yield f"{own}.parts has {part!r}; it has to be a pair of a class made of `Term` and its weight, {weight}"
+            continue
+        term = part[0]
         if missing := [*sorted(term.__abstractmethods__), *(["task"] if not hasattr(term, "task") else [])]:
             yield f"the class {term.__name__} does not declare its {', '.join(missing)}"
+        else:
+            tasks[term.__name__] = (term.task,)
+    there_are = get_args(EvaluationTask)
+    for name, given in tasks.items():
+        if others := [task for task in given if task not in there_are]:
+            yield f"{name} names the task {', '.join(map(repr, others))}; there are {', '.join(there_are)}"
     known = [field.name for field in dataclasses.fields(Section) if field.name.endswith("_weight")]
     if unknown := [name for name in found.published if name not in known]:
         yield f"{found.__name__}.published names {', '.join(unknown)}; the config's `objective` has {', '.join(known)}"
+
+
+def _is_part(value: object, published: Collection[str]) -> bool:
+    """Whether it is a term's class and its weight, or the name of one that is published."""
+    match value:
+        case (type() as term, (str() | Real()) as weight):
+            return issubclass(term, Term) and (not isinstance(weight, str) or weight in published)
+    return False
+
+
+def package_of(config: Config) -> dict[str, str]:
+    """The version of the other package that the objective of a run is of, by its name; {} of one of ours."""
+    return _PLUGINS.distribution(config.objective.name)
+
+
+def parts_of(config: Config) -> dict[str, float]:
+    """What the terms of another package's objective weigh, by their class; {} of ours, whose weights are the version's
+    and the config's, and where it is not installed here."""
+    if not package_of(config):
+        return {}
+    return {term.__name__: float(weight) for term, weight in create(config)._weighted()}
 
 
 def trained_by(config: Config) -> tuple[EvaluationTask, ...]:

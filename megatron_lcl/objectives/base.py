@@ -18,11 +18,29 @@ import torch
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.rules import Sequences
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
 COUNTS = ("num_pairs", "num_targets", "num_images", "num_tokens", "num_bad_images")
+OF_THE_RUN = frozenset(
+    (
+        *("step", "time", "clock", "loss", "log_scale", "grad_norm", "lr", "contrastive_weight", *COUNTS),
+        *("chance_accuracy", "negatives_per_anchor", "image_slots_padded", "token_slots_padded"),
+        *("images_per_second", "tokens_per_second", "step_seconds", "data_wait", "data_wait_max"),
+        *("flops_per_second", "mfu", "memory_peak_bytes", "skipped_steps", "steps_without_pairs"),
+        *("slowest_rank", "slowest_lag_seconds", "slowest_phase", "rank_step_seconds", "rank_work_seconds"),
+        # of the lines between steps
+        *("skipped", "bad_images", "num_bad_images_since", "health", "stragglers", "strategy", "retain_bytes"),
+        *("checkpoint_bytes", "checkpoint_stall_seconds", "checkpoint_write_seconds", "checkpoint_wait_seconds"),
+        *("attention", "loss_kernels", "blocks", "kernels_passed_over", "hardware"),
+        *("phase", "image_size", "num_patches", "global_batch", "micro_batch"),
+        *("images_per_pack", "contrast_share", "cut_share", "unread_share"),
+    )
+)
+"""names in the lines of metrics.jsonl that no term's metric may have: one would replace the other"""
+_FAMILIES = ("grad_norm/", "update_norm/", "lr/", "rank_step_seconds/", "rank_work_seconds/", "heldout/", "labeled/")
+"""what other such names begin with"""
 
 Strategy = Literal["retain", "recompute", "1F1B"]
 """how forwards and backwards of a step follow each other: all forwards, their graphs kept, then all backwards; all
@@ -53,7 +71,8 @@ class StepInputs:
     batches: Sequence[PackedBatch]
     """the micro-batches of this replica"""
     outputs: Sequence[Outputs]
-    """of the first forwards of all of them, with or without graphs; none where there is one forward only"""
+    """of the first forwards of all of them; none where there is one forward only. With `contrast.strategy: recompute`
+    they have no graphs, and their `generation` is NaN, as these forwards leave the targets out"""
     log_scale: torch.Tensor
     """[1] as it is before the step"""
     counts: GlobalCounts
@@ -87,7 +106,8 @@ class Term(ABC):
 
     @abstractmethod
     def metrics(self) -> Mapping[str, torch.Tensor]:
-        """What is said of it, scalars by name, once all micro-batches were there."""
+        """What is said of it, scalars by name, once all micro-batches were there. No other term of the objective may
+        give the same name, nor the run itself (`OF_THE_RUN`)."""
 
     @classmethod  # noqa: B027 - few terms need a setting
     def check_config(cls, config: Config) -> None:
@@ -111,7 +131,8 @@ class Objective:
     tasks: ClassVar[tuple[EvaluationTask, ...]]
     """the held-out tasks that it trains"""
     metrics: ClassVar[tuple[str, ...]]
-    """names of all that its terms measure; what a step's terms do not give is 0"""
+    """names of all that its terms measure, none of them one of the run's own (`OF_THE_RUN`); what a step's terms do not
+    give is 0"""
 
     parts: ClassVar[Sequence[tuple[type[Term], str | float]]] = ()
     """its terms, in the order in which they are added, each with its weight or the field of `published` that has it.
@@ -198,6 +219,25 @@ class Objective:
         """The all-gathers of its terms in a step (`Term.gathers`). pairs: of each data-parallel replica."""
         width = self.config.model.language.width
         return [one for term, _ in self.parts for one in term.gathers(pairs, width, mesh)]
+
+
+def is_of_the_run(name: str) -> bool:
+    """Whether a line of metrics.jsonl has a number of the run itself by this name."""
+    return name in OF_THE_RUN or name.startswith(_FAMILIES)
+
+
+def refusal(pipeline: Axis, message: str) -> UserError:
+    """For what all processes that make a step's terms find: RunError where these are all of the run."""
+    return (RunError if pipeline.size == 1 else UserError)(message)
+
+
+def refuse_without_features(term: Term, pipeline: Axis, objective: str = "its objective") -> UserError:
+    """For a term that needs all features first, of an objective that does not say so. objective: its class."""
+    return refusal(
+        pipeline,
+        f"{type(term).__name__} needs the features of all micro-batches before the first backward, and {objective} "
+        f"has `terms` of its own that do not say so; add `all_features_first = True` to {objective}",
+    )
 
 
 def without_targets(batch: PackedBatch) -> PackedBatch:

@@ -20,7 +20,7 @@ from megatron_lcl.losses.contrastive import ContrastiveOutput, finish_contrastiv
 from megatron_lcl.losses.group import HEADER
 from megatron_lcl.losses.sigmoid import SUMS, SigmoidOutput, finish_sigmoid_loss
 from megatron_lcl.model.layers import Outputs, unit_norm
-from megatron_lcl.objectives.base import GlobalCounts, StepInputs, Term
+from megatron_lcl.objectives.base import GlobalCounts, StepInputs, Term, refuse_without_features
 from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
@@ -68,6 +68,8 @@ class Contrast(Term):
     def __init__(self, step: StepInputs, weight: float) -> None:
         self.batches = step.batches
         self.bias = step.logit_bias if self.sigmoid else None
+        if len(step.outputs) < len(step.batches):
+            raise refuse_without_features(self, step.mesh.pipeline)
         with torch.no_grad():
             features = [Features(out, batch) for out, batch in zip(step.outputs, step.batches, strict=True)]
         self._finish: Callable[[], ContrastGradients] | None = start_contrast(

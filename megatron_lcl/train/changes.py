@@ -21,7 +21,7 @@ from megatron_lcl.fields import flat
 from megatron_lcl.model.layers import parameter_shapes
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight
-from megatron_lcl.train.checkpoint.folder import read_progress
+from megatron_lcl.train.checkpoint.folder import Progress, read_progress
 from megatron_lcl.train.optimizer import SCHEDULE, learning_rate, muon_parts
 from megatron_lcl.train.parts import called, frozen_parameters
 
@@ -98,7 +98,8 @@ class Changes:
 def changes_since(folder: Path, config: Config) -> Changes:
     """What a run with `config` that goes on from a checkpoint does otherwise than the one that wrote it."""
     before = load(folder / CONFIG)
-    changes = Changes(changed_settings(before, config))
+    parts = changed_parts(before, config, read_progress(folder))
+    changes = Changes(changed_settings(before, config) | parts)
     drops = any(encoder.drop_path for encoder in (config.model.vision, config.model.language))
     return replace(
         changes,
@@ -110,7 +111,7 @@ def changes_since(folder: Path, config: Config) -> Changes:
         without_effect=tuple(
             name for name in NO_EFFECT if not (drops and name == "train.seed")
         ),  # it draws these paths
-        new_loss=_has_new_loss(before, config, folder),
+        new_loss=bool(parts) or _has_new_loss(before, config, folder),
     )
 
 
@@ -119,6 +120,16 @@ def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     old, new = map(_settings, (before, now))
     pairs = {name: (old.get(name, UNSET), new.get(name, UNSET)) for name in sorted(old.keys() | new.keys())}
     return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+
+def changed_parts(before: Config, now: Config, progress: Progress) -> dict[str, tuple[Any, Any]]:
+    """Weights of the objective's terms that its package had otherwise when it wrote a checkpoint with the config
+    `before`, as `changed_settings` has settings. None where it is one of ours, or an earlier version recorded none."""
+    if not progress.parts or before.objective.name != now.objective.name:
+        return {}
+    old, new = progress.parts, objectives.parts_of(before)  # what is due to settings is told as such
+    pairs = {name: (old.get(name, UNSET), new.get(name, UNSET)) for name in sorted(old.keys() | new.keys())}
+    return {f"objective.parts.{name}": (a, b) for name, (a, b) in pairs.items() if new and a != b}
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -105,7 +105,9 @@ def leave_processes(others_wait: bool) -> None:
     if others_wait and dist.get_backend() == "nccl":
         dist.distributed_c10d._abort_process_group()
     else:
-        dist.destroy_process_group()
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()  # and what DeepSpeed keeps of them, which the next run would be given
 
 
 def keep_freed_memory() -> None:

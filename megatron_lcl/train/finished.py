@@ -14,7 +14,7 @@ from megatron_lcl.config.results import NO_RESULT, ROUNDING
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CONFIG
-from megatron_lcl.train.changes import changed_settings, text_of
+from megatron_lcl.train.changes import changed_parts, changed_settings, text_of
 from megatron_lcl.train.checkpoint.folder import Progress, last_checkpoint, read_progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.telemetry.lines import measured_after
@@ -61,7 +61,7 @@ def has_all_steps(folder: Path, config: Config, is_own: bool = True) -> bool:
 
 def _changed(made: Config, now: Config, progress: Progress) -> Iterator[tuple[str, str]]:
     """The settings that differ from those of a checkpoint and give another result, and how they do."""
-    for name, (before, value) in changed_settings(made, now).items():
+    for name, (before, value) in (changed_settings(made, now) | changed_parts(made, now, progress)).items():
         if name.startswith((*NO_RESULT, *ROUNDING)) or name.endswith(".micro_batch") or _CORPUS.fullmatch(name):
             continue
         if not (name in _MOVABLE and _may_have_moved(before, value)):

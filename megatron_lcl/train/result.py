@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.model.layers import PARTS
-from megatron_lcl.objectives.base import GlobalCounts, Objective
+from megatron_lcl.objectives.base import GlobalCounts, Objective, refusal
 from megatron_lcl.parallel.mesh import Axis
 
 
@@ -85,9 +84,8 @@ class PendingResult:
         if numbers is not None:
             if undeclared := numbers.keys() - {*self._names}:
                 named = ", ".join(sorted(undeclared))
-                # the other stages of a pipeline do not know of it, maybe the first process neither
-                kind = RunError if pipeline.size == 1 else UserError
-                raise kind(f"{type(objective).__name__}.metrics does not name {named}, which its terms give; add it")
+                own_name = type(objective).__name__
+                raise refusal(pipeline, f"{own_name}.metrics does not name {named}, which its terms give; add it")
             zero = own[0]
             own = torch.stack([numbers.get(name, zero).detach().float() for name in self._names])
         flag = skipped.reshape(1) if isinstance(skipped, torch.Tensor) else own.new_full((1,), skipped)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,18 @@ import torch
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import MAX_LOG_SCALE, Outputs
-from megatron_lcl.objectives.base import GlobalCounts, Objective, StepInputs, without_targets
+from megatron_lcl.objectives.base import (
+    GlobalCounts,
+    Objective,
+    StepInputs,
+    Term,
+    is_of_the_run,
+    refusal,
+    refuse_without_features,
+    without_targets,
+)
 from megatron_lcl.objectives.contrast import without_features
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.master_weights import read_log_scale, read_numbers, update_log_scale
@@ -61,6 +71,9 @@ class StepLoss:
         self.limit = limit
         self.sample = sample
         self.terms = objective.terms(step)
+        for term in self.terms:
+            if term.all_features_first and not objective.all_features_first:
+                raise refuse_without_features(term, step.mesh.pipeline, type(objective).__name__)
 
     def of(self, m: int, out: Outputs) -> torch.Tensor:
         """A scalar whose gradient, summed over micro-batches and replicas, is that of the step's loss.
@@ -70,7 +83,8 @@ class StepLoss:
         batches = self.step.batches
         if self.sample is not None:
             self.sample.take(out, batches[m])
-        parts = [part for term in self.terms if (part := term.surrogate(m, out)) is not None]
+        given = [_one_number(term, "surrogate", term.surrogate(m, out)) for term in self.terms]
+        parts = [part for part in given if part is not None]
         if not self.objective.all_features_first:
             parts.insert(0, without_features(out, batches[m]))
         loss = parts[0]
@@ -80,17 +94,36 @@ class StepLoss:
 
     def mean(self) -> torch.Tensor:
         """The step's loss, a scalar, once all micro-batches were there."""
-        loss, *others = (term.loss() for term in self.terms)
+        loss, *others = (_one_number(term, "loss", term.loss()) for term in self.terms)
         for other in others:
             loss = loss + other
         return loss
 
     def numbers(self) -> dict[str, torch.Tensor]:
-        """The loss and what its terms measure, scalars on the device."""
-        values: dict[str, torch.Tensor] = {"loss": self.mean()}
+        """The loss and what its terms measure, scalars on the device. UserError where a term gives something else, or a
+        name that another one or the run itself has."""
+        values, owners = {"loss": self.mean()}, dict[str, str]()
         for term in self.terms:
-            values |= term.metrics()
+            own, given = type(term).__name__, term.metrics()
+            if not isinstance(given, Mapping):
+                raise UserError(
+                    f"{own}.metrics gives {given!r}; it has to give a dict of scalar tensors, maybe an empty one"
+                )
+            for name, value in given.items():
+                if owner := "the run itself" if is_of_the_run(name) else owners.get(name):
+                    fault = f"{own}.metrics gives `{name}`, a name that {owner} gives already; give it another one"
+                    raise refusal(self.step.mesh.pipeline, fault)
+                if not isinstance(value, torch.Tensor):
+                    raise UserError(f"{own}.metrics gives {value!r} as `{name}`; it has to be a tensor of shape ()")
+                values[name], owners[name] = _one_number(term, f"metrics[{name!r}]", value), own
         return values
+
+
+def _one_number(term: Term, what: str, given: Any) -> Any:
+    """What a term gives, if it is no tensor of several numbers."""
+    if (shape := getattr(given, "shape", ())) != ():
+        raise UserError(f"{type(term).__name__}.{what} is of shape {[*shape]}; it has to be one number, of shape ()")
+    return given
 
 
 class Stepper:
@@ -133,6 +166,8 @@ class Stepper:
             retain = objective.keeps_graphs
             with torch.set_grad_enabled(retain):
                 outputs = self._first_forwards(batches if retain else [without_targets(batch) for batch in batches])
+            if not retain:  # a term that reads it is not to train with 0 here, and otherwise where memory suffices
+                outputs = [o._replace(generation=torch.full_like(o.generation, math.nan)) for o in outputs]
         clock.enter("loss")
         head, loss = self._head(), None
         if head is not None:

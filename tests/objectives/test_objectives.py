@@ -28,6 +28,7 @@ from megatron_lcl.model.layers import MAX_LOG_SCALE
 from megatron_lcl.objectives.base import GlobalCounts, Objective, StepInputs
 from megatron_lcl.objectives.generation import Generation
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
+from megatron_lcl.train.checkpoint.folder import read_progress, step_folder
 from megatron_lcl.train.checks import check
 from megatron_lcl.train.result import PendingResult
 
@@ -124,6 +125,41 @@ class Unknown(GenerationOnly):
 
 def function(config):
     return Clip(config)
+
+
+class OneTask(Clip):
+    tasks = ("retrieval")
+    metrics = ("generation")
+
+
+class Named(Clip):
+    metrics = (*Clip.metrics, "loss", "step", "num_pairs", "mfu", "heldout/nll")
+
+
+class Misspelled(GenerationOnly):
+    parts = ((Generation, "generation_weigth"), (Clip, 1.0))
+    published = {"generation_weight": 1.0}
+
+
+class Unweighted(GenerationOnly):
+    parts = (Generation,)
+
+
+class Described(GenerationOnly):
+    sequences = "interleaved"
+
+
+class Aligned(Generation):
+    task = "alignment"
+
+
+class OfAligned(GenerationOnly):
+    tasks = ("generation", "captioning")
+    parts = ((Aligned, 1.0),)
+
+
+class Nothing(Objective):
+    sequences, tasks, metrics = GenerationOnly.sequences, ("generation",), ("generation",)
 """
 FAULTS = {
     "learned": (
@@ -136,6 +172,29 @@ FAULTS = {
     "half": ("OfHalf", "'half': the class Half does not declare its loss, task"),
     "unknown": ("Unknown", r"Unknown\.published names margin; the config's `objective` has contrastive_weight, gen"),
     "function": ("function", "names <function function at .*>, which is no class made of `Objective`"),
+    "one_task": (
+        "OneTask",
+        r"OneTask\.tasks is 'retrieval'; it has to be a tuple .*; OneTask\.metrics is 'generation'; it has to be",
+    ),
+    "named": (
+        "Named",
+        r"Named\.metrics names loss, step, num_pairs, mfu, heldout/nll, as which a run writes numbers of its own; give",
+    ),
+    "misspelled": (
+        "Misspelled",
+        r"Misspelled\.parts has \(.*Generation'>, 'generation_weigth'\); it has to be a pair of a class made of `Term` "
+        r"and its weight, a number or 'generation_weight'; Misspelled\.parts has \(.*Clip'>, 1\.0\); it has to be",
+    ),
+    "unweighted": (
+        "Unweighted",
+        r"Unweighted\.parts has <class .*Generation'>; it has to be a pair of a class .* number",
+    ),
+    "described": ("Described", r"Described\.sequences is 'interleaved'; it has to be made of `Sequences`"),
+    "of_aligned": (
+        "OfAligned",
+        "OfAligned names the task 'captioning'; there are retrieval, generation; Aligned names the task 'alignment'",
+    ),
+    "nothing": ("Nothing", "the class Nothing declares neither `parts` nor `terms` of its own"),
     "missing": (
         "Missing",
         r"'missing' of megatron_lcl\.objectives \(with-faults 2\) cannot be loaded from with_faults:Missing: "
@@ -299,6 +358,7 @@ def test_a_module_that_cannot_be_imported_is_one_line(
     files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_package(files / "broken", "broken_objectives", 3, "import no_such_module", {"broken": "Broken"})
+    write_package(files / "broken", "script", 4, "import sys; sys.exit('usage: script FILE')", {"script": "Script"})
     monkeypatch.syspath_prepend(files / "broken")
     command = ["train", "--config", str(files / "config.yaml"), "--train.output", str(files / "none")]
     assert main([*command, "--objective.name", "broken", "--processes", "1", "--dry-run"]) == 2
@@ -306,6 +366,10 @@ def test_a_module_that_cannot_be_imported_is_one_line(
     assert said.count("\n") == 1
     assert "(broken-objectives 3) cannot be loaded from broken_objectives:Broken: ModuleNotFoundError: No mod" in said
     assert "`python -c 'import broken_objectives'` shows where" in said
+    with pytest.raises(
+        UserError, match=r"\(script 4\) cannot be loaded from script:Script: SystemExit: usage: script F"
+    ):
+        objectives.objective_class("script")
 
 
 def test_a_sigmoid_contrast_without_a_bias_is_refused_by_the_checks(
@@ -348,6 +412,8 @@ def test_the_documented_objective_is_what_it_says(files: Path, monkeypatch: pyte
     *of_lcl, (square, weight) = objective._weighted()
     assert of_lcl == objectives.create(configs.from_dict({}))._weighted()
     assert (objective.trains, weight) == (("retrieval", "generation"), 0.01)
+    assert objectives.parts_of(objective.config) == {"Contrast": 0.1, "Generation": 1.0, "Square": 0.01}
+    assert objectives.parts_of(configs.from_dict({})) == {}, "one of ours"
     counts = GlobalCounts({"num_pairs": 4}, [4])
     batches: Any = [SimpleNamespace(image_soi=torch.tensor([3, -1, 5]), num_pairs=2)] * 2
     term: Any = square(StepInputs(batches, [], torch.zeros(1), counts, Mesh(ALONE, ALONE)), weight)  # type: ignore[call-arg]
@@ -368,6 +434,9 @@ def run(files: Path, name: str, *arguments: str, size: int = 1) -> list[dict[str
     output = files / f"run-{name}-{size}"
     words = ["--config", str(files / "config.yaml"), "--objective.name", name, *arguments]
     fleet.train(output, *words, size=size, plant=install, planted=(str(files / "site"),))
+    of_package = read_progress(step_folder(output, 2))
+    assert of_package.parts.keys() == ({"Perplexity"} if name == "on_pairs" else {"Contrast", "Generation", "Square"})
+    assert of_package.code["more-objectives"] == "1"
     return [line for line in fleet.lines(output) if "loss" in line]
 
 

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from megatron_lcl import config as configs
+from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.config.results import ROUNDING
+from megatron_lcl.errors import UserError
 from megatron_lcl.train import changes
 from megatron_lcl.train.changes import changes_since
+from megatron_lcl.train.finished import has_all_steps
 from megatron_lcl.train.optimizer import SCHEDULE
 
 LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 1, "dtype": "float32", "deepspeed": {}}
@@ -82,6 +85,30 @@ def test_the_seed_matters_where_paths_are_dropped(tmp_path: Path) -> None:
         "setting changed: train.seed 0 → 9",
         "changed without effect on what is trained: data.workers 2 → 5",
     ]
+
+
+def test_terms_that_their_package_weights_otherwise_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configs.load(None, {"train.steps": "100"})
+    folder = checkpoint(tmp_path, config, 100)
+    was = {"Contrast": 0.1, "Square": 0.01, "Gone": 1.0}
+    progress = json.loads((folder / "progress.json").read_text())
+    for parts, told in (({}, False), ({"parts": was}, True)):  # an earlier version recorded none
+        (folder / "progress.json").write_text(json.dumps(progress | parts))
+        monkeypatch.setattr(objectives, "parts_of", lambda config: was)
+        assert not changes_since(folder, config).settings
+        assert has_all_steps(folder, config)
+        monkeypatch.setattr(objectives, "parts_of", lambda config: {"Contrast": 0.1, "Square": 0.02})
+        found = changes_since(folder, config)
+        assert found.new_loss == told
+        expected = ["objective.parts.Gone 1.0 → (not set)", "objective.parts.Square 0.01 → 0.02"]
+        assert list(found.lines()) == [f"setting changed: {line}" for line in expected if told]
+    with pytest.raises(UserError, match=r"objective\.parts\.Square = 0\.01 where this command has 0\.02"):
+        has_all_steps(folder, config)
+    assert not changes_since(folder, configs.replace(config, objective__name="clip")).settings.keys() & {
+        "objective.parts.Square"
+    }
+    monkeypatch.setattr(objectives, "parts_of", lambda config: {})
+    assert not changes_since(folder, config).settings, "its package is not installed here"
 
 
 def steps_of_adamw(betas: tuple[float, float], before: int, steps: int) -> list[float]:

@@ -18,6 +18,7 @@ from typing import Any
 import apex_stand_in
 import pytest
 import torch
+from processes import run_processes
 from small_corpus import make_corpus
 from train.resilience import fleet
 
@@ -457,3 +458,20 @@ def test_processes_of_a_launcher_are_checked_too(config_file: Path, tmp_path: Pa
     said = fleet.train(run, *words, size=1, code=2)
     assert said.strip().splitlines()[-1].startswith("megatron-lcl train: model.language.vocab_size is 500")
     assert not run.exists()
+
+
+def train_twice(rank: int, file: str, folder: str) -> list[str]:
+    """As a loop over learning rates in a script; the final checkpoints."""
+    from megatron_lcl.train.run import train as train_here
+
+    os.environ["MASTER_PORT"] = "0"  # as without a launcher
+    given = {"data.workers": "0", "train.steps": "1", "train.dtype": "float32"}
+    runs = {rate: {**given, "optimizer.lr": rate, "train.output": f"{folder}/{rate}"} for rate in ("1e-2", "1e-3")}
+    return [str(train_here(configs.load(file, run))) for run in runs.values()]
+
+
+@pytest.mark.slow
+def test_a_process_may_train_more_than_once(config_file: Path, tmp_path: Path) -> None:
+    (made,) = run_processes(train_twice, 1, str(config_file), str(tmp_path))
+    assert made == [str(checkpoint.step_folder(tmp_path / rate, 1)) for rate in ("1e-2", "1e-3")]
+    assert [step for rate in ("1e-2", "1e-3") for step, *_ in losses(tmp_path / rate)] == [1, 1]

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Checkpoint, Config, load, to_yaml
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.corpus.files import sync
@@ -107,7 +108,8 @@ class Checkpointer:
         self._fault: BaseException | None = None
         self._finished: deque[Saved] = deque()
         # when the run starts: files that change later are not what it runs
-        self._code = code_versions() if mesh.is_first else {}
+        self._code = code_versions() | objectives.package_of(config) if mesh.is_first else {}
+        self._parts = objectives.parts_of(config)
         self._reached = 0
         """the last step that was loaded or saved"""
 
@@ -124,7 +126,7 @@ class Checkpointer:
         started = time.perf_counter() if since is None else since
         self.wait()
         self._reached = max(self._reached, progress.step)
-        progress = replace(progress, layout=self.layout, code=self._code)
+        progress = replace(progress, layout=self.layout, code=self._code, parts=self._parts)
         final = checkpoint.step_folder(self.run, progress.step)
         temporary = final.with_name(f".{final.name}.tmp")
         client_state: dict[str, Any] = {PARTITION_DIMS: partition_dims(self.engine.module)}

@@ -93,6 +93,9 @@ class Progress:
     """over how many steps each average of the weights is (train.averages)"""
     contrast: dict[str, Any] = field(default_factory=dict)
     """what `contrast.strategy: auto` came to (train.strategy.Choice); empty where the config names a strategy"""
+    parts: dict[str, float] = field(default_factory=dict)
+    """weights of the terms of an objective of another package (`objectives.parts_of`); filled in by
+    `Checkpointer.save`"""
     layout: Layout = Layout()
     """layout that wrote the checkpoint; filled in by `Checkpointer.save`"""
     code: dict[str, str] = field(default_factory=dict)
@@ -100,8 +103,8 @@ class Progress:
 
 
 def progress_text(progress: Progress) -> str:
-    """What `progress.json` holds; what was not chosen has no entry."""
-    return json.dumps({key: item for key, item in asdict(progress).items() if key != "contrast" or item})
+    """What `progress.json` holds; what was not chosen, and parts of one of our objectives, have no entry."""
+    return json.dumps({key: item for key, item in asdict(progress).items() if key not in ("contrast", "parts") or item})
 
 
 def step_folder(run: Path, step: int) -> Path:

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from megatron_lcl import objectives
+from megatron_lcl.data.loading.summary import Summary
 from megatron_lcl.model.layers import PARTS
-from megatron_lcl.objectives.base import COUNTS
+from megatron_lcl.objectives.base import COUNTS, OF_THE_RUN, is_of_the_run
 from megatron_lcl.train import telemetry
 from megatron_lcl.train.telemetry import health
 from megatron_lcl.train.telemetry.stragglers import LISTED, QUANTILES
@@ -57,6 +58,17 @@ def test_the_page_and_the_program_name_the_same() -> None:
     assert page - computed - named == EVALUATIONS, "the page names what nobody writes"
     internal = {"metric", "says", "grad_norm", "update_norm", "settings", "warnings", "missing", "unused"}
     assert keys - page - internal == set(), "the program writes what the page does not name"
+
+
+def test_no_term_may_give_what_a_run_writes_itself() -> None:
+    of_objectives = {name for one in objectives.names() for name in objectives.objective_class(one).metrics}
+    page = documented("Every logged step") | documented("Other lines")
+    packs = Summary(4, False, 1, 1, 1, 1, 0, 0).numbers().keys()
+    # what a term measures over the whole batch stands in place of health's number of a sample
+    own = (page - of_objectives - {*health.NAMES}) | packs
+    assert {name for name in own | of_objectives | {*health.NAMES} if is_of_the_run(name)} == own
+    assert own >= OF_THE_RUN
+    assert not is_of_the_run("mine/loss")
 
 
 def test_the_page_says_when_processes_are_listed() -> None:
