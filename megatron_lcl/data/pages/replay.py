@@ -64,10 +64,10 @@ def replay_html(
     loader = _loader(config, sequences, step, None, ledger, **layout)
     read = _numbers(loader)
     shown = read[:_FIRST] if packs is None else [number for number in read if number in packs]
-    if not shown:
+    if packs is not None and not shown:
         raise UserError(
-            f"packs {packs[0]} to {packs[-1]}: none of them is read; step {step} of {who} reads {len(read)} packs, "
-            f"{read[0]} to {read[-1]}"
+            f"packs {packs.start} to {packs.stop - 1}: none of them is read; step {step} of {who} reads "
+            f"{len(read)} packs, {read[0]} to {read[-1]}"
         )
     left_out = ""
     if len(shown) < len(read):
