@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--step", required=True, type=int, help="counted from 0")
     sub.add_argument("--rank", type=int, help="only what this data-parallel process reads, with --world-size")
     sub.add_argument("--world-size", type=int, metavar="N", help="with --rank: data-parallel processes")
+    sub.add_argument("--packs", metavar="A:B", help="only packs A to B, by the page's numbers (default: the first 16)")
     sub.add_argument("--output", metavar="FILE", help="default: replay-STEP.html")
 
 
@@ -311,10 +313,15 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.pages.replay import replay_html
     from megatron_lcl.train.checkpoint.folder import config_and_ledger
 
+    packs = None
+    if options.packs is not None:
+        found = re.fullmatch(r"(\d+):(\d+)", options.packs)
+        packs = range(int(found[1]), int(found[2]) + 1) if found else range(0)
+        if not packs:
+            raise UserError(f"--packs {options.packs}: give the first and the last pack, as 512:527")
     config, ledger = config_and_ledger(Path(single_input(options)))
-    page = replay_html(
-        config, objectives.create(config).sequences, options.step, options.rank, options.world_size, ledger
-    )
+    sequences = objectives.create(config).sequences
+    page = replay_html(config, sequences, options.step, options.rank, options.world_size, ledger, packs=packs, say=say)
     file = Path(options.output or f"replay-{options.step}.html")
     replace_text(file, page)
     say(file)

@@ -23,6 +23,9 @@ NUM_COLORS = 8
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 NUM_STYLES = NUM_COLORS * len(_DASHES)
 """lines with larger numbers look like earlier ones"""
+_PLAIN = Markup(' fill="none" stroke="currentColor"')
+"""how lines are drawn where the host of a page forbids its styles: else all are black areas"""
+_PLAIN_TEXT = 'class="tick" font-size="10" fill="currentColor" stroke="none"'
 DOTS = 40
 """a line of no more values has a dot for each"""
 _LOG_RANGE = 30.0
@@ -86,9 +89,12 @@ def chart(
     parts = [*area.axes(), *(area.mark(mark) for mark in marks if start <= mark.step <= stop)]
     for line in lines:
         parts += area.line(line)
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"{} data-log="{}">{}</svg>').format(
+    return Markup(
+        '<svg class="chart" viewBox="0 0 {} {}"{} role="img" aria-label="{}"{} data-log="{}">{}</svg>'
+    ).format(
         WIDTH,
         HEIGHT,
+        _PLAIN,
         label,
         Markup(' tabindex="0" data-range="{}"').format(" ".join(f"{v:.9g}" for v in (start, stop, low, high)))
         if is_read
@@ -101,8 +107,9 @@ def chart(
 def swatch(color: int, quiet: bool = False) -> Markup:
     """A piece of a line with this number, for a key."""
     return Markup(
-        '<svg class="swatch chart" viewBox="0 0 28 6" aria-hidden="true"><path class="line {}"{} d="M1 3H27"/></svg>'
-    ).format("quiet" if quiet else f"k{color % NUM_COLORS}", _dashed(color))
+        '<svg class="swatch chart" viewBox="0 0 28 6" width="28" height="6"{} aria-hidden="true">'
+        '<path class="line {}"{} d="M1 3H27"/></svg>'
+    ).format(_PLAIN, "quiet" if quiet else f"k{color % NUM_COLORS}", _dashed(color))
 
 
 def _dashed(color: int) -> Markup:
@@ -130,12 +137,12 @@ class _Area:
         for value, text in zip(values, shorts(values), strict=True):
             y = float(self.y(value))
             parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-            parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
+            parts.append(f'<text {_PLAIN_TEXT} x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
         steps = [tick for tick in ticks(self.start, self.stop, 4) if tick == int(tick)]
         for step, text in zip(steps, shorts(steps), strict=True):
             x = float(self.x(step))
             anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 14}" text-anchor="{anchor}">{text}</text>')
+            parts.append(f'<text {_PLAIN_TEXT} x="{x:.1f}" y="{base + 14}" text-anchor="{anchor}">{text}</text>')
         return parts
 
     def _y_ticks(self) -> list[float]:

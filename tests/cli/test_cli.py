@@ -285,6 +285,13 @@ def test_a_fault_of_the_program_is_not_taken_for_bad_input(fault: str, named: st
     assert named in done.stderr
 
 
+@pytest.mark.parametrize("packs", ["7", "7:3", "-1:3"])
+def test_packs_that_are_no_range(capsys: pytest.CaptureFixture[str], packs: str) -> None:
+    code, error = run(capsys, "replay", "runs/a", "--step", "0", f"--packs={packs}")
+    assert code == 2
+    assert error == f"megatron-lcl replay: --packs {packs}: give the first and the last pack, as 512:527\n"
+
+
 ESCAPE = "\x1b]0;title\x07\x1b]52;c;Y3VybA==\x07\x1b[2J\x7f\x9b8m\r"
 """what a terminal would obey: it sets the title, fills the clipboard, clears the screen, hides what follows"""
 

@@ -97,7 +97,40 @@ def test_the_pointer_reads_the_curve(pages: dict[str, Path], browser: Browser) -
     assert float(value) == pytest.approx(9.0 - int(step) / 40, abs=0.03)
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=5, y=5)
     assert browser.evaluate("document.querySelector('.plot .now').textContent") == "4"
+    steps = [int(said.split(",")[0].split(":")[0].split()[1]) for said in press(browser, 1, ["ArrowRight"] * 201)]
+    assert steps == [*range(1, 201), 200], "every point by the keyboard, from the first one"
+    ends = press(browser, 2, ["ArrowLeft", "Home", "PageUp", "ArrowRight", "PageDown", "PageDown", "End"])
+    assert [re.split("[,:]", said)[0] for said in ends] == [f"step {n}" for n in (200, 1, 5, 6, 2, 1, 200)]
     assert browser.complaints() == []
+
+
+def press(browser: Browser, chart: int, keys: list[str]) -> list[str]:
+    """What is told to a screen reader after each key."""
+    told = """((chart, keys) => { chart.focus(); return keys.map((key) => {
+      chart.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+      return document.querySelector(".spoken").textContent; }); })"""
+    said: list[str] = browser.evaluate(f"{told}(document.querySelectorAll('.plot svg[data-range]')[{chart}], {keys})")
+    return said
+
+
+def test_on_a_host_that_forbids_styles_and_in_a_frame_without_an_address(
+    pages: dict[str, Path], browser: Browser
+) -> None:
+    browser.open(pages["one"].as_uri())
+    link = """new Promise((done) => {
+      const frame = document.createElement("iframe");
+      frame.onload = () => {
+        frame.contentDocument.querySelector("a[href='#settings']").click();
+        done([frame.contentWindow.location.href, frame.contentWindow.scrollY > 500]);
+      };
+      frame.srcdoc = document.documentElement.outerHTML;
+      document.body.append(frame); })"""
+    assert browser.evaluate(link) == ["about:srcdoc", True], "it goes to the section, not to the host's page"
+    drawn = """(() => { for (const one of document.querySelectorAll("style")) one.remove();
+      return [".chart .line", ".swatch .line", ".chart .axis", ".chart text"].map((name) => {
+        const { fill, stroke } = getComputedStyle(document.querySelector(name)); return [fill, stroke]; }); })()"""
+    black = "rgb(0, 0, 0)"
+    assert browser.evaluate(drawn) == [["none", black]] * 3 + [[black, "none"]]
 
 
 def point_at(browser: Browser, selector: str, part: float = 0.5) -> None:
@@ -165,8 +198,16 @@ def test_values_are_as_fine_as_the_axis(tmp_path: Path, browser: Browser) -> Non
         browser.evaluate("document.querySelector('.plot svg.chart').focus()")
         browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
         assert len(browser.evaluate(read)) == (0 if key == "Escape" else 13)
-    spoken = browser.evaluate("document.querySelector('[role=status]').textContent")
-    assert re.match(r"step [4-6], lr \d+: 71\.23\d+, lr", spoken)
+    assert re.match(r"step 3, lr \d+: 71\.23\d+, lr", press(browser, 0, ["ArrowRight"])[0])
+    lines = [re.fullmatch(r"step 3, lr (\d+): [\d.]+", said) for said in press(browser, 0, ["ArrowUp"] * 60)]
+    assert [int(line[1]) for line in lines if line] == [*range(1, 61)], "each line by the keyboard"
+    browser.call("Emulation.setDeviceMetricsOverride", width=320, height=256, deviceScaleFactor=1, mobile=False)
+    press(browser, 0, ["Home"])
+    *values, more = browser.evaluate(read)
+    assert 2 < len(values) < 12
+    assert more == f"and {60 - len(values)} more", "at 400 %, those that are cut off are counted"
+    assert browser.evaluate("(({ scrollHeight, clientHeight }) => scrollHeight - clientHeight)"
+                            "(document.querySelector('.plot .values'))") == 0  # fmt: skip
     assert browser.complaints() == []
 
 
@@ -188,6 +229,15 @@ def test_printed_charts_are_whole(pages: dict[str, Path], kind: str, browser: Br
         x, y = np.array(path.points).T
         assert 0 < x.min() <= x.max() < 595
         assert 0 < y.min() <= y.max() < 842
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    shows = "document.querySelector('details:not([open]) .plots').checkVisibility()"
+    assert browser.evaluate(shows), "without the script, too"
+    ends = """Array.from(document.querySelectorAll(".plot .line"), (line, n) => {
+      if (!n) line.setAttribute("d", "M50 50h0");
+      const { strokeLinecap, strokeLinejoin } = getComputedStyle(line);
+      return `${strokeLinecap} ${strokeLinejoin}`; })"""
+    alone, *others = browser.evaluate(ends)
+    assert (alone, set(others)) == ("round round", {"butt bevel"}), "each dash of a round one is curves, of megabytes"
 
 
 @pytest.mark.parametrize("width", [1024, 1920])
@@ -199,6 +249,11 @@ def test_numbers_are_on_one_line(pages: dict[str, Path], width: int, browser: Br
     cells = dict(browser.evaluate(lines))
     assert {"0.001", "0.002", "lcl", "emu"} <= cells.keys()
     assert set(cells.values()) == {1}
+    copied = """(() => { const table = document.querySelector("#differences table");
+      getSelection().selectAllChildren(table); return [getSelection().toString(), table.rows.length]; })()"""
+    text, rows = browser.evaluate(copied)
+    assert text.count("(") >= 2
+    assert len(text.strip().splitlines()) == rows, "as text, a row is a line"
 
 
 def test_all_columns_are_printed(pages: dict[str, Path], browser: Browser) -> None:

@@ -127,3 +127,12 @@ def test_pictures_are_drawn(page: Path, width: int, dark: bool, browser: Browser
         for column, row in set(itertools.product(range(COLUMNS), range(ROWS))) - set(CELLS):
             x, y = (round(map_at[i] + 1 + cell * (place + 0.6)) for i, place in enumerate((column, row)))
             assert tuple(pixels[y, x]) == GROUND, "nothing is drawn where no picture stands"
+    keys = """["Right", "Right", "Right", "Down", "Left", "Up", "Up", "Left", "Up"].map((key) => {
+      const map = document.querySelector("svg.map[tabindex='0']"); map.focus();
+      map.dispatchEvent(new KeyboardEvent("keydown", { key: `Arrow${key}`, bubbles: true }));
+      return [document.querySelector("[data-named]").textContent, map.querySelector(".named title").textContent]; })"""
+    names = [f"name {n}" for n in (9, 11, 12, 15, 13, 11, 11, 9, 9)]
+    assert browser.evaluate(keys) == [[name, name] for name in names], "from one to the nearest in this direction"
+    if width == 1200:
+        first = browser.evaluate(RECTANGLES % "#names svg.map image")[0]
+        assert np.abs(sampled(browser.pixels(), first) - halves(9)).max() <= 10, "what shows it hides no picture"

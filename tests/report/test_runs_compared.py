@@ -77,6 +77,9 @@ def test_shares_are_in_percent_beside_chance(tmp_path: Path) -> None:
     differences, runs = page.split('<section id="runs">')
     assert '<td class="number">34\u00a0% <span class="quiet">chance 20\u00a0%</span></td>' in differences
     assert runs.count('<td class="number">34\u00a0%</td>') == 2
+    assert re.findall(r"</svg>([^<]*)</td><td [^>]*>(\w)<", runs) == [("lr 1", "0"), ("lr 2", "1")], (
+        "whose line is which"
+    )
 
 
 @pytest.mark.parametrize("lines", [[(1, 0.2), (2, 0.2)], [(3, 0.2), (4, 0.2)], [(3, 0.1), (4, 0.1)], []])

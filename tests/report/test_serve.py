@@ -153,8 +153,12 @@ def test_damaged_lines_are_told_at_each_look_and_those_after_them_are_read(tmp_p
     said = f"{a / 'metrics.jsonl'}: 1 damaged line passed over (the first is line 3)"
     for _ in range(2):
         assert said in watch.page()
+    without_script = ">This page does not follow the {}: it needs JavaScript.</p>"
+    assert without_script.format("run") in watch.page()
     write_lines(tmp_path / "s/b", [line(1), line(2)], 1)
-    assert "2 runs of" in watch.page(), "a second run, with which all is read anew"
+    page = watch.page()
+    assert "2 runs of" in page, "a second run, with which all is read anew"
+    assert without_script.format("runs") in page
     with (a / "metrics.jsonl").open("a") as file:
         file.write("[4]\n")
     grow(a, 77)

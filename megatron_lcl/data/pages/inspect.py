@@ -141,7 +141,7 @@ def write_page(corpus: Corpus, file: str | Path, source: str | None = None) -> P
     loader = jinja2.PackageLoader("megatron_lcl", "data/pages/templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.get_template("inspect.html")
-    histograms = [(name, _histogram(found)) for name, found in distributions.items()]
+    histograms = [(name, _histogram(name, found)) for name, found in distributions.items()]
     drops = list(Drops.from_dict(statistics["drops"]).rows())
     numbers = table({**statistics, "drops": Drops().to_dict()})
     page = template.render(
@@ -192,7 +192,7 @@ def _caption(image: Image) -> str:
     return f"image, {len(image.data):,} bytes{match}{text}"
 
 
-def _histogram(distribution: Distribution) -> str:
+def _histogram(name: str, distribution: Distribution) -> str:
     """An SVG of bars; the last one takes in what lies above the 99th percentile."""
     num_bins, width, height = 40, 360, 120
     counts, edges = distribution.histogram(num_bins, 0.99)
@@ -207,4 +207,6 @@ def _histogram(distribution: Distribution) -> str:
     )
     labels = f'<text x="0" y="{height + 14}">{low:,.4g}</text>'
     labels += f'<text x="{width}" y="{height + 14}" text-anchor="end">{high:,.4g}</text>'
-    return f'<svg viewBox="0 0 {width} {height + 18}" role="img">{"".join(bars)}{labels}</svg>'
+    title = html.escape(f"histogram of {name}, from {low:,.4g} to {high:,.4g}")
+    box = f"0 0 {width} {height + 18}"
+    return f'<svg viewBox="{box}" role="img" aria-label="{title}">{"".join(bars)}{labels}</svg>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -26,6 +26,8 @@ from megatron_lcl.errors import UserError
 
 _SHOWN = 144
 """side of an image on the page, pixels"""
+_FIRST = 16
+"""packs on a page: hundreds of them, with their images without losses, are more than a browser can show"""
 
 
 def replay_html(
@@ -35,14 +37,17 @@ def replay_html(
     rank: int | None = None,
     world_size: int | None = None,
     ledger: Ledger | None = None,
+    packs: range | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> str:
     """The batch of step `step` (counted from 0) of a run with this config, as one self-contained page.
 
     sequences: those that the run's objective reads.
     rank: only what data-parallel process `rank` of `world_size` reads, with the micro-batch that the config has in this
     step; None: the whole step. ledger: the run's, from a checkpoint, if its blend has changed or ranges were skipped.
-    UserError for a step or rank that cannot be, where the processes cannot divide the batch, or where the config says
-    other packs than the ledger.
+    packs: only those, by the numbers that the page shows; None: the first 16. say: told which are on the page where
+    these are not all. UserError for a step or rank that cannot be, where the processes cannot divide the batch, where
+    none of `packs` is read, or where the config says other packs than the ledger.
     """
     if ledger is not None:
         ledger.check(config, sequences)
@@ -56,8 +61,22 @@ def replay_html(
         who = f"process {rank} of {world_size}"
         micro_batch = phase_at(config, step).config.train.micro_batch
         layout = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch}
-    packs = _render(_loader(config, sequences, step, None, ledger, **layout))
-    return _template("page.html").render(title=f"Step {step}, {who}", packs=packs)
+    loader = _loader(config, sequences, step, None, ledger, **layout)
+    read = _numbers(loader)
+    shown = read[:_FIRST] if packs is None else [number for number in read if number in packs]
+    if packs is not None and not shown:
+        raise UserError(
+            f"packs {packs.start} to {packs.stop - 1}: none of them is read; step {step} of {who} reads "
+            f"{len(read)} packs, {read[0]} to {read[-1]}"
+        )
+    left_out = ""
+    if len(shown) < len(read):
+        left_out = (
+            f"{len(shown)} of {len(read)} packs are shown, {shown[0]} to {shown[-1]} of {read[0]} to {read[-1]}; "
+            "--packs A:B shows packs A to B"
+        )
+        say(left_out)
+    return _render("page.html", loader, shown, title=f"Step {step}, {who}", left_out=left_out)
 
 
 def render_first_packs(config: Config, sequences: Sequences, packs: int, ledger: Ledger | None = None) -> str:
@@ -65,7 +84,8 @@ def render_first_packs(config: Config, sequences: Sequences, packs: int, ledger:
 
     UserError where corpora that they are of are not here.
     """
-    return _render(_loader(config, sequences, 0, packs, ledger), folded=True, side=_SHOWN)
+    loader = _loader(config, sequences, 0, packs, ledger)
+    return _render("packs.html", loader, _numbers(loader), side=_SHOWN)
 
 
 def _loader(
@@ -91,31 +111,37 @@ def _loader(
     )
 
 
-def _template(name: str) -> jinja2.Template:
-    loader = jinja2.PackageLoader("megatron_lcl", "data/pages/templates")
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
+def _numbers(loader: PackedLoader) -> list[int]:
+    """Of the packs that it reads, in their order."""
+    return [number for micro_batch in range(len(loader)) for number in loader.packs_of(micro_batch)]
 
 
-def _render(loader: PackedLoader, folded: bool = False, side: int | None = None) -> str:
-    numbers = tuple(number for micro_batch in range(len(loader)) for number in loader.packs_of(micro_batch))
-    batches = Turns(loader.reader, lambda turn: numbers[turn : turn + 1], len(numbers))  # of one pack each
-    packs = []
+def _render(template: str, loader: PackedLoader, numbers: list[int], side: int | None = None, **more: Any) -> str:
+    """A template with some packs of a loader. side: of images, in pixels, which are then compressed with losses."""
+    package = jinja2.PackageLoader("megatron_lcl", "data/pages/templates")
+    environment = jinja2.Environment(loader=package, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(
+        packs=_packs(loader, numbers, side),
+        shown=_SHOWN,
+        tokens_per_pack=loader.reader.data.tokens_per_pack,
+        images_per_pack=loader.images_per_pack,
+        **more,
+    )
+
+
+def _packs(loader: PackedLoader, numbers: list[int], side: int | None) -> Iterator[dict[str, Any]]:
+    """What the template shows of each, one at a time: the images of hundreds are gigabytes."""
+    batches = Turns(loader.reader, lambda turn: tuple(numbers[turn : turn + 1]), len(numbers))  # of one pack each
     for turn, number in enumerate(numbers):
         batch = batches.read(turn)
         # of the pack's own blend, of which the config may have other corpora by now; they have one tokenizer
         corpora = {source.corpus.where: source.corpus for source in loader.reader.index[number].sources}
         tokenizer = next(iter(corpora.values())).tokenizer
-        packs.append(_pack(batch, loader.provenance(number), tokenizer, side))
-        for sequence in packs[-1]["sequences"]:
+        pack = _pack(batch, loader.provenance(number), tokenizer, side)
+        for sequence in pack["sequences"]:
             origin = sequence["origin"]
             sequence["source"] = corpora[origin.corpus].name(origin.document)
-    return _template("packs.html").render(
-        packs=packs,
-        folded=folded,
-        shown=_SHOWN,
-        tokens_per_pack=loader.reader.data.tokens_per_pack,
-        images_per_pack=loader.images_per_pack,
-    )
+        yield pack
 
 
 def _pack(batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenizer, side: int | None) -> dict[str, Any]:

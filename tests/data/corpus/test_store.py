@@ -413,7 +413,10 @@ def test_histograms_count_everything(corpus: Path, tmp_path: Path) -> None:
         "image size, bytes": [len(picture(k)) for k in range(3)],
     }  # fmt: skip
     assert set(figures) == set(expected)
+    assert len(tree.xpath("//body/main")) == 1
     for name, values in expected.items():
+        (spoken,) = figures[name].xpath("svg/@aria-label")
+        assert spoken.startswith(f"histogram of {name}, from ")
         bars = [rect.findtext("title").rsplit(": ", 1) for rect in figures[name].xpath(".//rect")]
         counts = [int(count) for _, count in bars]
         heights = [float(rect.get("height")) for rect in figures[name].xpath(".//rect")]

@@ -7,6 +7,7 @@ import io
 import re
 from collections import Counter
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
@@ -22,6 +23,7 @@ from megatron_lcl.data.loading.batch import RUNS, PackedBatch, max_runs
 from megatron_lcl.data.loading.images import decode_eval
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.rules import INTERLEAVED
+from megatron_lcl.data.pages import replay
 from megatron_lcl.data.pages.replay import render_first_packs, replay_html
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives import objective_class
@@ -365,7 +367,7 @@ def test_pairs_in_the_reference_s_forms(make_corpus: MakeCorpus) -> None:
     assert min(forms.values()) > 10
 
 
-def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
+def test_replay_shows_the_step(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [[ord(c) - 33 for c in "abc"]]
     documents = [[*words, (jpeg(d) if d else b"\xff\xd8 rot", None, None), [d, d]] for d in range(12)]
     corpus = make_corpus("c", documents)
@@ -378,8 +380,9 @@ def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
     }
     config = configs.load(overrides=overrides)
     page = replay_html(config, INTERLEAVED, 1)
-    assert page.count('<details class="pack" open>') == 4
+    assert page.count('<details class="pack" open>') == 1, "the others are folded"
     assert all(f"Pack {n}</summary>" in page for n in range(4, 8))
+    assert "--packs" not in page
     shown = re.findall(r"<b>Document (\d+)</b>.*? · source-(\d+)\.txt</header>", page)
     assert len(shown) == page.count("<b>Document")
     assert all(number == source for number, source in shown)
@@ -394,7 +397,7 @@ def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
             assert shown == [number for batch in read for number in batch.packs]
             assert len(shown) == 2
     # every pack as it is on the page of the whole step
-    blocks = r'<details class="pack"[^>]*>.*?</details>'
+    blocks = r'<details class="pack"[^>]*>(.*?)</details>'
     assert re.findall(blocks, part, re.S) == re.findall(blocks, page, re.S)[1::2]
     whole = replay_html(config, INTERLEAVED, 0)
     loader = PackedLoader(config.data, 4, 16, 2048)
@@ -414,3 +417,21 @@ def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
     ):
         with pytest.raises(UserError, match=said):
             replay_html(config, INTERLEAVED, **at)
+    monkeypatch.setattr(replay, "_FIRST", 3)
+    monkeypatch.setattr(replay, "_pack", Mock(wraps=replay._pack))
+    for at, packs, left_out in (
+        ({}, [4, 5, 6], "3 of 4 packs are shown, 4 to 6 of 4 to 7; --packs A:B shows packs A to B"),
+        ({"packs": range(7, 99)}, [7], "1 of 4 packs are shown, 7 to 7 of 4 to 7; --packs A:B shows packs A to B"),
+        ({"packs": range(8)}, [4, 5, 6, 7], ""),
+        ({"packs": range(5, 7), "rank": 1, "world_size": 2}, [5],
+         "1 of 2 packs are shown, 5 to 5 of 5 to 7; --packs A:B shows packs A to B"),
+    ):  # fmt: skip
+        told: list[str] = []
+        replay._pack.reset_mock()  # type: ignore[attr-defined]
+        some = replay_html(config, INTERLEAVED, 1, say=told.append, **at)
+        assert re.findall(blocks, some, re.S) == [re.findall(blocks, page, re.S)[n - 4] for n in packs]
+        assert replay._pack.call_count == len(packs), "what is left out is not read"  # type: ignore[attr-defined]
+        assert told == ([left_out] if left_out else [])
+        assert left_out in some
+    with pytest.raises(UserError, match=r"packs 8 to 9: none .* step 1 of all processes reads 4 packs, 4 to 7"):
+        replay_html(config, INTERLEAVED, 1, packs=range(8, 10))
