@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run_processes
-from small_runs import FIRST, GLOBAL_BATCH, LR, PARTITION, Job, build_config, pack
+from small_runs import FIRST, LR, PARTITION, Job, build_config, pack
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
@@ -52,6 +52,7 @@ class Run(Job):
     """what is not as the recipe says"""
     passes_on: bool = False
     """what it has loaded is saved again, as a checkpoint of this run, before its first step"""
+    packs: int = 4
     brief: bool = False
     """weights after the last step alone, and no names of moments: to read them takes as long as a step"""
 
@@ -82,7 +83,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
     mesh = init_processes(config)
     engine = build_engine(build_module(config, mesh, PARTITION if job.pipeline > 1 else None), config, mesh)
     stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine)
-    each, averaged, run = GLOBAL_BATCH // mesh.data.size, {}, Path(config.train.output)
+    each, averaged, run = job.packs // mesh.data.size, {}, Path(config.train.output)
     with_gradient: set[str] = set()
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
@@ -106,7 +107,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
     with Checkpointer(engine, config, mesh, run) as checkpoints:
         if job.source is None:
             steps(0, FIRST)
-            checkpoints.save(Progress(FIRST, FIRST * GLOBAL_BATCH, {}, averaged=averaged))
+            checkpoints.save(Progress(FIRST, FIRST * job.packs, {}, averaged=averaged))
             checkpoints.wait()
         else:
             checkpoints.load(step_folder(folder / job.source, FIRST))
@@ -115,7 +116,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
             for kind in ("exp_avg", "exp_avg_sq"):
                 moments[kind] = {name for name, v in read_parameters(engine, mesh, kind).items() if v.any()}
             if job.passes_on:
-                checkpoints.save(Progress(FIRST, FIRST * GLOBAL_BATCH, {}, averaged=averaged))
+                checkpoints.save(Progress(FIRST, FIRST * job.packs, {}, averaged=averaged))
                 checkpoints.wait()
         steps(FIRST, 2 * FIRST)
     of_last = () if job.brief else ("exp_avg", "exp_avg_sq")
