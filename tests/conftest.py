@@ -21,7 +21,7 @@ pytest_plugins = ["local_slurm", "s3_fixtures"]
 
 # an example takes longer than usual where another test needs the machine
 hypothesis.settings.register_profile("soak", deadline=None)
-# which examples are tried changes with the code, not from one run to the next: no change fails for what was there before
+# which examples are tried changes with the code, not from one run to the next: no change fails for what was there
 hypothesis.settings.register_profile("shared", deadline=None, derandomize=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores are slower
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
