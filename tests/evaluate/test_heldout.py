@@ -144,7 +144,7 @@ def own_model(config: Model = TINY) -> LCL:
 def test_equals_a_brute_force_count(folder: Path, bias: float | None) -> None:
     config, model = settings(folder), own_model(dataclasses.replace(TINY, logit_bias=bias))
     corpus = open_corpus(folder / "corpus")
-    result, examples = evaluate_heldout(model, config, folder / "corpus", progress=False)
+    result, examples = evaluate_heldout(model, config, folder / "corpus", ALL, progress=False)
     # a pack is one sequence of the model's context, with as many images as it has places for
     data = Data(({"path": str(folder / "corpus")},), 48, (48 - 2) // (4 + 2), cache=str(folder / "cache"))
     data = dataclasses.replace(data, image_first=0.0, workers=0)
@@ -206,7 +206,8 @@ def test_equals_a_brute_force_count(folder: Path, bias: float | None) -> None:
     assert {k: getattr(result, k) for k in expected} == pytest.approx(expected, rel=1e-5)
     low, high = result.intervals["image_to_context_recall_at_10"]
     assert low <= result.image_to_context_recall_at_10 <= high
-    assert [e.rank for e in examples] == sorted(e.rank for e in examples)
+    told = [(e.rank, e.pair.document) for e in examples]
+    assert told == sorted(told), "those of one rank in the corpus's order"
     assert {examples[0].rank, examples[-1].rank} == {min(place), max(place)}
     for pair in (pair for example in examples for pair in (example.pair, *example.nearest)):
         items = corpus[pair.document].items
@@ -264,18 +265,48 @@ def test_three_processes_measure_what_one_does(folder: Path) -> None:
         assert all(e.pair.context for e in told)
 
 
+def test_what_processes_encode_is_measured_as_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of several batches, which are encoded one after the other here."""
+    monkeypatch.setattr(heldout, "_TOKENS", 4 * 48)
+    model, config = own_model(dataclasses.replace(TINY, logit_bias=-3.0)), settings(folder)
+    jobs_of: list[int] = []
+
+    def in_turn(jobs: Sequence[Any], bar: Any) -> list[bytes]:
+        jobs_of.append(len(jobs))
+        return [job(number, 1, bar.update) for number, job in enumerate(jobs)]
+
+    monkeypatch.setattr(heldout, "in_processes", in_turn)
+    source: Any = lambda _: (model, config)  # noqa: E731
+    (one, examples), (two, same_examples) = (
+        evaluate_heldout(model, config, folder / "corpus", ALL, False, source=source, processes=n) for n in (1, 2)
+    )
+    assert jobs_of == [2]
+    assert two.numbers() == pytest.approx(one.numbers(), rel=1e-6)
+    assert same_examples == examples
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_two_processes_of_the_command_measure_what_one_does(folder: Path, tmp_path: Path) -> None:
+def test_two_processes_of_the_command_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two batches: of one a single process is started."""
+    write_corpus(tmp_path / "corpus", random_documents(14, seed=5, mean_text=12.0) * 8, num_shards=2)
+    in_processes, jobs_of = heldout.in_processes, list[int]()
+
+    def counted(jobs: Sequence[Any], bar: Any) -> list[bytes]:
+        jobs_of.append(len(jobs))
+        return in_processes(jobs, bar)
+
+    monkeypatch.setattr(heldout, "in_processes", counted)
     data = Data(workers=0, cache=str(tmp_path / "cache"))
     (tmp_path / "run").mkdir()
     save_checkpoint(own_model(), Config(model=TINY, data=data), tmp_path / "run")
     found: dict[str, tuple[dict[str, Any], list[Any]]] = {}
     for processes in ("1", "2"):
         output = tmp_path / processes
-        words = ["evaluate", str(tmp_path / "run"), "--corpus", str(folder / "corpus"), "--output", str(output)]
+        words = ["evaluate", str(tmp_path / "run"), "--corpus", str(tmp_path / "corpus"), "--output", str(output)]
         assert main([*words, "--device", "cpu", "--processes", processes]) == 0
         found[processes] = tuple(json.loads((output / name).read_text()) for name in (HELDOUT, EXAMPLES))  # type: ignore[assignment]
+    assert jobs_of == [2]
     (one, examples), (two, same_examples) = found["1"], found["2"]
     assert one["pairs"] > 20
     assert one["bits_per_token"] > 0

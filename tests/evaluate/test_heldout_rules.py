@@ -11,6 +11,8 @@ from data.corpora import Piece, jpeg, write_corpus
 
 from megatron_lcl import LCL, open_corpus
 from megatron_lcl.config import Config, Data, Language, Model, Vision
+from megatron_lcl.data.loading.source import VERSION as SOURCE_VERSION
+from megatron_lcl.data.loading.source import rules_of_kinds
 from megatron_lcl.evaluate import heldout_packs
 from megatron_lcl.evaluate.heldout import evaluate_heldout
 from megatron_lcl.evaluate.heldout_results import Example, HeldOut
@@ -50,6 +52,8 @@ def test_the_rules_are_those_of_their_version(context: int, sequences: str, imag
     model = replace(TINY, language=replace(TINY.language, context_length=context))
     assert heldout_rules(model) == expected
     assert VERSION == 2
+    first, last = (rules_of_kinds(Data(), 4, 48, 7, carry_text=True, version=v) for v in (1, SOURCE_VERSION))
+    assert first == last, "no later rule of training is one of the evaluation"
 
 
 def test_what_selection_leaves_of_matched_documents(tmp_path: Path) -> None:

@@ -130,6 +130,17 @@ def test_the_second_replica_takes_the_labels_of_its_images_that_decode(folder: P
     assert found["zero_shot_accuracy"] == found["zero_shot_mean_per_class_recall"] == 1
 
 
+def test_the_first_five_classes_are_the_top_5(folder: Path) -> None:
+    """Of seven; the first image is of the class that is nearest to it, the second of the next, and so on."""
+    config = configs.load(folder / "config.yaml")
+    measured = alone(config, LCL(config.model).eval(), 1)
+    features = torch.nn.functional.normalize(torch.arange(7.0, 0.0, -1.0).expand(7, 7))
+    test = ImageSet("x", (FileBlob(Path("unread")),) * 7, np.arange(7), tuple("abcdefg"))
+    found = measured._classify(features, test, None, None, torch.eye(7))
+    names = ("zero_shot_accuracy", "zero_shot_accuracy_top_5", "chance", "chance_top_5")
+    assert [found[name] for name in names] == pytest.approx([1 / 7, 5 / 7, 1 / 7, 5 / 7])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "layout"),

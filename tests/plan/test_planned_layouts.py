@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import resource
@@ -14,6 +15,8 @@ import pytest
 import torch
 from plan.stand_ins import long_vision, needs, target_of
 from plan.test_predict import CONTEXT, IMAGES, config_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
@@ -152,6 +155,15 @@ def test_the_first_whose_simulated_step_fits_is_the_best() -> None:
     assert len(said) == 2
     worse = {key_of(other.config) for other in passed if layouts._needs_as_much(other, passed[0])}
     assert key_of(passed[0].config) in worse
+
+    def split(config: Config) -> Any:
+        return config.parallel, config.zero, config.contrast.strategy, config.train.activation_checkpointing
+
+    first = passed[0].config
+    alike = [other.config for other in passed if split(other.config) == split(first)]
+    assert {config.train.micro_batch for config in alike} == {1, 2}
+    as_large = [config for config in alike if config.train.micro_batch >= first.train.micro_batch]
+    assert {key_of(config) for config in alike} & worse == {*map(key_of, as_large)}
     assert [p.config for p in passed if key_of(p.config) not in worse] == [layout.config for layout in left]
     never, failed = confirm(passed, target, said.append, lambda *_: needs(2e9))
     assert len(failed) == layouts.MAX_SIMULATED or not never
@@ -438,6 +450,18 @@ def test_this_machine_is_measured() -> None:
     assert min(*rates.matmul.values(), *rates.attention.values(), rates.elements, rates.memory) > 1e6
     assert 1e-7 < rates.kernel < 1e-2
     assert rates.peak == max(rates.matmul.values())
+
+
+def test_a_rate_is_of_the_operations_that_torch_counts() -> None:
+    """By a clock that an operation advances by a second, and a reading by little; half of an attention is masked."""
+    readings, mapping = itertools.count(), {torch.ops.aten.addmm_: addmm_flop.__wrapped__}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
+        calibration = Calibration(config_of(), IMAGES, lambda: counter.get_total_flops() + 1e-3 * next(readings))
+        calibration.round()
+    found = calibration.found()
+    rates = {name: rate for name, rate in found.items() if name.startswith(("matmul", "attention"))}
+    assert rates == pytest.approx({**dict.fromkeys(rates, 1.0), "attention language": 0.5}, rel=1e-3)
+    assert len(rates) == 5
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from megatron_lcl.plan.predict import (
     predict,
     seconds_of_run,
 )
+from megatron_lcl.plan.work import LOGIT_PASSES
 from megatron_lcl.train.optimizer import rules_of
 from megatron_lcl.train.optimizers.muon import matrix_update
 from megatron_lcl.train.optimizers.pieces import Tensor
@@ -219,9 +220,29 @@ def test_the_network_and_the_optimizer_take_their_bytes() -> None:
     assert again.network - found.network == pytest.approx(TENSOR_SHOWS * sent.tensor * 3 / 10 / 1e6)
     data = predict(config_of(), 4, 2, rates_of(intra=1e6, inter=2e5), IMAGES)
     assert data.network == pytest.approx((data.sending.data + data.sending.contrast) / 4e5), "two adapters a node"
-    alone = predict(config_of(), 1, 1, rates_of(memory=1e6), IMAGES)
     each = ADAM_BYTES + 8 * (GRADIENT_PASSES * 4 + SUM_BYTES)
-    assert alone.optimizer == alone.seconds == pytest.approx(num_parameters(config_of().model) * each / 1e6)
+    for frozen in (FROZEN["nothing"], FROZEN["the vision tower"]):
+        config = config_of(train__freeze=frozen)
+        alone = predict(config, 1, 1, rates_of(memory=1e6), IMAGES)
+        stepped = num_parameters(config.model, frozen_parameters(config))
+        assert alone.optimizer == alone.seconds == pytest.approx(stepped * each / 1e6)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_passes_over_logits_take_their_bytes(tensor: int) -> None:
+    """And those over the vocabulary's weights, two in forward and four in backward; each rank has its part of both."""
+    few, many = (
+        predict(
+            config_of(parallel__tensor=tensor, model__language__vocab_size=size),
+            tensor,
+            tensor,
+            rates_of(elements=1e6),
+            IMAGES,
+        )
+        for size in (100, 1100)
+    )
+    passes = sum(LOGIT_PASSES) * sizes_of(config_of(), IMAGES, 8).targets + 8 * 6 * config_of().model.language.width
+    assert many.seconds - few.seconds == pytest.approx(1000 * 4 * passes / tensor / 1e6)
 
 
 @pytest.mark.parametrize("per_head", [False, True])

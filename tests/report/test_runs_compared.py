@@ -51,6 +51,12 @@ def test_what_changes_the_result_does(tree: dict[str, Any], name: str) -> None:
     assert list(one.shown) == list(other.shown) == [name]
 
 
+def test_groups_stand_in_the_order_of_what_differs() -> None:
+    """Numbers by their size, before what is none."""
+    groups = group([run_of({"model": {"vision": {"layer_scale": value}}}) for value in (None, 0.1, 1e-5, 0.02)])
+    assert [of_one.shown["model.vision.layer_scale"] for of_one in groups] == [1e-5, 0.02, 0.1, None]
+
+
 def test_shares_are_in_percent_beside_chance(tmp_path: Path) -> None:
     """A level is drawn where it is the same for all groups; a cell says its own."""
     for n, pairs in enumerate((50, 80)):

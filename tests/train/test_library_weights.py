@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from megatron_lcl import config as configs
@@ -316,7 +316,7 @@ def refused(config: Config, *words: str) -> None:
 
 
 def test_another_architecture_is_named(tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in "abcdef"]
+    folders = [tmp_path / name for name in "abcdefg"]
     for folder in folders:
         folder.mkdir()
     spec = timm_folder(folders[0])
@@ -329,6 +329,8 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     refused(config_of(open_clip_folder(folders[4], quick_gelu=True)), "quick_gelu is true")
     text = open_clip_folder(folders[5])
     refused(config_of(text, None, {"vocab_size": 99}), "model.language.vocab_size is 63 there and 99 here")
+    text = open_clip_folder(folders[6], norm_kwargs={"eps": 1e-6})
+    refused(config_of(f"vision={text}"), "model.vision.norm_eps is 1e-06 there and 1e-05 here")
     refused(config_of(f"language={spec}", VIT), "has no language encoder")
     refused(config_of(f"vision={spec},text={spec}", VIT), "'text=timm", "language=MODEL")
     refused(config_of("vision=runs/b32"), "'vision=runs/b32' is not one of")
@@ -342,9 +344,13 @@ def test_a_difference_that_no_field_shows_is_found(tmp_path: Path, monkeypatch: 
 
 
 def test_a_tower_without_a_class_token_begins_with_a_drawn_one(tmp_path: Path) -> None:
-    spec = timm_folder(tmp_path, class_token=False, global_pool="avg", fc_norm=False)
-    config = config_of(spec, VIT)
+    """Nothing is added to it: the first positions are those of the registers."""
+    spec = timm_folder(tmp_path, class_token=False, global_pool="avg", fc_norm=False, reg_tokens=2)
+    config = config_of(spec, {**VIT, "registers": 2})
     model, weights = begun(config)
     assert "0.class_embedding" in weights.missing
     assert "were not compared" in weights.describe(config)
     assert torch.isfinite(our_features(model, check_images(32)).patches).all()
+    theirs = load_file(tmp_path / "model.safetensors")
+    assert not model.patches.positions[0].any()
+    assert torch.equal(model.patches.registers, (theirs["reg_token"] + theirs["pos_embed"][:, :2])[0])

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_lcl import config as configs
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.train.settings import check_quantized, check_zero, deepspeed_config
+from megatron_lcl.model.layers import num_parameters
+from megatron_lcl.train.settings import BUCKET, check_quantized, check_zero, deepspeed_config
 
 ZERO_3 = {"zero": {"stage": 3}, "contrast": {"strategy": "recompute"}}
 ON_CPU, NOWHERE = {"device": "cpu"}, {"device": "none"}
@@ -43,6 +44,13 @@ def test_what_deepspeed_knows_is_passed_on(deepspeed: dict[str, Any], sections: 
     found = settings_of(deepspeed, 4, **sections)
     for section, value in deepspeed.items():
         assert value.items() <= found[section].items() if isinstance(value, dict) else value == found[section]
+
+
+def test_a_sum_over_replicas_is_no_longer_than_what_a_tensor_rank_has() -> None:
+    """A process holds a buffer of its length, or two."""
+    model = {"vision": {"layers": 1, "width": 96}, "language": {"layers": 1, "width": 64, "vocab_size": 1000}}
+    found = settings_of({}, 4, model=model, parallel={"tensor": 2})["zero_optimization"]
+    assert found["reduce_bucket_size"] == num_parameters(configs.from_dict({"model": model}).model) // 2 < BUCKET
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -43,11 +43,13 @@ def by_hand(folder: Path, angles: list[float], size: int, seed: int = 0) -> tupl
 
 
 @pytest.mark.parametrize("size", [2, 99])
-def test_features_within_an_angle_are_duplicates(size: int, tmp_path: Path) -> None:
-    corpus, files = by_hand(tmp_path / "ours", [0, 90, 8, 200, 16, np.nan, np.nan, 91], size)
+def test_features_within_an_angle_are_duplicates(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two blocks that are compared, and those of one."""
+    monkeypatch.setattr(features, "_BLOCK", size)
+    corpus, files = by_hand(tmp_path / "ours", [0, 90, 8, 200, 16, np.nan, np.nan, 91, 250, 251], size)
     _, against = by_hand(tmp_path / "other", [300, 204], 99, seed=100)
     rule = FeatureDuplicates(min_cosine=float(np.cos(np.deg2rad(9))))
-    expected = {"keep-one": ([2, 4, 7], [0, 0, 1]), "drop-all": ([0, 1, 2, 4, 7], [2, 7, 0, 0, 1])}
+    expected = {"keep-one": ([2, 4, 7, 9], [0, 0, 1, 8]), "drop-all": ([0, 1, 2, 4, 7, 8, 9], [2, 7, 0, 0, 1, 9, 8])}
     for action, (documents, matched) in expected.items():
         (scratch := tmp_path / action).mkdir()
         found = together(join_features(files, FeatureDuplicates(rule.min_cosine, action), scratch))  # type: ignore[arg-type]
@@ -55,9 +57,9 @@ def test_features_within_an_angle_are_duplicates(size: int, tmp_path: Path) -> N
         assert found.matched == [f"{corpus.path}: document {d}, piece 0" for d in matched]
     (scratch := tmp_path / "against").mkdir()
     found = together(join_features(files, rule, scratch, against))
-    assert found.document.tolist() == [2, 3, 4, 7]
+    assert found.document.tolist() == [2, 3, 4, 7, 9]
     assert found.matched[1] == f"{tmp_path / 'other'}: document 1, piece 0"
-    cosines = np.cos(np.deg2rad([8, 4, 16, 1]))  # the second to last is connected by the image between
+    cosines = np.cos(np.deg2rad([8, 4, 16, 1, 1]))  # the third is connected by the image between
     np.testing.assert_allclose(found.value, cosines, atol=1e-6)
 
 

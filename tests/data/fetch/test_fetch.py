@@ -27,7 +27,7 @@ pytest.importorskip("aiohttp")
 pytest.importorskip("protego")
 
 from megatron_lcl.cli import main
-from megatron_lcl.data.fetch.run import _process, fetch
+from megatron_lcl.data.fetch.run import _process, fetch, summary
 from megatron_lcl.data.fetch.settings import PROXY_LOGIN, Settings, Store
 from megatron_lcl.data.prepare.importers.urls import url_key
 from megatron_lcl.train.forks import stop_forkserver
@@ -199,6 +199,7 @@ def test_host_that_asks_for_a_long_wait_is_left_alone(server: Server, tmp_path: 
     found = run([*urls, f"http://{other}:{port}/ok/0.25"], tmp_path)
     assert found.pop("/ok/0.25") == ("kept", "")
     assert found == {f"/later/{k}": ("dead", "status 429, asks for a long wait") for k in range(20)}
+    assert summary(tmp_path / "store")["reasons"] == {"dead: status 429, asks for a long wait": 20}
     asked = {path: count for path, count in requests_of(server[0], port).items() if path.startswith("/later/")}
     assert sum(asked.values()) == 1, asked
 

@@ -47,7 +47,7 @@ def whole(data: bytes, size: int = 64) -> np.ndarray:
     return decode_train(data, size, draws(), (1.0, 1.0), (1.5, 1.5)).astype(np.float32)
 
 
-@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (33, 500), (20, 10)])
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (33, 500), (20, 10), (198, 128)])
 def test_evaluation_is_clip_s_preprocessing_bit_for_bit(size: tuple[int, int]) -> None:
     transforms = pytest.importorskip("torchvision.transforms")
     image = picture(*size)

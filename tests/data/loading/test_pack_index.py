@@ -27,6 +27,8 @@ from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading.cache import build_once
 from megatron_lcl.data.loading.ledger import Ledger, kept_states, open_ledger, tokenizer_of
 from megatron_lcl.data.loading.pack_index import PackIndex
+from megatron_lcl.data.loading.packing import max_sequences
+from megatron_lcl.data.loading.rules import PAIRS
 from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.errors import UserError
 
@@ -178,6 +180,10 @@ def test_image_slots_are_chosen_by_the_blend_s_shares(make_corpus: MakeCorpus) -
     assert open_ledger(data, P, CONTEXT).settings["images_per_pack"] == 3
     data = dataclasses.replace(data_of((texts.path, 1), (images.path, 9)), tokens_per_pack=1000)
     assert open_ledger(data, P, CONTEXT).settings["images_per_pack"] == 27
+    short = make_corpus("short", [[[1, 1], *[(jpeg(n), None, None) for n in range(3)]]] * 40)
+    data = dataclasses.replace(data_of((short.path, 1)), tokens_per_pack=1000)
+    chosen = open_ledger(data, P, CONTEXT, sequences=PAIRS).settings["images_per_pack"]
+    assert chosen == max_sequences(1000), "of pairs, each of which is a sequence, as many as a pack may hold"
 
 
 def test_skipped_packs_are_jumped_over(make_corpus: MakeCorpus) -> None:

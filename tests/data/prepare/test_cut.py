@@ -18,6 +18,7 @@ from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import Unit, html
 from megatron_lcl.data.prepare.preprocess import WORK, preprocess
 from megatron_lcl.data.prepare.preprocess_task import parts_of
+from megatron_lcl.data.prepare.unfinished import holds_work
 from megatron_lcl.errors import UserError
 
 OPTIONS: dict[str, Any] = {"tokenizer": "clip", "max_bad_fraction": 1}
@@ -108,6 +109,7 @@ def test_of_two_cuts_at_once_the_first_is_taken(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match="would now be cut into other tasks"):
         cut.check_cut(tmp_path, [["a"], ["b", "c"]], "part-*", True, [tmp_path])
     cut.check_cut(tmp_path, [["a", "b"], ["c"]], "part-*", True, [tmp_path])
+    assert not holds_work(tmp_path), "a run that fails with no more than that leaves nothing"
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,7 @@ def test_rows_that_are_bad(tmp_path: Path, pictures: Path) -> None:
     found, drops = documents_of(create("table", tmp_path / "a.csv", pictures, {}))
     assert plain(found) == [[(picture(0), None, None), "a"], ["c"], [(picture(2), None, None), ""],
                             [(picture(3), None, None), "caf\ufffd"], ["d"]]  # fmt: skip
+    assert [document.metadata["lost_images"] for document in found] == [0, 1, 0, 0, 1]
     assert drops.bad_counts == {
         "document: another number of fields than columns": 2,
         "document: a row that is no CSV": 1,

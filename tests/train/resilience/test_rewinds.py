@@ -96,8 +96,9 @@ def test_the_checkpoint_that_a_run_goes_back_to(tmp_path: Path) -> None:
     folder, faults = checkpoint.go_back(tmp_path, 6, None)
     assert (folder, [*faults]) == (None, [six, four, seven])
     assert saved_steps(tmp_path) == [4, 6, 7]
-    other = save(tmp_path / "other", 5)
-    assert checkpoint.go_back(tmp_path, 6, other)[0] == other
+    other, _ = save(tmp_path / "other", 5), save(tmp_path, 8)
+    assert checkpoint.go_back(tmp_path, 6, other)[0] == other, "of another run, but from before them"
+    assert saved_steps(tmp_path) == [4, 6]
 
 
 @pytest.mark.parametrize(

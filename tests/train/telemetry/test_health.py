@@ -61,7 +61,9 @@ def test_gaussian_features_are_healthy_and_copies_are_not() -> None:
         "context_spread",
         "context_dead_features",
     }
-    assert health.HealthWatch().look(health.measure(one[:8], one[:8]), 8) == [], "too few to tell"
+    for few, tells in ((15, False), (16, True)):
+        said = dict(health.HealthWatch().look(health.measure(one[:few], one[:few]), few))
+        assert ("latent_spread" in said) == bool(said) == tells, few
     assert health.measure(one[:1], one[:1]) == {}
 
 

@@ -28,8 +28,9 @@ from megatron_lcl.train.result import Measured
 from megatron_lcl.train.run import Training
 from megatron_lcl.train.telemetry import Telemetry, read_metrics
 from megatron_lcl.train.telemetry import clock as clocks
+from megatron_lcl.train.telemetry import meter as meters
 from megatron_lcl.train.telemetry.clock import PHASES, Clock
-from megatron_lcl.train.telemetry.meter import StepMeter
+from megatron_lcl.train.telemetry.meter import StepMeter, memory_peak
 from megatron_lcl.train.telemetry.stragglers import Place
 
 MESH, CPU = Mesh(ALONE, ALONE), torch.device("cpu")
@@ -67,7 +68,7 @@ def test_a_planted_collapse_is_noticed_and_written(tmp_path: Path, capsys: pytes
     collapsed = healthy[:1] + 1e-4 * healthy
     with Telemetry(tmp_path, config_of(), True, 0) as telemetry:
         meter = StepMeter(config_of(), MESH, Clock(CPU), telemetry)
-        assert one_line(meter, 2, measured(collapsed, healthy))["latent_spread"] < 0.01
+        assert one_line(meter, 3, measured(collapsed, healthy))["latent_spread"] < 0.01
         assert "nearly the same" not in capsys.readouterr().out, "the warmup is not over"
         assert one_line(meter, 4, measured(healthy, healthy))["latent_spread"] > 0.9
         assert "latent" not in capsys.readouterr().out
@@ -107,6 +108,13 @@ def test_operations_are_those_of_the_batches_and_mfu_their_part_of_the_peak(tmp_
         of_four = one_line(StepMeter(config, Mesh(Four(None, 0, 4), ALONE), Clock(CPU), telemetry), 1)
         assert of_four["flops_per_second"] == pytest.approx(4 * expected / 0.5)
         assert of_four["mfu"] == pytest.approx(line["mfu"]), "of the peak of all processes"
+
+
+def test_the_memory_of_a_cpu_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which Linux counts 1024 a unit."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(meters.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3 * 2**20))
+    assert memory_peak() == 3 * 2**30
 
 
 def test_a_line_has_the_rates_of_the_steps_since_the_last_one_or_since_the_run_went_back(
