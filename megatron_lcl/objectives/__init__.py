@@ -76,6 +76,8 @@ def _faults(found: object) -> Iterator[str]:
     names: dict[str, Sequence[str]] = {"tasks": (), "metrics": ()}
     for name in names:
         value: Any = getattr(found, name)
+        if isinstance(value, property):  # of the config, which is not known here
+            continue
         if isinstance(value, tuple | list) and all(isinstance(one, str) for one in value):
             names[name] = value
         else:
@@ -119,11 +121,13 @@ def package_of(config: Config) -> dict[str, str]:
 
 
 def parts_of(config: Config) -> dict[str, float]:
-    """What the terms of another package's objective weigh, by their class; {} of ours, whose weights are the version's
-    and the config's, and where it is not installed here."""
-    if not package_of(config):
-        return {}
-    return {term.__name__: float(weight) for term, weight in create(config)._weighted()}
+    """What the terms of another package's objective weigh, by their class, the second of a name as `Name 2`; {} of
+    ours, whose weights are the version's and the config's, and where it is not installed here."""
+    weights: dict[str, float] = {}
+    for term, weight in create(config)._weighted() if package_of(config) else ():
+        same = sum(name.split(" ")[0] == term.__name__ for name in weights)
+        weights[f"{term.__name__} {same + 1}" if same else term.__name__] = float(weight)
+    return weights
 
 
 def trained_by(config: Config) -> tuple[EvaluationTask, ...]:

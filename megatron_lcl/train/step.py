@@ -72,7 +72,7 @@ class StepLoss:
         self.sample = sample
         self.terms = objective.terms(step)
         for term in self.terms:
-            if term.all_features_first and not objective.all_features_first:
+            if getattr(term, "all_features_first", False) and not objective.all_features_first:
                 raise refuse_without_features(term, step.mesh.pipeline, type(objective).__name__)
 
     def of(self, m: int, out: Outputs) -> torch.Tensor:
@@ -83,7 +83,7 @@ class StepLoss:
         batches = self.step.batches
         if self.sample is not None:
             self.sample.take(out, batches[m])
-        given = [_one_number(term, "surrogate", term.surrogate(m, out)) for term in self.terms]
+        given = [self._one_number(term, "surrogate", term.surrogate(m, out), ((), (1,))) for term in self.terms]
         parts = [part for part in given if part is not None]
         if not self.objective.all_features_first:
             parts.insert(0, without_features(out, batches[m]))
@@ -94,7 +94,7 @@ class StepLoss:
 
     def mean(self) -> torch.Tensor:
         """The step's loss, a scalar, once all micro-batches were there."""
-        loss, *others = (_one_number(term, "loss", term.loss()) for term in self.terms)
+        loss, *others = (self._one_number(term, "loss", term.loss()) for term in self.terms)
         for other in others:
             loss = loss + other
         return loss
@@ -106,24 +106,28 @@ class StepLoss:
         for term in self.terms:
             own, given = type(term).__name__, term.metrics()
             if not isinstance(given, Mapping):
-                raise UserError(
-                    f"{own}.metrics gives {given!r}; it has to give a dict of scalar tensors, maybe an empty one"
-                )
+                raise self._refusal(f"{own}.metrics gives {given!r}; it has to give a dict, maybe an empty one")
             for name, value in given.items():
                 if owner := "the run itself" if is_of_the_run(name) else owners.get(name):
-                    fault = f"{own}.metrics gives `{name}`, a name that {owner} gives already; give it another one"
-                    raise refusal(self.step.mesh.pipeline, fault)
+                    raise self._refusal(
+                        f"{own}.metrics gives `{name}`, a name that {owner} gives already; give it another one (a "
+                        "class made of `Contrast` by its `names`)"
+                    )
                 if not isinstance(value, torch.Tensor):
-                    raise UserError(f"{own}.metrics gives {value!r} as `{name}`; it has to be a tensor of shape ()")
-                values[name], owners[name] = _one_number(term, f"metrics[{name!r}]", value), own
+                    raise self._refusal(f"{own}.metrics gives {value!r} as `{name}`; it has to be a tensor of shape ()")
+                values[name], owners[name] = self._one_number(term, f"metrics[{name!r}]", value), own
         return values
 
+    def _one_number(self, term: Term, what: str, given: Any, shapes: Sequence[tuple[int, ...]] = ((),)) -> Any:
+        """What a term gives, if it is no tensor of another shape."""
+        if (shape := getattr(given, "shape", ())) not in shapes:
+            raise self._refusal(
+                f"{type(term).__name__}.{what} is of shape {[*shape]}; it has to be one number, of shape ()"
+            )
+        return given
 
-def _one_number(term: Term, what: str, given: Any) -> Any:
-    """What a term gives, if it is no tensor of several numbers."""
-    if (shape := getattr(given, "shape", ())) != ():
-        raise UserError(f"{type(term).__name__}.{what} is of shape {[*shape]}; it has to be one number, of shape ()")
-    return given
+    def _refusal(self, message: str) -> UserError:
+        return refusal(self.step.mesh.pipeline, message)
 
 
 class Stepper:

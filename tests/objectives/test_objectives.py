@@ -414,6 +414,11 @@ def test_the_documented_objective_is_what_it_says(files: Path, monkeypatch: pyte
     assert (objective.trains, weight) == (("retrieval", "generation"), 0.01)
     assert objectives.parts_of(objective.config) == {"Contrast": 0.1, "Generation": 1.0, "Square": 0.01}
     assert objectives.parts_of(configs.from_dict({})) == {}, "one of ours"
+    monkeypatch.setattr(type(objective), "parts", ((square, 0.01), (type("Square", (square,), {}), 0.5)))
+    assert objectives.parts_of(objective.config) == {"Square": 0.01, "Square 2": 0.5}
+    # names that a config decides are known where there is one
+    monkeypatch.setattr(type(objective), "metrics", property(lambda self: ("contrastive",)))
+    assert objectives.create(objective.config).metrics == ("contrastive",)
     counts = GlobalCounts({"num_pairs": 4}, [4])
     batches: Any = [SimpleNamespace(image_soi=torch.tensor([3, -1, 5]), num_pairs=2)] * 2
     term: Any = square(StepInputs(batches, [], torch.zeros(1), counts, Mesh(ALONE, ALONE)), weight)  # type: ignore[call-arg]

@@ -73,6 +73,10 @@ def test_what_terms_give_is_checked_where_their_class_is_known() -> None:
     assert loss.numbers() == {"loss": 2, "first": 1, "second": 2}
     second.given = None
     assert loss_of(first, second).terms[1].surrogate(0, OUT) is None
+    second.given = torch.ones(1)  # as what is made of the log scale is
+    second.loss = lambda: torch.ones(())  # type: ignore[method-assign]
+    assert loss_of(first, second).of(0, OUT) == 2
+    del second.loss
     second.given = torch.ones(3)
     with pytest.raises(
         UserError, match=r"^Second\.surrogate is of shape \[3\]; it has to be one number, of shape \(\)"
@@ -85,7 +89,7 @@ def test_what_terms_give_is_checked_where_their_class_is_known() -> None:
 @pytest.mark.parametrize(
     ("measured", "said"),
     [
-        (None, "Second.metrics gives None; it has to give a dict of scalar tensors"),
+        (None, "Second.metrics gives None; it has to give a dict, maybe an empty one"),
         ({"second": 0.5}, "Second.metrics gives 0.5 as `second`; it has to be a tensor of shape ()"),
         ({"second": torch.ones(1)}, "Second.metrics['second'] is of shape [1]; it has to be one number"),
         ({"first": torch.ones(())}, "Second.metrics gives `first`, a name that First gives already; give it another"),

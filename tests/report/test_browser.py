@@ -175,7 +175,7 @@ def test_values_are_as_fine_as_the_axis(tmp_path: Path, browser: Browser) -> Non
     """Of 60 lines within a hundredth, and of a count of many digits, on a touch screen and by the keyboard."""
     for n in range(60):
         lines = [
-            {"step": step, "loss": 71.23 + n * 1e-4 + step * 1e-6, "tokens": 12_340_000 + 10 * step}
+            {"step": step, "loss": 71.23 + min(n, 58) * 1e-4 + step * 1e-6, "tokens": 12_340_000 + 10 * step}
             for step in range(1, 201)
         ]
         write_lines(tmp_path / f"s/{n}", lines, n=n)
@@ -199,8 +199,9 @@ def test_values_are_as_fine_as_the_axis(tmp_path: Path, browser: Browser) -> Non
         browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
         assert len(browser.evaluate(read)) == (0 if key == "Escape" else 13)
     assert re.match(r"step 3, lr \d+: 71\.23\d+, lr", press(browser, 0, ["ArrowRight"])[0])
-    lines = [re.fullmatch(r"step 3, lr (\d+): [\d.]+", said) for said in press(browser, 0, ["ArrowUp"] * 60)]
-    assert [int(line[1]) for line in lines if line] == [*range(1, 61)], "each line by the keyboard"
+    told = [re.findall(r"lr (\d+): ", said) for said in press(browser, 0, ["ArrowUp"] * 59)]
+    lines = [[str(n)] for n in range(1, 59)]
+    assert [line for line in told if len(line) < 3] == [*lines, ["59", "60"]], "each by the keyboard, two that coincide"
     browser.call("Emulation.setDeviceMetricsOverride", width=320, height=256, deviceScaleFactor=1, mobile=False)
     press(browser, 0, ["Home"])
     *values, more = browser.evaluate(read)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Importer, Unit
 from megatron_lcl.errors import UserError
+
+_NAMES: dict[type, str] = {type(None): "None", Integral: "int", Real: "float"}
 
 
 @contextlib.contextmanager
@@ -27,25 +29,31 @@ def naming_faulty_documents(importer: Importer, units: Iterable[Unit]) -> Iterat
         raise
     except (AttributeError, TypeError, ValueError) as error:
         if (fault := _first_fault(importer, units)) is not None:
-            raise UserError(f"{importer}, {fault}; mend its `documents`") from error
+            told = f"{type(error).__name__}: {error}"
+            raise UserError(f"{importer}, {fault}; mend its `documents` (it ended with {told})") from error
         raise
 
 
 def _first_fault(importer: Importer, units: Iterable[Unit]) -> str | None:
+    first: str | None = None
     try:
         for unit in units:
             documents = importer.documents(unit, Drops())
             if not isinstance(documents, Iterable):
                 return f"unit {unit.name!r}: {_shown(documents)} stands where an iterator of documents belongs"
             for number, document in enumerate(documents):
-                for what, value, wanted in _parts(document):
-                    if not isinstance(value, wanted):
-                        place = f"unit {unit.name!r}, document {number} of it{_named(document)}"
-                        types = " or ".join(one.__name__ for one in wanted).replace("NoneType", "None")
-                        return f"{place}: {what} is {_shown(value)}, where {types} belongs"
+                first = first or next(
+                    (
+                        f"unit {unit.name!r}, document {number} of it{_named(document)}: {what} is {_shown(value)}, "
+                        f"where {' or '.join(_NAMES.get(one, one.__name__) for one in wanted)} belongs"
+                        for what, value, wanted in _parts(document)
+                        if not isinstance(value, wanted)
+                    ),
+                    None,
+                )
     except Exception:  # noqa: BLE001 - the importer fails by itself, as its first error says
         return None
-    return None
+    return first
 
 
 def _parts(document: Any) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
@@ -55,9 +63,9 @@ def _parts(document: Any) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
     yield "name", document.name, (str,)
     yield "kind", document.kind, (str, none)
     yield "metadata", document.metadata, (Mapping,)
-    yield "metadata['group']", document.metadata.get("group"), (str, none)
-    yield "metadata['shares']", document.metadata.get("shares", ()), (list, tuple)
-    yield "metadata['lost_images']", document.metadata.get("lost_images", 0), (int,)
+    yield "metadata['group']", document.metadata.get("group"), (str, int, none)
+    yield "metadata['shares']", document.metadata.get("shares", ()), (list, tuple, set, frozenset)
+    yield "metadata['lost_images']", document.metadata.get("lost_images", 0), (Integral,)
     yield "items", document.items, (Sequence,)
     for number, item in enumerate(document.items):
         yield f"items[{number}]", item, (Text, Image)
@@ -67,7 +75,7 @@ def _parts(document: Any) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
             yield f"items[{number}].data", item.data, (bytes, bytearray, memoryview)
             yield f"items[{number}].name", item.name, (str,)
             yield f"items[{number}].similarity", item.similarity, (Real, none)
-            yield f"items[{number}].matched_text", item.matched_text, (int, none)
+            yield f"items[{number}].matched_text", item.matched_text, (Integral, none)
 
 
 def _named(document: Any) -> str:

@@ -76,7 +76,7 @@ class Describer:
             images.append((digest, None if digest in self._seen else _features(image.data)))
             self._seen.add(digest)
         group = group_name(document)
-        if not isinstance(group, str):  # its names are sorted, and written as JSON
+        if not isinstance(group, str | int):  # its names are sorted, and written as JSON
             raise TypeError(f"a document's group, or name, is {group!r}, not a str")
         return Described(group, shared, images)
 

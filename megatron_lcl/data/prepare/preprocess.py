@@ -206,8 +206,8 @@ def preprocess(
         json.dumps(signature)
     except TypeError:
         raise UserError(
-            f"the `signature` of {importer} is {signature!r}, which the recipe in a manifest cannot hold; mend it to "
-            "give a str"
+            f"the `signature` of {importer} is {signature!r}, which the recipe in a manifest, being JSON, cannot hold; "
+            "let it give a str"
         ) from None
     recipe: dict[str, Any] = {
         "format": format,

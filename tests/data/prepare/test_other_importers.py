@@ -53,7 +53,7 @@ def one(*items: Any, **about: Any) -> Document:
         (one(Text(None)), ", 'the third': items[0].text is None, where str belongs"),
         (one(IMAGE, "text"), ", 'the third': items[1] is 'text', where Text or Image belongs"),
         (one(Image("/a/" + 100 * "x")), f"items[0].data is '/a/{53 * 'x'}... (str), where bytes or"),
-        (one(Text("text"), Image(IMAGE.data, similarity="0.5")), "items[1].similarity is '0.5', where Real or None"),
+        (one(Text("text"), Image(IMAGE.data, similarity="0.5")), "items[1].similarity is '0.5', where float or None"),
         (one(Text("text"), Image(IMAGE.data, matched_text=0.0)), "items[1].matched_text is 0.0, where int or None"),
         (one(name=3), ", 3: name is 3, where str belongs"),
         (one(metadata=None), "metadata is None, where Mapping belongs"),
@@ -63,16 +63,16 @@ def one(*items: Any, **about: Any) -> Document:
     ],
 )
 def test_what_is_no_document_is_told(document: Any, said: str, tmp_path: Path) -> None:
-    found = f"{__name__}.Given, unit 'second', document 1 of it"
-    with pytest.raises(UserError, match=f"^{re.escape(found)}.*{re.escape(said)}.*; mend its `documents`$"):
+    found, end = f"{__name__}.Given, unit 'second', document 1 of it", r"; mend its `documents` \(it ended with .*\)"
+    with pytest.raises(UserError, match=f"^{re.escape(found)}.*{re.escape(said)}.*{end}$"):
         preprocess(Given(one(), document), None, tmp_path / "out", tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize(
     ("about", "said"),
     [
-        ({"group": 3}, "metadata['group'] is 3, where str or None belongs"),
-        ({"shares": "abcdef1"}, "metadata['shares'] is 'abcdef1', where list or tuple belongs"),
+        ({"group": ["3"]}, "metadata['group'] is ['3'], where str or int or None belongs"),
+        ({"shares": "abcdef1"}, "metadata['shares'] is 'abcdef1', where list or tuple or set or"),
     ],
 )
 def test_where_documents_are_held_out(about: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -86,10 +86,11 @@ def test_where_a_tokenizer_is_trained(tmp_path: Path) -> None:
 
 
 class Failing(Given):
-    """Fails by itself, by nothing that it yields."""
+    """Fails by itself, behind a document that is odd, too."""
 
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         yield from super().documents(unit, drops)
+        yield one(name=3)
         raise TypeError("its own")
 
 
