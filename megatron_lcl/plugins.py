@@ -32,7 +32,7 @@ class Plugins:
     def find(self, name: str) -> Any:
         """What the name stands for; None where there is nothing. UserError where it stands for more than one thing, as
         nothing says which of them is meant, or cannot be imported."""
-        points = [point for point in entry_points(self.group) if point.name == name]
+        points = self._points(name)
         owners = ["megatron_lcl"] * (name in self.built_in) + [_distribution(point) for point in points]
         if len(owners) > 1:
             raise UserError(
@@ -48,8 +48,10 @@ class Plugins:
         """The version of the other package whose entry this is, by that package's name; {} where there is none."""
         if name in self.built_in:
             return {}
-        named = [point.dist for point in entry_points(self.group) if point.name == name]
-        return {dist.name: dist.version for dist in named if dist}
+        return {point.dist.name: point.dist.version for point in self._points(name) if point.dist}
+
+    def _points(self, name: str) -> list[EntryPoint]:
+        return [point for point in entry_points(self.group) if point.name == name]
 
 
 def entry_points(group: str) -> tuple[EntryPoint, ...]:

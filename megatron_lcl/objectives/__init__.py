@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from numbers import Real
 from typing import Any, get_args
@@ -67,10 +68,10 @@ def _faults(found: object) -> Iterator[str]:
     if not (isinstance(found, type) and issubclass(found, Objective)):
         yield f"its entry point names {found!r}, which is no class made of `Objective`"
         return
-    if missing := [name for name in ("sequences", "tasks", "metrics") if not hasattr(found, name)]:
-        yield f"the class {found.__name__} does not declare its {', '.join(missing)}"
-        return
     own = found.__name__
+    if missing := [name for name in ("sequences", "tasks", "metrics") if not hasattr(found, name)]:
+        yield f"the class {own} does not declare its {', '.join(missing)}"
+        return
     if not isinstance(found.sequences, rules.Sequences):
         yield f"{own}.sequences is {found.sequences!r}; it has to be made of `Sequences` (`data.loading.rules`)"
     names: dict[str, Sequence[str]] = {"tasks": (), "metrics": ()}
@@ -104,7 +105,7 @@ def _faults(found: object) -> Iterator[str]:
             yield f"{name} names the task {', '.join(map(repr, others))}; there are {', '.join(there_are)}"
     known = [field.name for field in dataclasses.fields(Section) if field.name.endswith("_weight")]
     if unknown := [name for name in found.published if name not in known]:
-        yield f"{found.__name__}.published names {', '.join(unknown)}; the config's `objective` has {', '.join(known)}"
+        yield f"{own}.published names {', '.join(unknown)}; the config's `objective` has {', '.join(known)}"
 
 
 def _is_part(value: object, published: Collection[str]) -> bool:
@@ -124,9 +125,11 @@ def parts_of(config: Config) -> dict[str, float]:
     """What the terms of another package's objective weigh, by their class, the second of a name as `Name 2`; {} of
     ours, whose weights are the version's and the config's, and where it is not installed here."""
     weights: dict[str, float] = {}
+    seen = Counter[str]()
     for term, weight in create(config)._weighted() if package_of(config) else ():
-        same = sum(name.split(" ")[0] == term.__name__ for name in weights)
-        weights[f"{term.__name__} {same + 1}" if same else term.__name__] = float(weight)
+        name, number = term.__name__, seen[term.__name__]
+        weights[f"{name} {number + 1}" if number else name] = float(weight)
+        seen[name] += 1
     return weights
 
 

@@ -248,5 +248,5 @@ def _with_recorded_states(index: PackIndex, consumed: int) -> Ledger:
     """An index's ledger with the states of the first segment that the cache's records say, too: checkpoints of earlier
     versions have none, but the packs are found by these as well."""
     ledger = index.ledger
-    last = min([ledger.locate(consumed), *(segment.first_pack - 1 for segment in ledger.segments()[1:])])
+    last = min([ledger.locate(consumed), *(segment.first_pack - 1 for segment in ledger.segments[1:])])
     return replace(ledger, states=(*ledger.states, *index.ledger_at(last).states))

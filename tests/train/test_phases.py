@@ -94,7 +94,7 @@ def test_each_phase_is_trained_as_it_says(run: Path) -> None:
     assert slots[1] >= slots[2], "where fewer placeholders are needed more images fit"
     progress = checkpoint.read_progress(checkpoint.step_folder(run, 6))
     assert progress.packs == 2 + 5 * 4
-    assert [s.first_pack for s in Ledger.from_json(progress.ledger).segments()] == [0, 2, 14]
+    assert [s.first_pack for s in Ledger.from_json(progress.ledger).segments] == [0, 2, 14]
     said = (run.parent / "said.txt").read_text()
     assert "phase 2, steps 2 to 4: images of 24 px, 4 of 9 patches kept, sequences of up to 64 tokens" in said
 

@@ -181,7 +181,7 @@ class Ledger:
         """
         first = self.locate(consumed)
         stop = self.locate(consumed + count - 1) + 1
-        segments, entries = self.segments(), list(self.entries)
+        segments, entries = self.segments, list(self.entries)
         ends = [*(segment.first_pack for segment in segments[1:]), stop]
         for segment, end in zip(segments, ends, strict=True):
             start, end = max(first, segment.first_pack), min(stop, end)
@@ -210,28 +210,22 @@ class Ledger:
         """Where the corpus with this fingerprint has been, by all entries, in order."""
         return [c["path"] for entry in self.blends() for c in entry["blend"] if c["fingerprint"] == wanted]
 
-    def phases(self) -> list[dict[str, Any]]:
+    @cached_property
+    def phases(self) -> tuple[dict[str, Any], ...]:
         """The entries of phases, in order; none where the run has but one and leaves out no patch."""
-        return list(self._phases)
+        return tuple(sorted((e for e in self.entries if "phase" in e), key=_consumed))
 
     @cached_property
-    def _phases(self) -> list[dict[str, Any]]:
-        return sorted((e for e in self.entries if "phase" in e), key=_consumed)
-
     def segments(self) -> tuple[Segment, ...]:
         """Stretches of packs that are planned alike, in order: one at least.
 
         Packs that a rewind has skipped stay as they were planned, and so do the documents in them. Where it has gone
         back into the phase before theirs, that phase goes on behind them in a segment of its own.
         """
-        return self._segments
-
-    @cached_property
-    def _segments(self) -> tuple[Segment, ...]:
         found = [Segment(0, 0, 0, self.settings)]
         planned = [(e["from_pack"], e["from_pack"] + e["skip"]) for e in self.entries if "plan" in e]
         # a phase begins behind the last pack of the one before, whatever is skipped from there on
-        begins = {self.locate(entry["consumed"] - 1) + 1 for entry in self._phases}
+        begins = {self.locate(entry["consumed"] - 1) + 1 for entry in self.phases}
         for first in sorted(begins.union(*planned)):
             plan, rests = self._plan_of(first)
             settings = {**self.settings, **{name: plan[name] for name in PLANNED}}
@@ -245,7 +239,7 @@ class Ledger:
             if "plan" in entry and entry["from_pack"] <= pack < entry["from_pack"] + entry["skip"]:
                 return entry["plan"], int(entry["plan"]["rests"])
         used = self._used_before(pack)
-        begun = [entry for entry in self._phases if entry["consumed"] <= used]
+        begun = [entry for entry in self.phases if entry["consumed"] <= used]
         return (begun[-1]["phase"], int(begun[-1].get("rests", 0))) if begun else (self.settings, 1)
 
     def _used_before(self, pack: int) -> int:
@@ -256,13 +250,13 @@ class Ledger:
     def goes_on(self, segment: Segment) -> Segment | None:
         """The segment in which the phase goes on that a segment is of, behind packs of later phases that a rewind has
         skipped; None where it does not."""
-        later = self.segments()[segment.number + 1 :]
+        later = self.segments[segment.number + 1 :]
         behind_skipped = (s for s in later if s.consumed == later[0].consumed)
         return next((s for s in behind_skipped if s.settings == segment.settings), None)
 
     def reads_alike(self) -> bool:
         """Whether all packs are planned alike and no patch is left out: steps differ in how many they read, at most."""
-        return len(self.segments()) == 1 and not any(entry["phase"]["kept_patches"] for entry in self.phases())
+        return len(self.segments) == 1 and not any(entry["phase"]["kept_patches"] for entry in self.phases)
 
     def read_at(self, consumed: int) -> list[dict[str, Any]]:
         """The corpora that are needed to go on behind `consumed` packs, as entries of their blend: those of the window
@@ -279,18 +273,18 @@ class Ledger:
             found += [entry for entry in self.blends() if entry["from_pack"] <= window][-1]["blend"]
             if begin is not None or segment.number == 0:
                 return found
-            number, segment = segment.first_pack - 1, self.segments()[segment.number - 1]
+            number, segment = segment.first_pack - 1, self.segments[segment.number - 1]
 
     def segment_after(self, consumed: int) -> Segment:
         """The segment of the pack that comes after `consumed` packs were used."""
-        return [segment for segment in self.segments() if segment.consumed <= consumed][-1]
+        return [segment for segment in self.segments if segment.consumed <= consumed][-1]
 
     def reading_at(self, step: int, config: Config) -> tuple[Reading, int]:
         """What a step (counted from 0) reads, and how many packs the run uses before it.
 
         config: the run's, which says it where the ledger has no phases.
         """
-        before = [entry for entry in self.phases() if entry["from_step"] <= step]
+        before = [entry for entry in self.phases if entry["from_step"] <= step]
         if not before:
             batch = config.train.global_batch
             return replace(Reading.of(config), images_per_pack=self.settings["images_per_pack"]), step * batch
@@ -377,14 +371,14 @@ def open_run_ledger(
         but=() if alike else PLANNED,
         version=version,
     )
-    if alike and not ledger.phases() and consumed == step * early.train.global_batch:
+    if alike and not ledger.phases and consumed == step * early.train.global_batch:
         return ledger
-    entries = [entry for entry in ledger.phases() if entry["consumed"] < consumed]
+    entries = [entry for entry in ledger.phases if entry["consumed"] < consumed]
     if not entries and consumed:  # it had one phase, without patch dropout; of another batch, if nothing else is new
         planned = {name: ledger.settings[name] for name in PLANNED}
         size = config.model.vision.image_size
         entries = [_entry(0, 0, Reading(**planned, image_size=size, kept_patches=None, global_batch=consumed // step))]
-    before = {entry["from_step"]: Reading.from_json(entry["phase"]) for entry in (previous or ledger).phases()}
+    before = {entry["from_step"]: Reading.from_json(entry["phase"]) for entry in (previous or ledger).phases}
     for phase in phases:
         if phase.stop <= step:
             continue
@@ -405,7 +399,7 @@ def open_run_ledger(
         consumed += (phase.stop - first) * reading.global_batch
     others = (entry for entry in ledger.entries if "phase" not in entry)
     ledger = replace(ledger, entries=(*others, *entries))
-    pairs = zip(ledger.segments(), (previous or ledger).segments(), strict=False)
+    pairs = zip(ledger.segments, (previous or ledger).segments, strict=False)
     unchanged = {mine.first_pack for mine, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)}
     return replace(ledger, states=tuple(s for s in ledger.states if s.get("segment", 0) in unchanged))
 

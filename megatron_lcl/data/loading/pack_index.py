@@ -125,7 +125,7 @@ class PackIndex:
 
     def __init__(self, data: Data, ledger: Ledger, segment: Segment | None = None) -> None:
         self.ledger = ledger
-        self.segment = segment or ledger.segments()[0]
+        self.segment = segment or ledger.segments[0]
         self.images_per_pack: int = self.segment.settings["images_per_pack"]
         self._data = self.segment.data(data)
         self._cache = cache.cache_folder(data)
@@ -264,7 +264,7 @@ class PackIndex:
     def _state_before(self, number: int) -> dict[str, Any]:
         assert number >= self.segment.first_pack, f"pack {number} is of an earlier segment than {self.segment}"
         if not self._states or number < _pack_of(self._states[0]):
-            before = PackIndex(self._data, self.ledger, self.ledger.segments()[self.segment.number - 1])
+            before = PackIndex(self._data, self.ledger, self.ledger.segments[self.segment.number - 1])
             begin, self._left = before.handed_on(self.segment)
             self._states.insert(0, begin)
         return self._states[bisect.bisect_right(self._states, number, key=_pack_of) - 1]

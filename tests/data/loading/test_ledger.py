@@ -87,7 +87,7 @@ def batches_of(config: Config, ledger: Ledger, steps: range, **options: Any) -> 
 def packs_of(config: Config, ledger: Ledger, consumed: range) -> list[np.ndarray]:
     """The entries of the packs that are used."""
     found = []
-    for segment in ledger.segments():
+    for segment in ledger.segments:
         index = PackIndex(config.data, ledger, segment)
         found += [index[ledger.locate(c)].entries for c in consumed if ledger.segment_after(c) == segment]
         index.close()
@@ -119,9 +119,7 @@ def test_each_phase_reads_as_it_says(make_corpus: MakeCorpus) -> None:
         assert int(np.diff(batch.cu_seqlens.numpy()).max()) <= (64 if step < 6 else 128)
     used = [pack for batch in batches for pack in batch.packs]
     assert used == list(range(4 * 4 + 2 * 2 + 4 * 18)), "packs are numbered through all phases"
-    assert [segment.first_pack for segment in ledger.segments()] == [0, 20, 40], (
-        "the second phase has the first's packs"
-    )
+    assert [segment.first_pack for segment in ledger.segments] == [0, 20, 40], "the second phase has the first's packs"
 
 
 def test_a_run_of_an_earlier_version_goes_on_without_the_rests_of_documents(make_corpus: MakeCorpus) -> None:
@@ -163,7 +161,7 @@ def test_a_run_of_an_earlier_version_goes_on_corpus_by_corpus(make_corpus: MakeC
         return {**entry, "rests": True} if "phase" in entry else entry
 
     ledger = Ledger.from_json({**today.to_json(), "entries": [as_then(entry) for entry in today.entries]})
-    assert [segment.rests for segment in ledger.segments()][1:] == [1] * (len(ledger.segments()) - 1)
+    assert [segment.rests for segment in ledger.segments][1:] == [1] * (len(ledger.segments) - 1)
     new = packs_of(config, today, range(80))
     for went_on in (ledger, open_run_ledger(config, INTERLEAVED, ledger, 15, 56)):
         packs = [pack.tolist() for pack in packs_of(config, went_on, range(80))]
@@ -265,9 +263,9 @@ def test_skipped_packs_between_phases(make_corpus: MakeCorpus) -> None:
     config = config_of(corpus.path)
     plain = open_run_ledger(config)
     before = plain.skip(10, 4)  # in the first phase: the next one begins four packs later
-    assert [s.first_pack for s in before.segments()] == [0, 24, 44]
+    assert [s.first_pack for s in before.segments] == [0, 24, 44]
     at = plain.skip(20, 3)  # the first packs of the next one, not the last ones of the one before
-    assert [s.first_pack for s in at.segments()] == [0, 20, 43]
+    assert [s.first_pack for s in at.segments] == [0, 20, 43]
     assert at.locate(20) == 23
     used = documents_of(config, at, range(90))
     assert max(Counter(used).values()) == 1
@@ -295,7 +293,7 @@ def test_a_ledger_of_many_rewinds_counts_them_once() -> None:
             again.segment_after(consumed)
     assert sorting.call_count <= 3, "the skipped packs, the phases and where segments begin"
     assert again == ledger
-    assert again.segments() is again.segments()
+    assert again.segments is again.segments
 
 
 def test_packs_skipped_across_the_end_of_a_phase(make_corpus: MakeCorpus, tmp_path: Path) -> None:
@@ -304,7 +302,7 @@ def test_packs_skipped_across_the_end_of_a_phase(make_corpus: MakeCorpus, tmp_pa
     config = config_of(corpus.path, **{"data.cache": tmp_path / "one"})
     plain = open_run_ledger(config)
     ledger = plain.skip(18, 4)
-    assert [(s.first_pack, s.consumed) for s in ledger.segments()] == [(0, 0), (20, 18), (22, 18), (24, 20), (44, 40)]
+    assert [(s.first_pack, s.consumed) for s in ledger.segments] == [(0, 0), (20, 18), (22, 18), (24, 20), (44, 40)]
     plans = [entry["plan"]["tokens_per_pack"] for entry in ledger.entries if "skip" in entry]
     assert plans == [128, 256]
     bad, read = documents_of(config, plain, range(18, 22)), documents_of(config, ledger, range(60))
@@ -321,12 +319,12 @@ def test_packs_skipped_across_the_end_of_a_phase(make_corpus: MakeCorpus, tmp_pa
     assert saved == ledger
     fresh = config_of(corpus.path, **{"data.cache": tmp_path / "two"})
     went_on = open_run_ledger(fresh, INTERLEAVED, saved, 5, 18)
-    assert went_on.segments() == ledger.segments()
+    assert went_on.segments == ledger.segments
     assert documents_of(fresh, went_on, range(60)) == read
     # what was skipped stays as it was planned, also where the phase that was gone back from is another now
     other = config_of(corpus.path, phases=[*EARLY[:2], {"steps": 5, "tokens_per_pack": 192}])
     replaced = open_run_ledger(other, INTERLEAVED, ledger, 4, 16)
-    planned = [(s.first_pack, s.settings["tokens_per_pack"]) for s in replaced.segments()]
+    planned = [(s.first_pack, s.settings["tokens_per_pack"]) for s in replaced.segments]
     assert planned == [(0, 128), (20, 256), (22, 128), (24, 192), (44, 256)]
     seen = documents_of(other, replaced, range(60))
     assert max(Counter(bad + seen).values()) == 1
@@ -339,11 +337,11 @@ def test_what_earlier_versions_skipped_is_read_as_they_did(make_corpus: MakeCorp
     for skip, first_packs in (((18, 4), [0, 24, 44]), ((20, 3), [0, 20, 43]), ((10, 4), [0, 24, 44])):
         entry = dict(zip(("from_pack", "skip"), skip, strict=True))
         ledger = Ledger.from_json({**plain.to_json(), "entries": [*plain.entries, entry]})
-        assert [s.first_pack for s in ledger.segments()] == first_packs
+        assert [s.first_pack for s in ledger.segments] == first_packs
         assert ledger.segment_after(19).first_pack == 0
         once_more = ledger.skip(38, 4)
-        assert [s.first_pack for s in once_more.segments()][:2] == first_packs[:2]
-        assert once_more.segments()[2].consumed == 38
+        assert [s.first_pack for s in once_more.segments][:2] == first_packs[:2]
+        assert once_more.segments[2].consumed == 38
 
 
 def test_without_phases_a_ledger_is_as_it_was(make_corpus: MakeCorpus) -> None:
@@ -354,7 +352,7 @@ def test_without_phases_a_ledger_is_as_it_was(make_corpus: MakeCorpus) -> None:
     assert ledger.reading_at(3, config)[1] == 12
     lighter = config_of(corpus.path, phases=[{"steps": 3, "contrastive_weight": 1.0}])
     assert len(phases_of(lighter)) == 2
-    assert [s.number for s in open_run_ledger(lighter).segments()] == [0], "what is read does not change"
+    assert [s.number for s in open_run_ledger(lighter).segments] == [0], "what is read does not change"
 
 
 def test_phases_to_come_may_change_and_those_that_were_may_not(make_corpus: MakeCorpus) -> None:
@@ -363,14 +361,14 @@ def test_phases_to_come_may_change_and_those_that_were_may_not(make_corpus: Make
     longer = [EARLY[0], {**EARLY[1], "steps": 4}]
     changed = config_of(corpus.path, phases=longer)
     later = open_run_ledger(changed, INTERLEAVED, ledger, 5, 18)
-    assert [e["from_step"] for e in later.phases()] == [0, 4, 8]
-    assert [e["consumed"] for e in later.phases()] == [0, 16, 24]
+    assert [e["from_step"] for e in later.phases] == [0, 4, 8]
+    assert [e["consumed"] for e in later.phases] == [0, 16, 24]
     # a run that began without phases
     plain = open_run_ledger(config_of(corpus.path, phases=[]))
     fields = {"model.vision.patch_dropout": 0.5, "model.vision.unmasked_steps": 4}
     dropping = config_of(corpus.path, phases=[], **fields)
     masked = open_run_ledger(dropping, INTERLEAVED, plain, 10, 40)
-    assert [(e["from_step"], e["consumed"], e["phase"]["num_patches"]) for e in masked.phases()] == [
+    assert [(e["from_step"], e["consumed"], e["phase"]["num_patches"]) for e in masked.phases] == [
         (0, 0, 16), (10, 40, 8), (20, 80, 16),
     ]  # fmt: skip
     with pytest.raises(UserError, match="min_images is 0, but this run began with 1"):
@@ -385,7 +383,7 @@ def test_phases_to_come_keep_the_image_slots_that_were_chosen(
     """However a later version would choose them."""
     config = config_of(make_corpus("c", random_documents(100, 7, **SHORT)).path)
     ledger = open_run_ledger(config)
-    assert 2 not in {e["phase"]["images_per_pack"] for e in ledger.phases()}
+    assert 2 not in {e["phase"]["images_per_pack"] for e in ledger.phases}
     monkeypatch.setattr(packing, "choose_images_per_pack", lambda *_, **__: 2)
     assert open_run_ledger(config, INTERLEAVED, ledger, 2, 8) == ledger
 

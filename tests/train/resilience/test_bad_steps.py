@@ -310,7 +310,7 @@ def test_a_rewind_from_one_phase_into_the_one_before(config_file: str, tmp_path:
     assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
     assert losses(tmp_path / "run") == losses(tmp_path / "without")
     ledger = Ledger.from_json(checkpoint.read_progress(checkpoint.list_checkpoints(tmp_path / "run")[-1]).ledger)
-    assert [segment.first_pack for segment in ledger.segments()] == [0, 28, 32, 36]
+    assert [segment.first_pack for segment in ledger.segments] == [0, 28, 32, 36]
 
 
 def poison_a_pipeline(rank: int, packs: list[int]) -> None:
