@@ -75,10 +75,7 @@ class Describer:
             digest = xxhash.xxh3_128_digest(image.data)
             images.append((digest, None if digest in self._seen else _features(image.data)))
             self._seen.add(digest)
-        group = group_name(document)
-        if not isinstance(group, str | int):  # its names are sorted, and written as JSON
-            raise TypeError(f"a document's group, or name, is {group!r}, not a str")
-        return Described(group, shared, images)
+        return Described(group_name(document), shared, images)
 
 
 @dataclass
@@ -198,8 +195,15 @@ def _nothing_to_hold_out(num: int, groups: list[list[str]], fraction: float, lar
 
 
 def group_name(document: Document) -> str:
-    """Documents of one group are held out, or not, together: the page of an HTML document, else the document itself."""
-    return document.metadata.get("group") or document.name
+    """Documents of one group are held out, or not, together: the page of an HTML document, else the document itself.
+
+    A number names the group that its digits name. TypeError for anything else that is not a string.
+    """
+    group = document.metadata.get("group")
+    name = document.name if group in (None, "") else group
+    if not isinstance(name, str | int):  # a list's text would do, and join nothing
+        raise TypeError(f"a document's group, or name, is {name!r}, not a str")
+    return str(name)
 
 
 def groups_hash(groups: Iterable[str]) -> str:

@@ -106,6 +106,21 @@ def test_an_importer_fails_by_itself_as_it_does(tmp_path: Path) -> None:
         preprocess(Failing(one()), None, tmp_path / "out", tokenizer=TOKENIZER)
     with pytest.raises(UserError, match=r"Silent, unit 'first': None stands where an iterator of documents belongs"):
         preprocess(Silent(), None, tmp_path / "out", tokenizer=TOKENIZER)
+    with pytest.raises(UserError, match=r"Silent, unit 'first': None stands where an iterator of documents belongs"):
+        preprocess(Silent(), None, tmp_path / "out", tokenizer=TOKENIZER, limit=1)
+
+
+def test_groups_may_be_numbers_and_strings(tmp_path: Path) -> None:
+    """Zero is a number as any other: its documents are held out, or not, together."""
+    groups = [0, 0, "0", 1, "b", *range(2, 40)]
+    given = Given(*(Document((Text(f"text {at}"),), f"{at:03}", {"group": group}) for at, group in enumerate(groups)))
+    out, held = tmp_path / "out", tmp_path / "held"
+    preprocess(given, None, out, tokenizer=TOKENIZER, held_out=held, held_out_fraction=0.5)
+    corpora = [open_corpus(folder) for folder in (out, held)]
+    sides = [{corpus.name(at) for at in range(len(corpus))} for corpus in corpora]
+    assert all(sides)
+    assert sides[0] | sides[1] >= {f"{at:03}" for at in range(len(groups))}
+    assert sum(not side.isdisjoint({"000", "001", "002"}) for side in sides) == 1
 
 
 def test_a_kind_that_is_none_is_refused_before_anything_of_it_is_written(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare.faulty_documents import naming_faulty_documents
 from megatron_lcl.data.prepare.importers import Importer, Unit
 
 
@@ -33,7 +34,8 @@ class FirstDocuments(Importer):
         for unit in self._importer.units():
             if not missing:
                 break
-            found = sum(1 for _ in itertools.islice(self._importer.documents(unit, Drops()), missing))
+            with naming_faulty_documents(self._importer, [unit]):
+                found = sum(1 for _ in itertools.islice(self._importer.documents(unit, Drops()), missing))
             missing -= found
             units.append(Unit(unit.name, unit.size, (unit, found if not missing else None)))
         return units
