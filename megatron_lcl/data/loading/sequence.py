@@ -175,7 +175,8 @@ def arrange(
         drawn = text if text >= 0 else int(uniform(key, _TEXT) * num_texts)
     if rules.num_patches == 0:
         rows = _pairs(lengths, modes, matched, keep, num_texts, drawn, rules)[2 * begin : 2 * until].copy()
-        rows[:, SEQUENCE] -= begin
+        for r in range(len(rows)):  # of arrays, numba would compile an error text, too: a second longer
+            rows[r, SEQUENCE] -= begin
         return rows
     matches = matched.copy()
     if rules.pairs and num_texts == 1:
@@ -441,7 +442,8 @@ def arranged_sizes(
                 previous = rows[r, 0]
                 if count == len(out):
                     larger = np.empty((2 * count, 3), np.int32)
-                    larger[:count] = out
+                    for j in range(count):
+                        larger[j, 0], larger[j, 1], larger[j, 2] = out[j, 0], out[j, 1], out[j, 2]
                     out = larger
                 out[count, 0], out[count, 1], out[count, 2] = i, begins + ends, 0
                 count += 1
