@@ -174,9 +174,10 @@ class Stepper:
                 outputs = [o._replace(generation=torch.full_like(o.generation, math.nan)) for o in outputs]
         clock.enter("loss")
         head, loss = self._head(), None
+        sample = FeatureSample(counts, mesh.data) if measure else None
         if head is not None:
             inputs = StepInputs(batches, outputs, counts=counts, mesh=mesh, **read_numbers(head))
-            loss = StepLoss(objective, inputs, limit, FeatureSample(counts.pairs, mesh.data) if measure else None)
+            loss = StepLoss(objective, inputs, limit, sample)
         with self._part_norms().measured() if measure else contextlib.nullcontext() as norms:
             self._backwards(batches, outputs, loss)
         clock.enter("optimizer")
@@ -194,11 +195,10 @@ class Stepper:
         if head is not None and loss is not None:
             numbers = loss.numbers() | {"log_scale": read_log_scale(head.log_scale)[0], "grad_norm": grad_norm}
         by_part = features = None
-        if norms is not None:
-            by_part = norms.over_all_processes(grad_norm)
-            sample, width = FeatureSample(counts.pairs, mesh.data), self.config.model.language.width
-            if loss is not None and loss.sample is not None:
-                features = loss.sample.gather(width, engine.device)
+        if norms is not None and sample is not None:
+            by_part, width = norms.over_all_processes(grad_norm), self.config.model.language.width
+            if head is not None:
+                features = sample.gather(width, engine.device)
             else:
                 features = torch.zeros(sum(sample.sizes), 2 * width, device=engine.device)
         clock.enter("other")

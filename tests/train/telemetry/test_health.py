@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.telemetry import health
 from megatron_lcl.train.telemetry.features import NUM_PAIRS, FeatureSample
@@ -102,19 +105,75 @@ def test_features_that_are_exactly_alike_are_dead() -> None:
     assert (found["latent_spread"], found["context_spread"]) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("replicas", "sizes"),
-    [
-        (1, [256]),
-        (3, [86, 85, 85]),
-        (192, [2] * 64 + [1] * 128),
-        (256, [1] * 256),
-        (512, [1] * 256 + [0] * 256),
-    ],
-)
-def test_a_sample_has_at_most_256_pairs_of_all_replicas(replicas: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize("replicas", [1, 3, 192, 512])
+def test_a_sample_has_at_most_256_pairs_of_all_replicas(replicas: int) -> None:
     assert NUM_PAIRS == 256
-    sample = FeatureSample([500] * replicas, Axis(None, 0, replicas))
-    assert sample.sizes == sizes
-    few = FeatureSample([1] * replicas, Axis(None, 0, replicas))
-    assert few.sizes == [min(1, size) for size in sizes]
+    assert sum(FeatureSample(counts_of([500] * replicas), Axis(None, 0, replicas)).sizes) == 256
+    few = FeatureSample(counts_of([0] + [1] * (replicas - 1)), Axis(None, 0, replicas)).sizes
+    assert few[0] == 0
+    assert sum(few) == min(256, replicas - 1)
+    assert max(few) <= 1
+
+
+PACKS, SLOTS = 64, 24
+
+
+def counts_of(pairs: list[int], num_tokens: int = 0) -> GlobalCounts:
+    return GlobalCounts({"num_pairs": sum(pairs), "num_tokens": num_tokens}, pairs)
+
+
+def packs_with_the_large_document_first(draw: np.random.Generator, alike: bool = False) -> list[SimpleNamespace]:
+    """Of a step. Two images of a large document, then 4 to 18 of small ones, or 14 if all packs are to have as many,
+    in slots of which others are empty."""
+    packs = []
+    for pack in range(PACKS):
+        number = 2 + (14 if alike else int(draw.integers(4, 19)))
+        used = np.sort(draw.permutation(SLOTS)[:number])
+        soi = torch.full((SLOTS,), -1, dtype=torch.int32)
+        soi[used] = torch.arange(number, dtype=torch.int32)
+        latents = torch.full((SLOTS, 2), torch.nan)  # of no pair
+        latents[used, 0] = (torch.arange(number) < 2).float()
+        latents[used, 1] = float(pack)
+        contexts = latents * SLOTS + torch.arange(SLOTS)[:, None]
+        packs.append(SimpleNamespace(image_soi=soi, num_pairs=number, latents=latents, contexts=contexts))
+    return packs
+
+
+def drawn(packs: list[SimpleNamespace], replicas: int, num_tokens: int) -> torch.Tensor:
+    """What all replicas give, whose micro-batches are of one pack each."""
+    of_replica = [packs[rank::replicas] for rank in range(replicas)]
+    counts = counts_of([sum(pack.num_pairs for pack in own) for own in of_replica], num_tokens)
+    samples = [FeatureSample(counts, Axis(None, rank, replicas)) for rank in range(replicas)]
+    assert all(sample.sizes == samples[0].sizes for sample in samples), "each knows what the others give"
+    for sample, own in zip(samples, of_replica, strict=True):
+        for pack in own:
+            sample.take(pack, pack)  # type: ignore[arg-type]
+    return torch.cat([sample.gather(2, torch.device("cpu")) for sample in samples])
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("replicas", [1, 4, 64])
+def test_a_sample_is_of_all_documents_and_packs_alike(replicas: int, alike: bool) -> None:
+    """Its share of large documents, and the mean number of its pairs' packs, are those of all pairs within the
+    sampling error of draws without replacement, n s^2 (N - n) / (N - 1): on whatever number of replicas."""
+    draw, away, variance = np.random.default_rng(3), torch.zeros(2), torch.zeros(2)
+    for step in range(24):
+        packs = packs_with_the_large_document_first(draw, alike)
+        everyone = torch.cat([pack.latents[pack.image_soi >= 0] for pack in packs])
+        sample, n = drawn(packs, replicas, num_tokens=step), NUM_PAIRS
+        assert len(sample) == n < len(everyone)
+        latents, slots = sample[:, :2], sample[:, 2:] - sample[:, :2] * SLOTS
+        assert (slots[:, 0] == slots[:, 1]).all(), "a context is that of the latent beside it"
+        assert len({*map(tuple, torch.stack([latents[:, 1], slots[:, 0]], 1).tolist())}) == n, "a pair is drawn once"
+        away += latents.sum(0) - n * everyone.mean(0)
+        variance += n * everyone.var(0, unbiased=False) * (len(everyone) - n) / (len(everyone) - 1)
+    assert (away.abs() < 3 * variance.sqrt()).all(), (away, variance.sqrt())
+
+
+def test_each_step_draws_anew() -> None:
+    """Also where it has as many pairs as the step before."""
+    packs = packs_with_the_large_document_first(np.random.default_rng(4))
+    first, again, other = (drawn(packs, 4, num_tokens) for num_tokens in (1, 1, 2))
+    assert torch.equal(first, again)
+    both = {*map(tuple, first.tolist())} & {*map(tuple, other.tolist())}
+    assert len(both) < NUM_PAIRS / 2
