@@ -35,9 +35,9 @@ from megatron_lcl.data.prepare.chosen import FOLDER as CHOSEN
 from megatron_lcl.data.prepare.chosen import Chosen, choose, kept
 from megatron_lcl.data.prepare.cut import check_cut, cut, task_size
 from megatron_lcl.data.prepare.finish import GROUPS_KEY, finish
+from megatron_lcl.data.prepare.first_documents import FirstDocuments
 from megatron_lcl.data.prepare.holdout import groups_hash
 from megatron_lcl.data.prepare.importers import Importer, Unit
-from megatron_lcl.data.prepare.importers.first import FirstDocuments
 from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import Part, TaskSettings, is_finished, parts_of, run_task
 from megatron_lcl.data.prepare.unfinished import (
