@@ -34,6 +34,21 @@ def connect_on_demand() -> None:
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
+def join_processes(store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+    """The group of all processes, over NCCL on GPUs and gloo elsewhere, made as DeepSpeed makes a run's.
+
+    That one is bound to its device, so NCCL connects at once, and every later group is split from it: what tries the
+    network before a run has to try just that.
+    """
+    connect_on_demand()
+    device = None
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = local_device() if size > 1 else None
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
+
+
 def set_timeouts(seconds: float) -> None:
     """How long collectives begun from now on wait for other processes, in all groups that this process has by now.
 
@@ -265,7 +280,8 @@ def _axis(lists: Sequence[Sequence[int]], hosts: dist.ProcessGroup | None) -> Ax
     if len(mine) == dist.get_world_size():
         group, host_group = dist.group.WORLD, hosts
     elif len(mine) > 1:
-        # with its members alone: elsewise all processes wait for each other at every group of the run
+        # with its members alone: elsewise all processes wait for each other at every group of the run. NCCL's they wait
+        # for all the same, as it is split from the group of all: each process calls once, its lists being of one length
         group = dist.new_group(list(mine), use_local_synchronization=True)
         if hosts is not None:
             host_group = dist.new_group(list(mine), backend="gloo", use_local_synchronization=True)

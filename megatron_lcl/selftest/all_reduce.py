@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lcl.parallel.mesh import Axis, connect_on_demand, local_device
+from megatron_lcl.parallel.mesh import Axis, join_processes, local_device
 from megatron_lcl.train.launch import hosts
 from megatron_lcl.train.launch_store import keys_set, open_store, wait_for_keys
 from megatron_lcl.train.resilience.faults import exit_if_lost, name_nodes, node
@@ -52,16 +52,12 @@ def check_all_reduce(timeout: float) -> str:
     if size == 1:
         return "all-reduce  one process: nothing to sum"
     store, nodes = _meet(rank, size, timeout)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    connect_on_demand()
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with Watchdog(Axis(None, rank, size), timeout, timeout, store) as watchdog:
         with watchdog.long_phase(0, "making the process group"):
             group = dist.PrefixStore("all-reduce", store)
-            limit = timedelta(seconds=2 * timeout)  # the watchdog is sooner, and knows whose fault it is
-            dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=limit)
-            world = Axis.of_all()
+            # the watchdog is sooner, and knows whose fault it is
+            join_processes(group, rank, size, timedelta(seconds=2 * timeout))
+            backend, world = dist.get_backend(), Axis.of_all()
         with watchdog.long_phase(0, "summing over all processes"):
             first, seconds = _time_all_reduce(SIZES[backend], rank, size)
         with watchdog.long_phase(0, "summing over all hosts by gloo"):

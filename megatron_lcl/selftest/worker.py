@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_lcl import objectives
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.evaluate.batches import image_batch, text_batch
-from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_device
+from megatron_lcl.parallel.mesh import Axis, Mesh, join_processes, local_device
 from megatron_lcl.selftest.cases import STEPS, Case, joined, lone_images_and_texts, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
@@ -46,12 +46,7 @@ def run_case(
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case.processes)}
     os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
     meet(store, rank, case.processes, timeout)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    limit = timedelta(seconds=timeout)
-    connect_on_demand()
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=case.processes, timeout=limit)
+    join_processes(store, rank, case.processes, timedelta(seconds=timeout))
     mesh = init_processes(config)
     for name in AXES:
         check_group(getattr(mesh, name), name, store, timeout)

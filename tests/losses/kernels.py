@@ -28,8 +28,13 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # rows, all rows, width, first row: smaller than a tile, a tile, and what does not divide it
 SHAPES = [(1, 1, 16, 0), (5, 9, 20, 3), (64, 128, 64, 64), (70, 150, 40, 30), (130, 301, 100, 171)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# of gradients. bfloat16: weights are rounded before they meet the features; float16, on a device: both to tf32
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-5 if INTERPRETED else 1e-3}
+# of gradients. bfloat16: weights are rounded before they meet the features; on a device, float16: both to tf32, and
+# float32: products of three tf32 parts each, up to 8.5e-6 off where tensor cores' sums were emulated
+TOLERANCE = {
+    torch.float32: 1e-5 if INTERPRETED else 3e-5,
+    torch.bfloat16: 4e-3,
+    torch.float16: 1e-5 if INTERPRETED else 1e-3,
+}
 
 
 def test_devices_are_not_hidden():
@@ -119,7 +124,7 @@ def test_the_loss_of_opposite_features(n, tile, monkeypatch):
     """Every logit is below -88, so that where a tile has no row or column its logit of 0 is exp(88) too large."""
     noise = features(n, 16)
     image, text = (F.normalize(torch.eye(16, device=DEVICE)[0] + 0.1 * rows, dim=1) for rows in noise)
-    assert_the_loss(image, -text, 100.0, 1e-5, monkeypatch)
+    assert_the_loss(image, -text, 100.0, TOLERANCE[torch.float32], monkeypatch)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from datetime import timedelta
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import create_autospec, patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
 
-from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.parallel.mesh import Axis, Mesh, join_processes
 from megatron_lcl.selftest.cases import Case
 from megatron_lcl.train.engine import init_processes
 
@@ -78,3 +79,20 @@ def sockets_of_a_group(rank: int) -> int:
 def test_a_process_connects_only_to_those_it_sends_to() -> None:
     """Not to all others: at 512 processes two groups would be more files than a process may usually open."""
     assert max(run_processes(sockets_of_a_group, 12)) < 11
+
+
+@pytest.mark.parametrize(("size", "device"), [(1, None), (2, torch.device("cuda", 3))])
+def test_on_gpus_the_group_of_all_is_made_as_deepspeed_makes_a_runs(size: int, device: torch.device | None) -> None:
+    """Bound to the device, where there are several processes: so later groups are split from it, in a check as in a
+    run."""
+    store = dist.HashStore()
+    with (
+        patch.dict(os.environ, {"LOCAL_RANK": "3"}),
+        patch.object(torch.cuda, "is_available", lambda: True),
+        patch.object(torch.cuda, "set_device") as chosen,
+        patch.object(torch.cuda, "current_device", lambda: chosen.call_args.args[0]),
+        patch.object(dist, "init_process_group", create_autospec(dist.init_process_group)) as made,
+    ):
+        join_processes(store, 0, size, timedelta(seconds=9))
+    limit = timedelta(seconds=9)
+    made.assert_called_once_with("nccl", store=store, rank=0, world_size=size, timeout=limit, device_id=device)

@@ -88,11 +88,13 @@ class Profile:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history()
+        profiler = torch.profiler.profile(activities=activities)
+        profiler.start()  # which may fail: then there is nothing to finish
+        if torch.cuda.is_available():
+            torch.cuda.memory._record_memory_history(stacks="python")  # C++ frames take minutes to be named
         detail = self._clock.detail = Clock(self._clock.device)
         self._until_end.enter_context(layers_timed(self._module, self._model, detail))
-        self._profiler, self._num_traced = torch.profiler.profile(activities=activities), 0
-        self._profiler.start()
+        self._profiler, self._num_traced = profiler, 0
         detail.start()
 
     def _finish(self) -> str | None:
@@ -117,6 +119,8 @@ class Profile:
                 torch.cuda.memory._dump_snapshot(f"{self._path}.memory.pickle")
         except OSError as error:
             return f"the profile cannot be written: {describe_os_error(error, self._path)}"
+        except RuntimeError as error:  # torch's, of a trace or of frames that it cannot name
+            return f"the profile cannot be written: {self._path}: {error}"
         finally:
             if torch.cuda.is_available():
                 torch.cuda.memory._record_memory_history(enabled=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock, call, create_autospec
 
 import pytest
 import torch
@@ -15,6 +16,13 @@ from megatron_lcl.model.layers import build_layers
 from megatron_lcl.model.lcl import LayerList
 from megatron_lcl.train.telemetry.clock import Clock
 from megatron_lcl.train.telemetry.profile import Profile, check_profile, layers_timed, profiled_steps, table_by_part
+
+
+def profile_of(tmp_path: Path, said: list[str]) -> Profile:
+    config = config_of(profile="3:9")
+    model, clock = LayerList(*build_layers(config.model, 2.0)), Clock(torch.device("cpu"))
+    world = SimpleNamespace(rank=0, gather_objects=lambda text: [text])
+    return Profile(config, SimpleNamespace(world=world), model, clock, tmp_path, said.append)  # type: ignore[arg-type]
 
 
 def test_steps_and_processes_that_are_not_there_are_refused() -> None:
@@ -63,10 +71,9 @@ def test_the_table_is_of_one_step_longest_first() -> None:
 
 def test_steps_that_are_made_again_are_traced_anew(tmp_path: Path) -> None:
     """As after a rewind: what was traced is written, nothing stays hooked, and the next trace counts from its first."""
-    config, said = config_of(profile="3:9"), []
-    model, clock = LayerList(*build_layers(config.model, 2.0)), Clock(torch.device("cpu"))
-    world = SimpleNamespace(rank=0, gather_objects=lambda text: [text])
-    profile = Profile(config, SimpleNamespace(world=world), model, clock, tmp_path, said.append)  # type: ignore[arg-type]
+    said: list[str] = []
+    profile = profile_of(tmp_path, said)
+    model, clock = profile._module, profile._clock
     for steps in ((3, 4, 5), (2, 3, 4)):
         for step in steps:
             profile.before(step)
@@ -79,3 +86,32 @@ def test_steps_that_are_made_again_are_traced_anew(tmp_path: Path) -> None:
     assert [text.split(" of ")[0] for text in said] == ["process 0, 3 steps", "process 0, 2 steps"]
     profile.finish()
     assert len(said) == 2
+
+
+def test_a_trace_that_cannot_start_has_nothing_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a GPU's counters are for its administrator only: the last error is the first."""
+    profile = profile_of(tmp_path, [])
+    monkeypatch.setattr(torch.profiler.profile, "start", Mock(side_effect=RuntimeError("insufficient privileges")))
+    with pytest.raises(RuntimeError, match="insufficient privileges"):
+        profile.before(3)
+    profile.close()
+    assert profile._clock.detail is None
+    assert not any(layer._forward_hooks for layer in profile._module)
+
+
+def test_on_cuda_what_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch cannot always name the frames of an allocation. Those of Python alone are asked for: C++'s take minutes."""
+    said: list[str] = []
+    profile, memory = profile_of(tmp_path, said), torch.cuda.memory
+    recorded = create_autospec(memory._record_memory_history)
+    for name, value in {
+        "is_available": lambda: True,
+        "synchronize": lambda: None,
+        "memory._record_memory_history": recorded,
+        "memory._dump_snapshot": Mock(side_effect=RuntimeError("stoi")),
+    }.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", value)
+    profile.before(3)
+    profile.finish()
+    assert said == [f"process 0, the profile cannot be written: {profile._path}: stoi"]
+    assert recorded.call_args_list == [call(stacks="python"), call(enabled=None)]
