@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lcl.convert.libraries import require
+from megatron_lcl.data.corpus.words import spaced
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
@@ -231,9 +233,25 @@ _BLEU_RESAMPLES = 200
 def tokenize(texts: Sequence[str]) -> list[str]:
     """Lower-case words with a space between: mteval's 13a tokenization by sacrebleu, without punctuation.
 
-    In place of the Penn Treebank tokenizer of the COCO script, which needs Java and drops punctuation, too.
+    In place of the Penn Treebank tokenizer of the COCO script, which needs Java and drops punctuation, too. A letter of
+    a script that is written without spaces between words (Chinese, Japanese, Thai …) is a word, as 13a would take a
+    sentence for one.
     """
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     split = Tokenizer13a()
-    return [" ".join(w for w in split(text.lower()).split() if any(c.isalnum() for c in w)) for text in texts]
+    lines = (_by_letters(text.lower()) for text in texts)
+    return [" ".join(w for w in split(line).split() if any(c.isalnum() for c in w)) for line in lines]
+
+
+def _by_letters(text: str) -> str:
+    """`spaced`, and the punctuation of such a text, of which 13a knows ASCII's alone, as spaces. A text without such
+    letters is returned as it is."""
+    if (apart := spaced(text)) == text:
+        return text
+    return "".join(" " if not c.isascii() and _is_between_words(c) else c for c in apart)
+
+
+def _is_between_words(character: str) -> bool:
+    """Punctuation, a symbol, or the space of no width that Thai, Khmer and Burmese texts have between words."""
+    return unicodedata.category(character)[0] in "PS" or character == "\u200b"

@@ -205,3 +205,53 @@ def test_tokenize() -> None:
     pytest.importorskip("sacrebleu")
     assert tokenize(["It's a dog, isn't it?  Yes!"]) == ["it's a dog isn't it yes"]
     assert tokenize(['A black-and-white cat & 3.5 "dogs" (…)', ""]) == ["a black-and-white cat 3.5 dogs", ""]
+
+
+def test_a_letter_is_a_word_in_scripts_without_spaces() -> None:
+    zh = pytest.importorskip("sacrebleu.tokenizers.tokenizer_zh").TokenizerZh()
+    chinese = [
+        "一只猫坐在桌子上。",
+        "“两个”孩子（3.5岁）在公园里踢足球！",
+        "iPhone手机、3只狗，和1,000本书……",
+        "猫",
+        "BBQ烤肉 a-b",
+    ]
+    by_sacrebleu = [" ".join(w for w in zh(t.lower()).split() if any(map(str.isalnum, w))) for t in chinese]
+    assert tokenize(chinese) == by_sacrebleu
+    assert tokenize(["猫が、テーブルの上に。", "แมวนั่ง\u200bบน “โต๊ะ” 2 ตัว", "ຫມາ", "ឆ្មា។", "ကြောင်။", "犬🐶。"]) == [
+        "猫 が テ ー ブ ル の 上 に",
+        "แ ม ว นั่ ง บ น โ ต๊ ะ 2 ตั ว",
+        "ຫ ມ າ",
+        "ឆ្ មា",
+        "ကြော င်",
+        "犬",
+    ]
+
+
+def test_words_of_scripts_with_spaces_are_those_of_13a() -> None:
+    split = pytest.importorskip("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
+    texts = [
+        "Un chat, c’est l’été — « noir »… 3,5 m²!",
+        "It's a dog&amp;cat's “best” friend -\nyes。",
+        "Кошка сидит на столе: «мяу».",
+        "قطة تجلس على الطاولة، أليس كذلك؟",
+        "बिल्ली मेज़ पर बैठी है। क्या?",
+        "고양이가 책상 위에 앉아 있다.",
+        "Ένα σκυλί·",
+        "חתול, יושב",
+        "🐶 dog🐶",
+    ]
+    before = [" ".join(w for w in split(t.lower()).split() if any(map(str.isalnum, w))) for t in texts]
+    assert tokenize(texts) == before
+
+
+def test_captions_of_scripts_without_spaces_have_scores() -> None:
+    """Almost those of the references, and none in order."""
+    pytest.importorskip("pycocoevalcap")
+    written = ["一只黑猫坐在木桌上", "一个男人在海边骑马", "两个孩子在公园里踢足球"]
+    references = [["一只黑色的猫坐在木桌上。"], ["一个男人在海边骑着马。"], ["两个孩子在公园踢足球。"]]
+    found = caption_metrics(written, references)
+    assert found["BLEU-4"].value > 0.4
+    assert found["CIDEr"].value > 2
+    turned = caption_metrics([text[::-1] for text in written], references)
+    assert turned["BLEU-4"].value < 1e-3

@@ -36,6 +36,8 @@ try:
     import aiohttp
     from protego import Protego
     from yarl import URL
+
+    from megatron_lcl.data.fetch.targets import target_of
 except ImportError as error:
     raise UserError(f'{error.name} is not installed: pip install "megatron-lcl[fetch]"') from None
 
@@ -156,18 +158,21 @@ class Client:
 
     def crawl_delay(self, url: str) -> float:
         """Seconds between requests that the robots.txt of a URL's host asks for; 0 where it does not."""
-        return self._crawl_delays.get(URL(url).raw_host or "", 0.0) if self._crawl_delays else 0.0
+        try:
+            return self._crawl_delays.get(_parsed(url).raw_host or "", 0.0) if self._crawl_delays else 0.0
+        except _Given:  # it is not a URL
+            return 0.0
 
     async def reach(self, url: str) -> None:
         """Ask for a URL, whatever it answers. ProxyError where a proxy does not even connect to its host."""
         try:
-            async with asyncio.timeout(self._settings.timeout), self._get(URL(url)) as response:
+            async with asyncio.timeout(self._settings.timeout), self._get(_parsed(url)) as response:
                 status = response.status
         except aiohttp.ClientHttpProxyError as error:
             raise ProxyError(_says(self._proxy, f"status {error.status}")) from None
         except aiohttp.ClientProxyConnectionError:
             raise ProxyError(_says(self._proxy, "no connection")) from None
-        except (aiohttp.ClientError, TimeoutError, ValueError):
+        except (_Given, aiohttp.ClientError, TimeoutError, ValueError):
             return
         if status == 407:
             raise ProxyError(_says(self._proxy, "status 407"))
@@ -366,13 +371,13 @@ def _may_be_public(host: str) -> bool:
 def _parsed(text: str, base: URL | None = None) -> URL:
     """A URL of the web."""
     try:
-        url = URL(text.strip()) if base is None else base.join(URL(text.strip()))
+        url = target_of(text, base)
         usable = url.scheme in ("http", "https") and bool(url.host) and url.port is not None
     except (ValueError, TypeError):
         raise _Given("dead", "not a URL", reached=None) from None
     if not usable:
         raise _Given("refused" if base else "dead", "redirect to what is not http" if base else "not a URL")
-    return url.with_fragment(None)
+    return url
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

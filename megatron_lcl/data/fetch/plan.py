@@ -29,7 +29,7 @@ FOLDER = "plan"
 ABOUT = "plan.json"
 _VERSION = 1
 _BUCKETS = 256
-_HOST = re.compile(r"https?://(?:[^/?#@]*@)?(\[[^\]]*\]|[^/:?#]*)", re.I)
+_HOST = re.compile(r"https?://(?:[^/\\?#@]*@)?(\[[^\]]*\]|[^/\\:?#]*)", re.I)
 
 
 @dataclass(frozen=True)

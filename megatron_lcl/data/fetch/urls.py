@@ -108,7 +108,7 @@ def _column(schema: pa.Schema, name: str, wanted: str | None) -> str:
 
 
 def _of_text(file: Path) -> Iterator[list[str]]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
         for line in lines:
             yield [line.strip()]
 

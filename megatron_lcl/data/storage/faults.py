@@ -1,7 +1,7 @@
 """What went wrong with a request to object storage, in one line that names the remedy and holds no secret.
 
 Nothing of an error is passed on as it came: answers of a server may repeat a request with its keys. Only its HTTP
-status and error code, both checked for their form, and the addresses that the user gave are.
+status and error code, both checked for their form, the addresses that the user gave, and the name of an object are.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from megatron_lcl.errors import UserError
 
 KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _STATUS = re.compile(r"(?:status code|status)\W{1,3}([1-5]\d\d)\b")
+_LISTED = re.compile(r'\bpath: "((?:[^"\\]|\\.)*)"')
+"""the name of an object in obstore's InvalidPathError, with its control characters escaped"""
 _CODE = re.compile(r"<Code>\s*([A-Za-z]{3,60})\s*</Code>")
 _NOT_TAKEN = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken")
 _METADATA = ("/latest/api/token", "/latest/meta-data", "169.254.169.254", "metadata.google.internal", "169.254.170.2")
 """where credentials are asked for on machines in a cloud, once the environment has none"""
+_ODD_NAME = (
+    "what has //, . or .. between slashes, or a control character in its name cannot be read, and no folder with it "
+    "listed; rename it"
+)
 
 
 class StorageError(UserError):
@@ -67,6 +73,10 @@ def explained(error: BaseException, url: str, name: str, environment: Mapping[st
     code = coded[1] if coded else ""
     endpoint = without_secrets(endpoint_of(url, environment))
     place = f"{url}/{name}".rstrip("/")
+    if kind == "InvalidPathError" or said.startswith(("Could not parse path", "Expected string path")):
+        listed, parts = _LISTED.search(said), urlsplit(url)
+        named = f"{parts.scheme}://{parts.netloc}/{listed[1]}" if listed else f"{url}/{repr(name)[1:-1]}"
+        return Fault(f"{named}: {_ODD_NAME}", False)
     if code == "NoSuchBucket":
         return Fault(f"{url}: there is no bucket {urlsplit(url).netloc!r} at {endpoint}; check its name", False)
     if code in ("RequestTimeTooSkewed", "RequestExpired"):

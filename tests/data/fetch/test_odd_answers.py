@@ -45,7 +45,7 @@ def ends(
         headers, body = answers.get("/" + target.split("/")[-1], ("", b""))
         status = "302 Found" if "Location" in headers else "200 OK" if body or method == "CONNECT" else "404 Not Found"
         head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{headers}\r\n"
-        writer.write(head.encode() + body)
+        writer.write(head.encode(errors="surrogateescape") + body)
         writer.close()
 
     async def all() -> list[tuple[str, str]]:

@@ -75,6 +75,9 @@ def test_what_is_read(tmp_path: Path) -> None:
     (folder / "8.jsonl.gz").write_bytes(gzip.compress(json.dumps(OURS).encode()))
     (folder / "9.txt").write_text(f"{A}\n\n {B} \n", encoding="utf-8")
     assert urls_of(folder / "9.txt") == ([A, B], {})
+    (folder / "10.txt").write_text(f"{A}\n{B}\n", encoding="utf-8-sig")  # with a byte order mark
+    assert urls_of(folder / "10.txt") == ([A, B], {})
+    (folder / "10.txt").unlink()
     (folder / "4.parquet").unlink()
     assert urls_of(folder)[0] == [A, B, C, A, A, B, A, B, A, C, C, B, A, C, A, B]
 
@@ -147,6 +150,7 @@ def test_host_of() -> None:
         ("https://me:pw@b.example?x=@y", "b.example"),
         ("http://[::1]:8080/", "[::1]"),
         ("http:///nothing", ""),
+        ("http://d.example\\x", "d.example"),
     ):
         assert host_of(url) == host
 

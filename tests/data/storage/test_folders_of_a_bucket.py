@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from urllib.parse import quote
@@ -136,3 +137,33 @@ def test_no_more_threads_is_no_fault_of_credentials(monkeypatch: pytest.MonkeyPa
     assert "cannot start another thread" in said
     assert "ulimit -u" in said
     assert "AWS_" not in said
+
+
+@pytest.mark.parametrize(("odd", "shown"), [("a//b.png", "a//b.png"), ("redirect\t.png", r"redirect\t.png")])
+def test_a_name_that_obstore_has_none_of_is_said_at_once(
+    s3: Proxy, place: str, monkeypatch: pytest.MonkeyPatch, odd: str, shown: str
+) -> None:
+    """By a listing of a folder above, and by whatever is asked of the object itself."""
+    monkeypatch.setattr(server, "FIRST_SECONDS", 0.5)
+    monkeypatch.setattr(server, "PATIENCE_SECONDS", 0.5)
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3.server}", region_name="us-east-1")
+    client.put_object(Bucket="bucket", Key=f"{place.removeprefix('s3://bucket/')}/folder/{odd}", Body=b"content")
+    client.put_object(Bucket="bucket", Key=f"{place.removeprefix('s3://bucket/')}/other/c.png", Body=b"content")
+    remote = server.Remote(place)
+    said = rf"^{re.escape(f'{place}/folder/{shown}')}: what has //, .* cannot be read, .*; rename it$"
+    s3.reset()
+    with pytest.raises(StorageError, match=said) as caught:
+        remote.list("", True)
+    assert not caught.value.missing
+    assert len(s3.requests) == 1
+    s3.reset()
+    for ask in (
+        lambda: remote.head([f"folder/{odd}"]),
+        lambda: remote.read(f"folder/{odd}", None, [(0, 1)]),
+        lambda: remote.delete([f"folder/{odd}"]),
+        lambda: remote.put(f"folder/{odd}", b"content"),
+    ):
+        with pytest.raises(StorageError, match=said):
+            ask()
+    assert not s3.requests
+    assert remote.list("other", True)[0][:2] == ("other/c.png", 7)
