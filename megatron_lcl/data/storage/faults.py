@@ -19,6 +19,8 @@ _LISTED = re.compile(r'\bpath: "((?:[^"\\]|\\.)*)"')
 """the name of an object in obstore's InvalidPathError, with its control characters escaped"""
 _CODE = re.compile(r"<Code>\s*([A-Za-z]{3,60})\s*</Code>")
 _NOT_TAKEN = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken")
+_REDIRECTED = ("Received redirect", "following redirect", "too many redirects")
+"""what obstore says then; a name of an object may have the word alone"""
 _METADATA = ("/latest/api/token", "/latest/meta-data", "169.254.169.254", "metadata.google.internal", "169.254.170.2")
 """where credentials are asked for on machines in a cloud, once the environment has none"""
 _ODD_NAME = (
@@ -84,7 +86,7 @@ def explained(error: BaseException, url: str, name: str, environment: Mapping[st
         return Fault(f"{url}: {endpoint} refused the time of this machine ({code}); set its clock (NTP)", True)
     if any(address in said for address in _METADATA):
         return Fault(f"{url}: no credentials; {_remedy(url)}", False)
-    if "redirect" in said.lower():
+    if any(words in said for words in _REDIRECTED):
         return Fault(f"{url}: {endpoint} says that the bucket is elsewhere; set AWS_REGION to its region", False)
     if kind == "PreconditionError" or status == 412:
         return Fault(f"{place} was replaced while it was read; begin again with what is there now", False)

@@ -476,3 +476,17 @@ def test_keys_of_a_file_are_taken_as_they_stand(tmp_path: Path, monkeypatch: pyt
     for secret in ("chosen%by%(hand)s", "twice%%"):
         (tmp_path / "keys").write_text(f"[own]\naws_access_key_id = me\naws_secret_access_key = {secret}\n")
         assert server._profile() == {"access_key_id": "me", "secret_access_key": secret}
+
+
+def test_an_object_may_be_named_redirect(s3: Proxy, place: str) -> None:
+    """A passing fault at it is one, and no word on the bucket."""
+    store = Store(place)
+    store.put("redirect.png", CONTENT)
+    s3.reset()
+    s3.answer = planted("SlowDown", "503 Slow Down")
+    with ThreadPoolExecutor(1) as other:
+        asked = other.submit(store.get, "redirect.png")
+        while not asked.done() and [request.status for request in s3.requests].count(503) < 2:
+            time.sleep(0.01)
+        s3.answer = b""
+        assert asked.result() == CONTENT
