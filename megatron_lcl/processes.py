@@ -1,5 +1,5 @@
-"""What other processes need that this one starts: a place for the sockets over which they talk, and its own code, but
-not the script that started it once more."""
+"""What other processes need that this one starts: a place for the sockets over which they talk, variables, and its own
+code, but not the script that started it once more."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from megatron_lcl.errors import UserError, describe_os_error
 
@@ -69,3 +71,22 @@ def same_code() -> dict[str, str]:
     """Variables with which another Python finds modules where this one does, and not first in the folder in which it is
     started, as `python -m` would: that may be another checkout, or have a file with the name of one of Python's own."""
     return {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
+
+
+@contextmanager
+def variables(given: Mapping[str, str | None]) -> Iterator[None]:
+    """Variables of this process, which those that it starts inherit, None: not set; at the end they are as before."""
+    before = {name: os.environ.get(name) for name in given}
+    _set(given)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(given: Mapping[str, str | None]) -> None:
+    for name, value in given.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

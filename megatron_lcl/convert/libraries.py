@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import logging
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.processes import variables
 
 _PACKAGES = {  # import name → package, what to install
     "transformers": ("transformers", "'megatron-lcl[hf]'"),
@@ -62,14 +62,8 @@ def usual_defaults() -> Iterator[None]:
 def only_weights() -> Iterator[None]:
     """Inside, every `torch.load` of this process builds tensors and plain values alone, and what
     `torch.serialization.safe_globals` allows, whatever its caller asks for. Otherwise: pickle.UnpicklingError."""
-    with SETTINGS:
-        before = {name: os.environ.pop(name, None) for name in (_FORCE, _NEVER)}
-        os.environ[_FORCE] = "1"
-        try:
-            yield
-        finally:
-            del os.environ[_FORCE]
-            os.environ.update({name: value for name, value in before.items() if value is not None})
+    with SETTINGS, variables({_FORCE: "1", _NEVER: None}):
+        yield
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from megatron_lcl.attention import CAPABILITY
 from megatron_lcl.errors import UserError
 from megatron_lcl.interrupts import end_with_command, holding_interrupts
+from megatron_lcl.processes import variables
 from megatron_lcl.selftest import kernels
 from megatron_lcl.selftest.cases import CASES, Case
 from megatron_lcl.selftest.kernels import Kernel, KernelCase
@@ -356,6 +357,7 @@ def _start(
     # forked from a server that has imported everything; but CUDA does not survive a fork, and whether Triton interprets
     # is decided when it is imported
     spawned = torch.cuda.is_available() or isinstance(case, KernelCase)
+    interprets = isinstance(case, KernelCase) and not torch.cuda.is_available()
     with holding_interrupts():
         context: Any = mp.get_context("spawn") if spawned else forkserver()
     results: Any = context.Queue()
@@ -365,7 +367,7 @@ def _start(
     faults: list[str] = []
     deadline = time.monotonic() + timeout
     try:
-        with _interpreter(isinstance(case, KernelCase) and not torch.cuda.is_available()), holding_interrupts():
+        with variables({"TRITON_INTERPRET": "1"} if interprets else {}), holding_interrupts():
             for child in children.values():
                 child.start()
         while waiting and not faults and not store.check(["fault"]):
@@ -389,19 +391,6 @@ def _start(
                 child.kill()
                 child.join()
     return result, faults
-
-
-@contextlib.contextmanager
-def _interpreter(wanted: bool) -> Iterator[None]:
-    """What is started meanwhile interprets Triton's kernels."""
-    before = os.environ.get("TRITON_INTERPRET")
-    if wanted:
-        os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        yield
-    finally:
-        if wanted and before is None:
-            del os.environ["TRITON_INTERPRET"]
 
 
 def _child(

@@ -12,10 +12,9 @@ only, which is imported late. Begin with `run_jobs`.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -26,6 +25,7 @@ from megatron_lcl.data.engines.task import Task
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import exists
 from megatron_lcl.interrupts import ending_on_sigterm
+from megatron_lcl.processes import variables
 from megatron_lcl.units import counted, listed
 
 Executor = Literal["local", "slurm", "ray"]
@@ -87,7 +87,7 @@ def run_jobs(
             raise UserError(f"there is no {path}")
     logs = output.with_name(f"{output.name}.{engine.executor}")
     environment = environment or {}
-    with ending_on_sigterm(), _having(environment):
+    with ending_on_sigterm(), variables(environment):
         task = Task(function, arguments, engine.jobs, cpus, logs, tuple(reads))
         with (
             _opened(engine, task, environment) as runner,
@@ -111,20 +111,6 @@ def parse_job(text: str) -> tuple[int, int]:
     if slash and index.isdecimal() and total.isdecimal() and int(index) < int(total):
         return int(index), int(total)
     raise UserError(f"--job {text}: give i/n with i from 0 to n-1, such as 0/4")
-
-
-@contextmanager
-def _having(variables: Mapping[str, str]) -> Iterator[None]:
-    """Variables of this process, which those that it starts inherit; at the end they are as before."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _opened(engine: Engine, task: Task, environment: Mapping[str, str]) -> AbstractContextManager[Runner]:
