@@ -145,10 +145,10 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
             continue
         least = max((bound(phase.config, target) for phase in phases), key=lambda of: of.needs)
         if least.needs > target.room:
-            too_large.append(Layout(tried, **vars(least)))
+            too_large.append(replace(least, config=tried))
             continue
         slowest = max((target.predict(phase.config) for phase in phases), key=lambda of: of.seconds)
-        passed.append(Layout(tried, **vars(least), prediction=slowest))
+        passed.append(replace(least, config=tried, prediction=slowest))
     passed.sort(key=lambda layout: (round(layout.seconds, 9), key_of(layout.config)))
     too_large.sort(key=lambda layout: layout.needs)
     return passed, too_large, refused
@@ -168,22 +168,12 @@ def slots(config: Config, text_per_image: float) -> int:
     )
 
 
-@dataclass(frozen=True)
-class Bound:
-    """Bytes that a process holds at least, of them the gradients, and what it has in the host's memory besides."""
-
-    needs: float
-    gradients: float
-    offloaded: float
-
-
-def bound(config: Config, target: Target) -> Bound:
+def bound(config: Config, target: Target) -> Layout:
     """What is certain of a config's memory; what is offloaded to the host is not needed where that is other memory."""
-    least = estimate(
-        config, target.processes, slots(config, target.text_per_image), on_gpu=False
-    )  # with what is offloaded
+    images = slots(config, target.text_per_image)
+    least = estimate(config, target.processes, images, on_gpu=False)  # with what is offloaded
     on_host = _on_host(config, target, least)
-    return Bound(least.total - on_host, least.gradients, on_host)
+    return Layout(config, needs=least.total - on_host, gradients=least.gradients, offloaded=on_host)
 
 
 def _on_host(config: Config, target: Target, of: Estimate | Usage) -> float:

@@ -109,7 +109,7 @@ def own_layout(config: Config, device: str, processes: int, nodes: int, images: 
     text, _ = text_per_image(config, None)
     rates = assumed_rates(DEVICES[device], config.train.dtype)
     target = Target(processes, -(-processes // nodes), rates, USABLE * DEVICES[device].memory, text, on_host=True)
-    return Layout(config, **vars(bound(config, target)), prediction=target.predict(config))
+    return replace(bound(config, target), prediction=target.predict(config))
 
 
 def _is_own(layout: Layout, config: Config) -> bool:

@@ -33,7 +33,7 @@ from megatron_lcl.plan import describe, layouts, run
 from megatron_lcl.plan.calibrate import ROUNDS, Calibration, calibrate, network
 from megatron_lcl.plan.calibrate import rates_of as measured_rates
 from megatron_lcl.plan.describe import lines, numbers_of
-from megatron_lcl.plan.layouts import Bound, Layout, Target, confirm, key_of, survey
+from megatron_lcl.plan.layouts import Layout, Target, confirm, key_of, survey
 from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import estimate, slots_of
@@ -115,11 +115,12 @@ def test_what_is_offloaded_lies_on_the_host() -> None:
     config = config_of(deepspeed=OFFLOADED)
     target = target_of()
     least = estimate(config, 4, IMAGES)
-    on_host = Bound(least.total - least.optimizer, least.gradients, least.optimizer)
+    of_all = {"needs": least.total, "gradients": least.gradients}
+    on_host = Layout(config, "", least.total - least.optimizer, least.gradients, least.optimizer)
     assert layouts.bound(config, target) == on_host
-    assert layouts.bound(config, dataclasses.replace(target, on_host=False)) == Bound(least.total, least.gradients, 0)
+    assert layouts.bound(config, dataclasses.replace(target, on_host=False)) == Layout(config, **of_all)
     nowhere = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "none"}}})
-    assert layouts.bound(nowhere, target) == Bound(least.total, least.gradients, 0)
+    assert layouts.bound(nowhere, target) == Layout(nowhere, **of_all)
 
 
 def test_what_is_offloaded_is_told_alike_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
