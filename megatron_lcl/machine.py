@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +47,14 @@ def torch_built_for(platform: Literal["cuda", "hip"]) -> str | None:
     text = file.read_text(encoding="utf-8")
     found = re.search(rf"^{platform}\b[^=\n]*= *['\"]([^'\"]+)['\"]", text, re.M)
     return found[1] if found else None
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def num_cuda_devices() -> int:

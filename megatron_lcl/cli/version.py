@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 
 import megatron_lcl
-from megatron_lcl.machine import num_cuda_devices, torch_built_for
+from megatron_lcl.machine import installed, num_cuda_devices, torch_built_for
 from megatron_lcl.units import counted
 
 
 def version_text() -> str:
     """Versions of this package, torch and DeepSpeed, and whether CUDA can be used."""
     names = ("torch", "deepspeed")
-    versions = ", ".join(f"{name} {_version(name)}" for name in names)
+    versions = ", ".join(f"{name} {installed(name) or 'not installed'}" for name in names)
     return f"megatron-lcl {megatron_lcl.__version__}, Python {platform.python_version()}, {versions}\nCUDA: {_cuda()}"
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _cuda() -> str:

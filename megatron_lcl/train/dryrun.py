@@ -32,6 +32,7 @@ from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import exists
+from megatron_lcl.machine import installed
 from megatron_lcl.model.layers import num_of_parts
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
@@ -92,10 +93,8 @@ def check_requirements() -> None:
         wanted = Requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
-        try:
-            found = metadata.version(wanted.name)
-        except metadata.PackageNotFoundError:
-            raise UserError(f"{wanted} is not installed for {sys.executable}; pip install '{wanted}'") from None
+        if (found := installed(wanted.name)) is None:
+            raise UserError(f"{wanted} is not installed for {sys.executable}; pip install '{wanted}'")
         if not wanted.specifier.contains(found, prereleases=True):
             raise UserError(f"{wanted.name} {found} is installed for {sys.executable}, and {wanted} is needed")
 
@@ -321,7 +320,7 @@ def _packs(config: Config, origin: Origin) -> Iterator[str]:
 
 def _software() -> str:
     names = ("torch", "triton", "flash-attn", "deepspeed", "megatron-lcl")
-    versions = [f"{name} {version}" for name in names if (version := _version(name))]
+    versions = [f"{name} {version}" for name in names if (version := installed(name))]
     devices = torch.cuda.device_count()
     found = f"{counted(devices, 'GPU') if devices else 'no GPU'} visible"
     return f"software    Python {platform.python_version()}, {', '.join(versions)}; {found}"
@@ -332,10 +331,3 @@ def _network() -> Iterator[str]:
     names = sorted(name for name in os.environ if name.startswith(("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "GLOO_")))
     if names:
         yield f"network     {shlex.join(f'{name}={os.environ[name]}' for name in names)}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
