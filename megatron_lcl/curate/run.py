@@ -35,6 +35,7 @@ from megatron_lcl.curate.passes import (
     Work,
     decide,
     judge,
+    once,
     recorded,
     threshold_text,
     thresholds_of,
@@ -45,7 +46,7 @@ from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, names_of, r
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
-from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, temporary_folder, waiting_for_others
+from megatron_lcl.data.corpus.scratch import scratch_folder, temporary_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.corpus.tables import read_table
 from megatron_lcl.data.engines import Engine, run_jobs
@@ -304,8 +305,9 @@ def _decide(
     _tell_idle_cores(work.settings, workers, len(tasks))
     with waiting_for_others(work.folder / "lock"):
         for number, join in enumerate(work.joins):
-            if not exists(work.prepared(number)):
-                _prepare(work, number, join, workers)
+            with once(work, work.prepared(number)) as folder:
+                if folder is not None:
+                    join.prepare(folder, workers)
     deque(_each(judge, "texts and images", work, tasks, workers, job, progress), 0)
     with waiting_for_others(work.folder / "lock"):
         for number, join in enumerate(work.joins):
@@ -344,14 +346,6 @@ def _each(
     mine_first = [*tasks[start:], *tasks[:start]]
     with closing(in_order(function, work, mine_first, workers, ahead=4 * workers)) as results:
         yield from tqdm(results, title, len(tasks), unit="task", disable=not progress)
-
-
-def _prepare(work: Work, number: int, join: Join, workers: int) -> None:
-    with scratch_folder(work.folder) as scratch:
-        folder = scratch / work.prepared(number).name
-        folder.mkdir()
-        join.prepare(folder, workers)
-        put_in_place(folder, work.prepared(number))
 
 
 def _join(work: Work, number: int, join: Join, num_tasks: int, workers: int) -> None:
