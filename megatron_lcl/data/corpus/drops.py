@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,9 +34,9 @@ class Drops:
     they are the same whoever counts what in which order.
     """
 
-    bad_counts: dict[str, int] = field(default_factory=dict)
-    left_out_counts: dict[str, int] = field(default_factory=dict)
-    noted_counts: dict[str, int] = field(default_factory=dict)
+    bad_counts: Counter[str] = field(default_factory=Counter)
+    left_out_counts: Counter[str] = field(default_factory=Counter)
+    noted_counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
     """the first names of each reason"""
     samples: dict[str, list[Sample]] = field(default_factory=dict)
@@ -53,8 +54,12 @@ class Drops:
         """Remark on something that stays."""
         self._count(self.noted_counts, f"{kind}: {reason}", name, count, "", NAMES_KEPT)
 
-    def _count(self, counts: dict[str, int], key: str, name: str, count: int, sample: str, names_kept: int) -> None:
-        counts[key] = counts.get(key, 0) + count
+    @property
+    def _counts(self) -> dict[str, Counter[str]]:
+        return {"bad": self.bad_counts, "left out": self.left_out_counts, "noted": self.noted_counts}
+
+    def _count(self, counts: Counter[str], key: str, name: str, count: int, sample: str, names_kept: int) -> None:
+        counts[key] += count
         names = self.names.setdefault(key, [])
         if name and len(names) < names_kept and names[-1:] != [name := _valid(name)]:  # a page may lose several texts
             names.append(name)
@@ -77,13 +82,8 @@ class Drops:
 
     def add(self, other: Drops) -> None:
         """Take another's counts, names and samples in, after one's own."""
-        for mine, theirs in (
-            (self.bad_counts, other.bad_counts),
-            (self.left_out_counts, other.left_out_counts),
-            (self.noted_counts, other.noted_counts),
-        ):
-            for key, count in theirs.items():
-                mine[key] = mine.get(key, 0) + count
+        for what, counts in self._counts.items():
+            counts.update(other._counts[what])
         for key, names in other.names.items():
             kept = BAD_KEPT if key in self.bad_counts else NAMES_KEPT
             self.names[key] = (self.names.get(key, []) + names)[:kept]
@@ -102,11 +102,7 @@ class Drops:
 
         The most frequent first.
         """
-        for what, counts in (
-            ("bad", self.bad_counts),
-            ("left out", self.left_out_counts),
-            ("noted", self.noted_counts),
-        ):
+        for what, counts in self._counts.items():
             for reason, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
                 samples = [{"text": text, "name": name} for text, name in self.samples.get(reason, ())]
                 row = {"what": what, "reason": reason, "count": count, "names": self.names.get(reason, [])}
@@ -120,10 +116,9 @@ class Drops:
     def from_log(cls, log: bytes) -> Drops:
         """Back from `log`. KeyError, TypeError or ValueError where it is none."""
         drops = cls()
-        counts_of = {"bad": drops.bad_counts, "left out": drops.left_out_counts, "noted": drops.noted_counts}
         for row in map(json.loads, log.splitlines()):
             reason = row["reason"]
-            counts_of[row["what"]][reason] = row["count"]
+            drops._counts[row["what"]][reason] = row["count"]
             drops.names[reason] = row["names"]
             if row["samples"]:
                 drops.samples[reason] = [(sample["text"], sample["name"]) for sample in row["samples"]]
@@ -143,7 +138,8 @@ class Drops:
     def from_dict(cls, tree: Mapping[str, Any]) -> Drops:
         """Back from `to_dict`; manifests of earlier releases have no samples."""
         samples = {key: [(text, name) for text, name in found] for key, found in tree.get("samples", {}).items()}
-        return cls(dict(tree["bad"]), dict(tree["left_out"]), dict(tree["noted"]), dict(tree["names"]), samples)
+        bad, left_out, noted = (Counter(tree[what]) for what in ("bad", "left_out", "noted"))
+        return cls(bad, left_out, noted, dict(tree["names"]), samples)
 
 
 def _valid(text: str) -> str:
