@@ -26,6 +26,11 @@ def in_bytes(size: float) -> str:
     return in_units(size, (" B", " kB", " MB", " GB", " TB"))
 
 
+def in_gb(size: float) -> str:
+    """Bytes in 10⁹ of them: 0.012, 9.7, 1,234."""
+    return f"{size / 1e9:,.0f}" if size >= 10e9 else f"{size / 1e9:.2g}"
+
+
 def counted(number: int, word: str) -> str:
     """So many of a thing: "1 process", "2 processes"."""
     return f"{number:,} {word if number == 1 else _plural(word)}"

@@ -35,6 +35,7 @@ from megatron_lcl.evaluate.patches import CachedPatches, Patches, StreamedPatche
 from megatron_lcl.evaluate.workers import load, map_batches
 from megatron_lcl.filesystem import is_file
 from megatron_lcl.interrupts import ending_on_sigterm
+from megatron_lcl.units import in_gb
 
 Kind = Literal["pooled", "patches"]
 _TYPES: dict[Kind, type] = {"pooled": np.float32, "patches": np.float16}
@@ -129,23 +130,19 @@ class FeatureStore:
                 if not is_file(file):
                     each = f"{' x '.join(map(str, shapes.of_image[kind]))} {np.dtype(_TYPES[kind]).name}"
                     size = shapes.num_bytes(kind, len(data))
-                    sizes[file] = size, f"{kind} features{of_whom}, {len(data):,} images of {each}: {_gb(size)}"
+                    sizes[file] = size, f"{kind} features{of_whom}, {len(data):,} images of {each}: {in_gb(size)} GB"
         total = sum(size for size, _ in sizes.values())
         free = shutil.disk_usage(nearest_folder(self.folder)).free
         if total > free:
             streamed = any(kind == "patches" for _, kind in wanted)
             raise UserError(
-                f"{self.folder} would have to hold {_gb(total)}, and {_gb(free)} are free "
+                f"{self.folder} would have to hold {in_gb(total)} GB, and {in_gb(free)} GB are free "
                 f"({'; '.join(text for _, text in sizes.values())}); name another folder (--cache DIR)"
                 + ", or have patch features computed in every epoch (--attentive-probe.features streamed)"
                 * streamed
             )
         if total >= _TOLD and self.progress:
-            tqdm.write(f"{_gb(total)} of features go to {self.folder} ({_gb(free)} free)", file=sys.stderr)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.0f} GB" if size >= 10e9 else f"{size / 1e9:.2g} GB"
+            tqdm.write(f"{in_gb(total)} GB of features go to {self.folder} ({in_gb(free)} GB free)", file=sys.stderr)
 
 
 def _file(folder: Path, fingerprint: str, kind: Kind, digests: bytes) -> Path:

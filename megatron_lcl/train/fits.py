@@ -26,12 +26,12 @@ from megatron_lcl.train.memory import (
     Memory,
     Slots,
     estimate,
-    in_gb,
     largest_estimate,
     run_slots,
     slots_of_phases,
 )
 from megatron_lcl.train.settings import check_zero
+from megatron_lcl.units import in_gb
 
 ROOM = 0.9
 """the share of the memory that a simulated step may take: such have been within 10 % of what was measured, and have

@@ -31,6 +31,7 @@ from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.settings import offloaded
+from megatron_lcl.units import in_gb
 
 Slots = Sequence[int] | None
 """image slots of a pack in each phase, where the run has chosen them; None: `data.images_per_pack`, or one"""
@@ -209,8 +210,3 @@ def _limits() -> Iterator[float]:
             yield float((folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")).read_text())
         except (OSError, ValueError):  # "max", or a container that shows no more than its own group
             continue
-
-
-def in_gb(size: float) -> str:
-    """Bytes in 10⁹ of them, for a message."""
-    return f"{size / 1e9:,.0f}" if size >= 10e9 else f"{size / 1e9:.2g}"

@@ -16,8 +16,9 @@ from megatron_lcl.config import Config
 from megatron_lcl.train.checkpoint.folder import Layout, Progress
 from megatron_lcl.train.fits import ROOM, predicted
 from megatron_lcl.train.layout import check_layout
-from megatron_lcl.train.memory import Memory, Slots, in_gb, largest_estimate
+from megatron_lcl.train.memory import Memory, Slots, largest_estimate
 from megatron_lcl.train.precision import resolve_dtype
+from megatron_lcl.units import in_gb
 
 AMPLE = 10
 """times its lower bound a step surely has room, and is not simulated: at most 3.5 times that has been measured"""
