@@ -303,8 +303,8 @@ class _OpenShard:
     def write_batch(self, settings: TaskSettings, encode: JoinedEncoder, drops: Drops) -> None:
         """Write the documents that wait."""
         if self._documents:
-            batch = _Batch(self._documents, self._texts if self._only_texts else None)
-            self.digests += _write_batch(settings, encode, self.writer, batch, drops)
+            texts = self._texts if self._only_texts else None
+            self.digests += _write_batch(settings, encode, self.writer, self._documents, texts, drops)
         self._begin()
 
     def is_full(self, shard_bytes: int) -> bool:
@@ -317,28 +317,25 @@ class _OpenShard:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    documents: list[Document]
-    texts: list[str] | None
-    """of all documents, in order; None where there are images"""
-
-
 # --- one batch ---------------------------------------------------------------------------------------------------
 
 
 def _write_batch(
-    settings: TaskSettings, encode: JoinedEncoder, writer: ShardWriter, batch: _Batch, drops: Drops
+    settings: TaskSettings,
+    encode: JoinedEncoder,
+    writer: ShardWriter,
+    documents: list[Document],
+    texts: list[str] | None,
+    drops: Drops,
 ) -> list[int]:
-    """Write a batch of documents; returns a hash of each one written."""
-    documents = batch.documents
+    """Write a batch of documents; returns a hash of each one written. texts: all in order, if there are no images."""
     try:
-        ids, lengths = encode(_blanked(_texts(documents) if batch.texts is None else batch.texts))
+        ids, lengths = encode(_blanked(_texts(documents) if texts is None else texts))
     except UnicodeEncodeError:
         documents = [_with_valid_texts(document, drops) for document in documents]
         ids, lengths = encode(_blanked(_texts(documents)))
     counts = [len(document.items) for document in documents]
-    if batch.texts is not None and all(lengths) and all(counts):  # nothing to skip
+    if texts is not None and all(lengths) and all(counts):  # nothing to skip
         for document in documents:
             if _num_lost(document):
                 drops.note("document", _WITHOUT_IMAGES, document.name)
