@@ -50,13 +50,14 @@ class Result:
     """images that did not decode and are not among the items"""
 
 
-def chance_of_hit(right: np.ndarray, total: int, k: int) -> float:
+def chance_of_hit(right: np.ndarray, total: np.ndarray | int, k: int) -> float:
     """Share of queries that a random order of `total` answers gives one of the right ones among the first k.
 
-    right [Q]: how many are right. 1 − C(total − right, k) / C(total, k), the mean over queries.
+    right [Q]: how many are right; total: of all queries, or of each. 1 − C(total − right, k) / C(total, k), the mean
+    over queries.
     """
-    numbers, counts = np.unique(right, return_counts=True)
-    missed = [math.comb(total - int(n), min(k, total)) / math.comb(total, min(k, total)) for n in numbers]
+    cases, counts = np.unique(np.stack(np.broadcast_arrays(right, total), 1), axis=0, return_counts=True)
+    missed = [math.comb(n - r, min(k, n)) / math.comb(n, min(k, n)) for r, n in cases.tolist()]
     return 1 - float(np.average(missed, weights=counts))
 
 
