@@ -196,7 +196,8 @@ def _trained(
     sets = train, test
     if task == "attentive-probe":
         own = settings.attentive_probe
-        own = replace(own, seeds=tuple(seed + of_probe for of_probe in own.seeds))
+        apart = 1 + max(own.seeds)  # two evaluations share no probe
+        own = replace(own, seeds=tuple(seed * apart + of_probe for of_probe in own.seeds))
         streamed = own.features == "streamed"
         patches = store.patches(encoder, train, streamed), store.patches(encoder, test, streamed)
         return attentive_probe(encoder.name, *sets, *patches, own, device, store.progress)
