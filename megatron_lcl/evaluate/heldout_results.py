@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.evaluate.heldout_ranks import Ranked
-from megatron_lcl.evaluate.results import Metric, Result, bootstrap
+from megatron_lcl.evaluate.results import Metric, Result, proportion
 from megatron_lcl.run_folder import EXAMPLES, HELDOUT
 from megatron_lcl.units import plain
 
@@ -87,7 +87,7 @@ class HeldOut:
     bits_per_token: float | None = None
     """mean negative log2-likelihood of the targets (text tokens, `<soi>`, `<eot>`)"""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """95 % intervals of the recalls, over documents"""
+    """95 % intervals of the recalls, over other documents"""
 
     def numbers(self) -> dict[str, float]:
         """What was measured, by name, without the counts."""
@@ -109,7 +109,7 @@ def with_recalls(result: HeldOut, ranked: tuple[Ranked, Ranked, Ranked], interva
     }
     if len(among.ranks):
         hits["image_in_document_recall_at_1"] = among.hits(1), among.documents
-    bounds = {name: bootstrap(hit) for name, (hit, _) in hits.items()} if intervals else {}
+    bounds = {name: proportion(hit, clusters=of) for name, (hit, of) in hits.items()} if intervals else {}
     return replace(
         result,
         distinct_images=len(forward.ranks),

@@ -151,11 +151,11 @@ def evaluate(
                 assert train is not None
                 result = _trained(task, encoder, train, test, store, settings, seed, devices[0])
             elif task == "retrieval":
-                result = retrieval(encoder, test, store.features(encoder, test), seed, progress=progress)
+                result = retrieval(encoder, test, store.features(encoder, test), progress=progress)
             else:
                 features = store.features(encoder, test)
                 classified = classify(encoder, test, features, progress)
-                result = accuracy(encoder, test, classified, seed)
+                result = accuracy(encoder, test, classified)
                 if output is not None and gallery is None:
                     gallery = make_gallery(test, features, classified, result, about)
             if bad[1] and task in _NEED_TRAINING:
@@ -204,7 +204,7 @@ def _trained(
     pooled = store.features(encoder, train), store.features(encoder, test)
     if task == "knn":
         of_knn = settings.knn
-        return knn(encoder.name, *sets, *pooled, of_knn.k, of_knn.temperature, seed, device)
+        return knn(encoder.name, *sets, *pooled, of_knn.k, of_knn.temperature, device)
     return linear_probe(encoder.name, *sets, *pooled, settings.linear_probe, seed, device, store.progress)
 
 

@@ -111,6 +111,13 @@ def test_a_perfect_model_finds_all(tmp_path: Path) -> None:
     assert found.chance_at_1 == pytest.approx((60 + 10 + 5 * 2) / 20 / 75)
     assert found.context_to_image_chance_at_1 == pytest.approx((4 * 15 + 5 + 15) / 75 / 20)
     assert found.chance_in_document == pytest.approx(1 / 3)
+    sizes = {  # effective numbers of documents: of 60 with one image and five with three, and so on
+        "image_to_context_recall_at_10": 75**2 / (60 + 5 * 3**2),
+        "context_to_image_recall_at_10": 20**2 / (4 + 4**2 + 4 * 3**2),
+        "image_in_document_recall_at_1": 5,
+    }
+    for name, size in sizes.items():
+        assert found.intervals[name] == pytest.approx((size / (size + 1.959964**2), 1)), name
     for example in examples:
         assert example.rank == 1
         assert len({(near.document, near.image, near.context) for near in example.nearest}) == 3

@@ -317,7 +317,7 @@ def test_command_line(
         str(tmp_path / "out"),
     ]
     splits = ["--split", "measure", "--train-split", "learn", "--seed", "3"]
-    assert main([*command, *splits, "--task", "knn"]) == 0
+    assert main([*command, *splits, "--task", "linear-probe", "--linear-probe.strengths", "[1]"]) == 0
     (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (result["num_items"], result["settings"]["seed"]) == (200, 3)
     assert main([*command, *splits, "--task", "captioning", "--top-p", "1.5"]) == 2
