@@ -134,23 +134,34 @@ def write_heldout(folder: Path, result: HeldOut, examples: list[Example]) -> Non
 
 
 _RECALLS = (
-    ("image → context recall@1", "image_to_context_recall_at_1", "chance_at_1"),
-    ("image → context recall@10", "image_to_context_recall_at_10", "chance_at_10"),
-    ("context → image recall@1", "context_to_image_recall_at_1", "context_to_image_chance_at_1"),
-    ("context → image recall@10", "context_to_image_recall_at_10", "context_to_image_chance_at_10"),
-    ("image in document recall@1", "image_in_document_recall_at_1", "chance_in_document"),
+    # title; name of the value, of its chance, of the number of what it is a mean over
+    ("image → context recall@1", "image_to_context_recall_at_1", "chance_at_1", "distinct_images"),
+    ("image → context recall@10", "image_to_context_recall_at_10", "chance_at_10", "distinct_images"),
+    ("context → image recall@1", "context_to_image_recall_at_1", "context_to_image_chance_at_1", "distinct_contexts"),
+    (
+        "context → image recall@10",
+        "context_to_image_recall_at_10",
+        "context_to_image_chance_at_10",
+        "distinct_contexts",
+    ),
+    ("image in document recall@1", "image_in_document_recall_at_1", "chance_in_document", "contexts_with_rivals"),
 )
 
 
 def as_result(result: HeldOut, encoder: str) -> Result:
     """The recalls as a `Result`, for the picture."""
     metrics = {}
-    for title, name, chance in _RECALLS:
+    for title, name, chance, _ in _RECALLS:
         value = getattr(result, name)
         if value is not None:
             low, high = result.intervals.get(name, (value, value))
             metrics[title] = Metric(value, low, high, getattr(result, chance))
     return Result("held-out documents", encoder, result.corpus, result.pairs, metrics)
+
+
+def num_queries(result: HeldOut) -> dict[str, int]:
+    """How many the recalls of `as_result` are each a mean over."""
+    return {title: getattr(result, count) for title, _, _, count in _RECALLS}
 
 
 def table(result: HeldOut) -> str:

@@ -17,7 +17,7 @@ from megatron_lcl.config import Config, Data, Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation
 from megatron_lcl.evaluate.heldout_ranks import Pairs, Ranked
-from megatron_lcl.evaluate.heldout_results import Example, HeldOut
+from megatron_lcl.evaluate.heldout_results import Example, HeldOut, num_queries
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
@@ -108,6 +108,7 @@ def test_a_perfect_model_finds_all(tmp_path: Path) -> None:
     found, examples = measured.by(together, torch.eye(contexts), num_examples=8)
     assert {name: getattr(found, name) for name, _ in RECALLS} == {name: 1.0 for name, _ in RECALLS}
     assert (found.pairs, found.contexts_with_rivals, found.median_rank) == (80, 20, 1)
+    assert list(num_queries(found).values()) == [75, 75, 20, 20, 20]
     assert found.chance_at_1 == pytest.approx((60 + 10 + 5 * 2) / 20 / 75)
     assert found.context_to_image_chance_at_1 == pytest.approx((4 * 15 + 5 + 15) / 75 / 20)
     assert found.chance_in_document == pytest.approx(1 / 3)
