@@ -137,8 +137,8 @@ def seed_run(folder: Path, python: Path, config: Path, name: str, seed: int) -> 
 def times_chance(run: Path) -> list[float]:
     """Of a run: recall@10 from image to context and back among the held-out pages; top-1 on the emoji, NaN without."""
     pages = json.loads((run / HELDOUT).read_text())
-    ways = ("image_to_context", "context_to_image")
-    found = [pages[f"{way}_recall_at_10"] / pages["chance_at_10"] for way in ways]
+    chances = {"image_to_context": "chance_at_10", "context_to_image": "context_to_image_chance_at_10"}
+    found = [pages[f"{way}_recall_at_10"] / pages[chance] for way, chance in chances.items()]
     if not (run / RESULTS).is_file():
         return [*found, math.nan]
     top = json.loads((run / RESULTS).read_text())[0]["metrics"]["accuracy"]

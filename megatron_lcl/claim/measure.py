@@ -20,7 +20,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
 from megatron_lcl.evaluate.heldout import evaluate_heldout
-from megatron_lcl.evaluate.heldout_results import as_result
+from megatron_lcl.evaluate.heldout_results import as_result, num_queries
 from megatron_lcl.evaluate.results import Result
 from megatron_lcl.evaluate.rules import VERSION
 from megatron_lcl.evaluate.run import evaluate
@@ -141,6 +141,7 @@ def _held_out(model: str, config: Config, data: Path) -> Iterator[Measure]:
     lcl = lcl.to("cuda" if torch.cuda.is_available() else "cpu")
     found, _ = evaluate_heldout(lcl, config, data / CORPORA / HELD_OUT, num_examples=0, progress=False)
     if found.pairs:
-        yield from _measures(HELD_OUT, as_result(found, ""))
+        items = num_queries(found)
+        yield from (replace(m, items=items[m.metric]) for m in _measures(HELD_OUT, as_result(found, "")))
     if found.bits_per_token is not None:
         yield Measure(HELD_OUT, "generation", "bits a token", found.bits_per_token, None, found.targets)

@@ -49,7 +49,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
             "--skip-bad-images", action="store_const", const=True, help="skip and count images that do not decode"
         ),
         data.add_argument("--top-p", metavar="P", help="the same as --captioning.top-p"),
-        data.add_argument("--seed", type=int, help="of intervals, probes and sampling (default: 0)"),
+        data.add_argument("--seed", type=int, help="of probes, sampling, and intervals of BLEU and CIDEr (default: 0)"),
         data.add_argument("--cache", metavar="DIR", help=f"folder of features (default: {_CACHE})"),
         data.add_argument("--batch-size", type=int, help="images of a forward pass (default: 64)"),
     ]  # fmt: skip

@@ -139,11 +139,12 @@ def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
     intervals = numbers.get("intervals") or {}
     dtype = numbers.get("dtype") or "not recorded"
     found = []
-    for metric, name, chance, items in _HELDOUT_METRICS:
+    for metric, name, chances, items in _HELDOUT_METRICS:
         if isinstance(value := numbers.get(name), int | float):
             interval = tuple(intervals[name]) if name in intervals else None
-            of = f"{numbers[items]:,} {items.replace('_', ' ')}" if numbers.get(items) else ""
-            measured = Measured(HELDOUT_TASK, data, metric, value, interval, numbers.get(chance), of, dtype=dtype)
+            chance = next((numbers[key] for key in chances if numbers.get(key) is not None), None)
+            of = next((f"{numbers[key]:,} {key.replace('_', ' ')}" for key in items if numbers.get(key)), "")
+            measured = Measured(HELDOUT_TASK, data, metric, value, interval, chance, of, dtype=dtype)
             found.append(measured)
             if name == "bits_per_token":
                 found.append(dataclasses.replace(measured, metric="perplexity", value=2**value))
@@ -151,16 +152,31 @@ def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
 
 
 HELDOUT_TASK = "held-out documents"
-_HELDOUT_METRICS = (
-    # name here; in the file; of its chance; of what it is a mean over
-    ("image to context recall@1", "image_to_context_recall_at_1", "chance_at_1", "pairs"),
-    ("image to context recall@10", "image_to_context_recall_at_10", "chance_at_10", "pairs"),
-    ("context to image recall@1", "context_to_image_recall_at_1", "chance_at_1", "pairs"),
-    ("context to image recall@10", "context_to_image_recall_at_10", "chance_at_10", "pairs"),
-    ("image in document recall@1", "image_in_document_recall_at_1", "chance_in_document", "pairs_with_rivals"),
-    ("median rank", "median_rank", "", "pairs"),
-    ("contrastive loss (nats)", "contrastive_loss", "", "pairs"),
-    ("bits per token", "bits_per_token", "", "targets"),
+_HELDOUT_METRICS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    # name here; in the file; of its chance; of what it is a mean over (of both, then the name in earlier versions)
+    ("image to context recall@1", "image_to_context_recall_at_1", ("chance_at_1",), ("distinct_images", "pairs")),
+    ("image to context recall@10", "image_to_context_recall_at_10", ("chance_at_10",), ("distinct_images", "pairs")),
+    (
+        "context to image recall@1",
+        "context_to_image_recall_at_1",
+        ("context_to_image_chance_at_1", "chance_at_1"),
+        ("distinct_contexts", "pairs"),
+    ),
+    (
+        "context to image recall@10",
+        "context_to_image_recall_at_10",
+        ("context_to_image_chance_at_10", "chance_at_10"),
+        ("distinct_contexts", "pairs"),
+    ),
+    (
+        "image in document recall@1",
+        "image_in_document_recall_at_1",
+        ("chance_in_document",),
+        ("contexts_with_rivals", "pairs_with_rivals"),
+    ),
+    ("median rank", "median_rank", (), ("distinct_images", "pairs")),
+    ("contrastive loss (nats)", "contrastive_loss", (), ("pairs",)),
+    ("bits per token", "bits_per_token", (), ("targets",)),
 )
 
 

@@ -153,9 +153,13 @@ def _write(
 ) -> list[str]:
     assert isinstance(encoder, OurEncoder)
     tokenizer = encoder.need_tokenizer()
-    seed += first  # other draws for every batch
-    written = generate(encoder.module, images.to(encoder.device), settings, seed, prompt)
+    written = generate(encoder.module, images.to(encoder.device), settings, _seed_of(seed, first), prompt)
     return [tokenizer.decode(row).strip() for row in written]
+
+
+def _seed_of(seed: int, first: int) -> int:
+    """Of the draws of the batch that begins with this image: no two batches of any seeds have the same."""
+    return int(np.random.SeedSequence([seed, first]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def captioning(

@@ -1,12 +1,12 @@
 """The two things LCL trains, measured on documents that it has not seen: the contrast and the generation.
 
-Every document of a held-out corpus once, without augmentation, by rules of its own (see `rules`). Retrieval: each
-image's latent z against the context features of all held-out pairs; the true one is the context read at the image's own
-`<soi>`. And the other way round: given the text before an image, find it among all held-out images, and among those of
-its own document.
+Every document of a held-out corpus once, without augmentation, by rules of its own (see `rules`). Retrieval: the latent
+z of each distinct image against the features of all distinct contexts; the right ones are those read at a `<soi>` of
+the image. And the other way round: given what stands before an image, find it among all held-out images, and among
+those of its own document.
 
-Every data-parallel replica reads and computes a part of the corpus, and ranks its own pairs against all replicas', so
-during training no process waits for another to evaluate.
+Every data-parallel replica reads and computes a part of the corpus, and ranks a part of the queries against all
+replicas' answers, so during training no process waits for another to evaluate.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
 from megatron_lcl.evaluate.heldout_packs import Origin, Packs, slots_in_use
+from megatron_lcl.evaluate.heldout_ranks import Pairs
 from megatron_lcl.evaluate.heldout_results import (
     PICTURE,
     Example,
@@ -47,7 +48,7 @@ from megatron_lcl.evaluate.heldout_results import (
     write_heldout,
 )
 from megatron_lcl.evaluate.results import make_output, write_picture
-from megatron_lcl.evaluate.retrieval import rank_own
+from megatron_lcl.evaluate.retrieval import contrast_losses
 from megatron_lcl.evaluate.rules import heldout_rules
 from megatron_lcl.evaluate.trained import why_untrained
 from megatron_lcl.evaluate.workers import Advance, check_workers, default_devices, in_processes
@@ -266,7 +267,7 @@ class HeldOutEvaluation:
     ) -> tuple[HeldOut, list[Example]]:
         """What `run` returns, of what this replica has encoded."""
         mesh, packs, origins = self.mesh, self.packs, own.origins
-        places = mesh.model_parallel.broadcast_object([(o.document, o.content, o.part, o.row) for o in origins])
+        places = mesh.model_parallel.broadcast_object([origin.place for origin in origins])
 
         found: tuple[HeldOut, list[tuple[int, int, list[int]]]] | None = None
         if own.features is not None:  # the last pipeline stage
@@ -286,12 +287,12 @@ class HeldOutEvaluation:
         return result, self._examples(origins, picked)
 
     def _measure(
-        self, own: _Encoded, places: list[tuple[int, int, int, int]], num_examples: int, intervals: bool
+        self, own: _Encoded, places: Sequence[tuple[int, ...]], num_examples: int, intervals: bool
     ) -> tuple[HeldOut, list[tuple[int, int, list[int]]]]:
-        """The numbers; and of some pairs their index, the rank of their true context, and the nearest ones' indices.
+        """The numbers; and of some pairs their index, their image's rank, and indices of the contexts nearest to it.
 
-        places: of this replica's pairs the document, what tells its image from others, and where in the document it is.
-        Called on the last pipeline stage; everything is gathered over its replicas.
+        places: of this replica's pairs, see `Pairs`. Called on the last pipeline stage; everything is gathered over its
+        replicas.
         """
         data = self.mesh.data
         num_images = sum(data.gather_objects(own.num_images))
@@ -309,30 +310,29 @@ class HeldOutEvaluation:
         if not num_pairs:
             return result, []
         images, texts = data.gather_ragged(image, sizes), data.gather_ragged(text, sizes)
-        all_places = data.gather_ragged(torch.tensor(places, dtype=torch.int64, device=device).view(-1, 4), sizes)
-        document, content, part, row = all_places.t()
-        (documents, inside), (shown, right), (_, right_inside) = map(_numbered, (document, content, all_places[:, :2]))
-        mine = slice(offset, offset + len(image))
-        same, groups = (shown[mine], shown), (documents[mine], documents)
-        forward, image_loss = rank_own(image, texts, offset, own.scale, bias=own.bias, same=same)
-        backward, text_loss = rank_own(text, images, offset, own.scale, bias=own.bias, same=same)
-        among, _ = rank_own(text, images, offset, own.scale, groups, same=same)
-        counts = (number[mine] for number in (right, right_inside, inside))
-        rows = torch.stack([*(x.double() for x in (forward, backward, among, *counts)), image_loss + text_loss], 1)
-        rows_N = data.gather_ragged(rows, sizes).cpu()
+        all_places = data.gather_ragged(torch.tensor(places, dtype=torch.int64, device=device).view(-1, 5), sizes)
+        losses = contrast_losses(image, texts, offset, own.scale, own.bias)
+        losses += contrast_losses(text, images, offset, own.scale, own.bias)
+        losses = data.gather_ragged(losses, sizes)
+        result = replace(result, pairs=num_pairs, contrastive_loss=float(losses.mean()) / 2)
+
+        pairs = Pairs(all_places.cpu().numpy())
+        images, texts = (
+            every[torch.from_numpy(first).to(device)]
+            for every, first in ((images, pairs.first_image), (texts, pairs.first_context))
+        )
+        ranked = pairs.rank(images, texts, data)
         # equal ranks and similarities in the corpus's order: that of the rows follows from the number of replicas
-        in_order = np.lexsort([key.cpu().numpy() for key in (row, part, document)])
-        order = in_order[rows_N[:, 0].numpy()[in_order].argsort(kind="stable")]
+        ranks = ranked[0].ranks[pairs.image_of]
+        order = pairs.order[ranks[pairs.order].argsort(kind="stable")]
         quantiles = torch.linspace(0, num_pairs - 1, min(num_examples, num_pairs)).round().long()
-        chosen = order[quantiles.numpy()].tolist()
-        texts_in_order = texts[torch.from_numpy(in_order).to(device)]
-        own_nearest = {
-            i: in_order[_nearest(image[i - offset], texts_in_order)].tolist()
-            for i in chosen
-            if offset <= i < offset + len(image)
-        }
-        nearest = {i: near for theirs in data.gather_objects(own_nearest) for i, near in theirs.items()}
-        return with_recalls(result, rows_N.numpy(), intervals), [(i, int(rows_N[i, 0]), nearest[i]) for i in chosen]
+        in_order = pairs.contexts_in_order
+        texts_in_order, shown = texts[torch.from_numpy(in_order).to(device)], pairs.first_context[in_order]
+        picked = [
+            (int(i), int(ranks[i]), shown[_nearest(images[pairs.image_of[i]], texts_in_order)].tolist())
+            for i in order[quantiles.numpy()]
+        ]
+        return with_recalls(result, ranked, intervals), picked
 
     def _examples(self, origins: list[Origin], picked: list[tuple[int, int, list[int]]]) -> list[Example]:
         """Examples at evenly spaced quantiles of the rank, best first: neither the best nor the worst alone."""
@@ -353,12 +353,6 @@ def _nearest(image: torch.Tensor, texts: torch.Tensor) -> np.ndarray:
         found.append(int((similarity >= similarity.max() - _EQUAL).argmax()))
         similarity[found[-1]] = -np.inf
     return np.array(found)
-
-
-def _numbered(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row of [N, …] a number that equal rows share, and how many these are: [N] each."""
-    _, numbers, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
-    return numbers, counts[numbers]
 
 
 def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[EvaluationTask, ...]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import xxhash
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
+from megatron_lcl.data.loading.reader import ImageOrigin
 from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
 from megatron_lcl.data.loading.sequential_index import SequentialIndex
 from megatron_lcl.evaluate.heldout_results import CONTEXT_CHARACTERS, Pair
@@ -31,7 +33,14 @@ class Origin:
     """number of the sequence among those that its document is divided into"""
     row: int
     """of its `<soi>` in the sequence"""
+    context: int
+    """hash of what the model reads before that `<soi>`: the tokens, and of the images among them `content`"""
     tokens: np.ndarray
+
+    @property
+    def place(self) -> tuple[int, int, int, int, int]:
+        """What `heldout_ranks.Pairs` is made of."""
+        return self.document, self.part, self.row, self.content, self.context
 
 
 class Packs:
@@ -61,6 +70,7 @@ class Packs:
         """Of the batch's pairs, in the order of their slots."""
         tokens, soi = batch.tokens.numpy(), batch.image_soi.numpy()
         pack_tokens, slots = len(tokens) // len(batch.packs), self.loader.images_per_pack
+        valid = batch.image_valid.numpy()
         for b, pack in enumerate(batch.packs):
             images = ((origin, image) for origin in self.loader.provenance(pack) for image in origin.images)
             for origin, image in sorted(images, key=lambda both: both[1].slot):
@@ -68,17 +78,23 @@ class Packs:
                     before = tokens[b * pack_tokens + origin.start : b * pack_tokens + image.soi]
                     read = (before < self._tokenizer.sot) | (before == self._tokenizer.soi)
                     text = before[read][-CONTEXT_CHARACTERS:]
-                    digest = self._corpus.shard(image.shard).image_xxh3[image.image].tobytes()
-                    content = int.from_bytes(digest[:8], "little", signed=True)
+                    earlier = [i for i in origin.images if i.soi < image.soi and valid[b * slots + i.slot]]
+                    context = xxhash.xxh3_64(before.astype("<i4").tobytes())
+                    context.update(np.array([self._content(i) for i in earlier], "<i8").tobytes())
                     yield Origin(
                         document=int(origin.document),
                         shard=int(image.shard),
                         image=int(image.image),
-                        content=content,
+                        content=self._content(image),
                         part=int(origin.part),
                         row=int(image.soi - origin.start),
+                        context=int.from_bytes(context.digest(), "big", signed=True),
                         tokens=text.copy(),
                     )
+
+    def _content(self, image: ImageOrigin) -> int:
+        digest = self._corpus.shard(image.shard).image_xxh3[image.image].tobytes()
+        return int.from_bytes(digest[:8], "little", signed=True)
 
     def pair(self, origin: Origin) -> Pair:
         """With its context as text."""

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.evaluate.results import Metric, Result, bootstrap, chance_of_hit
+from megatron_lcl.evaluate.heldout_ranks import Ranked
+from megatron_lcl.evaluate.results import Metric, Result, proportion
 from megatron_lcl.run_folder import EXAMPLES, HELDOUT
 from megatron_lcl.units import plain
 
@@ -36,13 +37,14 @@ class Example:
 
     pair: Pair
     rank: int
-    """of the true context, 1 is best"""
+    """of its image's best own context among the others', 1 is best"""
     nearest: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What was measured; None: not measured. Recalls are shares of the pairs; `chance` is what a random order gives."""
+    """What was measured; None: not measured. Recalls are shares of the distinct images, or of the distinct contexts;
+    `chance` is what a random order gives."""
 
     corpus: str
     documents: int
@@ -50,6 +52,10 @@ class HeldOut:
     targets: int
     images: int = 0
     """that the documents have and that decode; those without a text before them are no pair"""
+    distinct_images: int = 0
+    """of the pairs, by their bytes"""
+    distinct_contexts: int = 0
+    """of the pairs, by what the model reads before the image"""
     bad_images: tuple[str, ...] = ()
     """names and reasons of those that do not decode, which are skipped (on the processes that read)"""
     rules: dict[str, Any] = field(default_factory=dict)
@@ -65,53 +71,58 @@ class HeldOut:
     context_to_image_recall_at_1: float | None = None
     context_to_image_recall_at_10: float | None = None
     chance_at_1: float | None = None
+    """from image to context; up to version 2 of the rules also the other way"""
     chance_at_10: float | None = None
+    context_to_image_chance_at_1: float | None = None
+    context_to_image_chance_at_10: float | None = None
     median_rank: float | None = None
-    """of the true context"""
-    pairs_with_rivals: int = 0
-    """pairs whose document has another image to be mistaken for"""
+    """of an image's best context"""
+    contexts_with_rivals: int = 0
+    """distinct contexts of each document, summed over documents, that have a wrong image there to be mistaken for"""
     image_in_document_recall_at_1: float | None = None
-    """given the context, the image among those of its document; of the pairs with rivals"""
+    """given the context, the image among those of its document; of the contexts with rivals"""
     chance_in_document: float | None = None
     contrastive_loss: float | None = None
     """nats, over all held-out pairs at once"""
     bits_per_token: float | None = None
     """mean negative log2-likelihood of the targets (text tokens, `<soi>`, `<eot>`)"""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """95 % bootstrap intervals of the recalls, over pairs"""
+    """95 % intervals of the recalls, over other documents"""
 
     def numbers(self) -> dict[str, float]:
         """What was measured, by name, without the counts."""
-        skipped = ("documents", "pairs", "targets", "images", "step", "pairs_with_rivals")
+        skipped = ("documents", "pairs", "targets", "images", "step", *_COUNTS)
         values = {name: value for name, value in asdict(self).items() if name not in skipped}
         return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
-def with_recalls(result: HeldOut, rows: np.ndarray, intervals: bool) -> HeldOut:
-    """`result` with what `rows` give [N, 7]: ranks of the context, of the image, of the image in its document; pairs of
-    its image; those in its document, and all pairs of the document; loss."""
-    forward, backward, among, right, right_inside, inside, loss = rows.T
-    n, rivalled = len(rows), right_inside < inside
+_COUNTS = ("distinct_images", "distinct_contexts", "contexts_with_rivals")
+
+
+def with_recalls(result: HeldOut, ranked: tuple[Ranked, Ranked, Ranked], intervals: bool) -> HeldOut:
+    """`result` with what `Pairs.rank` gave."""
+    forward, backward, among = ranked
     hits = {
-        "image_to_context_recall_at_1": forward <= 1,
-        "image_to_context_recall_at_10": forward <= 10,
-        "context_to_image_recall_at_1": backward <= 1,
-        "context_to_image_recall_at_10": backward <= 10,
+        f"{way}_recall_at_{k}": (asked.hits(k), asked.documents)
+        for way, asked in (("image_to_context", forward), ("context_to_image", backward))
+        for k in (1, 10)
     }
-    if rivalled.any():
-        hits["image_in_document_recall_at_1"] = among[rivalled] <= 1
-    bounds = {name: bootstrap(hit) for name, hit in hits.items()} if intervals else {}
+    if len(among.ranks):
+        hits["image_in_document_recall_at_1"] = among.hits(1), among.documents
+    bounds = {name: proportion(hit, clusters=of) for name, (hit, of) in hits.items()} if intervals else {}
     return replace(
         result,
-        pairs=n,
-        chance_at_1=chance_of_hit(right, n, 1),
-        chance_at_10=chance_of_hit(right, n, 10),
-        median_rank=float(np.median(forward)),
-        pairs_with_rivals=int(rivalled.sum()),
-        chance_in_document=float((right_inside / inside)[rivalled].mean()) if rivalled.any() else None,
-        contrastive_loss=float(loss.mean()) / 2,
+        distinct_images=len(forward.ranks),
+        distinct_contexts=len(backward.ranks),
+        contexts_with_rivals=len(among.ranks),
+        chance_at_1=forward.chance_at(1),
+        chance_at_10=forward.chance_at(10),
+        context_to_image_chance_at_1=backward.chance_at(1),
+        context_to_image_chance_at_10=backward.chance_at(10),
+        median_rank=float(np.median(forward.ranks)),
+        chance_in_document=among.chance_at(1) if len(among.ranks) else None,
         intervals={name: (metric.low, metric.high) for name, metric in bounds.items()},
-        **{name: float(hit.mean()) for name, hit in hits.items()},  # type: ignore[arg-type]
+        **{name: float(hit.mean()) for name, (hit, _) in hits.items()},  # type: ignore[arg-type]
     )
 
 
@@ -123,18 +134,24 @@ def write_heldout(folder: Path, result: HeldOut, examples: list[Example]) -> Non
 
 
 _RECALLS = (
-    ("image → context recall@1", "image_to_context_recall_at_1", "chance_at_1"),
-    ("image → context recall@10", "image_to_context_recall_at_10", "chance_at_10"),
-    ("context → image recall@1", "context_to_image_recall_at_1", "chance_at_1"),
-    ("context → image recall@10", "context_to_image_recall_at_10", "chance_at_10"),
-    ("image in document recall@1", "image_in_document_recall_at_1", "chance_in_document"),
+    # title; name of the value, of its chance, of the number of what it is a mean over
+    ("image → context recall@1", "image_to_context_recall_at_1", "chance_at_1", "distinct_images"),
+    ("image → context recall@10", "image_to_context_recall_at_10", "chance_at_10", "distinct_images"),
+    ("context → image recall@1", "context_to_image_recall_at_1", "context_to_image_chance_at_1", "distinct_contexts"),
+    (
+        "context → image recall@10",
+        "context_to_image_recall_at_10",
+        "context_to_image_chance_at_10",
+        "distinct_contexts",
+    ),
+    ("image in document recall@1", "image_in_document_recall_at_1", "chance_in_document", "contexts_with_rivals"),
 )
 
 
 def as_result(result: HeldOut, encoder: str) -> Result:
     """The recalls as a `Result`, for the picture."""
     metrics = {}
-    for title, name, chance in _RECALLS:
+    for title, name, chance, _ in _RECALLS:
         value = getattr(result, name)
         if value is not None:
             low, high = result.intervals.get(name, (value, value))
@@ -142,9 +159,16 @@ def as_result(result: HeldOut, encoder: str) -> Result:
     return Result("held-out documents", encoder, result.corpus, result.pairs, metrics)
 
 
+def num_queries(result: HeldOut) -> dict[str, int]:
+    """How many the recalls of `as_result` are each a mean over."""
+    return {title: getattr(result, count) for title, _, _, count in _RECALLS}
+
+
 def table(result: HeldOut) -> str:
     """The numbers for a terminal."""
     rows = [("documents, images, pairs", f"{result.documents}, {result.images}, {result.pairs}")]
+    if result.pairs:
+        rows.append(("distinct images, contexts", f"{result.distinct_images}, {result.distinct_contexts}"))
     if result.bad_images:
         first = "; ".join(result.bad_images[:3]) + ("; …" if len(result.bad_images) > 3 else "")
         rows.append(("images skipped", f"{len(result.bad_images)} do not decode: {first}"))
@@ -155,7 +179,7 @@ def table(result: HeldOut) -> str:
         chance = f"{plain(100 * metric.chance, 2)}%"
         rows.append((title, f"{metric.value:6.1%}   chance {chance:>5}   {times:4.1f} times chance{between}"))
     if result.median_rank is not None:
-        rows.append(("median rank", f"{result.median_rank:.0f} of {result.pairs}"))
+        rows.append(("median rank", f"{result.median_rank:.0f} of {result.distinct_contexts}"))
     if result.bits_per_token is not None:
         rows.append(("generation", f"{result.bits_per_token:.3f} bits a token over {result.targets} targets"))
     return "\n".join(f"{name:28}{value}" for name, value in rows)

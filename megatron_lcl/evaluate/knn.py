@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.image_set import ImageSet
-from megatron_lcl.evaluate.results import Result, bootstrap
+from megatron_lcl.evaluate.results import Result, proportion
 from megatron_lcl.evaluate.sources import open_images
 from megatron_lcl.filesystem import is_dir
 
@@ -51,7 +51,6 @@ def knn(
     test_features: np.ndarray,
     k: int = 20,
     temperature: float = 0.07,
-    seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Result:
     """Accuracy of `knn_predict` on the test images."""
@@ -59,8 +58,8 @@ def knn(
     predicted = knn_predict(
         train_features, train.need_labels(), test_features, len(test.classes), k, temperature, device
     )
-    metrics = {"accuracy": bootstrap(predicted == labels, seed, 1 / len(test.classes))}
-    settings = {"k": k, "temperature": temperature, "train images": len(train), "seed": seed}
+    metrics = {"accuracy": proportion(predicted == labels, 1 / len(test.classes))}
+    settings = {"k": k, "temperature": temperature, "train images": len(train)}
     return Result("k-NN", encoder, test.name, len(test), metrics, settings)
 
 

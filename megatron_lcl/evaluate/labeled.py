@@ -1,6 +1,6 @@
 """k-NN and zero-shot classification of labeled images while a run trains, by all of its processes together.
 
-The numbers are those of `evaluate --data` on a checkpoint of the step, but for the bootstrap intervals. There the model
+The numbers are those of `evaluate --data` on a checkpoint of the step, but for the intervals. There the model
 lies in one process; here its layers lie as the run's layout says, so images and texts take the way of a step's
 micro-batches (`batches`).
 

@@ -23,7 +23,7 @@ from megatron_lcl.evaluate.encoders.encoder import drawn_from
 from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.knn import same_classes
 from megatron_lcl.evaluate.patches import Patches
-from megatron_lcl.evaluate.results import Result, bootstrap
+from megatron_lcl.evaluate.results import Result, proportion
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
 
 _ROWS = 1 << 16
@@ -132,8 +132,8 @@ def linear_probe(
     classifier = fit_linear(train_features, train_labels, num_classes, strength, settings.max_iterations, device)
     correct = classifier.logits(test_features).argmax(1) == labels
     metrics = {
-        "accuracy": bootstrap(correct, seed, 1 / num_classes),
-        "mean per-class recall": bootstrap(correct, seed, 1 / num_classes, groups=labels),
+        "accuracy": proportion(correct, 1 / num_classes),
+        "mean per-class recall": proportion(correct, 1 / num_classes, groups=labels),
     }
     facts = {"C": strength, **asdict(settings), "train images": len(train), "seed": seed}
     return Result("linear probe", encoder, test.name, len(test), metrics, facts)
@@ -194,7 +194,7 @@ def attentive_probe(
     ]
     by_seed = [predicted == labels for predicted in _predict(probes, test_patches, len(labels), settings.batch_size)]
     accuracies = [float(correct.mean()) for correct in by_seed]
-    metrics = {"accuracy": bootstrap(np.mean(by_seed, axis=0), settings.seeds[0], 1 / num_classes)}
+    metrics = {"accuracy": proportion(np.mean(by_seed, axis=0), 1 / num_classes)}
     facts = {**asdict(settings), "accuracy by seed": accuracies, "train images": len(train)}
     return Result("attentive probe", encoder, test.name, len(test), metrics, facts)
 

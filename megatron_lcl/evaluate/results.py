@@ -1,4 +1,4 @@
-"""What an evaluation gives: numbers with bootstrap intervals, as a table, JSON and a picture."""
+"""What an evaluation gives: numbers with 95 % intervals, as a table, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean over items, and its 95 % interval by resampling the items."""
+    """A mean over items, and its 95 % interval over other items (`proportion`, `bootstrap`)."""
 
     value: float
     low: float
@@ -50,38 +51,62 @@ class Result:
     """images that did not decode and are not among the items"""
 
 
-def chance_of_hit(right: np.ndarray, total: int, k: int) -> float:
+def chance_of_hit(right: np.ndarray, total: np.ndarray | int, k: int) -> float:
     """Share of queries that a random order of `total` answers gives one of the right ones among the first k.
 
-    right [Q]: how many are right. 1 − C(total − right, k) / C(total, k), the mean over queries.
+    right [Q]: how many are right; total: of all queries, or of each. 1 − C(total − right, k) / C(total, k), the mean
+    over queries.
     """
-    numbers, counts = np.unique(right, return_counts=True)
-    missed = [math.comb(total - int(n), min(k, total)) / math.comb(total, min(k, total)) for n in numbers]
+    cases, counts = np.unique(np.stack(np.broadcast_arrays(right, total), 1), axis=0, return_counts=True)
+    missed = [math.comb(n - r, min(k, n)) / math.comb(n, min(k, n)) for r, n in cases.tolist()]
     return 1 - float(np.average(missed, weights=counts))
 
 
-def bootstrap(
-    scores: np.ndarray, seed: int = 0, chance: float | None = None, groups: np.ndarray | None = None
+def proportion(
+    hits: np.ndarray,
+    chance: float | None = None,
+    groups: np.ndarray | None = None,
+    clusters: np.ndarray | None = None,
 ) -> Metric:
-    """Mean of per-item scores [N], with the percentile bootstrap's 95 % interval (Efron 1979).
+    """Mean of per-item scores [N] from 0 to 1, with Wilson's 95 % interval (1927) for the effective sample size.
 
     `groups` [N]: the mean is over groups of the groups' means (per-class recall), that is, of the items weighted by one
-    over their group's size. Items are resampled whatever their group: within it, a group of one would seem certain.
+    over their group's size. `clusters` [N]: numbers of what was drawn as one, such as the texts of an image; None: each
+    item by itself. The effective sample size (Korn & Graubard 1998) is p (1 - p) over the variance of the mean p, which
+    is that of a ratio of sums over clusters; independent items of one weight have N. It is at most what the weights of
+    the items give (Kish 1965: N of equal ones), and where the clusters do not differ, at 0 and 1 above all, what those
+    of the clusters give: their number, if they have the same size.
     """
-    generator, scores = np.random.default_rng(seed), np.asarray(scores, np.float64)
-    weights = np.ones(len(scores))
+    scores = np.asarray(hits, np.float64)
+    weights, cluster = np.ones(len(scores)), np.arange(len(scores))
     if groups is not None:
         _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
         weights = 1 / sizes[group]
+    if clusters is not None:
+        _, cluster = np.unique(clusters, return_inverse=True)
+    p = float(np.average(scores, weights=weights))
+    variance = (np.bincount(cluster, weights * (scores - p)) ** 2).sum() / weights.sum() ** 2
+    most, of_clusters = (w.sum() ** 2 / (w**2).sum() for w in (weights, np.bincount(cluster, weights)))
+    differ = variance > 1e-9 * p * (1 - p) / most  # or by rounding only
+    low, high = _wilson(p, min(p * (1 - p) / variance, most) if differ else of_clusters)
+    return Metric(p, low, high, chance)
 
-    def mean(items: np.ndarray) -> float:
-        return float(np.average(scores[items], weights=weights[items]))
 
+def _wilson(p: float, n: float) -> tuple[float, float]:
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    center, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((center + side) / (1 + z**2 / n) for side in (-half, half))
+    return min(max(low, 0.0), p), max(min(high, 1.0), p)  # at 0 and 1 but for rounding
+
+
+def bootstrap(scores: np.ndarray, seed: int = 0) -> Metric:
+    """Mean of per-item scores [N], with the percentile bootstrap's 95 % interval (Efron 1979)."""
+    generator, scores = np.random.default_rng(seed), np.asarray(scores, np.float64)
     n = len(scores)
-    means = [mean(generator.integers(n, size=n)) for _ in range(RESAMPLES)]
+    means = [scores[generator.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Metric(mean(np.arange(n)), float(low), float(high), chance)
+    return Metric(float(scores.mean()), float(low), float(high))
 
 
 def table(results: Sequence[Result]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_lcl.config import Config, Corpus, Data, Model
 from megatron_lcl.data.loading.packing import max_sequences
 
-VERSION = 2
+VERSION = 3
 """to be raised when what follows, or how a document is cut, changes"""
 
 _FIXED: dict[str, Any] = {
@@ -42,7 +42,8 @@ def heldout_rules(model: Model) -> dict[str, Any]:
         "sequence_tokens": context,
         "sequence_images": (context - 2) // (num_patches + 2) if documents else max_sequences(context),
         "cut": "between segments; an image takes the end of the text before it along",
-        "right": "all pairs whose images have the same bytes",
+        "candidates": "distinct images, by their bytes; distinct contexts, by what the model reads before the image",
+        "right": "every image and context that stand together in a pair",
         **_FIXED,
     }
 

@@ -151,11 +151,11 @@ def evaluate(
                 assert train is not None
                 result = _trained(task, encoder, train, test, store, settings, seed, devices[0])
             elif task == "retrieval":
-                result = retrieval(encoder, test, store.features(encoder, test), seed, progress=progress)
+                result = retrieval(encoder, test, store.features(encoder, test), progress=progress)
             else:
                 features = store.features(encoder, test)
                 classified = classify(encoder, test, features, progress)
-                result = accuracy(encoder, test, classified, seed)
+                result = accuracy(encoder, test, classified)
                 if output is not None and gallery is None:
                     gallery = make_gallery(test, features, classified, result, about)
             if bad[1] and task in _NEED_TRAINING:
@@ -196,14 +196,15 @@ def _trained(
     sets = train, test
     if task == "attentive-probe":
         own = settings.attentive_probe
-        own = replace(own, seeds=tuple(seed + of_probe for of_probe in own.seeds))
+        apart = 1 + max(own.seeds)  # two evaluations share no probe
+        own = replace(own, seeds=tuple(seed * apart + of_probe for of_probe in own.seeds))
         streamed = own.features == "streamed"
         patches = store.patches(encoder, train, streamed), store.patches(encoder, test, streamed)
         return attentive_probe(encoder.name, *sets, *patches, own, device, store.progress)
     pooled = store.features(encoder, train), store.features(encoder, test)
     if task == "knn":
         of_knn = settings.knn
-        return knn(encoder.name, *sets, *pooled, of_knn.k, of_knn.temperature, seed, device)
+        return knn(encoder.name, *sets, *pooled, of_knn.k, of_knn.temperature, device)
     return linear_probe(encoder.name, *sets, *pooled, settings.linear_probe, seed, device, store.progress)
 
 

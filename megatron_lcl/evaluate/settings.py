@@ -72,7 +72,9 @@ class AttentiveSettings:
         default=8, description="of the attention pool; the largest number that is not above it and divides the width"
     )
     seeds: tuple[Count, ...] = Field(
-        default=(0, 1, 2), min_length=1, description="one probe each, the accuracy is their mean; --seed is added"
+        default=(0, 1, 2),
+        min_length=1,
+        description="one probe each, the accuracy is their mean; others than these with another --seed",
     )
     features: Literal["cached", "streamed"] = Field(
         default="cached",

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.image_set import ImageSet
-from megatron_lcl.evaluate.results import Result, bootstrap
+from megatron_lcl.evaluate.results import Result, proportion
 from megatron_lcl.evaluate.retrieval import not_below
 
 _ROWS = 1024
@@ -58,15 +58,15 @@ def by_texts(texts: torch.Tensor, features: np.ndarray, labels: np.ndarray) -> C
     return Classified(np.concatenate(ranks), np.concatenate(given))
 
 
-def accuracy(encoder: Encoder, data: ImageSet, classified: Classified, seed: int = 0) -> Result:
+def accuracy(encoder: Encoder, data: ImageSet, classified: Classified) -> Result:
     """Accuracy (top 1, top 5, mean of the classes' recalls) of what `classify` gave."""
     labels, ranks, num = data.need_labels(), classified.rank, len(data.classes)
     metrics = {
-        "accuracy": bootstrap(ranks < 1, seed, 1 / num),
-        "accuracy, top 5": bootstrap(ranks < 5, seed, min(5 / num, 1)),
-        "mean per-class recall": bootstrap(ranks < 1, seed, 1 / num, groups=labels),
+        "accuracy": proportion(ranks < 1, 1 / num),
+        "accuracy, top 5": proportion(ranks < 5, min(5 / num, 1)),
+        "mean per-class recall": proportion(ranks < 1, 1 / num, groups=labels),
     }
-    settings = {"classes": num, "templates": len(data.templates), "prompts": list(data.templates), "seed": seed}
+    settings = {"classes": num, "templates": len(data.templates), "prompts": list(data.templates)}
     return Result("zero-shot classification", encoder.name, data.name, len(labels), metrics, settings)
 
 

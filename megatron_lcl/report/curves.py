@@ -85,14 +85,14 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
                 "held-out recall@10 (%)",
                 ("heldout/image_to_context_recall_at_10", "heldout/context_to_image_recall_at_10"),
                 ("image to context", "context to image"),
-                {"heldout/chance_at_10": "chance"},
+                {"heldout/chance_at_10": "chance", "heldout/context_to_image_chance_at_10": "chance, context to image"},
                 in_percent=True,
             ),
             Spec(
                 "held-out recall@1 (%)",
                 ("heldout/image_to_context_recall_at_1", "heldout/context_to_image_recall_at_1"),
                 ("image to context", "context to image"),
-                {"heldout/chance_at_1": "chance"},
+                {"heldout/chance_at_1": "chance", "heldout/context_to_image_chance_at_1": "chance, context to image"},
                 in_percent=True,
             ),
             Spec(
@@ -193,8 +193,14 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
         ),
     ),
 )
-CHANCE_OF = {name: level for _, specs in GROUPS for spec in specs for name in spec.names for level in spec.levels}
-"""of shares, which are shown in percent: the metric of what chance has"""
+CHANCE_OF = {
+    name: tuple(spec.levels)[n::-1]
+    for _, specs in GROUPS
+    for spec in specs
+    if spec.levels
+    for n, name in enumerate(spec.names)
+}
+"""of shares, which are shown in percent: the metric of what chance has, then what earlier versions called it"""
 FAMILIES = {"grad_norm": "gradient norm by part", "update_norm": "update norm by part", "lr": "learning rate by part"}
 """prefixes whose metrics have one unit and are drawn together"""
 MAX_LINES = 8

@@ -265,10 +265,17 @@ def _heldout_tiles(found: Mapping[str, Any]) -> Iterator[Tile]:
         yield from _share(found, "image_to_context_recall_at_10", "image → context recall@10", "chance_at_10")
         yield from _share(found, "image_to_context_recall_at_1", "recall@1", "chance_at_1")
         if _has(found, "median_rank"):
-            yield f"{found['median_rank']:.0f}", "median rank", f"of {found['pairs']} pairs"
-    if rivals := found.get("pairs_with_rivals"):
+            of = (
+                f"{found['distinct_contexts']} contexts"
+                if found.get("distinct_contexts")
+                else f"{found['pairs']} pairs"
+            )
+            yield f"{found['median_rank']:.0f}", "median rank", f"of {of}"
+    for rivals, what in (("contexts_with_rivals", "contexts"), ("pairs_with_rivals", "pairs")):  # of earlier versions
+        if not found.get(rivals):
+            continue
         name, title = "image_in_document_recall_at_1", "the image among its document's"
-        yield from _share(found, name, title, "chance_in_document", f"{rivals} pairs")
+        yield from _share(found, name, title, "chance_in_document", f"{found[rivals]} {what}")
     if found.get("targets") and _has(found, "bits_per_token"):
         yield f"{found['bits_per_token']:.2f}", "bits a token, generation", f"{found['targets']} targets"
 

@@ -147,7 +147,7 @@ class Group:
             return []
         more = [_range(name, values)] if len(values) > 1 else []
         more += [f"{len(values)} of {len(self.runs)} runs"] if len(values) < len(self.runs) else []
-        chances = self._last(CHANCE_OF[name]) if name in CHANCE_OF else []
+        chances = self._last(*CHANCE_OF.get(name, ()))
         same = len(set(chances)) == 1
         return [
             final_text(name, fmean(values)),
@@ -155,8 +155,10 @@ class Group:
             *([f"chance {final_text(name, chances[0]) if same else _range(name, chances)}"] if chances else []),
         ]
 
-    def _last(self, name: str) -> list[float]:
-        return [value for run in self.runs if (value := run.last(name)) is not None]
+    def _last(self, *names: str) -> list[float]:
+        """Of each run that has one of these metrics, the last value of the first that it has."""
+        found = ([value for name in names if (value := run.last(name)) is not None] for run in self.runs)
+        return [values[0] for values in found if values]
 
 
 _PERCENT = "\u00a0%"
@@ -308,7 +310,7 @@ def _curves(groups: Sequence[Group]) -> Iterator[tuple[str, list[Markup]]]:
                     heading = f"{spec.title}: {spec.labels[n]}" if len(spec.names) > 1 and spec.labels else spec.title
                     if name == "generation":
                         heading = spec.title
-                    levels = list(_levels(groups, spec))
+                    levels = list(_levels(groups, spec, name))
                     lines = [*_lines(groups, name, spec.factor(name)), *levels]
                     if drawn := chart(lines, last_step, label=heading):
                         entries = [(level.color, True, level.label) for level in levels]
@@ -330,13 +332,14 @@ def _lines(groups: Sequence[Group], name: str, factor: float) -> Iterator[Line]:
             yield Line(of_one.label, step, step, low, high, of_one.number, mean=mean)
 
 
-def _levels(groups: Sequence[Group], spec: Spec) -> Iterator[Line]:
-    """What a chart's metrics are compared with, where it is the same for all groups."""
+def _levels(groups: Sequence[Group], spec: Spec, metric: str) -> Iterator[Line]:
+    """What a chart's metric is compared with, where it is the same for all groups."""
     alone = [Group([run], 0, {}) for group in groups for run in group.runs]
-    for name, label in spec.levels.items():
+    for name in CHANCE_OF.get(metric, ()):
         bands = [run.band(name) for run in alone if any(map(run.band, spec.names))]
         steps = sorted({step for band in bands for step, *_ in band})
         values = {value for band in bands for _, _, low, high, _ in band for value in (low, high)}
         if all(bands) and len(values) == 1 < len(steps):
             step, value = np.array(steps), np.full(len(steps), values.pop() * spec.factor(name))
-            yield Line(label, step, step, value, value, quiet=True)
+            yield Line(spec.levels[name], step, step, value, value, quiet=True)
+            return

@@ -97,6 +97,7 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     heldout = {
         "step": 10, "corpus": str(corpus), "documents": 5, "images": 8, "pairs": 7, "targets": 1234,
         "image_to_context_recall_at_10": 0.5, "chance_at_10": 0.25, "median_rank": None, "bits_per_token": 3.0,
+        "context_to_image_recall_at_1": 0.25, "chance_at_1": 0.125,
         "image_in_document_recall_at_1": 0.75, "chance_in_document": 0.5, "pairs_with_rivals": 4,
         "intervals": {"image_to_context_recall_at_10": [0.375, 0.625]},
     }  # fmt: skip
@@ -106,10 +107,24 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     old = "not recorded"  # in files of earlier versions
     assert card.metrics == (
         Measured(*of, "image to context recall@10", 0.5, (0.375, 0.625), 0.25, "7 pairs", dtype=old),
+        Measured(*of, "context to image recall@1", 0.25, None, 0.125, "7 pairs", dtype=old),
         Measured(*of, "image in document recall@1", 0.75, None, 0.5, "4 pairs with rivals", dtype=old),
         Measured(*of, "bits per token", 3.0, items="1,234 targets", dtype=old),
         Measured(*of, "perplexity", 8.0, items="1,234 targets", dtype=old),
     )
+    numbers = {
+        "distinct_images": 6, "distinct_contexts": 5, "contexts_with_rivals": 3, "median_rank": 2.0,
+        "context_to_image_recall_at_10": 0.5, "context_to_image_chance_at_10": 0.125, "contrastive_loss": 4.0,
+    }  # fmt: skip
+    (tmp_path / "run" / "heldout.json").write_text(json.dumps(heldout | numbers))
+    assert {m.metric: (m.chance, m.items) for m in card_of(checkpoint).metrics[:6]} == {
+        "image to context recall@10": (0.25, "6 distinct images"),
+        "context to image recall@1": (0.125, "5 distinct contexts"),
+        "context to image recall@10": (0.125, "5 distinct contexts"),
+        "image in document recall@1": (0.5, "3 contexts with rivals"),
+        "median rank": (None, "6 distinct images"),
+        "contrastive loss (nats)": (None, "7 pairs"),
+    }
     (tmp_path / "run" / "heldout.json").write_text(json.dumps({**heldout, "dtype": "bfloat16"}))
     assert {measured.dtype for measured in card_of(checkpoint).metrics} == {"bfloat16"}
     assert "license GFDL" in card.datasets[0]

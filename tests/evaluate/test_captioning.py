@@ -172,8 +172,10 @@ def test_a_broken_image_is_named(encoder: OurEncoder, tmp_path: Path) -> None:
 def test_each_batch_has_draws_of_its_own(encoder: OurEncoder, tmp_path: Path) -> None:
     PIL.Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     drawn = CaptioningSettings(max_tokens=8, top_p=1.0)
-    written = caption(encoder, [FileBlob(tmp_path / "a.png")] * 3, drawn, batch_size=1, progress=False)
-    assert len(set(written)) == 3
+    images = [FileBlob(tmp_path / "a.png")] * 3
+    written = [caption(encoder, images, drawn, seed, batch_size=1, progress=False) for seed in (0, 1, 2, 0)]
+    assert len({text for texts in written for text in texts}) == 9, "nor has another seed any of them"
+    assert written[0] == written[3]
 
 
 def test_copies_of_an_image_are_one_image_with_all_its_references(encoder: OurEncoder, tmp_path: Path) -> None:

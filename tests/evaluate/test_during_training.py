@@ -73,7 +73,7 @@ def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, l
     assert recorded["bad_images"] == list(result.bad_images)
     assert recorded["dtype"] == result.dtype == "float32"
     page = write_report(run).read_text(encoding="utf-8")  # nobody tells it the corpus
-    assert "Rules of evaluation, version 2." in page
+    assert "Rules of evaluation, version 3." in page
     assert "2 images did not decode and were skipped" in page
     assert page.count('alt="held-out image of document') == len(examples)
     old = {name: value for name, value in recorded.items() if name not in ("rules", "images", "bad_images")}

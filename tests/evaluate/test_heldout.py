@@ -84,36 +84,52 @@ def test_equals_a_brute_force_count(folder: Path, bias: float | None) -> None:
     data = Data(({"path": str(folder / "corpus")},), 48, (48 - 2) // (4 + 2), cache=str(folder / "cache"))
     data = dataclasses.replace(data, image_first=0.0, workers=0)
     loader = PackedLoader(data, TINY.vision.num_patches, 16, 48, train=False)
-    image, text, document, content, nll, targets = [], [], [], [], 0.0, 0
+    image, text, document, content, context, nll, targets = [], [], [], [], [], 0.0, 0
     for batch in loader:
         out = model.layers(batch)
         nll, targets = nll + float(out.generation), targets + batch.num_targets
-        origins = {i.slot: (o, i) for o in loader.provenance(batch.packs[0]) for i in o.images}
-        for slot in range(loader.images_per_pack):
-            if batch.image_soi[slot] >= 0:
-                image.append(out.image_features[slot].double().numpy())
-                text.append(out.text_features[slot].double().numpy())
-                sequence, shown = origins[slot]
-                document.append(sequence.document)
-                content.append(bytes(corpus.shard(shown.shard).image(shown.image)))
+        for sequence in loader.provenance(batch.packs[0]):
+            before: list[bytes] = []
+            for shown in sorted(sequence.images, key=lambda i: i.soi):
+                stored = bytes(corpus.shard(shown.shard).image(shown.image))
+                if batch.image_soi[shown.slot] >= 0:
+                    image.append(out.image_features[shown.slot].double().numpy())
+                    text.append(out.text_features[shown.slot].double().numpy())
+                    document.append(sequence.document)
+                    content.append(stored)
+                    context.append((tuple(batch.tokens[sequence.start : shown.soi].tolist()), tuple(before)))
+                before.append(stored)
     n = len(image)
     similarity = np.array(image) @ np.array(text).T
+    images, contexts = list(dict.fromkeys(content)), list(dict.fromkeys(context))
+    pairs = set(zip(content, context, strict=True))
+    assert len(images) < n > len(contexts), "images and contexts repeat"
+    assert max(sum(i == one for i, _ in pairs) for one in images) > 1, "one image has several contexts"
 
-    def rank(scores: np.ndarray, i: int, candidates: Sequence[int]) -> int:
-        """Images of the same bytes stand at several places of this corpus; the contexts of all are right."""
-        best = max(scores[j] for j in candidates if content[j] == content[i])
-        return 1 + sum(scores[j] > best - 1e-6 for j in candidates if content[j] != content[i])
+    def score(one: bytes, read: Any) -> float:
+        return float(similarity[content.index(one), context.index(read)])
 
-    place = [rank(similarity[i], i, range(n)) for i in range(n)]
-    back = [rank(similarity[:, i], i, range(n)) for i in range(n)]
-    right = [content.count(one) for one in content]
-    assert max(right) > 1
-    inside = [[j for j in range(n) if document[j] == document[i]] for i in range(n)]
-    right_inside = [sum(content[j] == content[i] for j in inside[i]) for i in range(n)]
-    rivalled = [i for i in range(n) if right_inside[i] < len(inside[i])]
-    among = [rank(similarity[:, i], i, inside[i]) for i in rivalled]
-    assert any(r == 1 < right_inside[i] for i, r in zip(rivalled, among, strict=True)), "one of several found"
-    at_10 = 1 - np.mean([math.comb(n - r, 10) / math.comb(n, 10) for r in right])
+    def rank(scores: dict[Any, float], right: Sequence[Any]) -> int:
+        best = max(scores[j] for j in right)
+        return 1 + sum(scores[j] > best - 1e-6 for j in scores if j not in right)
+
+    own_contexts = {i: [c for c in contexts if (i, c) in pairs] for i in images}
+    own_images = {c: [i for i in images if (i, c) in pairs] for c in contexts}
+    place = [rank({c: score(i, c) for c in contexts}, own_contexts[i]) for i in images]
+    back = [rank({i: score(i, c) for i in images}, own_images[c]) for c in contexts]
+    among, chances = [], []
+    for d, c in dict.fromkeys(zip(document, context, strict=True)):
+        inside = {i: score(i, c) for i, other in zip(content, document, strict=True) if other == d}
+        right = [i for i in inside if (i, c) in pairs]
+        if len(right) < len(inside):
+            among.append(rank(inside, right))
+            chances.append(len(right) / len(inside))
+
+    def chance(own: dict[Any, list[Any]], answers: int, k: int) -> float:
+        return 1 - float(np.mean([math.comb(answers - len(r), k) / math.comb(answers, k) for r in own.values()]))
+
+    at_10 = chance(own_contexts, len(contexts), 10)
+    back_at_10 = chance(own_images, len(images), 10)
     logits = math.exp(float(model.head.log_scale)) * similarity
     if model.head.logit_bias is None:
         loss = np.mean([np.log(np.exp(a).sum()) for a in (*logits, *logits.T)]) - np.diagonal(logits).mean()
@@ -124,16 +140,20 @@ def test_equals_a_brute_force_count(folder: Path, bias: float | None) -> None:
         "documents": len(corpus),
         "pairs": n,
         "targets": targets,
-        "image_to_context_recall_at_1": sum(p <= 1 for p in place) / n,
-        "image_to_context_recall_at_10": sum(p <= 10 for p in place) / n,
-        "context_to_image_recall_at_1": sum(p <= 1 for p in back) / n,
-        "context_to_image_recall_at_10": sum(p <= 10 for p in back) / n,
-        "chance_at_1": np.mean(right) / n,
+        "distinct_images": len(images),
+        "distinct_contexts": len(contexts),
+        "contexts_with_rivals": len(among),
+        "image_to_context_recall_at_1": np.mean(np.array(place) <= 1),
+        "image_to_context_recall_at_10": np.mean(np.array(place) <= 10),
+        "context_to_image_recall_at_1": np.mean(np.array(back) <= 1),
+        "context_to_image_recall_at_10": np.mean(np.array(back) <= 10),
+        "chance_at_1": chance(own_contexts, len(contexts), 1),
         "chance_at_10": at_10,
+        "context_to_image_chance_at_1": chance(own_images, len(images), 1),
+        "context_to_image_chance_at_10": back_at_10,
         "median_rank": float(np.median(place)),
-        "pairs_with_rivals": len(rivalled),
-        "image_in_document_recall_at_1": sum(p <= 1 for p in among) / len(rivalled),
-        "chance_in_document": sum(right_inside[i] / len(inside[i]) for i in rivalled) / len(rivalled),
+        "image_in_document_recall_at_1": np.mean(np.array(among) <= 1),
+        "chance_in_document": np.mean(chances),
         "contrastive_loss": loss,
         "bits_per_token": nll / targets / math.log(2),
     }
@@ -150,10 +170,12 @@ def test_equals_a_brute_force_count(folder: Path, bias: float | None) -> None:
         ours, theirs = (re.sub("\n+", "\n", re.sub(r"[^\S\n]", "", text)) for text in (pair.context, whole))
         assert ours[-200:] in theirs
     assert any("\n" in example.pair.context for example in examples)
+    assert all(len({pair.context for pair in example.nearest}) > 1 for example in examples)
     many = dataclasses.replace(result, chance_at_10=1 / 5120)
-    for of, chance in ((result, f"{100 * at_10:.2g}%"), (many, "0.02%")):
-        for recall_at_10 in (result.image_to_context_recall_at_10, result.context_to_image_recall_at_10):
-            assert f"recall@10  {recall_at_10:7.1%}   chance {chance:>5}   " in table(of)
+    for of, told_chance in ((result, f"{100 * at_10:.2g}%"), (many, "0.02%")):
+        forward, backward = (getattr(of, f"{way}_recall_at_10") for way in ("image_to_context", "context_to_image"))
+        assert f"→ context recall@10  {forward:7.1%}   chance {told_chance:>5}   " in table(of)
+        assert f"→ image recall@10  {backward:7.1%}   chance {f'{100 * back_at_10:.2g}%':>5}   " in table(of)
 
 
 def over_processes(rank: int, folder: Path) -> list[tuple[HeldOut, list[Example]]]:
@@ -293,7 +315,7 @@ def test_numbers_do_not_depend_on_the_settings_of_training(tmp_path: Path) -> No
 
     result, examples = measured(tokens_per_pack=256)
     assert result.pairs > 20
-    assert result.rules["version"] == 2
+    assert result.rules["version"] == 3
     assert result.rules["sequence_tokens"] == 48
     assert measured(tokens_per_pack=1024) == (result, examples)
     assert measured(tokens_per_pack=40, images_per_pack=1) == (result, examples)

@@ -31,7 +31,7 @@ from megatron_lcl.evaluate.probes import (
     fit_linear,
     linear_probe,
 )
-from megatron_lcl.evaluate.results import bootstrap, chance_of_hit
+from megatron_lcl.evaluate.results import chance_of_hit, proportion
 from megatron_lcl.evaluate.retrieval import retrieval, retrieval_ranks
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
 from megatron_lcl.evaluate.zero_shot import accuracy, by_texts, classify
@@ -333,7 +333,7 @@ def test_the_attentive_accuracy_is_the_mean_over_seeds() -> None:
     assert found.settings["accuracy by seed"] == pytest.approx([each.mean() for each in right])
     assert found.metrics["accuracy"].value == pytest.approx(np.mean(right))
     assert found.metrics["accuracy"].chance == pytest.approx(1 / 3)
-    by_image = bootstrap(np.mean(right, axis=0))
+    by_image = proportion(np.mean(right, axis=0))
     assert (found.metrics["accuracy"].low, found.metrics["accuracy"].high) == (by_image.low, by_image.high)
 
 
@@ -472,25 +472,6 @@ def test_copies_of_an_image_are_one_image_with_all_their_captions(tmp_path: Path
     vectors[4] = vectors[3]
     found = retrieval(Encoder(), perfect, of_them[[0, 1, 2, 0, 2]])  # type: ignore[arg-type]
     assert {metric.value for metric in found.metrics.values()} == {1.0}
-
-
-def test_bootstrap_against_scipy() -> None:
-    scores = np.random.default_rng(1).random(300) ** 2
-    ours = bootstrap(scores)
-    stats = pytest.importorskip("scipy.stats")
-    theirs = stats.bootstrap(
-        (scores,), np.mean, method="percentile", random_state=0, n_resamples=5000
-    ).confidence_interval
-    assert ours.value == pytest.approx(scores.mean())
-    assert ours.low == pytest.approx(theirs.low, abs=0.004)
-    assert ours.high == pytest.approx(theirs.high, abs=0.004)
-    assert bootstrap(scores, seed=3) == bootstrap(scores, seed=3)
-    each = bootstrap(scores, groups=np.random.default_rng(2).permutation(300))
-    assert (each.low, each.value, each.high) == pytest.approx((ours.low, ours.value, ours.high)), "groups of one item"
-    halves = bootstrap(scores, groups=np.arange(300) < 100)
-    assert halves.value == pytest.approx((scores[:100].mean() + scores[100:].mean()) / 2)
-    certain = bootstrap(np.ones(10))
-    assert (certain.low, certain.value, certain.high) == (1, 1, 1)
 
 
 def test_classes_must_match(split: tuple[np.ndarray, ...]) -> None:

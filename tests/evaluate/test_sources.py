@@ -25,6 +25,7 @@ from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import features
 from megatron_lcl.evaluate.features import FeatureStore
+from megatron_lcl.evaluate.heldout_ranks import Ranked
 from megatron_lcl.evaluate.heldout_results import HeldOut, with_recalls
 from megatron_lcl.evaluate.image_set import ImageSet
 from megatron_lcl.evaluate.results import Metric, Result, table, write_json, write_picture
@@ -295,18 +296,21 @@ def test_bad_data(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignor
 
 
 def test_recalls_of_held_out_pairs_counted_by_hand() -> None:
-    """Four pairs; of two the document has another image: a document's only image, or its copies, are no rivals."""
-    rows = [  # ranks of context, image, image in document; pairs of the image, those in the document, all there; loss
-        (1, 10, 1, 1, 1, 3, 2.0),
-        (10, 11, 1, 2, 2, 2, 4.0),
-        (11, 1, 2, 1, 1, 2, 6.0),
-        (2, 2, 1, 1, 1, 1, 0.0),
-    ]
-    found = with_recalls(HeldOut("c", documents=3, pairs=0, targets=0), np.array(rows), intervals=False)
-    assert (found.pairs, found.pairs_with_rivals, found.median_rank, found.contrastive_loss) == (4, 2, 6, 1.5)
+    """Four images, three contexts, two of which have a rival in their document."""
+    documents = np.zeros(4, np.int64)
+    ranked = (
+        Ranked(np.array([1, 10, 11, 2]), np.array([1, 2, 1, 1]), 3, documents),
+        Ranked(np.array([1, 11, 2]), np.array([1, 2, 2]), 4, documents[:3]),
+        Ranked(np.array([1, 2]), np.array([1, 1]), np.array([3, 2]), documents[:2]),
+    )
+    found = with_recalls(HeldOut("c", documents=3, pairs=5, targets=0), ranked, intervals=False)
+    assert (found.distinct_images, found.distinct_contexts, found.contexts_with_rivals) == (4, 3, 2)
+    assert (found.pairs, found.median_rank) == (5, 6)
     assert (found.image_to_context_recall_at_1, found.image_to_context_recall_at_10) == (0.25, 0.75)
-    assert (found.context_to_image_recall_at_1, found.context_to_image_recall_at_10) == (0.25, 0.75)
-    assert (found.chance_at_1, found.chance_at_10) == (pytest.approx((1 + 2 + 1 + 1) / 4 / 4), 1)
+    assert (found.context_to_image_recall_at_1, found.context_to_image_recall_at_10) == (1 / 3, 2 / 3)
+    assert (found.chance_at_1, found.chance_at_10) == (pytest.approx((1 + 2 + 1 + 1) / 4 / 3), 1)
+    assert found.context_to_image_chance_at_1 == pytest.approx((1 + 2 + 2) / 3 / 4)
+    assert found.context_to_image_chance_at_10 == 1
     assert found.image_in_document_recall_at_1 == 0.5
     assert found.chance_in_document == pytest.approx((1 / 3 + 1 / 2) / 2)
 

@@ -114,12 +114,12 @@ def test_a_siglip_model_is_saved_exported_and_measured_with_its_bias(corpus: Cor
     said, _ = evaluate_heldout(model, config, corpus.path, progress=False)
     assert said.pairs > 8
     heldout = loader_of(config)  # the loss itself, of the pairs of two steps, as the evaluation computes it
-    from megatron_lcl.evaluate.retrieval import rank_own
+    from megatron_lcl.evaluate.retrieval import contrast_losses
 
     double = in_double(model)
     x, y = features(double, pairs_in(corpus, heldout, list(heldout)))
     scale, bias = float(double.head.log_scale.exp()), -7.25
-    both = [rank_own(a, b, scale=scale, bias=bias)[1].mean() for a, b in ((x, y), (y, x))]
+    both = [contrast_losses(a, b, scale=scale, bias=bias).mean() for a, b in ((x, y), (y, x))]
     assert [float(half) for half in both] == pytest.approx([float(sigmoid_equation(double, x, y))] * 2, rel=1e-7)
 
 

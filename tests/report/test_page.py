@@ -71,6 +71,12 @@ def test_chance_among_thousands_of_pairs_is_not_nothing(run: Path) -> None:
     (run / "heldout.json").write_text(json.dumps(numbers))
     said = section(write_report(run).read_text(), "heldout")
     assert re.findall(r"chance ([^<]*)<", said) == ["0.2 %: 256.0 times", "0.02 %: 512.0 times"]
+    assert "of 5120 pairs<" in said, "as in results by version 2 of the rules"
+    numbers |= {"distinct_contexts": 4000, "contexts_with_rivals": 30, "image_in_document_recall_at_1": 0.5}
+    (run / "heldout.json").write_text(json.dumps(numbers))
+    said = section(write_report(run).read_text(), "heldout")
+    assert "of 4000 contexts<" in said
+    assert ">30 contexts<" in said
 
 
 def test_nodes_are_told_by_how_often_others_waited_for_them(run: Path) -> None:

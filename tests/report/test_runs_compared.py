@@ -88,6 +88,24 @@ def test_shares_are_in_percent_beside_chance(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("of_its_own", "drawn"), [({"heldout/context_to_image_chance_at_10": 0.4}, 40), ({}, 20)])
+def test_each_way_of_retrieval_has_its_chance(tmp_path: Path, of_its_own: dict[str, float], drawn: int) -> None:
+    """In runs by earlier rules both have one."""
+    name = "heldout/context_to_image_recall_at_10"
+    line = {name: 0.5, name.replace("context_to_image", "image_to_context"): 0.5, "heldout/chance_at_10": 0.2}
+    for n in range(2):
+        write_lines(tmp_path / f"s/{n}", [{"step": s, "loss": 1.0, **line, **of_its_own} for s in (1, 2)], n)
+    page = write_runs_report([tmp_path / "s"]).read_text()
+    figures = dict(re.findall(r"<figcaption><b>(.*?)</b>(.*?)</figure>", page, re.DOTALL))
+    levels = [
+        re.findall(r'class="line quiet" data-label="([^"]*)"', figures[f"held-out recall@10 (%): {way}"])
+        for way in ("image to context", "context to image")
+    ]
+    assert levels == [["chance"], ["chance, context to image" if of_its_own else "chance"]]
+    (_, cell) = group([Run.of(tmp_path / "s/0")])[0].cell(name)
+    assert cell == f"chance {drawn}\u00a0%"
+
+
 @pytest.mark.parametrize("lines", [[(1, 0.2), (2, 0.2)], [(3, 0.2), (4, 0.2)], [(3, 0.1), (4, 0.1)], []])
 def test_a_level_that_not_all_runs_have_is_not_drawn(tmp_path: Path, lines: list[tuple[int, float]]) -> None:
     """Nor one that is another where they have no step in common."""
