@@ -85,6 +85,7 @@ COUNTED_OR_COMPARED = (
     "`curate` with `min_words`, `max_words` or `min_plain_words`, or with `duplicates.documents.action` and a "
     "threshold that is not null"
 )
+COMPARED = "`curate` with `duplicates.documents.action` and a threshold that is not null"
 IMAGES_IN_TARS = (
     "`table`, and formats not named here that look for images by name, with images in tars or `*.images.parquet`"
 )
@@ -146,6 +147,7 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
     marked = importers.create("table", tmp_path / "marked.csv", None, {}).rules - first["table"]
     (tmp_path / "tabs.csv").write_text("path\ttext\n")
     by_tabs = importers.create("table", tmp_path / "tabs.csv", None, {}).rules - first["table"]
+    compared = _rules_of_curate({"duplicates.documents.action": "keep-one", "text.max_words": "9"})
     expected |= {
         "`table` with CSV whose fields are separated by tabs": f"+ {by_tabs}",
         "`table` with CSV or TSV that begins with the byte order mark of UTF-16": f"+ {marked}",
@@ -157,6 +159,7 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
         "`curate`": str(curate._RULES),
         "`curate` with evaluation sets": str(EVALUATION_RULES),
         COUNTED_OR_COMPARED: f"+ {_rules_of_curate({'text.max_words': '9'}) - _rules_of_curate({})}",
+        COMPARED: f"+ {compared - _rules_of_curate({'text.max_words': '9'})}",
     }
     writers.write_jsonl([Document((Text(f"text {k}"), Image(picture(k)))) for k in range(9)], tmp_path / "in")
     for k, (flag, options) in enumerate(

@@ -31,7 +31,7 @@ _CONTAINER, _ENCRYPTION = "META-INF/container.xml", "META-INF/encryption.xml"
 class EpubImporter(HtmlImporter):
     """A folder of books, or one; in the order of their names."""
 
-    rules = 3
+    rules = 4
     reads = "folder of EPUB books (.epub) without copy protection; pages and images are in the books"
     suffixes = (".epub",)
     _opened: tuple[str, zipfile.ZipFile] | None = None

@@ -63,7 +63,7 @@ class HtmlImporter(FilesImporter):
     """A folder of HTML pages, or one; in the order of their names."""
 
     kind = "natural"
-    rules = 5
+    rules = 6
     separator = "\n"  # as between paragraphs
     reads_objects = True
     strict = False  # beside pages links to scripts of other packages are common
