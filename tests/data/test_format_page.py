@@ -143,6 +143,7 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
         ("coco", "hf", "jsonl", "mint1t", "mmc4", "obelics", "omnicorpus", "table", "webdataset"), 1
     )
     separating = sorted(format for format in importers.formats() if importers.importer_class(format).separator)
+    pairs = sorted(f"`{format}`" for format in importers.formats() if importers.importer_class(format).kind == "pairs")
     (tmp_path / "marked.csv").write_bytes("path,text\n".encode("utf-16"))
     marked = importers.create("table", tmp_path / "marked.csv", None, {}).rules - first["table"]
     (tmp_path / "tabs.csv").write_text("path\ttext\n")
@@ -152,6 +153,7 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
         "`table` with CSV whose fields are separated by tabs": f"+ {by_tabs}",
         "`table` with CSV or TSV that begins with the byte order mark of UTF-16": f"+ {marked}",
         f"{', '.join(f'`{format}`' for format in separating)} {NOT_SEPARATED}": "+ 1",
+        f"any format but {', '.join(pairs[:-1])} and {pairs[-1]} {NOT_SEPARATED}": "+ 1",
         "`hf` with `--images`": str(first["hf"] + more["hf"]),
         "`webdataset` with compressed tars": str(1 + more["webdataset"]),
         "`mint1t` with compressed tars": f"+ {more['mint1t']}",

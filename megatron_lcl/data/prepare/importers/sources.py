@@ -238,16 +238,15 @@ def as_text(value: Any, name: str, drops: Drops) -> Any:
 def text_item(value: object, name: str, drops: Drops) -> Text:
     """A Text; an empty one, which keeps its place among the texts and is counted here, where `value` is not a text.
 
-    Bytes are UTF-8, as `decoded` reads it.
+    Bytes are UTF-8, as `decoded` reads it. A text of white space stays: where it is not written, it is counted.
     """
     if isinstance(value, bytes):
         value = decoded(value, name, drops)
-    if isinstance(value, str) and value.strip():
-        return Text(value)
     if isinstance(value, str):
-        drops.left_out("text", "blank", name)
-    else:
-        drops.bad("text", "null" if value is None else "not a string", name)
+        if not value:
+            drops.left_out("text", "blank", name)
+        return Text(value)
+    drops.bad("text", "null" if value is None else "not a string", name)
     return Text("")
 
 
