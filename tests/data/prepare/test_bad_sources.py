@@ -186,7 +186,7 @@ def test_mint1t_with_another_number_of_frames(tmp_path: Path) -> None:
     assert [len(d.images) for d in corpus] == [0, 1]
     # earlier releases made frames of float levels from 0 to 1 black, and put nothing between texts, nor what blank ones
     # held
-    assert corpus.manifest["recipe"]["rules"] == 4
+    assert corpus.manifest["recipe"]["rules"] == 5
 
 
 @pytest.mark.parametrize("format", ["obelics", "omnicorpus"])

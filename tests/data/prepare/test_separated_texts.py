@@ -92,7 +92,7 @@ def test_corpora_of_clip_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.M
 
 def test_rules_differ_only_where_documents_do(tmp_path: Path) -> None:
     recipes = [mmc4(tmp_path, tokenizer).manifest["recipe"] for tokenizer in (TOKENIZER, tokenizers.load("clip"))]
-    assert [recipe.get("rules") for recipe in recipes] == [3, None]
+    assert [recipe.get("rules") for recipe in recipes] == [4, 2]
 
 
 def test_the_tokenizer_is_trained_on_what_it_will_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +203,8 @@ def test_blank_texts_of_jsonl_stand_between_words(tmp_path: Path, image: list[di
         corpus = open_corpus(summary.path)
         found.append(([read_in_a_row(corpus, k) for k in range(2)], corpus.manifest["recipe"].get("rules")))
         assert corpus.manifest["drops"]["left_out"] == {"text: blank": 2}
-    assert found[0] == (["".join(texts) for texts in lines], 2)
-    assert found[1] == (["first words second words", "first paragraph . second paragraph ."], None)  # as before
+    assert found[0] == (["".join(texts) for texts in lines], 3)
+    assert found[1] == (["first words second words", "first paragraph . second paragraph ."], 2)  # as before
 
 
 def test_tokenizers_that_separate_texts_themselves() -> None:

@@ -46,7 +46,7 @@ class TableImporter(ImagesByName, LinesImporter):
     """A table or a folder of them: CSV and TSV by 8 MiB, a compressed file as a whole, parquet by row groups."""
 
     kind = "pairs"
-    rules = 5
+    rules = 4
     reads = (
         ".csv, .tsv (also .gz, .zst), .parquet with a column of texts and one of the images' paths, URLs or "
         "img2dataset keys; images in --images, a folder or tars, else beside the input"
