@@ -85,6 +85,7 @@ COUNTED_OR_COMPARED = (
     "`curate` with `min_words`, `max_words` or `min_plain_words`, or with `duplicates.documents.action` and a "
     "threshold that is not null"
 )
+COMPARED = "`curate` with `duplicates.documents.action` and a threshold that is not null"
 IMAGES_IN_TARS = (
     "`table`, and formats not named here that look for images by name, with images in tars or `*.images.parquet`"
 )
@@ -140,23 +141,27 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
     more = {format: rules(format, True) - version for format, version in first.items()}
     assert {format: number for format, number in more.items() if number} == dict.fromkeys(
         ("coco", "hf", "jsonl", "mint1t", "mmc4", "obelics", "omnicorpus", "table", "webdataset"), 1
-    )
+    ) | {"hf": 2}
     separating = sorted(format for format in importers.formats() if importers.importer_class(format).separator)
+    pairs = sorted(f"`{format}`" for format in importers.formats() if importers.importer_class(format).kind == "pairs")
     (tmp_path / "marked.csv").write_bytes("path,text\n".encode("utf-16"))
     marked = importers.create("table", tmp_path / "marked.csv", None, {}).rules - first["table"]
     (tmp_path / "tabs.csv").write_text("path\ttext\n")
     by_tabs = importers.create("table", tmp_path / "tabs.csv", None, {}).rules - first["table"]
+    compared = _rules_of_curate({"duplicates.documents.action": "keep-one", "text.max_words": "9"})
     expected |= {
         "`table` with CSV whose fields are separated by tabs": f"+ {by_tabs}",
         "`table` with CSV or TSV that begins with the byte order mark of UTF-16": f"+ {marked}",
         f"{', '.join(f'`{format}`' for format in separating)} {NOT_SEPARATED}": "+ 1",
+        f"any format but {', '.join(pairs[:-1])} and {pairs[-1]} {NOT_SEPARATED}": "+ 1",
         "`hf` with `--images`": str(first["hf"] + more["hf"]),
-        "`webdataset` with compressed tars": str(1 + more["webdataset"]),
+        "`webdataset` with compressed tars": str(first["webdataset"] + more["webdataset"]),
         "`mint1t` with compressed tars": f"+ {more['mint1t']}",
         IMAGES_IN_TARS: "+ 1",
         "`curate`": str(curate._RULES),
         "`curate` with evaluation sets": str(EVALUATION_RULES),
         COUNTED_OR_COMPARED: f"+ {_rules_of_curate({'text.max_words': '9'}) - _rules_of_curate({})}",
+        COMPARED: f"+ {compared - _rules_of_curate({'text.max_words': '9'})}",
     }
     writers.write_jsonl([Document((Text(f"text {k}"), Image(picture(k)))) for k in range(9)], tmp_path / "in")
     for k, (flag, options) in enumerate(
@@ -164,5 +169,5 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
     ):
         preprocess("jsonl", tmp_path / "in", tmp_path / f"out-{k}", tokenizer="clip", **options)  # type: ignore[arg-type]
         recipe = json.loads((tmp_path / f"out-{k}/corpus.json").read_text())["recipe"]
-        expected[f"any format with `{flag}`"] = f"+ {recipe['rules'] - 1}"
+        expected[f"any format with `{flag}`"] = f"+ {recipe['rules'] - first['jsonl']}"
     assert table == expected

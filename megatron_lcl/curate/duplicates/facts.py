@@ -14,6 +14,7 @@ from PIL import Image as Pillow
 from megatron_lcl.curate.documents import NOTHING, Gone, Range, address, places
 from megatron_lcl.curate.duplicates.minhash import shingle_hashes, signature, word_hashes
 from megatron_lcl.curate.duplicates.settings import DocumentDuplicates, ImageDuplicates
+from megatron_lcl.data.corpus.document import CAPTIONED
 from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.shard import Shard
@@ -40,7 +41,7 @@ def document_facts(corpus: Corpus, task: Range, settings: DocumentDuplicates, go
     digests = np.empty((len(left), 4), np.uint32)
     signatures = np.empty((len(left), settings.permutations if settings.threshold is not None else 0), np.uint32)
     counts = np.zeros(len(left), np.int32)
-    captioned = settings.threshold is not None and corpus.kinds[task.shard] in ("pairs", "captions")
+    captioned = settings.threshold is not None and corpus.kinds[task.shard] in CAPTIONED
     for k, document in enumerate(left):
         digest, texts, images = xxhash.xxh3_128(), [], b""
         for piece in _pieces(part, document, gone.get(start + document, ())):

@@ -11,6 +11,8 @@ Kind = Literal["matched", "natural", "pairs", "captions"]
 """how images stand to texts: matched to one of them by similarity, and selected by it; in reading order; one image and
 one text that belong together, in any order; or one image and several texts, each of which makes such a pair with it"""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+CAPTIONED: tuple[Kind, ...] = ("pairs", "captions")
+"""those whose texts are alternatives, and do not follow each other"""
 
 
 class Text(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):

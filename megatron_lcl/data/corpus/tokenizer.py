@@ -120,9 +120,12 @@ class Tokenizer(ABC):
     def is_lossless(self) -> bool:
         """Whether texts come back exactly: found with texts that normalizers and missing alphabets change."""
         try:
-            return all(self.decode(self.encode(text)) == text for text in _PROBES)
+            return all(self.decode(self.encode(text)) == text for text in self._probes())
         except Exception:  # noqa: BLE001 - another library's, for a text that it cannot encode
             return False
+
+    def _probes(self) -> Sequence[str]:
+        return _PROBES
 
     @cached_property
     def separates_texts(self) -> bool:
@@ -437,6 +440,11 @@ class JsonTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _probes(self) -> Sequence[str]:
+        """With each added token among words: one may take the white space around it (`lstrip`, `rstrip`)."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return [*_PROBES, *(f"a {token.content} b" for token in added)]
 
     @property
     def fingerprint(self) -> str:

@@ -4,11 +4,16 @@ Chinese, Japanese, Thai, Lao, Khmer and Burmese have white space between sentenc
 separates, or a run of letters, is no word there, and two texts that differ in a letter of a clause differ in all of it.
 To find their words takes a dictionary for each language; letters need none, and counts and shingles of them follow the
 length and the content of a text as those of words do. Korean has spaces between its words, and is as other texts.
+
+A mark (a vowel sign, a virama, an accent) belongs to the letter before it, which Python's `\\w` does not know.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
+
+import regex
 
 _LETTERS = (
     "\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd"  # Han
@@ -23,6 +28,11 @@ _LETTERS = (
 _LETTER = re.compile(f"[{_LETTERS}]")
 _BORDER = re.compile(rf"(?=[{_LETTERS}])|(?<=[{_LETTERS}])(?=\w)")
 _RUN = re.compile(r"\w+")
+_MARK = regex.compile(r"\p{M}")
+_RUN_WITH_MARKS = r"[\p{L}\p{N}_][\p{L}\p{N}\p{M}_]*"
+"""without marks the same as `_RUN`, which is twice as fast; not regex's own `\\w`, which lacks numbers such as ½"""
+_MARKED = regex.compile(_RUN_WITH_MARKS)
+_MARKED_SPACED = regex.compile(rf"[{_LETTERS}]\p{{M}}*|{_RUN_WITH_MARKS}")  # in half the speed
 
 
 def spaced(text: str) -> str:
@@ -34,5 +44,12 @@ def spaced(text: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Runs of letters, digits and `_`, in order; each letter of a script that is written without spaces by itself."""
-    return _RUN.findall(spaced(text))
+    """Runs of letters with their marks, digits and `_` in NFC, in order: equal for texts that are canonically
+    equivalent. Each letter of a script that is written without spaces is one by itself."""
+    if text.isascii():
+        return _RUN.findall(text)
+    text = unicodedata.normalize("NFC", text)
+    cut = spaced(text)
+    if not _MARK.search(text):
+        return _RUN.findall(cut)
+    return (_MARKED if cut is text else _MARKED_SPACED).findall(cut)

@@ -161,7 +161,7 @@ def _texts(importer: Importer, unit: Unit, groups: frozenset[str], room: int, dr
             texts = texts or []
             if group_name(document) in groups:
                 continue
-            for text in separated(document, importer.separator).texts:
+            for text in separated(document, importer.separator, importer.kind).texts:
                 raw = text.text.encode(errors="replace")[:room]
                 texts.append(raw.decode(errors="ignore"))
                 room -= len(raw)

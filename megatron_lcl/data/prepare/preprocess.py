@@ -24,6 +24,7 @@ import xxhash
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, has_names, read_manifest
+from megatron_lcl.data.corpus.document import CAPTIONED
 from megatron_lcl.data.corpus.drops import LOG, Drops
 from megatron_lcl.data.corpus.files import replace_bytes
 from megatron_lcl.data.corpus.scratch import waiting_for_others
@@ -223,8 +224,8 @@ def preprocess(
         recipe["limit"] = limit
     # earlier releases scaled down TIFFs of float levels from 0 to 1 as black pictures, and compared images inexactly
     rules = importer.rules + (max_image_side is not None) + (held_out is not None)
-    if importer.separator and not (given and given.separates_texts):  # they put nothing between texts
-        rules += 1
+    if not (given and given.separates_texts):  # they put nothing between texts, not even white space that was there
+        rules += bool(importer.separator) + (type(importer).kind not in CAPTIONED)
     if rules > 1:  # else as older versions wrote it
         recipe["rules"] = rules
     sides = [(output, {**recipe, "side": "training"})]

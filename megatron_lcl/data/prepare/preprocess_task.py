@@ -75,10 +75,11 @@ class TaskSettings:
         """Fingerprints of what is chosen from all documents: of the tokenizer, and of the groups."""
         return [self.tokenizer.fingerprint, groups_hash(self.groups)]
 
-    @cached_property
-    def separator(self) -> str:
-        """What `separated` puts between texts; empty where none is needed, as the tokenizer puts a space there."""
-        return "" if self.tokenizer.separates_texts else self.importer.separator
+    def separated(self, document: Document) -> Document:
+        """With white space between texts (`importers.separated`); as it is where the tokenizer puts a space there."""
+        if self.tokenizer.separates_texts:
+            return document
+        return separated(document, self.importer.separator, self.importer.kind)
 
     def wants(self, document: Document) -> bool:
         return (group_name(document) in self.groups) == self.is_held_out
@@ -168,11 +169,7 @@ def _write_parts(settings: TaskSettings, task: int, units: list[Unit], parts: li
     drops, others = Drops(), Counter[str]()
     # what the importer drops is counted once, with the training side
     reading = Drops() if settings.is_held_out else drops
-    every = (
-        separated(document, settings.separator)
-        for unit in units
-        for document in settings.importer.documents(unit, reading)
-    )
+    every = (settings.separated(document) for unit in units for document in settings.importer.documents(unit, reading))
     documents = _wanted(settings, every, others) if settings.groups else every
     num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
     encode = settings.tokenizer.joined_encoder()

@@ -156,7 +156,7 @@ def test_near_duplicates_in_scripts_without_spaces(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "version"),
     [
-        ({"duplicates__documents__action": "keep-one"}, 5),
+        ({"duplicates__documents__action": "keep-one"}, 6),
         ({"duplicates__documents__action": "keep-one", "duplicates__documents__threshold": "null"}, 4),
         ({"duplicates__images__action": "keep-one"}, 4),
         ({"text__min_words": "1"}, 5),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -71,6 +72,28 @@ def test_shingles_are_the_runs_of_words() -> None:
     assert len(shingle_hashes(word_hashes("two words"), 5)) == 1
     assert len(shingle_hashes(word_hashes(" ,;- "), 5)) == 0
     assert shingle_hashes(word_hashes("a b"), 2) != shingle_hashes(word_hashes("b a"), 2)
+
+
+@pytest.mark.parametrize("first", [0x0915, 0x0995])
+def test_words_that_differ_in_their_vowel_signs_are_others(first: int) -> None:
+    """Of Hindi and Bengali, all vowels of a text changed: no word of it is left."""
+    letters = [chr(first + k) for k in range(5)]
+    one, other = (
+        set(shingle_hashes(word_hashes(" ".join(a + sign + b + sign for a in letters for b in letters)), 5).tolist())
+        for sign in (chr(first + 0x29), chr(first + 0x2B))
+    )
+    assert len(one) == len(other) == 21
+    assert not one & other
+
+
+@pytest.mark.parametrize(
+    "text", ["\u00c9t\u00e9 d\u00e9j\u00e0 pass\u00e9", "Vi\u1ec7t Nam l\u00e0", "\ud55c\uad6d\uc5b4 \ubb38\uc7a5"]
+)
+def test_canonically_equivalent_texts_are_equal(text: str) -> None:
+    decomposed = unicodedata.normalize("NFD", text)
+    assert decomposed != text
+    assert (word_hashes(decomposed) == word_hashes(text)).all()
+    assert (word_hashes(decomposed.upper()) == word_hashes(text)).all()
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.9])

@@ -264,7 +264,7 @@ def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:
     assert verify(tmp_path / "out")[0].startswith("drops.jsonl")
 
     first, second = open_corpus(tmp_path / "out")
-    assert [t.text for t in first.texts] == ["first", "last \ufffd."]
+    assert [t.text for t in first.texts] == ["first", " \n\tlast \ufffd."]
     assert [(i.data, i.similarity, i.matched_text) for i in first.images] == [
         (good, None, None),
         (images["row.gif"], None, None),

@@ -231,12 +231,20 @@ def test_special_ids_lie_behind_all_of_a_tokenizer_json() -> None:
 
 
 def test_which_tokenizers_keep_texts(tmp_path: Path) -> None:
-    from tokenizers import normalizers
+    from tokenizers import AddedToken, normalizers
 
     made = byte_level()
     assert tokenizers.JsonTokenizer(made.to_str().encode()).is_lossless
     made.normalizer = normalizers.Lowercase()
     assert not tokenizers.JsonTokenizer(made.to_str().encode()).is_lossless
+    made = byte_level()
+    made.add_tokens([AddedToken("[A]", special=False)])
+    made.add_special_tokens([AddedToken("[S]", lstrip=True, rstrip=True)])  # to which no text is encoded
+    assert tokenizers.JsonTokenizer(made.to_str().encode()).is_lossless
+    made.add_tokens([AddedToken("[IMG]", lstrip=True, special=False)])
+    greedy = tokenizers.JsonTokenizer(made.to_str().encode())
+    assert greedy.decode(greedy.encode("see [IMG] here")) == "see[IMG] here"
+    assert not greedy.is_lossless
     assert SENTENCEPIECE.is_lossless
     assert not CLIP.is_lossless
 

@@ -184,8 +184,9 @@ def test_mint1t_with_another_number_of_frames(tmp_path: Path) -> None:
     assert summary.drops.bad_counts == {"image: TIFF with another number of frames": 2}
     corpus = open_corpus(tmp_path / "out")
     assert [len(d.images) for d in corpus] == [0, 1]
-    # earlier releases made frames of float levels from 0 to 1 black, and put nothing between texts
-    assert corpus.manifest["recipe"]["rules"] == 3
+    # earlier releases made frames of float levels from 0 to 1 black, and put nothing between texts, nor what blank ones
+    # held
+    assert corpus.manifest["recipe"]["rules"] == 5
 
 
 @pytest.mark.parametrize("format", ["obelics", "omnicorpus"])

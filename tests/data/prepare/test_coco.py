@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,37 @@ def write(tmp_path: Path, num_images: int = 9) -> Path:
     file = tmp_path / "captions.json"
     file.write_text(json.dumps({"info": {}, "images": images, "licenses": [], "annotations": annotations}))
     return file
+
+
+@pytest.mark.parametrize(
+    ("change", "caption", "noted"),
+    [
+        (lambda raw: raw.replace(b'"info": {}', b'"info": {"score": NaN}'), "caption 1 0", []),
+        (lambda raw: b"\xef\xbb\xbf" + raw, "caption 1 0", []),
+        (
+            lambda raw: raw.replace(b"caption 1 0", b"caption \xff"),
+            "caption \ufffd",
+            ["document: invalid UTF-8"],
+        ),
+        (
+            lambda raw: raw.replace(b"caption 1 0", rb"caption \ud83d"),
+            "caption \ufffd",
+            ["text: invalid Unicode"],
+        ),
+    ],
+    ids=["NaN", "mark", "no UTF-8", "surrogate"],
+)
+def test_what_other_parsers_read(
+    tmp_path: Path, change: Callable[[bytes], bytes], caption: str, noted: list[str]
+) -> None:
+    file = write(tmp_path)
+    file.write_bytes(change(file.read_bytes()))
+    summary = preprocess("coco", file, tmp_path / "out", images=tmp_path / "images", tokenizer=TOKENIZER)
+    corpus = open_corpus(summary.path)
+    assert len(corpus) == 15
+    assert plain([corpus[1]]) == [[(picture(1), None, None), caption]]
+    assert summary.drops.noted_counts == {"document: no caption": 3, **{f"{reason} replaced": 1 for reason in noted}}
+    assert not summary.drops.bad_counts
 
 
 def test_the_captions_that_pycocotools_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +134,7 @@ def test_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert plain(found) == [["a"], [""]]
     assert drops.bad_counts == {
         "document: no COCO captions: it is no JSON": 1,
-        "document: no COCO captions: Expected `array`, got `str` - at `$.images`": 1,
+        "document: no COCO captions: Expected `array`, got `str` - at `$.images`; it has images, '\ufffd'": 1,
         "image: file missing": 1,
         "image: no name": 1,
         "text: caption of an image that is not listed": 1,

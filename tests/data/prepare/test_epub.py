@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import unicodedata
 import zipfile
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from data.helpers import TOKENIZER, documents_of, plain, spaced
@@ -93,6 +95,43 @@ def test_names_that_a_book_may_have(tmp_path: Path, name: str) -> None:
     found, _ = documents_of(create("epub", tmp_path / "in", None, {}))
     assert sorted(map(str, plain(found))) == sorted(map(str, [*shown(0), *shown(1)]))
     assert {d.metadata["group"] for d in found} == {name, "z.epub"}
+
+
+class WithoutFlag(zipfile.ZipInfo):
+    """A member whose name is UTF-8, or in another charset, and not said to be UTF-8."""
+
+    charset = "utf-8"
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.filename.encode(self.charset), self.flag_bits
+
+
+class Cp437(WithoutFlag):
+    charset = "cp437"
+
+
+@pytest.mark.parametrize(
+    ("member", "name"),
+    [
+        (zipfile.ZipInfo, "\u7ae0\u00e9"),
+        (WithoutFlag, "\u7ae0\u00e9"),
+        (WithoutFlag, "cafe\u0301"),  # as macOS has it
+        (Cp437, "caf\u00e9"),
+    ],
+)
+def test_names_of_members(tmp_path: Path, member: type[zipfile.ZipInfo], name: str) -> None:
+    (tmp_path / "in").mkdir()
+    listed = unicodedata.normalize("NFC", name)
+    opf = f"""<package><metadata/><manifest><item id="a" href="{listed}.xhtml" media-type="application/xhtml+xml"/>
+    </manifest><spine><itemref idref="a"/></spine></package>"""
+    with zipfile.ZipFile(tmp_path / "in/a.epub", "w") as book:
+        book.writestr("META-INF/container.xml", CONTAINER)
+        book.writestr("OEBPS/content.opf", opf)
+        book.writestr(member(f"OEBPS/{name}.xhtml"), xhtml(f'<p>Text.</p><img src="{quote(listed)}.png"/>'))
+        book.writestr(member(f"OEBPS/{name}.png"), IMAGES[0])
+    found, drops = documents_of(create("epub", tmp_path / "in", None, {}))
+    assert plain(found) == [["Text.", (IMAGES[0], None, None)]]
+    assert drops.bad_counts == {}
 
 
 def test_what_is_bad(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_paths_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gi
     found, drops = documents_of(importer)
     assert [[i.data for i in d.images] for d in found] == [[picture(1)], [picture(2)], [], []]
     assert drops.bad_counts == {"image: name leads outside the folder": 1, "image: file missing": 1}
-    assert [create("hf", tmp_path / "a.parquet", images, {}).rules for images in (None, ".")] == [2, 3]
+    assert [create("hf", tmp_path / "a.parquet", images, {}).rules for images in (None, ".")] == [2, 4]
 
 
 def test_what_is_bad(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import os
+import unicodedata
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
 import pytest
 from data.helpers import TOKENIZER
@@ -104,6 +106,39 @@ def test_lists_with_links_are_text(tmp_path: Path) -> None:
     assert documents[0][0].count("who wrote") == 8
 
 
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("\u6f22\u5b57\n  \u6f22\u5b57\u3002 \r\n\u304b\n\uff71", "\u6f22\u5b57\u6f22\u5b57\u3002\u304b\uff71"),
+        ("\u6f22<b>\n\u5b57</b>\n<i>\u6f22</i>", "\u6f22\u5b57\u6f22"),
+        ("\u6f22\u5b57 \u6f22\u5b57\u3000\u6f22", "\u6f22\u5b57 \u6f22\u5b57 \u6f22"),  # no line end
+        ("\u6f22\nword\n\u6f22", "\u6f22 word \u6f22"),
+        ("\ud55c\uad6d\n\ubb38\uc7a5\n\u6f22", "\ud55c\uad6d \ubb38\uc7a5 \u6f22"),  # Hangul has spaces
+        ("\u6f22<br>\n\u5b57", "\u6f22\n\u5b57"),
+        ("<table><tr><td>\u6f22</td>\n<td>\u5b57</td></tr></table>", "\u6f22 \u5b57"),
+        ("<pre>\u6f22\n\u5b57</pre>", "\u6f22\n\u5b57"),
+        ("<ruby>\u732b<rp>(</rp><rt>\u306d\u3053</rt><rp>)</rp></ruby>\u3067\u3042\u308b", "\u732b\u3067\u3042\u308b"),
+        ("<ruby><rb>\u6771</rb><rtc><rt>tou</rt></rtc></ruby>x", "\u6771x"),
+        ("Donau&shy;dampf&shy;schiff<pre>a&shy;b</pre>", "Donaudampfschiff\nab"),
+        ("a<p>\u200b</p><p>\ufeff \u200b</p><p>&shy;</p>b \u200bc", "a\nb \u200bc"),
+    ],
+)
+def test_characters_as_browsers_show_them(tmp_path: Path, source: str, shown: str) -> None:
+    """Line ends between characters of scripts without spaces, readings, and what has no width."""
+    documents, _ = read(
+        tmp_path, {"a.html": f"<meta charset=utf-8><body>{source}<img src=large.png>"}, {"large.png": LARGE}
+    )
+    assert documents == [[shown, "[large.png]"]]
+
+
+@pytest.mark.parametrize("title", ["Donau&shy;dampf", "\u6f22\n\u5b57", "\u200b", "&shy;"])
+def test_a_title_before_the_main_part_of_any_characters(tmp_path: Path, title: str) -> None:
+    page = f"<meta charset=utf-8><body><h1>{title}</h1><main>Text.<img src=large.png></main>"
+    documents, _ = read(tmp_path, {"a.html": page}, {"large.png": LARGE})
+    shown = title.replace("&shy;", "").replace("\n", "").replace("\u200b", "")
+    assert documents == [[f"{shown}\nText.".strip(), "[large.png]"]]
+
+
 def test_image_sources(tmp_path: Path) -> None:
     inside = "data:image/png;base64," + base64.b64encode(OTHER).decode()
     sources = [
@@ -122,6 +157,25 @@ def test_image_sources(tmp_path: Path) -> None:
     assert documents == [["text", "[../img/a%20b.png?v=1]", "[/root.png]", f"[{inside[:20]}]", "[/lazy.png]"]]
     assert drops.bad_counts == {"image: on another host": 1, "image: outside the folder": 1, "image: file missing": 1}
     assert drops.left_out_counts == {"image: vector graphics": 1}
+
+
+def test_backslashes_in_sources_are_slashes(tmp_path: Path) -> None:
+    r"""Up to the query, as in browsers; one that is encoded is a character of the name."""
+    sources = [r"img\a.png", r"\img\b.png?x=\y", r"\\host\c.png", r"img%5Ca.png"]
+    page = "text" + "".join(f'<p><img src="{source}"></p>' for source in sources)
+    documents, drops = read(tmp_path, {"sub/a.html": page}, {"sub/img/a.png": LARGE, "img/b.png": OTHER})
+    assert documents == [["text", "[img\\a.png]", "[\\img\\b.png?x=\\y]"]]
+    assert drops.bad_counts == {"image: on another host": 1, "image: file missing": 1}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_of_files_in_another_normal_form(tmp_path: Path, form: Literal["NFC", "NFD"]) -> None:
+    asked = [unicodedata.normalize(other, "caf\u00e9/\u00fc.png") for other in ("NFC", "NFD")]
+    page = f"text<img src='{asked[0]}'>" + f"more<img src='{quote(asked[1])}?x'>"
+    files = {unicodedata.normalize(form, "caf\u00e9/\u00fc.png"): LARGE}
+    documents, drops = read(tmp_path, {"a.html": f"<meta charset=utf-8>{page}"}, files)
+    assert documents == [["text", f"[{asked[0]}]", "more"]]  # twice on the page
+    assert drops.bad_counts == {}
 
 
 def test_names_of_files_that_are_not_utf8(tmp_path: Path) -> None:
@@ -151,6 +205,8 @@ def test_names_of_files_that_are_not_utf8(tmp_path: Path) -> None:
         ("//[", "a.png", "a.png"),
         ("img/", "http://[host]/x", "http://[host]/x"),
         ("img/", "data:,", "data:,"),
+        ("img\\", "a.png", "img/a.png"),
+        ("img/", "\\img\\a.png", "\\img\\a.png"),
         ("https://x.org/b/c.html", "a.png", "a.png"),
         ("//x.org/b/", "a.png", "a.png"),
     ],

@@ -8,8 +8,10 @@ import io
 import json
 import os
 import tarfile
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -73,6 +75,21 @@ def test_folders_that_a_name_has(asked: str, members: list[str], found: str | No
     source = source_of(tmp_path, {"0": {name: name.encode() for name in members}})
     told = read(source, asked)
     assert told == (found or "file missing") or told == (found or "").encode()
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_a_tar", [False, True])
+def test_names_in_another_normal_form(tmp_path: Path, form: Literal["NFC", "NFD"], in_a_tar: bool) -> None:
+    """What a name is exactly goes before; macOS makes archives with NFD."""
+    composed, decomposed = (unicodedata.normalize(other, "caf\u00e9.png") for other in ("NFC", "NFD"))
+    name = unicodedata.normalize(form, "caf\u00e9.png")
+    source = source_of(tmp_path, {"0": {name: b"one"}} if in_a_tar else {})
+    if not in_a_tar:
+        (tmp_path / name).write_bytes(b"one")
+    assert [read(source, asked) for asked in (composed, decomposed, "cafe.png")] == [b"one", b"one", "file missing"]
+    both = source_of(tmp_path / "both", {"0": {composed: b"c", decomposed: b"d"}})
+    assert (read(both, composed), read(both, decomposed)) == (b"c", b"d")
+    assert read(both, ["gone.png", decomposed]) == b"d"
 
 
 def test_the_whole_name_goes_before_a_part_in_the_tar_beside(tmp_path: Path) -> None:
@@ -256,7 +273,7 @@ def test_corpora_with_images_in_tars_have_rules_of_their_own(tmp_path: Path) -> 
     (tmp_path / "folder").mkdir()
     source_of(tmp_path / "tars", {"0": {"1.png": picture(0)}})
     rules = [create("jsonl", tmp_path / "a.jsonl", tmp_path / name, {}).rules for name in ("folder", "tars")]
-    assert rules == [1, 2]
+    assert rules == [2, 3]
 
 
 class FailingFile(io.BytesIO):

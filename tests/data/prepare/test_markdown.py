@@ -72,7 +72,7 @@ def test_through_a_corpus(tmp_path: Path) -> None:
     corpus = open_corpus(summary.path)
     assert [image.data for image in corpus[0].images] == [IMAGES["mill"], IMAGES["wheel"]]
     assert corpus.kinds == ("natural",)
-    assert corpus.manifest["recipe"]["rules"] == 5  # the last one, as texts are separated
+    assert corpus.manifest["recipe"]["rules"] == 7  # two more, as texts are separated
 
 
 def test_charsets(tmp_path: Path) -> None:

@@ -423,7 +423,7 @@ def test_max_image_side(tmp_path: Path) -> None:
     writers.write_jsonl(documents, tmp_path / "in")
     preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_image_side=80)
     corpus = open_corpus(tmp_path / "out")
-    assert corpus.manifest["recipe"]["rules"] == 2
+    assert corpus.manifest["recipe"]["rules"] == 4  # two are of other changes, of jsonl and of blank texts
     shard = corpus.shard(0)
     assert shard.image_width.tolist() == [80, 50, 20, 80]
     assert shard.image_height.tolist() == [40, 40, 80, 20]
@@ -466,7 +466,8 @@ def test_hashes_of_documents_are_read_once(
 
 
 def test_what_duplicates_are(tmp_path: Path) -> None:
-    """The same pieces one by one, however they came: other boundaries make another document, as do blank texts not."""
+    """The same pieces one by one, however they came: other boundaries make another document, as does white space
+    between two texts; a blank text before the first does not."""
     image = Image(picture(0))
     twice = [Document((Text("over the"), Text("lazy dog")))]
     once = [
@@ -475,11 +476,12 @@ def test_what_duplicates_are(tmp_path: Path) -> None:
         Document((Text("over the"), image, Text("lazy dog"))),
         Document((image, Text("over the"), Text("lazy dog"))),
         Document((image,)),
+        Document((Text("over the"), Text(" \n"), Text("lazy dog"))),
     ]
     others = [Document(tuple(Text(f"quick {k} {j}") for j in range(9))) for k in range(120)]
     # so some are written without, some with images
     assert sum(1 + len(d.items) for d in others) > 2 * preprocess_task.BATCH
-    again = [Document((Text("over the"), Text(" \n"), Text("lazy dog")))]
+    again = [Document((Text(" \n"), Text("over the"), Text("lazy dog")))]
     writers.write_jsonl([*twice, *others, *once, *again], tmp_path / "in")
     summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)
     assert summary.drops.noted_counts == {"document: duplicate of another (kept)": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from data import writers
 from data.helpers import TOKENIZER, byte_level, contents, spaced
 from data.writers import picture
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.document import Document, Image, Text
@@ -89,20 +92,20 @@ def test_corpora_of_clip_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.M
 
 def test_rules_differ_only_where_documents_do(tmp_path: Path) -> None:
     recipes = [mmc4(tmp_path, tokenizer).manifest["recipe"] for tokenizer in (TOKENIZER, tokenizers.load("clip"))]
-    assert [recipe.get("rules") for recipe in recipes] == [2, None]
+    assert [recipe.get("rules") for recipe in recipes] == [4, 2]
 
 
 def test_the_tokenizer_is_trained_on_what_it_will_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[str] = []
+    seen: list[str] = []
 
     def train(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-        given.extend(texts)
+        seen.extend(texts)
         return TOKENIZER
 
     monkeypatch.setattr(train_tokenizer, "train_sentencepiece", train)
     writers.write_mmc4([Document(tuple(MATCHED.texts))] * 2, tmp_path / "in", tmp_path / "images")
     preprocess("mmc4", tmp_path / "in", tmp_path / "out", limit=1)
-    assert "".join(given) == read_in_a_row(open_corpus(tmp_path / "out"), 0) == " ".join(SENTENCES)
+    assert "".join(seen) == read_in_a_row(open_corpus(tmp_path / "out"), 0) == " ".join(SENTENCES)
 
 
 def write_lists(folder: Path, document: Document, format: str) -> Path:
@@ -159,14 +162,49 @@ def test_white_space_that_is_there_is_enough() -> None:
     image = Image(b"")
     texts = ["a", "", "b ", "c", image, "\nd", "\u3000", image, image, "e\u3000", "f", "g"]
     document = Document(tuple(Text(item) if isinstance(item, str) else item for item in texts), "name", {"id": "x"})
-    expected = ["a", "", "--b ", "c", image, "\nd", "\u3000", image, image, "--e\u3000", "f", "--g"]
+    expected = ["a", "", "--b ", "c", image, "\nd", "\u3000", image, image, "\u3000e\u3000", "f", "--g"]
     found = separated(document, "--")
     assert [item.text if isinstance(item, Text) else item for item in found.items] == expected
     assert (found.name, found.metadata) == ("name", {"id": "x"})
-    assert separated(document, "") == document
-    kept = [item for item in document.items if not isinstance(item, Text) or item.text.strip()]
-    (again,) = spaced([Document(tuple(kept))], "--")  # the expectation of other tests, written independently
-    assert again.texts == [text for text in found.texts if text.text.strip()]
+    without_blank = Document(tuple(item for item in document.items if not isinstance(item, Text) or item.text.strip()))
+    assert separated(without_blank, "") == without_blank
+    (again,) = spaced([without_blank], "--")  # the expectation of other tests, written independently
+    assert again.items == separated(without_blank, "--").items
+
+
+@given(st.lists(st.one_of(st.text(" \n\u3000ab."), st.just(None))), st.sampled_from(["", " ", "\n\n"]))
+def test_white_space_between_texts_is_not_lost(pieces: list[str | None], separator: str) -> None:
+    """Of two texts that meet without white space, the blank ones between them; images play no part."""
+    document = Document(tuple(Image(b"") if text is None else Text(text) for text in pieces), kind="natural")
+    found = separated(document, separator, "pairs")
+    texts = [text for text in pieces if text is not None]
+    expected = texts[:]
+    last = None
+    for k, text in enumerate(texts):
+        if text.strip():
+            if last is not None and not re.search(r"\s", texts[last][-1] + text[0]):
+                expected[k] = ("".join(texts[last + 1 : k]) or separator) + text
+            last = k
+    assert [text.text for text in found.texts] == expected
+    captions = Document(document.items, kind="captions")
+    assert separated(captions, "") == captions
+    assert separated(Document(document.items), "", "pairs").items == document.items
+
+
+@pytest.mark.parametrize("image", [[], [{"image": "a.png"}]], ids=["texts only", "with an image"])
+def test_blank_texts_of_jsonl_stand_between_words(tmp_path: Path, image: list[dict[str, str]]) -> None:
+    (tmp_path / "a.png").write_bytes(picture(0))
+    lines: list[list[str]] = [["first words", " ", "second words"], ["first paragraph.", "\n\n", "second paragraph."]]
+    items = [[*image, *({"text": text} for text in texts)] for texts in lines]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"items": line}) for line in items))
+    found = []
+    for tokenizer in (BYTES, tokenizers.load("clip")):
+        summary = preprocess("jsonl", tmp_path / "a.jsonl", tmp_path / str(len(found)), tokenizer=tokenizer)
+        corpus = open_corpus(summary.path)
+        found.append(([read_in_a_row(corpus, k) for k in range(2)], corpus.manifest["recipe"].get("rules")))
+        assert corpus.manifest["drops"]["left_out"] == {"text: blank": 2}
+    assert found[0] == (["".join(texts) for texts in lines], 3)
+    assert found[1] == (["first words second words", "first paragraph . second paragraph ."], 2)  # as before
 
 
 def test_tokenizers_that_separate_texts_themselves() -> None:

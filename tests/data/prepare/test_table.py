@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from data import writers
@@ -94,7 +95,7 @@ def test_quoted_fields_with_tabs(
     importer = create("table", path, pictures, {} if header else {"columns": "filepath,title"})
     found, drops = documents_of(importer)
     assert plain(found) == expected(texts)
-    assert (drops.bad_counts, drops.noted_counts, importer.rules) == ({}, {}, 5)
+    assert (drops.bad_counts, drops.noted_counts, importer.rules) == ({}, {}, 6)
 
 
 def test_quotes_in_tsv_are_noted_where_they_look_like_those_of_csv(tmp_path: Path, pictures: Path) -> None:
@@ -105,7 +106,7 @@ def test_quotes_in_tsv_are_noted_where_they_look_like_those_of_csv(tmp_path: Pat
     assert plain(found) == expected(texts)
     (reason,) = drops.noted_counts
     assert "in quotes" in reason
-    assert (drops.noted_counts[reason], drops.names[reason], importer.rules) == (1, ["a.tsv@11"], 4)
+    assert (drops.noted_counts[reason], drops.names[reason], importer.rules) == (1, ["a.tsv@11"], 5)
 
 
 def test_csv_in_ranges(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,9 +252,30 @@ def test_urls_of_our_own_lines_and_of_mmc4(tmp_path: Path) -> None:
     assert found[0].images[0].data == picture(2)
 
 
-def test_rows_that_are_bad(tmp_path: Path, pictures: Path) -> None:
-    lines_ = [b"caption,image", b"a,0.png", b"", b"only one", b"b,1.png,more", b'"' + b"x" * 200_000,
-              b"c,../x.png", b",2.png", b"caf\xe9,3.png", b"d,"]  # fmt: skip
+def test_quoted_fields_of_any_length_with_their_line_ends(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the limit of csv, which stays what it is; CRLF in quotes; in ranges and compressed. As pyarrow reads it."""
+    texts = ["one\r\ntwo\r\n", "a, line\n" * 20_000, "cr\r\n\r\nlf\n", "last"]
+    assert len(texts[1]) > csv.field_size_limit() == 131_072
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["text", "path"], *([text, f"{k}.png"] for k, text in enumerate(texts))])
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    assert pa_csv.read_csv(
+        tmp_path / "a.csv", parse_options=pa_csv.ParseOptions(newlines_in_values=True)
+    )["text"].to_pylist() == texts  # fmt: skip
+    for name, size in (("a.csv", 9), ("a.csv", 1 << 20), ("b.csv.gz", 9)):
+        monkeypatch.setattr(lines, "RANGE", size)
+        found, drops = documents_of(create("table", tmp_path / name, pictures, {}))
+        assert plain(found) == expected(texts)
+        assert not drops.bad_counts
+    assert csv.field_size_limit() == 131_072
+
+
+def test_rows_that_are_bad(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE", 1 << 17)
+    lines_ = [b"caption,image", b"a,0.png", b"", b"only one", b"b,1.png,more",
+              b'"' + b"x" * 90_000, b"x" * 90_000, b"c,../x.png", b",2.png", b"caf\xe9,3.png", b"d,"]  # fmt: skip
     (tmp_path / "a.csv").write_bytes(b"\n".join(lines_))
     found, drops = documents_of(create("table", tmp_path / "a.csv", pictures, {}))
     assert plain(found) == [[(picture(0), None, None), "a"], ["c"], [(picture(2), None, None), ""],
@@ -344,7 +366,7 @@ def test_charsets(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatc
     if charset == "utf-16" and suffix != "csv.gz":  # is known by its mark
         marked = create("table", tmp_path / f"a.{suffix}", pictures, {})
         assert plain(documents_of(marked)[0]) == expected(texts)
-        assert marked.rules == 5
+        assert marked.rules == 6
 
 
 def test_bytes_that_are_not_in_the_charset(tmp_path: Path, pictures: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import random
 import runpy
 import sys
@@ -110,12 +111,29 @@ def test_a_sound_tar(content: bytes, tmp_path: Path) -> None:
     assert len(open_images(tmp_path)) == NUM_SAMPLES
     with pytest.raises(BadImage, match=r"^file missing$"):
         ImageSource(tmp_path).read("gone.png")
-    assert create("webdataset", tmp_path / "0.tar", None, {}).rules == 1
+    assert create("webdataset", tmp_path / "0.tar", None, {}).rules == 2
     (tmp_path / "0.tar").unlink()
     for parts in ([content], [content[:AT], content[AT:]]):
         (tmp_path / "0.tar.gz").write_bytes(b"".join(map(gzip.compress, parts)))
         assert texts_of(tmp_path / "0.tar.gz") == expected
-        assert create("webdataset", tmp_path / "0.tar.gz", None, {}).rules == 2  # such corpora may change
+        assert create("webdataset", tmp_path / "0.tar.gz", None, {}).rules == 3  # such corpora may change
+
+
+def test_files_that_begin_with_the_mark_of_utf8(tmp_path: Path) -> None:
+    """As editors of Windows write them."""
+    mark = "\ufeff".encode()
+    record = json.dumps({"caption": "of the record", "url": "http://x/1"}).encode()
+    lists = json.dumps({"texts": ["a text"], "images": [None]}).encode()
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, data in (("0.txt", b"of the text"), ("0.json", record), ("1.json", record)):
+            writers._add(archive, name, mark + data)
+    with tarfile.open(tmp_path / "1.tar", "w") as archive:
+        writers._add(archive, "0.json", mark + lists)
+    found, _ = documents_of(create("webdataset", tmp_path / "0.tar", None, {}))
+    assert [[text.text for text in document.texts] for document in found] == [["of the text"], ["of the record"]]
+    assert [document.metadata["id"] for document in found] == 2 * ["http://x/1"]
+    found, drops = documents_of(create("mint1t", tmp_path / "1.tar", None, {}))
+    assert ([text.text for text in found[0].texts], drops.bad_counts) == (["a text"], {})
 
 
 def test_pairs_that_are_in_no_tar(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ class Recorder:
 
     def __init__(self, importer: Importer) -> None:
         self.importer, self.separator, self.place = importer, importer.separator, importer.place
+        self.kind = importer.kind
         self.units: list[Unit] = []
         self.open = False
 

@@ -6,8 +6,8 @@ whose object is an `Importer` class.
 What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `row_groups.py` (parquet),
 `tars.py` (tars, WebDataset's samples), `sources.py` (images in folders and archives), `image_tables.py` (archives in
 parquet), `urls.py` (images by their URL), `url_keys.py` (img2dataset's tables), `sorted_runs.py` (members of archives
-and URLs, by their hash). Imports data.corpus, data.prepare.sorting and data.storage.
-Begin with `Importer` below, then `jsonl.py`, the simplest one.
+and URLs, by their hash). Imports data.corpus, data.prepare.sorting, data.prepare.faulty_documents and
+data.storage. Begin with `Importer` below, then `jsonl.py`, the simplest one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import msgspec
 import xxhash
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
+from megatron_lcl.data.corpus.document import CAPTIONED, Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.storage.paths import ObjectPath, path_of
 from megatron_lcl.errors import UserError
@@ -89,8 +89,8 @@ class Importer(ABC):
     rules: int = 1
     """counted up, of a class or for some inputs, when the same input and options give other documents than before"""
     separator: str = ""
-    """what stands between two texts of a document where there is no white space (`separated`); empty: all texts stay as
-    they are given, as where they are alternatives"""
+    """what stands between two texts of a document where there is no white space (`separated`); empty: nothing but the
+    blank texts that the source has there"""
 
     def __str__(self) -> str:
         """Its class, for messages."""
@@ -129,28 +129,35 @@ class Importer(ABC):
         Called for a unit any number of times, in any order of the units, on a copy in any process: what is yielded
         follows from the unit and from what `__init__`, `scan` and `prepare` left, not from units that were read before.
         What it keeps in `self` may save work, such as an opened archive, and changes no document.
-        A Text of "" keeps its place among the texts (`matched_text` counts them), is not written, and was counted here.
+        A blank Text is not written, and counted then; what it holds stands between the texts around it (`separated`).
+        One of "" keeps its place among the texts (`matched_text` counts them), too, and was counted here.
         `separator` is not in the texts yet: whether it is needed depends on the tokenizer.
         Where images of a document were counted here as bad, its metadata have their number, as "lost_images".
         """
 
 
-def separated(document: Document, separator: str) -> Document:
-    """The document, with `separator` before each text but the first, where there is no white space at the border.
+def separated(document: Document, separator: str, kind: Kind | None = None) -> Document:
+    """The document, with white space before each text but the first, where there is none at the border: that of blank
+    texts between the two, which are not written, else `separator`. kind: of a document that does not say its own; texts
+    of pairs and captions are alternatives, and a blank one stands between none.
 
     It begins the second text, since most tokenizers have a token of a space and the word after it. Images between two
     texts do not matter: one that cannot be read is dropped, others are removed by `curate`, or moved or not selected in
     training, and then the texts on both sides follow each other.
     """
-    if not separator:
+    joins = (document.kind or kind) not in CAPTIONED
+    if not separator and not (joins and any(isinstance(item, Text) and item.text.isspace() for item in document.items)):
         return document
     items: list[Text | Image] = []
-    before = ""
+    before = blank = ""
     for item in document.items:
-        if isinstance(item, Text) and item.text.strip():  # a blank one is not written
-            if before and not (before[-1].isspace() or item.text[0].isspace()):
-                item = Text(separator + item.text)
-            before = item.text
+        if isinstance(item, Text):
+            if not item.text.strip():
+                blank += item.text
+            else:
+                if before and not (before[-1].isspace() or item.text[0].isspace()):
+                    item = Text(((blank if joins else "") or separator) + item.text)
+                before, blank = item.text, ""
         items.append(item)
     return msgspec.structs.replace(document, items=tuple(items))
 

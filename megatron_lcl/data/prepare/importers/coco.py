@@ -7,7 +7,8 @@ Each caption makes a pair with its image; the pairs of an image are held out tog
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.charsets import text_of
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.row_groups import some_columns
 from megatron_lcl.data.prepare.importers.sources import ImagesByName, text_item
@@ -48,8 +50,8 @@ class _File(msgspec.Struct):
 class _Captions:
     """A file's images, and the captions of each."""
 
-    def __init__(self, file: _File) -> None:
-        self.images = file.images
+    def __init__(self, file: _File, noted: Sequence[str] = ()) -> None:
+        self.images, self.noted = file.images, noted
         self.of: dict[Id, list[str | None]] = {image.id: [] for image in file.images}
         self.unlisted = [a.image_id for a in file.annotations if a.image_id not in self.of]
         for annotation in file.annotations:
@@ -98,6 +100,8 @@ class CocoImporter(ImagesByName, FilesImporter):
             return
         if start == 0 and (unlisted := captions.unlisted):
             drops.bad("text", "caption of an image that is not listed", f"{name}: {unlisted[0]}", len(unlisted))
+        for reason in captions.noted if start == 0 else ():
+            drops.note("document", reason, name)
         for number, image in enumerate(captions.images[start:stop], start):
             yield from self._pairs(image, captions.of[image.id], (self.stem(file),), f"{name}:{number}", drops)
 
@@ -136,12 +140,15 @@ def _read(file: Path) -> _Captions | str:
         return f"it cannot be read ({error.strerror})"
     try:
         return _Captions(msgspec.json.decode(raw, type=_File))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:  # as lines of JSON are: NaN, lone surrogates, invalid UTF-8, its mark
+        text, noted = text_of(raw)
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return "it is no JSON"
+    try:
+        return _Captions(msgspec.convert(tree, _File), noted)
     except msgspec.ValidationError as error:
-        try:
-            tree = msgspec.json.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            tree = None
         keys = f"; it has {some_columns(list(itertools.islice(tree, 100)))}" if isinstance(tree, dict) else ""
         return f"{error}{keys}"
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return "it is no JSON"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import posixpath
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote
 
 import lxml.etree
 
-from megatron_lcl.data.prepare.importers.files import MAX_FILE, Names
+from megatron_lcl.data.prepare.importers.files import MAX_FILE, Names, normal_forms
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
 from megatron_lcl.data.prepare.importers.html_page import Page
 from megatron_lcl.data.prepare.importers.zips import DAMAGE, open_member
@@ -31,7 +31,7 @@ _CONTAINER, _ENCRYPTION = "META-INF/container.xml", "META-INF/encryption.xml"
 class EpubImporter(HtmlImporter):
     """A folder of books, or one; in the order of their names."""
 
-    rules = 3
+    rules = 4
     reads = "folder of EPUB books (.epub) without copy protection; pages and images are in the books"
     suffixes = (".epub",)
     _opened: tuple[str, zipfile.ZipFile] | None = None
@@ -102,7 +102,8 @@ class EpubImporter(HtmlImporter):
     def _info(self, name: str) -> zipfile.ZipInfo:
         book, member = self._split(name)
         try:
-            return self._archive(book).getinfo(member)
+            archive = self._archive(book)
+            return archive.getinfo(_found(member, archive.NameToInfo) or member)
         except (*DAMAGE, KeyError) as error:
             raise_if_passing(error, self.found.path(book))
             raise ValueError from error
@@ -119,8 +120,17 @@ class EpubImporter(HtmlImporter):
                 self._opened[1].close()
                 self._opened = None
             file = self.found.path(book)
-            self._opened = book, zipfile.ZipFile(file.open("rb") if isinstance(file, ObjectPath) else file)
+            self._opened = book, _opened(file.open("rb") if isinstance(file, ObjectPath) else file)
         return self._opened[1]
+
+
+def _opened(file: Any) -> zipfile.ZipFile:
+    """Names of members are UTF-8 (OCF 3.3, section 4.2.3), be it said of them or not; else as other zip files have
+    them."""
+    try:
+        return zipfile.ZipFile(file, metadata_encoding="utf-8")
+    except UnicodeDecodeError:
+        return zipfile.ZipFile(file)
 
 
 def _spine(book: zipfile.ZipFile) -> tuple[list[str], str, dict[str, str]]:
@@ -142,12 +152,17 @@ def _spine(book: zipfile.ZipFile) -> tuple[list[str], str, dict[str, str]]:
             pages.append(member)
     said = [*package.iter("{*}identifier"), *package.iter("{*}title")]
     identifier = next((text for element in said if (text := (element.text or "").strip())), "")
-    faults = {page: "page that the book lists and does not hold" for page in pages if page not in names}
+    faults = {page: "page that the book lists and does not hold" for page in pages if not _found(page, names)}
     if _ENCRYPTION in names:
         for element in _xml(book, _ENCRYPTION).iter("{*}CipherReference"):
             faults[unquote(element.get("URI") or "")] = "encrypted page"
     # each once, as EPUB 3.3 has it: else a small book is read thousands of times
     return list(dict.fromkeys(pages)), identifier, faults
+
+
+def _found(member: str, names: Container[str]) -> str | None:
+    """The name of a member: as it is given, else in another normal form of Unicode."""
+    return next((name for name in normal_forms(member) if name in names), None)
 
 
 def _xml(book: zipfile.ZipFile, member: str) -> Any:

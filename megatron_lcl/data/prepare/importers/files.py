@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import stat
+import unicodedata
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,6 +84,14 @@ def whole_file(path: Path) -> bytes:
         if about.st_size > MAX_FILE:
             raise TooLarge
         return file.read(about.st_size)
+
+
+def normal_forms(name: str) -> list[str]:
+    """A name as it is given, and in the other normal forms of Unicode (NFC, NFD): macOS makes archives with the second
+    of them, whatever names pages and tables have."""
+    if name.isascii():
+        return [name]
+    return list(dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))))
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -82,7 +82,8 @@ class HfImporter(ImagesByName, FilesImporter):
         self.found = of_split(of_data_set(self.found), split)
         self.image, self.text = image_column, text_column
         self.images = ImageSource(images)
-        self.rules += images is not None  # earlier releases looked for no path from the root, and otherwise in tars
+        # earlier releases looked for no path from the root, otherwise in tars, and for names as they are given only
+        self.rules += 2 * (images is not None)
         self._image_roots = [] if images is None else [images, images.resolve()]
         schema = next((schema for file in self.files if (schema := _schema(file)) is not None), None)
         if schema is not None:

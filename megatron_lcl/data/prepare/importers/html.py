@@ -29,7 +29,7 @@ from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, open_image, probe
 from megatron_lcl.data.corpus.words import spaced
 from megatron_lcl.data.prepare.importers import Each, Unit
 from megatron_lcl.data.prepare.importers.charsets import text_of_page
-from megatron_lcl.data.prepare.importers.files import FilesImporter, TooLarge, whole_file
+from megatron_lcl.data.prepare.importers.files import FilesImporter, TooLarge, normal_forms, whole_file
 from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, file_path, parse_page, split_url
 from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_keys, without_repeated
 from megatron_lcl.data.prepare.importers.html_scan import Repeats, counting
@@ -63,7 +63,7 @@ class HtmlImporter(FilesImporter):
     """A folder of HTML pages, or one; in the order of their names."""
 
     kind = "natural"
-    rules = 5
+    rules = 6
     separator = "\n"  # as between paragraphs
     reads_objects = True
     strict = False  # beside pages links to scripts of other packages are common
@@ -149,12 +149,18 @@ class HtmlImporter(FilesImporter):
 
     def image_bytes(self, file: Path) -> bytes:
         """Of what `locate` found; OSError or ValueError where it is not there, TooLarge where it is over MAX_FILE."""
-        if self._images is not None:
-            name = file.relative_to(self.image_root).as_posix()
-            if name not in self._images:
-                raise FileNotFoundError(name)
-            file = self._images[name]
-        return whole_file(file)
+        name = file.relative_to(self.image_root).as_posix()
+        for form in normal_forms(name):
+            with contextlib.suppress(FileNotFoundError):
+                return self._image_bytes(form)
+        raise FileNotFoundError(name)
+
+    def _image_bytes(self, name: str) -> bytes:
+        if self._images is None:
+            return whole_file(self.image_root / name)
+        if name not in self._images:
+            raise FileNotFoundError(name)
+        return whole_file(self._images[name])
 
     # --- units -----------------------------------------------------------------------------------------------
 

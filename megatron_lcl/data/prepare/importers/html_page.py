@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import lxml.etree
+import regex
 
 from megatron_lcl.data.corpus.document import Image
 from megatron_lcl.data.corpus.drops import SAMPLE_CHARACTERS
@@ -29,11 +30,14 @@ _BLOCKS = _HEADINGS | frozenset(
     "tbody tfoot thead tr ul".split()
 )
 _SKIPPED = frozenset(
-    "audio button canvas datalist embed head iframe input map math meter noscript object progress script select "  # noqa: SIM905
-    "style svg template textarea title video".split()
+    "audio button canvas datalist embed head iframe input map math meter noscript object progress rp rt rtc script "  # noqa: SIM905
+    "select style svg template textarea title video".split()
 )
+"""what is no text; of a ruby annotation the reading (rt, rtc), which would stand inside a word, with its parentheses"""
 _LISTS = frozenset(("dl", "ol", "table", "ul"))
 _CELLS = frozenset(("td", "th"))
+_CELL = "\v"
+"""stands before a cell: white space that is no line end of the source, nor beside one"""
 _SKIPPED_ROLES = frozenset(("navigation", "banner", "contentinfo", "search", "menu", "menubar", "toolbar", "doc-toc"))
 
 
@@ -69,6 +73,12 @@ _REFRESH = re.compile(r"\s*[\d.]+\s*[;,]?\s*(?:url\s*=\s*)?[\"']?([^\"']*)", re.
 _ROLE_MAIN = lxml.etree.XPath("//*[@role='main']")
 _DOCBOOK = _words(r"chapter|sect[1-5]|appendix|preface|refentry")
 _LETTER = re.compile(r"\w")
+_SOFT_HYPHEN = "\u00ad"
+_SHOWN = re.compile(r"[^\s\u00ad\u200b\ufeff]")
+_WIDE = r"[[\p{EA=W}\p{EA=F}\p{EA=H}]--\p{Hangul}]"
+_LINE_END = regex.compile(rf"(?<={_WIDE})[ \t\f]*[\r\n][ \t\f\r\n]*(?={_WIDE})", regex.VERSION1)
+"""of the source, that is no space: between characters of scripts that are written without (CSS Text Module Level 3,
+section 4.1.3: East Asian Width wide, full or half, and not Hangul)"""
 
 NAVIGATION, HIDDEN, OUTSIDE = "navigation", "hidden", "outside of the page's main part"
 """why a text is left out"""
@@ -105,9 +115,12 @@ class Page:
 
 
 def split_url(url: str) -> SplitResult | None:
-    """The parts of a URL; None for what is none, such as `http://[host]/`."""
+    """The parts of a URL; None for what is none, such as `http://[host]/`.
+
+    A backslash before the query is a slash, as in browsers (WHATWG URL Standard, special URLs)."""
+    end = next((found.start() for found in re.finditer(r"[?#]", url)), len(url))
     try:
-        return urlsplit(url)
+        return urlsplit(url[:end].replace("\\", "/") + url[end:])
     except ValueError:
         return None
 
@@ -143,7 +156,7 @@ def parse_page(text: str, name: str) -> Page:
 def _based(source: str, base: str) -> str:
     """The URL of an image on a page that gives the path from which its relative ones count (HTML standard, `base`)."""
     url = split_url(source)
-    if url is None or url.scheme or url.netloc:
+    if url is None or url.scheme or url.netloc or url.path[:1] == "/":
         return source
     return posixpath.join(posixpath.dirname(base), source)
 
@@ -200,7 +213,7 @@ def _read(tree: Any, mains: list[Any], needed_share: float) -> Page | None:
     texts_outside = [block.value for block in assemble(outside) if block.kind != "image"]
     titles = [] if ("heading", "h1") in inside else list(_titles(before))
     if len(titles) == 1:
-        texts_outside.remove(" ".join(titles[0].split()))
+        texts_outside.remove(_collapsed(titles[0]))
         inside = [("title", ""), ("text", titles[0]), ("break", ""), *inside]
     page.left_out += [(OUTSIDE, text) for text in texts_outside]
     page.events = inside
@@ -219,7 +232,7 @@ def _titles(events: Iterable[tuple[str, str]]) -> Iterator[str]:
             if parts is not None:
                 parts.append(value)
             continue
-        if parts and (title := "".join(parts)).strip():
+        if parts and _SHOWN.search(title := "".join(parts)):
             yield title
         parts = [] if (kind, value) == ("heading", "h1") else None
 
@@ -291,7 +304,7 @@ class _Walker:
         elif tag in _BLOCKS:
             self._add("break")
         elif tag in _CELLS:
-            self._add("text", " ")
+            self._add("text", " " if self._preformatted else _CELL)
         self._preformatted += tag == "pre"
         self._links += tag == "a" and "href" in attributes
         return True
@@ -448,8 +461,8 @@ def assemble(events: Iterable[Event]) -> Iterator[Block]:
             continue
         if parts:
             raw = "".join([part for _, part in parts])
-            paragraph = raw.rstrip() if parts[-1][0] == "verbatim" else " ".join(raw.split())
-            if paragraph.strip():
+            paragraph = raw.replace(_SOFT_HYPHEN, "").rstrip() if parts[-1][0] == "verbatim" else _collapsed(raw)
+            if _SHOWN.search(paragraph):
                 yield Block(kind, paragraph, _only_links(parts))
                 kind = "text"
             parts = []
@@ -457,6 +470,13 @@ def assemble(events: Iterable[Event]) -> Iterator[Block]:
             kind = event
         if event == "image":
             yield Block("image", value)
+
+
+def _collapsed(raw: str) -> str:
+    """Characters of the source as browsers show them: without soft hyphens, and with less white space."""
+    if not raw.isascii():
+        raw = _LINE_END.sub("", raw.replace(_SOFT_HYPHEN, ""))
+    return " ".join(raw.split())
 
 
 def _only_links(parts: list[tuple[str, str]]) -> tuple[str, ...]:

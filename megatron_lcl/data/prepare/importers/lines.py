@@ -33,7 +33,8 @@ _COMPRESSED_CHUNK = 1 << 10
 """a hostile one makes a thousand times as much with gzip, thirty thousand times with zstandard"""
 RANGE = 8 << 20
 """bytes of a plain file that are a unit"""
-_MAX_LINE = 64 << 20
+MAX_LINE = 64 << 20
+"""bytes; a longer one is not read"""
 _SAMPLE_BYTES = 4096
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
@@ -125,18 +126,18 @@ def _range(name: str, file: BinaryIO, start: int, end: int, drops: Drops) -> Ite
     position = start
     if start:
         file.seek(start - 1)
-        while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
+        while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
             pass
         position = file.tell()
-    while position < end and (line := file.readline(_MAX_LINE)):
+    while position < end and (line := file.readline(MAX_LINE)):
         label = f"{name}@{position}"
         position += len(line)
         complete = line.endswith(b"\n")
-        if complete or len(line) < _MAX_LINE:
+        if complete or len(line) < MAX_LINE:
             yield label, line, complete
             continue
         drops.bad("document", "line too long", label, sample=_begin(line))
-        while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
+        while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
             pass
         position = file.tell()
 
@@ -160,7 +161,7 @@ def _split(name: str, chunks: Iterable[bytes], drops: Drops) -> Iterator[tuple[s
         if rest and not skipping:
             pending.append(rest)
             size += len(rest)
-            if size > _MAX_LINE:
+            if size > MAX_LINE:
                 drops.bad("document", "line too long", f"{name}:{number + 1}", sample=_begin(b"".join(pending[:2])))
                 pending, skipping = [], True
     if line := b"".join(pending):

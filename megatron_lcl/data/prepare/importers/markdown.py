@@ -20,7 +20,7 @@ _FRONT_MATTER = re.compile(r"\A---[ \t]*\n.*?^(?:---|\.\.\.)[ \t]*$\n?", re.DOTA
 class MarkdownImporter(HtmlImporter):
     """A folder of Markdown files, or one; in the order of their names."""
 
-    rules = 4
+    rules = 5
     reads = "folder of Markdown files (.md, .markdown); images beside the files (or in --images), or in data: URLs"
     suffixes = (".md", ".markdown")
 

@@ -32,7 +32,7 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 class Mint1tImporter(TarImporter):
     format, kind = "mint1t", "natural"
-    rules = 2
+    rules = 3
     separator = " "
     reads = (
         ".tar, .tar.gz with .json (lists texts and images) and the images that it names, or one multi-frame .tiff "
@@ -43,7 +43,7 @@ class Mint1tImporter(TarImporter):
         for sample in tar_samples(unit, drops):
             name = f"{unit.name}:{sample['__key__']}"
             try:
-                record = json.loads(decoded(sample["json"], name, drops))
+                record = json.loads(decoded(sample["json"], name, drops).removeprefix("\ufeff"))
                 texts, images = record["texts"], record["images"]
             except (KeyError, ValueError, TypeError, RecursionError):
                 drops.bad("document", "no lists texts and images", name)

@@ -21,11 +21,14 @@ from megatron_lcl.filesystem import is_file, matching, raise_if_passing
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff", "jp2", "ppm", "ico", "img")
 _TEXTS = ("txt", "text", "caption")
+_MARK = "\ufeff"
+"""at the start of a file of Windows, and no part of what is in it"""
 
 
 class WebDatasetImporter(TarImporter):
     format = "webdataset"
     kind: Kind | None = "pairs"
+    rules = 2
     reads = ".tar, .tar.gz with an image (.jpg, .png, …), its text (.txt, or the caption in .json) under each key"
 
     def __init__(
@@ -94,7 +97,7 @@ def _has_loose_pairs(folder: Path) -> bool:
 def _record(sample: dict[str, Any], name: str, drops: Drops) -> Any:
     """The JSON file's content, or None."""
     try:
-        return json.loads(decoded(sample.get("json", b"{}"), name, drops))
+        return json.loads(decoded(sample.get("json", b"{}"), name, drops).removeprefix(_MARK))
     except (ValueError, RecursionError):
         return None
 
@@ -103,6 +106,6 @@ def _caption(sample: dict[str, Any], record: Any, name: str, drops: Drops) -> st
     """The text file's content, else the "caption" of the JSON file, else None."""
     for suffix in _TEXTS:
         if suffix in sample:
-            return decoded(sample[suffix], name, drops)
+            return decoded(sample[suffix], name, drops).removeprefix(_MARK)
     caption = record.get("caption") if isinstance(record, dict) else None
     return caption if isinstance(caption, str) else None

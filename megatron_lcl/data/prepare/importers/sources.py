@@ -4,7 +4,7 @@ outside."""
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Importer, files_signature
 from megatron_lcl.data.prepare.importers.charsets import invalid
-from megatron_lcl.data.prepare.importers.files import MAX_FILE, TooLarge, uncompressed, whole_file
+from megatron_lcl.data.prepare.importers.files import MAX_FILE, TooLarge, normal_forms, uncompressed, whole_file
 from megatron_lcl.data.prepare.importers.sorted_runs import SortedRuns
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
@@ -73,7 +73,7 @@ class ImageSource(SortedRuns):
         return stem in self._stems
 
     def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
-        """The first of the names that there is. BadImage says why there is none.
+        """The first of the names that there is, else of their other normal forms. BadImage says why there is none.
 
         A name that is a URL means the image that `megatron-lcl fetch` has stored of it. In archives, a member that has
         none of the names is taken if its name ends with one of them, or is the end of one (`1.png`, of `cats/1.png`),
@@ -86,6 +86,18 @@ class ImageSource(SortedRuns):
         candidates = list(dict.fromkeys(n for one in given for n in (names_of_url(one) if is_url(one) else [one])))
         for name in candidates:
             _check_name(name)
+        others = [form for name in candidates for form in normal_forms(name)[1:]]
+        for found in (candidates, others):  # others are looked for where there is none of the names as they are given
+            if found and (data := self._look_for(found, near)) is not None:
+                return data
+        if self._damaged:
+            raise BadImage(f"file missing, and {self._damaged[0]}")
+        if self._packed:
+            raise BadImage(f"file missing, and {self._packed} is compressed, which is not read: unpack it")
+        raise BadImage("file missing")
+
+    def _look_for(self, candidates: Sequence[str], near: Collection[str]) -> bytes | None:
+        assert self._root is not None
         # of objects each name is a request, so beside archives there are no single ones
         for name in candidates if not (self.archives and isinstance(self._root, ObjectPath)) else ():
             if (data := _read_file(self._root / name)) is not None:
@@ -104,11 +116,7 @@ class ImageSource(SortedRuns):
                     if any(self._read_member(*member) != data for member in members[1:]):  # nothing says which is meant
                         raise BadImage("several images of this name in the tars")
                     return data
-            if self._damaged:
-                raise BadImage(f"file missing, and {self._damaged[0]}")
-        if self._packed:
-            raise BadImage(f"file missing, and {self._packed} is compressed, which is not read: unpack it")
-        raise BadImage("file missing")
+        return None
 
     def _first(self, keys: Iterable[str], near: Collection[str]) -> list[tuple[int, int, int]]:
         """Members of the first key that has any in the archives `near`, else in any; [] where none has."""
@@ -141,9 +149,10 @@ class ImagesByName(Importer):
     images: ImageSource
 
     def look_in(self, root: Path | None) -> None:
-        """For all images. In archives earlier releases took members of other folders, so there `rules` are one more."""
+        """For all images. Earlier releases did not find names in another normal form, so `rules` are one more; and in
+        archives, where they took members of other folders, two."""
         self.images = ImageSource(root)
-        self.rules += bool(self.images.archives)
+        self.rules += 1 + bool(self.images.archives)
 
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)
@@ -238,16 +247,15 @@ def as_text(value: Any, name: str, drops: Drops) -> Any:
 def text_item(value: object, name: str, drops: Drops) -> Text:
     """A Text; an empty one, which keeps its place among the texts and is counted here, where `value` is not a text.
 
-    Bytes are UTF-8, as `decoded` reads it.
+    Bytes are UTF-8, as `decoded` reads it. A text of white space stays: where it is not written, it is counted.
     """
     if isinstance(value, bytes):
         value = decoded(value, name, drops)
-    if isinstance(value, str) and value.strip():
-        return Text(value)
     if isinstance(value, str):
-        drops.left_out("text", "blank", name)
-    else:
-        drops.bad("text", "null" if value is None else "not a string", name)
+        if not value:
+            drops.left_out("text", "blank", name)
+        return Text(value)
+    drops.bad("text", "null" if value is None else "not a string", name)
     return Text("")
 
 

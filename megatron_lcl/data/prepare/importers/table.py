@@ -290,12 +290,12 @@ def _records(unit: Unit, delimiter: str, charset: str, drops: Drops) -> Iterator
             text = decoded(raw, label, drops, "utf-8" if wide else charset).removeprefix("\ufeff")
             if wide and "\ufffd" in text:
                 drops.note("document", invalid(wide), label)
-            yield text.rstrip("\r\n") + "\n"
+            yield text.removesuffix("\n") + "\n"  # what stands before it may be in quotes
 
     if not delimiter:
         for text in read():
-            if text != "\n":
-                fields = text[:-1].split("\t")
+            if line := text.rstrip("\r\n"):
+                fields = line.split("\t")
                 if any(map(_looks_quoted, fields)):
                     drops.note("document", _MAY_BE_QUOTED, labels[-1])
                 yield labels[-1], fields
@@ -305,7 +305,7 @@ def _records(unit: Unit, delimiter: str, charset: str, drops: Drops) -> Iterator
     while True:
         labels.clear()
         try:
-            fields = next(reader)
+            fields = _next_row(reader)
         except StopIteration:
             return
         except csv.Error as error:
@@ -313,3 +313,13 @@ def _records(unit: Unit, delimiter: str, charset: str, drops: Drops) -> Iterator
             continue
         if fields:
             yield labels[0], fields
+
+
+def _next_row(reader: Iterator[list[str]]) -> list[str]:
+    """With fields as long as a line may be. The limit of `csv`, 128 Ki characters, is the whole process's, so it is set
+    for this row only: behind a field that is over it the rest would be read as rows."""
+    limit = csv.field_size_limit(lines.MAX_LINE)
+    try:
+        return next(reader)
+    finally:
+        csv.field_size_limit(limit)
