@@ -6,8 +6,8 @@ whose object is an `Importer` class.
 What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `row_groups.py` (parquet),
 `tars.py` (tars, WebDataset's samples), `sources.py` (images in folders and archives), `image_tables.py` (archives in
 parquet), `urls.py` (images by their URL), `url_keys.py` (img2dataset's tables), `sorted_runs.py` (members of archives
-and URLs, by their hash). Imports data.corpus, data.prepare.sorting, data.prepare.faulty_documents and
-data.storage. Begin with `Importer` below, then `jsonl.py`, the simplest one.
+and URLs, by their hash). Imports data.corpus, data.prepare.sorting and data.storage.
+Begin with `Importer` below, then `jsonl.py`, the simplest one.
 """
 
 from __future__ import annotations
