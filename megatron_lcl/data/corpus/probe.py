@@ -29,6 +29,10 @@ DAMAGE = (
 """what Pillow and the libraries behind it raise for damaged files"""
 MAX_SCANS = 500
 """of a JPEG: each is decoded for all of the picture, and those that encoders write have at most some tens"""
+FAST_FRAMES = (0xC0, 0xC1, 0xC2)
+"""frames that simplejpeg may decode: Huffman-coded and lossy"""
+_LOSSLESS_FRAMES = (0xC3, 0xC7, 0xCB, 0xCF)
+"""libjpeg-turbo does not scale them; simplejpeg takes it that it does, and writes behind the pixels' memory"""
 _SCAN = b"\xff\xda"
 _ROWS = 32
 _ORIENTATION = 0x0112
@@ -64,8 +68,38 @@ def image_suffixes() -> frozenset[str]:
 
 
 def open_image(data: bytes) -> Pillow.Image:
-    """Pillow's lazily decoded image, of one of the corpus's formats (`image_columns.FORMATS`); raises one of DAMAGE."""
-    return Pillow.open(io.BytesIO(data), formats=_OPENED)
+    """Pillow's lazily decoded image, of one of the corpus's formats (`image_columns.FORMATS`); one of DAMAGE if it is
+    none, ValueError for a lossless JPEG."""
+    image = Pillow.open(io.BytesIO(data), formats=_OPENED)
+    if image.format in ("JPEG", "MPO") and jpeg_header(data)[0] in _LOSSLESS_FRAMES:
+        raise ValueError(what_it_is(data))
+    return image
+
+
+def jpeg_header(data: bytes) -> tuple[int, int]:
+    """(marker of a JPEG's frame, 0xC0 … 0xCF; offset of its first scan), read as libjpeg does (`next_marker` and
+    `read_markers` of jdmarker.c), which skips what is no marker.
+
+    (0, length of the data) where libjpeg finds no picture: no scan, no frame before it, or two.
+    """
+    frame, at = 0, 2
+    if data[:2] == b"\xff\xd8":
+        while 0 < (at := data.find(b"\xff", at) + 1) < len(data):
+            marker = data[at]
+            if marker == 0xFF:  # fill bytes
+                continue
+            at += 1
+            if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD7:  # have no length
+                continue
+            if marker == 0xDA:
+                return (frame, at - 2) if frame else (0, len(data))
+            is_frame = 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
+            if marker in (0xD8, 0xD9) or (is_frame and frame):
+                break
+            if is_frame:
+                frame = marker
+            at += int.from_bytes(data[at : at + 2], "big")
+    return 0, len(data)
 
 
 def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> Probe:
@@ -139,6 +173,8 @@ def _strips(image: Pillow.Image) -> Iterator[tuple[int, np.ndarray]]:
 
 def _reads_as_jpeg(data: bytes) -> bool:
     """A quick check of the whole file; False also for faults that Pillow tolerates."""
+    if jpeg_header(data)[0] not in FAST_FRAMES:
+        return False
     try:
         simplejpeg.decode_jpeg(data, min_width=1, min_height=1, min_factor=8, strict=True)
     except ValueError:
@@ -183,6 +219,8 @@ def _downscaled(data: bytes, max_side: int, quality: int) -> bytes:
 
 def what_it_is(data: bytes) -> str:
     """What a file that is no image is, by its first bytes."""
+    if jpeg_header(data)[0] in _LOSSLESS_FRAMES:
+        return "lossless JPEG, which cannot be read"
     head = data[:512].lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")) or b"<html" in head:
         return "HTML, not an image"

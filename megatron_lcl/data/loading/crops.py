@@ -10,7 +10,7 @@ import simplejpeg
 import torch
 from torch.nn import functional
 
-from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, open_image, orientation
+from megatron_lcl.data.corpus.probe import DAMAGE, FAST_FRAMES, BadImage, jpeg_header, open_image, orientation
 from megatron_lcl.data.loading.images import decode_rgb
 
 # EXIF orientation → (counter-clockwise quarter turns, then mirrored left to right)
@@ -98,7 +98,7 @@ def _stored_box(
 
 def _jpeg_header(data: bytes) -> tuple[int, int] | None:
     """Height and width of a JPEG that the fast decoder reads, None for everything else."""
-    if data[:2] != b"\xff\xd8":
+    if jpeg_header(data)[0] not in FAST_FRAMES:
         return None
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
