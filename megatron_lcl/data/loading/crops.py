@@ -102,13 +102,15 @@ def _jpeg_header(data: bytes) -> tuple[int, int] | None:
         return None
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except (ValueError, KeyError):  # the latter for the sampling 4:4:1, of which simplejpeg has no name
         return None
     return (height, width) if color in ("YCbCr", "Gray", "RGB") else None
 
 
 def _decode_jpeg(data: bytes, width: int, height: int, most: float) -> np.ndarray:
-    """RGB [H, W, 3], each side divided by 1, 2, 4 or 8: by no more than `most`, where that is above 1.
+    """RGB [H, W, 3], as it lies, each side divided by 1, 2, 4 or 8: by no more than `most`, where that is above 1.
+
+    What the fast decoder does not read Pillow may, which `probe` asks last. BadImage if neither does.
 
     libjpeg-turbo has the scales between (7/8, 3/4, 5/8, 3/8) too, but not in vector instructions: a picture at 7/8
     takes it twice as long as the whole one.
@@ -117,13 +119,17 @@ def _decode_jpeg(data: bytes, width: int, height: int, most: float) -> np.ndarra
     smallest = {"min_width": -(-width // scale), "min_height": -(-height // scale)} if scale > 1 else {}
     try:
         return simplejpeg.decode_jpeg(data, "RGB", strict=False, **smallest)
-    except ValueError as error:
+    except ValueError:
+        pass
+    try:
+        return np.array(open_image(data).convert("RGB"))
+    except DAMAGE as error:
         raise BadImage(f"a JPEG that does not decode: {error}") from None
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """EXIF orientation, 1 if there is none. Only the start of the file is looked at; pixels are not decoded."""
-    head = data[: 1 << 16]
+    """EXIF orientation, 1 if there is none. Only the header is looked at; pixels are not decoded."""
+    head = data[: jpeg_header(data)[1]]
     if b"Exif\0\0" not in head and b":Orientation" not in head:  # the second in XMP, where Pillow looks, too
         return 1
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import resource
 import warnings
@@ -15,9 +16,11 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
+import simplejpeg
+from data.jpegs import dct, segment
 from scipy.stats import ks_2samp
 
-from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.corpus.probe import BadImage, probe
 from megatron_lcl.data.loading import crops, images
 from megatron_lcl.data.loading.crops import crop_box, decode_train
 from megatron_lcl.data.loading.hashes import uniform
@@ -251,6 +254,53 @@ def test_turned_crops_are_those_of_the_upright_picture(orientation: int) -> None
     for seed in range(5):
         a, b = (decode_train(x, 64, draws(seed), (0.1, 0.3)).astype(np.float32) for x in (turned, upright))
         assert np.abs(a - b).mean() < 2
+
+
+@pytest.mark.parametrize("kind", ["EXIF", "XMP"])
+@pytest.mark.parametrize("before", [0, 30_000, 60_000])
+def test_an_orientation_is_found_wherever_it_stands_in_the_header(kind: str, before: int) -> None:
+    """Before the EXIF data stand two segments of `before` bytes, of Photoshop say."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="r">'
+    xmp += b'<rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    turned = segment(0xE1, b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0") if kind == "EXIF" else xmp)
+    plain = encode(picture(), "JPEG", quality=95)
+    data = plain[:2] + 2 * segment(0xED, bytes(before)) + turned + plain[2:]
+    expected = np.rot90(whole(plain), -1, (1, 2))
+    np.testing.assert_array_equal(decode_train(data, 64, draws(), (1.0, 1.0), (2 / 3, 2 / 3)), expected)
+
+
+@pytest.mark.parametrize("chroma", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_jpeg_that_the_check_has_passed_has_pixels(chroma: tuple[int, int]) -> None:
+    """Of all sampling factors; 4:4:1, of a luma of (1, 4), is what simplejpeg has no name of."""
+    passed = set()
+    for luma in itertools.product(range(1, 5), range(1, 5)):
+        for size in ((60, 50), (700, 500)):
+            for sampling in ([luma], [luma, chroma, chroma], [luma, chroma, (1, 1)]):
+                data = dct(*size, sampling)
+                try:
+                    probe(data)
+                except BadImage:
+                    continue
+                assert set(np.unique(decode_train(data, 32, draws()))) <= {127, 128, 129}, (sampling, size)
+                passed.add(luma)
+    assert (1, 4) in passed or chroma != (1, 1)
+    assert len(passed) == 16  # gray ones
+
+
+def test_what_the_fast_decoder_fails_at_is_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same crop of the same picture, turned alike."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    data = encode(picture(), "JPEG", quality=95, exif=exif)
+    expected = decode_train(data, 64, draws())
+
+    def fails(*args: object, **settings: object) -> np.ndarray:
+        raise ValueError
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", fails)
+    assert np.abs(decode_train(data, 64, draws()).astype(int) - expected).max() <= 2
 
 
 def test_transparent_parts_are_white() -> None:
