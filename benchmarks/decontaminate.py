@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 from megatron_lcl.curate.duplicates.evaluation import Finder, evaluation_facts, write_index
 from megatron_lcl.curate.duplicates.settings import Decontamination
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.loading.images import decode_rgb
+from megatron_lcl.data.corpus.rgb import decode_rgb
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 AREA = 0.1

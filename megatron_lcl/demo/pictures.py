@@ -9,8 +9,8 @@ import numpy as np
 import xxhash
 
 from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
+from megatron_lcl.data.corpus.rgb import decode_rgb
 from megatron_lcl.data.corpus.thumbnails import are_alike, thumbnail
-from megatron_lcl.data.loading.images import decode_rgb
 
 MAX_BITS = 10
 """of 64, in which the perceptual hashes of two drawings of one name differ at most where one redraws the other"""

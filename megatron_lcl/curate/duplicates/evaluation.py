@@ -26,8 +26,8 @@ from megatron_lcl.curate.duplicates.join import Removals, gather
 from megatron_lcl.curate.duplicates.settings import Decontamination
 from megatron_lcl.curate.duplicates.views import ASKED, COMPARED, KEPT, first_guess, nearest, view_hashes
 from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.corpus.rgb import decode_rgb
 from megatron_lcl.data.corpus.store import Corpus, is_corpus, open_corpus
-from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from megatron_lcl.curate.duplicates.settings import DocumentDuplicates, ImageDup
 from megatron_lcl.data.corpus.document import CAPTIONED
 from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
 from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.corpus.rgb import decode_rgb
 from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.data.corpus.store import Corpus
-from megatron_lcl.data.loading.images import decode_rgb
 
 THUMBNAIL = 128
 """pixels a side of the gray picture, stretched to a square, that everything is computed from"""

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from megatron_lcl.data.corpus.probe import DAMAGE, FAST_FRAMES, BadImage, jpeg_header, open_image, orientation
-from megatron_lcl.data.loading.images import decode_rgb
+from megatron_lcl.data.corpus.rgb import decode_rgb
 
 # EXIF orientation → (counter-clockwise quarter turns, then mirrored left to right)
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}

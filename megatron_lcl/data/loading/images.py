@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 
-from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, eight_bits, open_image, upright, what_it_is
+from megatron_lcl.data.corpus.probe import DAMAGE, BadImage
+from megatron_lcl.data.corpus.rgb import decode_rgb, rgb
 
 Source = bytes | bytearray | memoryview | str | os.PathLike[str] | PIL.Image.Image
 """an image as callers have it: encoded bytes, the path of a file on a disk, or Pillow's"""
@@ -85,22 +86,6 @@ def thumbnail(data: bytes | memoryview, side: int, format: Literal["JPEG", "WEBP
     return f"data:image/{format.lower()};base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def decode_rgb(data: bytes, min_side: int | None = None) -> PIL.Image.Image:
-    """First frame as RGB: turned as EXIF says, 16 bits and floats scaled to 8 bits, transparent parts on white.
-
-    min_side: a JPEG's decoder may scale it down as long as both sides stay that long. BadImage if the image does not
-    decode.
-    """
-    try:
-        image = open_image(data)
-        if min_side is not None:
-            image.draft(None, (min_side, min_side))
-        return _rgb(image)
-    except DAMAGE as error:
-        reason = what_it_is(data) if isinstance(error, PIL.UnidentifiedImageError) else error
-        raise BadImage(f"an image that does not decode: {reason}") from None
-
-
 def read_rgb(image: Source) -> PIL.Image.Image:
     """What every encoder is given, ours and other libraries': `decode_rgb` of encoded bytes or of a file.
 
@@ -111,7 +96,7 @@ def read_rgb(image: Source) -> PIL.Image.Image:
         if not image.width * image.height:
             raise BadImage(f"an image of {image.width} x {image.height} pixels")
         try:
-            return _rgb(image)
+            return rgb(image)
         except DAMAGE as error:  # one that `PIL.Image.open` gave is decoded here
             raise BadImage(f"an image that does not decode: {error}") from None
     if isinstance(image, str | os.PathLike):
@@ -122,24 +107,3 @@ def read_rgb(image: Source) -> PIL.Image.Image:
         f"an image of type {type(image).__name__}; give encoded bytes, the path of a file, or a PIL image (of an array "
         "uint8 [H, W, 3]: PIL.Image.fromarray)"
     )
-
-
-def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture as `decode_rgb` says, a copy without what else Pillow knows of it: whoever reads the EXIF data would
-    turn it once more."""
-    image = _opaque(eight_bits(upright(image)))
-    image.info = {}
-    return image
-
-
-def _opaque(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        if image.mode in ("La", "RGBa"):
-            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        if alpha.getextrema() != (255, 255):
-            white = PIL.Image.new("RGB", image.size, "white")
-            white.paste(image, mask=alpha)
-            return white
-    return image.convert("RGB")

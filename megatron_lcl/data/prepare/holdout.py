@@ -2,7 +2,7 @@
 
 Documents are joined where they come from one page, or where their images are near-duplicates; whole groups are held
 out.
-Two images are near-duplicates where one of three agrees, all computed on the image composited on white:
+Two images are near-duplicates where one of three agrees, all computed on the image as models see it (`decode_rgb`):
 
 * 16x16 RGB thumbnails differ by less than 11 levels (root mean square);
 * difference hashes (64 bits: is a pixel of a 9x8 gray thumbnail darker than its right neighbor) differ in at most 5;
@@ -29,7 +29,8 @@ import xxhash
 from PIL import Image as Pillow
 
 from megatron_lcl.data.corpus.document import Document
-from megatron_lcl.data.corpus.probe import BadImage, open_image, probe
+from megatron_lcl.data.corpus.probe import BadImage, probe
+from megatron_lcl.data.corpus.rgb import decode_rgb
 from megatron_lcl.data.corpus.thumbnails import are_alike, thumbnail
 from megatron_lcl.errors import UserError
 
@@ -213,18 +214,13 @@ def groups_hash(groups: Iterable[str]) -> str:
 
 def _features(data: bytes) -> _Features | None:
     """What near-duplicates share; None for an image that does not decode."""
-    try:
-        probe(data)
-    except BadImage:
-        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        file = open_image(data)
-        file.draft("RGB", (128, 128))
-        image = file.convert("RGBA")
-    white = Pillow.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    color = white.convert("RGB")
+        try:
+            probe(data)
+            color = decode_rgb(data, 128)
+        except BadImage:
+            return None
     box = Pillow.Resampling.BOX
     gray = color.convert("L").resize((64, 64), box)
     row = np.asarray(gray.resize((9, 8), box), np.int16)

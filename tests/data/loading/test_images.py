@@ -21,6 +21,7 @@ from data.jpegs import dct, segment
 from scipy.stats import ks_2samp
 
 from megatron_lcl.data.corpus.probe import BadImage, probe
+from megatron_lcl.data.corpus.rgb import decode_rgb
 from megatron_lcl.data.loading import crops, images
 from megatron_lcl.data.loading.crops import crop_box, decode_train
 from megatron_lcl.data.loading.hashes import uniform
@@ -83,7 +84,7 @@ def test_a_picture_of_pillow_gives_the_pixels_of_its_file() -> None:
         encode(PIL.Image.fromarray(gray.astype(np.float32) / 255), "TIFF"),
     ]
     for data in files:
-        expected = images.decode_rgb(data)
+        expected = decode_rgb(data)
         decoded = PIL.Image.open(io.BytesIO(data))
         decoded.load()
         before = decoded.mode, decoded.size, decoded.tobytes(), dict(decoded.info)

@@ -12,6 +12,7 @@ import xxhash
 from data.helpers import TOKENIZER
 from data.writers import picture
 from PIL import Image as Pillow
+from PIL import ImageOps
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
@@ -233,6 +234,34 @@ def test_transparent_pictures_are_compared_on_white() -> None:
         drawing.convert(mode).save(out, "PNG")
         files.append(out.getvalue())
     assert grouped(files) == [["00", "02"], ["01"]]
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_turned_copy_is_a_near_duplicate(orientation: int) -> None:
+    """A photograph that EXIF turns, and the file of a program that has turned its pixels."""
+    exif = Pillow.Exif()
+    exif[0x0112] = orientation
+    files = []
+    for seed in (1, 2):
+        out = io.BytesIO()
+        Pillow.fromarray(np.rint(noise(seed, 4, 120) + 128).astype(np.uint8)).save(out, "JPEG", quality=95, exif=exif)
+        copied = io.BytesIO()
+        ImageOps.exif_transpose(Pillow.open(out)).save(copied, "PNG")
+        files += [out.getvalue(), copied.getvalue()]
+    assert grouped(files) == [["00", "01"], ["02", "03"]]
+
+
+@pytest.mark.parametrize("deep", ["16 bits", "floats"])
+def test_levels_of_more_than_8_bits_are_compared_as_those_of_8(deep: str) -> None:
+    files = []
+    for seed in (1, 2):
+        gray = np.rint(noise(seed, 4, 120) + 128).astype(np.uint8)
+        levels = gray.astype(np.uint16) * 257 if deep == "16 bits" else gray.astype(np.float32) / 255
+        for pixels, format in ((levels, "TIFF"), (gray, "PNG")):
+            out = io.BytesIO()
+            Pillow.fromarray(pixels).save(out, format)
+            files.append(out.getvalue())
+    assert grouped(files) == [["00", "01"], ["02", "03"]]
 
 
 def test_parts_of_a_page_stay_together(tmp_path: Path) -> None:
