@@ -118,7 +118,7 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> Probe:
         if width * height > max_pixels:
             raise BadImage(TOO_MANY_PIXELS)
         # in coded pixels the marker cannot stand; in what else a file holds, a film say, once in 64 KiB by chance
-        if image.format == "JPEG" and data.count(_SCAN) > MAX_SCANS + (len(data) >> 16):
+        if image.format in ("JPEG", "MPO") and data.count(_SCAN) > MAX_SCANS + (len(data) >> 16):
             raise BadImage("too many scans")
         try:
             if not (image.format == "JPEG" and image.mode in ("RGB", "L") and _reads_as_jpeg(data)):

@@ -193,6 +193,15 @@ def test_scans_of_jpegs() -> None:
         probe(with_scans(jpeg, 1200) + behind)
 
 
+def test_scans_of_a_jpeg_of_several_pictures() -> None:
+    """Of a stereo camera, say: an MPO, whose first picture counts."""
+    data = encoded(BASE, "MPO", save_all=True, append_images=[BASE], progressive=True)
+    assert probe(data).format == "MPO"
+    end = data.index(b"\xff\xd9") + 2
+    with pytest.raises(BadImage, match="too many scans"):
+        probe(with_scans(data[:end], 1000) + data[end:])
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_downscale(name: str) -> None:
     data, (width, height) = GOOD[name]
