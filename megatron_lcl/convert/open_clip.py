@@ -46,7 +46,7 @@ from PIL import Image
 from lcl.attention_pool import attention_pool, read_pool  # a file of this folder
 
 model, transform = open_clip.create_model_from_pretrained("local-dir:.")
-images = transform(Image.open("image.jpg"))[None]
+images = transform(Image.open("image.jpg").convert("RGB"))[None]
 model.eval().visual.output_tokens = True
 with torch.no_grad():
     mean, patches = model.visual(images)  # [1, width], which encode_image gives too; [1, patches, width]

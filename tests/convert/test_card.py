@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
@@ -76,6 +77,13 @@ def test_example_computes_our_features(
     assert relative(torch.nn.functional.normalize(found["z"], dim=-1), model.encode_image(images)) < 1e-5
     if "mean" in found:
         assert relative(found["mean"], patches.mean(1)) < 1e-5
+    (reading,) = re.findall("^images = .*", code, re.M)
+    Image.open("image.jpg").quantize(16).save("image.jpg", "PNG")
+    exec(reading, found)
+    of_palette = found["images"]
+    Image.open("image.jpg").convert("RGB").save("image.jpg", "PNG")
+    exec(reading, found)
+    assert torch.equal(found["images"], of_palette)
 
 
 def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -> None:
