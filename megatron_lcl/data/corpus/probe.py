@@ -3,13 +3,15 @@ and every decoder relies on it."""
 
 from __future__ import annotations
 
+import codecs
 import functools
 import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -46,6 +48,14 @@ _UPRIGHT = {
     8: Pillow.Transpose.ROTATE_90,
 }
 """EXIF orientation → what turns the picture upright"""
+_EIGHT_BITS: dict[str, Callable[[Any], int | tuple[int, ...]]] = {
+    "L;2": lambda level: 85 * level,
+    "L;4": lambda level: 17 * level,
+    "RGB;16B": lambda levels: tuple(level >> 8 for level in levels),
+}
+"""how Pillow packs a PNG's pixels → its transparent color, of 2, 4 or 16 bits, in the 8 bits that pixels have then"""
+_PHOTOMETRIC = 262
+"""of a TIFF: 0 where the lowest level is white"""
 
 
 class BadImage(Exception):
@@ -142,26 +152,48 @@ def orientation(image: Pillow.Image) -> int:
 
 
 def upright(image: Pillow.Image) -> Pillow.Image:
-    """The picture turned as its EXIF data say. (Pillow's own function also rewrites them, and fails if it cannot.)"""
-    image.load()  # of a TIFF, Pillow applies the orientation here
+    """The picture decoded, and turned as its EXIF data say. (Pillow's own function also rewrites them, and fails if it
+    cannot.) What is transparent is what the format means by it."""
+    image = _loaded(image)
     turn = _UPRIGHT.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def eight_bits(image: Pillow.Image) -> Pillow.Image:
-    """Gray levels of 16 bits, whole numbers or floats as 8-bit gray; other pictures as they are.
+def _loaded(image: Pillow.Image) -> Pillow.Image:
+    tiles = getattr(image, "tile", ())  # none of a picture that is decoded already
+    raw = tiles[0][3] if image.format == "PNG" and tiles else None
+    image.load()  # of a TIFF, Pillow applies the orientation here
+    color = image.info.get("transparency")
+    if color is not None and raw in _EIGHT_BITS:
+        image = image.copy()  # a caller's own stays as it is
+        image.info["transparency"] = _EIGHT_BITS[raw](color)
+    if image.format in ("BMP", "ICO") and image.mode == "RGBA" and not any(image.getchannel("A").getextrema()):
+        image = image.convert("RGB")  # programs that know no transparency leave these bytes 0
+    return image
 
-    Levels above 255 are of 16 bits, floats of at most 1 are shares of white.
+
+def eight_bits(image: Pillow.Image) -> Pillow.Image:
+    """Gray levels of 16 bits, whole numbers or floats as 8-bit gray, with alpha where 16 bits have a transparent level;
+    other pictures as they are.
+
+    Levels above 255 are of 16 bits, floats of at most 1 are shares of white. What lies outside is black or white.
     """
     if not image.mode.startswith("I") and image.mode != "F":
         return image
     deep = image.mode.startswith("I;16")
     highest = 0 if deep else max(np.fmax.reduce(levels, axis=None, initial=0) for _, levels in _strips(image))
     white = 65_535 if deep or highest > 255 else 1 if image.mode == "F" and highest <= 1 else 255
+    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # which Pillow turns for up to 8 bits
+    transparent = image.info.get("transparency") if deep else None
     gray = Pillow.new("L", image.size)
+    alpha = None if transparent is None else Pillow.new("L", image.size)
     for top, levels in _strips(image):
         eight = np.clip(levels * (255 / white) + 0.5, 0, 255).astype(np.uint8)
-        gray.paste(Pillow.fromarray(eight), (0, top))
+        gray.paste(Pillow.fromarray(255 - eight if negative else eight), (0, top))
+        if alpha is not None:
+            alpha.paste(Pillow.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)), (0, top))
+    if alpha is not None:
+        gray.putalpha(alpha)
     return gray
 
 
@@ -221,7 +253,11 @@ def what_it_is(data: bytes) -> str:
     """What a file that is no image is, by its first bytes."""
     if jpeg_header(data)[0] in _LOSSLESS_FRAMES:
         return "lossless JPEG, which cannot be read"
-    head = data[:512].lstrip().lower()
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1"):
+        return "HEIC, which cannot be read"
+    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL, which cannot be read"
+    head = data[:512].removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")) or b"<html" in head:
         return "HTML, not an image"
     if head.startswith(b"version https://git-lfs"):

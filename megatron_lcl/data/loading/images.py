@@ -21,7 +21,7 @@ Source = bytes | bytearray | memoryview | str | os.PathLike[str] | PIL.Image.Ima
 """an image as callers have it: encoded bytes, the path of a file on a disk, or Pillow's"""
 _MAX_ASPECT = 64
 """of a picture that is resized as a whole: as one of 1 x 60,000 pixels would become one of 224 x 13,440,000"""
-DECODING = 2
+DECODING = 3
 """version of `read_rgb`, `square` and `bounded`, to be raised when they give other pixels: caches are named by it"""
 
 

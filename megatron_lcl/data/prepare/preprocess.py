@@ -223,8 +223,9 @@ def preprocess(
     if limit is not None:  # else as without the option
         recipe["limit"] = limit
     # earlier releases scaled down TIFFs of float levels from 0 to 1 as black pictures, and compared images inexactly,
-    # later ones as they lie in the file and those of 16 bits in two levels
-    rules = importer.rules + (max_image_side is not None) + 2 * (held_out is not None)
+    # later ones as they lie in the file and those of 16 bits in two levels, and scaled down those of 16 bits without
+    # their transparency
+    rules = importer.rules + 2 * (max_image_side is not None) + 2 * (held_out is not None)
     if not (given and given.separates_texts):  # they put nothing between texts, not even white space that was there
         rules += bool(importer.separator) + (type(importer).kind not in CAPTIONED)
     if rules > 1:  # else as older versions wrote it

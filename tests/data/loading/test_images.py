@@ -6,7 +6,9 @@ import io
 import itertools
 import math
 import resource
+import struct
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +22,12 @@ import simplejpeg
 from data.jpegs import dct, segment
 from scipy.stats import ks_2samp
 
-from megatron_lcl.data.corpus.probe import BadImage, probe
+from megatron_lcl.data.corpus.probe import BadImage, downscale, probe
 from megatron_lcl.data.corpus.rgb import decode_rgb
 from megatron_lcl.data.loading import crops, images
 from megatron_lcl.data.loading.crops import crop_box, decode_train
 from megatron_lcl.data.loading.hashes import uniform
-from megatron_lcl.data.loading.images import decode_eval
+from megatron_lcl.data.loading.images import decode_eval, read_rgb
 
 
 def draws(seed: int = 0) -> Callable[[], float]:
@@ -312,6 +314,79 @@ def test_transparent_parts_are_white() -> None:
         for got in (whole(data, 8), decode_eval(data, 8)):
             assert got[:, 4, 7].min() > 240, mode
         assert whole(data, 8)[:, 4, 0].max() < 15, mode
+
+
+def png_of(levels: np.ndarray, bits: int, transparent: tuple[int, ...]) -> bytes:
+    """Of gray [H, W] or RGB [H, W, 3] levels of so many bits, one color of which is transparent (tRNS)."""
+    height, width = levels.shape[:2]
+    rows = levels.reshape(height, -1)
+    if bits == 16:
+        packed = rows.astype(">u2").view(np.uint8)
+    else:
+        packed = np.packbits((rows[..., None] >> np.arange(bits - 1, -1, -1) & 1).reshape(height, -1), axis=1)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, bits, 2 * (levels.ndim == 3), 0, 0, 0),
+        b"tRNS": struct.pack(f">{len(transparent)}H", *transparent),
+        b"IDAT": zlib.compress(np.pad(packed, ((0, 0), (1, 0))).tobytes()),  # each row begins with a filter, 0: none
+        b"IEND": b"",
+    }
+    parts = (struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("transparent", [0, 1, 2, 3])
+@pytest.mark.parametrize(("bits", "channels"), [(1, 1), (2, 1), (4, 1), (8, 1), (8, 3), (16, 1), (16, 3)])
+def test_the_transparent_color_of_a_png_is_white(bits: int, channels: int, transparent: int) -> None:
+    """Four colors, in 8 bits different; of 1 bit two."""
+    white = 2**bits - 1
+    colors = np.array([0, white // 3, 2 * white // 3, white])
+    if bits == 16:
+        colors &= 0xFF00  # whose lower 8 bits are not their upper ones
+    image = colors[np.arange(40 * 32).reshape(40, 32) // 8 % 4]
+    shown = np.where(image == colors[transparent], 255, image * (255 / white))
+    if channels == 3:
+        image = np.repeat(image[..., None], 3, 2)
+    data = png_of(image, bits, (int(colors[transparent]),) * channels)
+    for got in (decode_rgb(data), read_rgb(PIL.Image.open(io.BytesIO(data)))):
+        assert np.abs(np.asarray(got) - shown[..., None]).max() <= 1
+    small = np.asarray(decode_rgb(downscale(data, 20)))
+    assert np.abs(small - shown[::2, ::2, None]).mean() < 16  # blurred
+
+
+@pytest.mark.parametrize("alpha", [0, 100, 255])
+@pytest.mark.parametrize("format", ["BMP", "ICO"])
+def test_alpha_that_is_0_everywhere_is_none(format: str, alpha: int) -> None:
+    """Programs that know no transparency leave these bytes 0; but of another format it is a white picture."""
+    image = picture(32, 32).convert("RGBA")
+    image.putalpha(alpha)
+    if format == "BMP":  # with the masks of channels, which Pillow does not write
+        head = struct.pack("<IiiHHIIiiII4I", 108, 32, -32, 1, 32, 3, 0, 0, 0, 0, 0, 0xFF, 0xFF00, 0xFF0000, 0xFF << 24)
+        head += bytes(108 - len(head))
+        data = b"BM" + struct.pack("<IHHI", 14 + 108 + 4096, 0, 0, 14 + 108) + head + image.tobytes()
+    else:
+        data = encode(image, "ICO", sizes=[(32, 32)], bitmap_format="bmp")
+    assert PIL.Image.open(io.BytesIO(data)).mode == "RGBA"
+    share = alpha / 255 if alpha else 1
+    expected = np.asarray(picture(32, 32)) * share + 255 * (1 - share)
+    assert np.abs(np.asarray(decode_rgb(data)) - expected).max() <= 1
+    small = np.asarray(decode_rgb(downscale(data, 16)))
+    assert np.abs(small - expected.reshape(16, 2, 16, 2, 3).mean((1, 3))).mean() < 10
+    assert set(np.asarray(decode_rgb(encode(image, "PNG"))).flat) == {255} or alpha
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+def test_a_tiff_whose_lowest_level_is_white_is_no_negative(kind: str) -> None:
+    gray = np.arange(32 * 40, dtype=np.uint16).reshape(32, 40) // 5
+    levels = gray / 255 if kind == "float32" else gray * (1 if kind == "uint8" else 257)
+    black_is_zero = encode(PIL.Image.fromarray(levels.astype(kind)), "TIFF")
+    tag = struct.pack("<HHII", 262, 3, 1, 1)
+    assert black_is_zero.count(tag) == 1
+    white_is_zero = black_is_zero.replace(tag, struct.pack("<HHII", 262, 3, 1, 0))
+    for data, expected in ((black_is_zero, gray), (white_is_zero, 255 - gray)):
+        for got in (decode_rgb(data), read_rgb(PIL.Image.open(io.BytesIO(data)))):
+            assert np.abs(np.asarray(got).astype(int) - expected[..., None]).max() <= 1
+        small = np.asarray(decode_rgb(downscale(data, 20))).astype(int)
+        assert np.abs(small - expected.reshape(16, 2, 20, 2).mean((1, 3))[..., None]).max() < 9
 
 
 def test_gray_palette_one_bit_and_cmyk() -> None:

@@ -423,7 +423,7 @@ def test_max_image_side(tmp_path: Path) -> None:
     writers.write_jsonl(documents, tmp_path / "in")
     preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_image_side=80)
     corpus = open_corpus(tmp_path / "out")
-    assert corpus.manifest["recipe"]["rules"] == 4  # two are of other changes, of jsonl and of blank texts
+    assert corpus.manifest["recipe"]["rules"] == 5  # two are of other changes, of jsonl and of blank texts
     shard = corpus.shard(0)
     assert shard.image_width.tolist() == [80, 50, 20, 80]
     assert shard.image_height.tolist() == [40, 40, 80, 20]
