@@ -34,11 +34,12 @@ from megatron_lcl.report.charts import short
 from megatron_lcl.report.curves import groups
 from megatron_lcl.report.events import NAMES, newest, numbers
 from megatron_lcl.report.files import read_json
-from megatron_lcl.report.gallery import read_gallery, read_others, results_inside
+from megatron_lcl.report.gallery import read_gallery, read_others
 from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, EXAMPLES, GALLERY, HELDOUT, LABELED, PLAN, PROFILE
 from megatron_lcl.train.checkpoint.folder import last_ledger
+from megatron_lcl.train.telemetry.lines import results_inside
 from megatron_lcl.units import in_bytes, plain
 
 REPORT = "report.html"

@@ -187,6 +187,21 @@ def test_results_of_another_version_lack_numbers(run: Path) -> None:
         write_report(run)
 
 
+def test_names_are_given_after_a_step(run: Path) -> None:
+    """Files of earlier versions name none."""
+    zero_shot = {"task": "zero-shot classification", "num_items": 9, "settings": {"classes": 2}}
+    shares = {key: {"value": 0.6, "low": 0.4, "high": 0.8, "chance": 0.5} for key in ("accuracy", "accuracy, top 5")}
+    (run / "sketches").mkdir()
+    for more, said in (({}, 0), ({"step": None}, 0), ({"step": 1200}, 1)):
+        result = {**zero_shot, "metrics": shares, **more}
+        (run / "sketches" / "results.json").write_text(json.dumps([result]))
+        (run / "gallery.json").write_text(json.dumps({"result": result, "num_right": 5}))
+        names = section(write_report(run).read_text(), "names")
+        assert names.count("Measured after 1,200 steps.") == said
+        assert names.count("sketches: 60.0 % of 9 pictures, after 1,200 steps<") == said
+        assert names.count("steps") == 2 * said
+
+
 def test_links_start_where_the_page_lies(run: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     page = write_report(run, tmp_path / "elsewhere" / "x.html").read_text()
