@@ -13,6 +13,7 @@ from data.corpora import random_documents, write_corpus
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.cli import main
+from megatron_lcl.config import Config
 from megatron_lcl.convert.card import TRAINING
 from megatron_lcl.convert.find import run_of
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
@@ -146,6 +147,31 @@ def test_the_first_batch_is_left_out_where_its_corpora_are_not_as_they_were(run:
     page = write_report(run).read_text()
     assert "(The corpora, or the package of the objective, are not here.)" in section(page, "batch")
     assert "20 documents" in section(page, "documents"), "those of today"
+    assert f'<code>{corpus.path}</code> <span class="quiet">(read earlier, no longer)' in section(page, "documents")
+
+
+def test_what_a_run_read_before_its_settings_changed(run: Path, tmp_path: Path) -> None:
+    """Of the first batch the packs of then, and a corpus that was removed since; one that has only moved was not."""
+    corpora = [write_corpus(tmp_path / name, random_documents(30, n)) for n, name in enumerate("abc")]
+    config = configs.load(run / "config.yaml", {"data.cache": str(tmp_path / "cache"), "train.global_batch": "2"})
+
+    def reading(*numbers: int) -> Config:
+        return configs.replace(config, data__corpora=[{"path": str(corpora[n].path)} for n in numbers])
+
+    now = configs.replace(reading(1, 2), train__global_batch=5)
+    ledger = open_run_ledger(now, previous=open_run_ledger(reading(0, 1)), step=4, consumed=8)
+    (run / "config.yaml").write_text(configs.to_yaml(now))
+    folder = step_folder(run, 200)
+    folder.mkdir(parents=True)
+    (folder / PROGRESS).write_text(progress_text(Progress(200, 988, ledger.to_json())))
+    (folder / MANIFEST).write_text(manifest_text({PROGRESS: fingerprint(folder / PROGRESS)}))
+    (folder / WEIGHTS).touch()
+    page = write_report(run).read_text()
+    assert ">2 packs, which all processes together read in step 0" in section(page, "batch")
+    assert re.findall(r"Pack (\d+)", section(page, "batch")) == ["0", "1"]
+    shown = re.findall(r"<p><code>(.*?)</code>:? ?(?:<span class=.quiet.>)?([^,\n]*)", section(page, "documents"))
+    assert [path for path, _ in shown] == [str(corpora[n].path) for n in (1, 2, 0)]
+    assert [said.startswith("(read earlier") for _, said in shown] == [False, False, True]
 
 
 def test_the_first_batch_is_left_out_where_the_objective_is_not_installed(run: Path) -> None:
