@@ -213,6 +213,19 @@ def test_results_of_another_version_lack_numbers(run: Path) -> None:
         write_report(run)
 
 
+def test_settings_that_changed_have_both_values(run: Path) -> None:
+    settings = {"train.global_batch": [4, 8], "optimizer.betas": [[0.9, 0.98], [0.9, 0.95]], "data.cache": [None, "c"]}
+    events = [{"settings": settings, "warnings": ["the rate is 2", "so is b"]}, {"settings": {}, "warnings": ["old"]}]
+    with (run / "audit.jsonl").open("a") as file:
+        file.writelines(json.dumps({"time": 1.8e9, "event": "changed", "step": 9, **one}) + "\n" for one in events)
+    said = re.findall(r">settings changed</span></td><td>([^<]*)", section(write_report(run).read_text(), "events"))
+    assert said == [
+        "train.global_batch 4 → 8, optimizer.betas [0.9, 0.98] → [0.9, 0.95], data.cache null → c; "
+        "warning: the rate is 2; warning: so is b",
+        "warning: old",
+    ]
+
+
 def test_names_are_given_after_a_step(run: Path) -> None:
     """Files of earlier versions name none."""
     zero_shot = {"task": "zero-shot classification", "num_items": 9, "settings": {"classes": 2}}
