@@ -126,8 +126,8 @@ def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _says_nothing(name: str, *values: Any) -> bool:
-    """Of a phase that only one of two configs has: what the phase leaves as it is."""
-    return name.startswith(PHASES) and all(value in (None, UNSET) for value in values)
+    """Of a phase that only one of two configs has: what it leaves as it is, and that the other has none at all."""
+    return name.startswith(PHASES.rstrip(".")) and all(value in (None, UNSET, []) for value in values)
 
 
 def changed_parts(before: Config, now: Config, progress: Progress) -> dict[str, tuple[Any, Any]]:

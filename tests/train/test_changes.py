@@ -111,6 +111,7 @@ def test_phases_that_are_over_change_nothing(
     for line in lines:
         found[line.startswith("changed without effect")] += re.findall(r"schedule\.phases\.\d\.(\w+)", line)
     assert found == [changed.split(), without.split()]
+    assert len(lines) == len(found[0]) + bool(found[1])
     of_step = (phase_at(config, step).config for config in (before, after))
     assert changed or len({configs.to_yaml(config) for config in of_step}) == 1
 
