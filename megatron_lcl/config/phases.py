@@ -71,16 +71,17 @@ class Phase:
             )
             raise
 
-    def describe(self) -> str:
-        """One line for the person who watches."""
+    def describe(self, step: int = 0) -> str:
+        """One line for the person who watches. step: from which on the steps are so, where earlier ones were not."""
+        first = max(self.first, min(step, self.stop - 1))
         vision, train, data = self.config.model.vision, self.config.train, self.config.data
         kept = f", {vision.num_kept} of {vision.num_patches} patches kept" if vision.patch_dropout else ""
         weight, change = self.config.objective.contrastive_weight, self.change
         said = "" if weight is None else f", contrastive weight {weight:g}"
         if change is not None:
-            said = f", contrastive weight {change.at(self.first):g} to {change.at(self.stop):g} ({change.shape})"
+            said = f", contrastive weight {change.at(first):g} to {change.at(self.stop):g} ({change.shape})"
         return (
-            f"steps {self.first + 1:,} to {self.stop:,}: images of {vision.image_size} px{kept}, sequences of up to "
+            f"steps {first + 1:,} to {self.stop:,}: images of {vision.image_size} px{kept}, sequences of up to "
             f"{min(self.config.model.language.context_length, data.tokens_per_pack):,} tokens, {train.global_batch:,} "
             f"packs of {data.tokens_per_pack:,} tokens a step in micro-batches of {train.micro_batch}{said}"
         )

@@ -118,6 +118,13 @@ def step_of(checkpoint: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def step_in_run(folder: Path, checkpoint: Path) -> int | None:
+    """`step_of` a checkpoint of the run that `folder` is, or lies in; None for any other model."""
+    of_run = (checkpoint.parent.parent if average_of(checkpoint) else checkpoint).absolute()
+    run, inside = of_run.parent.parent.resolve(), folder.resolve()
+    return step_of(checkpoint) if of_run.parent.name == CHECKPOINTS and run in (inside, *inside.parents) else None
+
+
 def read_config(checkpoint: Path) -> Config:
     """The config of the run that wrote a checkpoint folder. UserError where there is none, or it is none."""
     file = checkpoint / CONFIG

@@ -49,6 +49,9 @@ class Result:
     """of the encoder: its weights, configuration and preprocessing"""
     num_bad: int = 0
     """images that did not decode and are not among the items"""
+    step: int | None = None
+    """of the encoder, if it is a checkpoint of the run in whose folder the results are written; None: of another model,
+    or an earlier version's result"""
 
 
 def chance_of_hit(right: np.ndarray, total: np.ndarray | int, k: int) -> float:

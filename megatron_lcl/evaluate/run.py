@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_lcl.convert.find import step_in_run
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.captioning import captioning, check_captioning
@@ -142,6 +143,7 @@ def evaluate(
         if number:  # the same checkpoint, also of a run that has saved another one meanwhile
             encoder = source(0)
             encoder.name = spec
+        step = None if output is None else _step(Path(output), source)
         for task in tasks:
             if task == "captioning":
                 assert isinstance(encoder, OurEncoder)
@@ -157,10 +159,10 @@ def evaluate(
                 classified = classify(encoder, test, features, progress)
                 result = accuracy(encoder, test, classified)
                 if output is not None and gallery is None:
-                    gallery = make_gallery(test, features, classified, result, about)
+                    gallery = make_gallery(test, features, classified, replace(result, step=step), about)
             if bad[1] and task in _NEED_TRAINING:
                 result = replace(result, settings={**result.settings, "bad train images": len(bad[1])})
-            results.append(replace(result, fingerprint=encoder.fingerprint, num_bad=len(bad[0])))
+            results.append(replace(result, fingerprint=encoder.fingerprint, num_bad=len(bad[0]), step=step))
     if output is not None:
         _write(Path(output), results, test, written, [*bad[0], *bad[1]], gallery)
     return results
@@ -170,6 +172,11 @@ def _known(encoder: Encoder) -> tuple[Shapes, Callable[[int], Encoder]]:
     """What stays of an encoder that is loaded again later."""
     assert encoder.source is not None, "load_encoder sets it"
     return Shapes.of(encoder), encoder.source
+
+
+def _step(output: Path, source: Callable[[int], Encoder]) -> int | None:
+    """`Result.step` of what `source` makes."""
+    return step_in_run(output, Path(source.spec)) if isinstance(source, EncoderSource) else None
 
 
 def _cached(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -35,6 +36,8 @@ class Spec:
         return 100.0 if self.in_percent else self.scaled.get(name, 1.0)
 
 
+MAX_TEXT = 160
+"""characters of what is said of an event at its mark, which every chart has"""
 CHANCE = {"chance_accuracy": "chance (1 / pairs)"}
 _LN2 = math.log(2)
 
@@ -279,7 +282,8 @@ def marks_of(events: Mapping[str, Events], last_step: int) -> list[Mark]:
     marks = []
     for (kind, _), (first, number) in kept.items():
         more = f", and {number - 1:,} more" if number > 1 else ""
-        text = first.text if kind == "phase" else f"{NAMES.get(kind, kind)}: {first.text}"
+        said = textwrap.shorten(first.text, MAX_TEXT, placeholder=" …")
+        text = said if kind == "phase" else f"{NAMES.get(kind, kind)}: {said}"
         marks.append(Mark(first.step, kind, text + more))
     return marks
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_lcl.train.changes import text_of
+
 MAX_EVENTS = 60
 """the newest, which are shown"""
 MAX_STRETCHES = 400
@@ -115,7 +117,9 @@ def _said(line: Mapping[str, Any]) -> str:
     if line["event"] == "stopped":
         return f"signal {line.get('signal')}; saved at step {line.get('saved', 0):,}"
     if line["event"] == "changed":
-        return ", ".join(line.get("settings", ())) or "; ".join(line.get("warnings", ()))
+        changed = line.get("settings", {})
+        values = ", ".join(f"{name} {text_of(before)} → {text_of(now)}" for name, (before, now) in changed.items())
+        return "; ".join([*([values] if values else []), *(f"warning: {text}" for text in line.get("warnings", ()))])
     if line["event"] == "blend changed":
         paths = (", ".join(path for path, _ in line.get(key, ())) or "nothing" for key in ("gone", "new"))
         return "without {}, with {}".format(*paths)

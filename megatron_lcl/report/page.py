@@ -26,6 +26,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading.images import thumbnail
+from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import below, is_dir, is_file
@@ -34,11 +35,12 @@ from megatron_lcl.report.charts import short
 from megatron_lcl.report.curves import groups
 from megatron_lcl.report.events import NAMES, newest, numbers
 from megatron_lcl.report.files import read_json
-from megatron_lcl.report.gallery import read_gallery, read_others, results_inside
+from megatron_lcl.report.gallery import read_gallery, read_others
 from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, EXAMPLES, GALLERY, HELDOUT, LABELED, PLAN, PROFILE
 from megatron_lcl.train.checkpoint.folder import last_ledger
+from megatron_lcl.train.telemetry.lines import results_inside
 from megatron_lcl.units import in_bytes, plain
 
 REPORT = "report.html"
@@ -155,30 +157,44 @@ class RunPage:
             self._planned = asked, asked.numbers() if asked else {}
         return self._planned[1]
 
+    @functools.cached_property
+    def _ledger(self) -> Ledger | None:
+        """What the packs so far depend on; None where there is no checkpoint yet."""
+        return last_ledger(self.run)
+
     @property
     def first_batch(self) -> int:
-        """Packs of step 0."""
-        return phase_at(self.config, 0).config.train.global_batch
+        """Packs of step 0, which a config that has changed since may say otherwise."""
+        if self._ledger is None:
+            return phase_at(self.config, 0).config.train.global_batch
+        return self._ledger.reading_at(0, self.config)[0].global_batch
 
     @functools.cached_property
     def _batch(self) -> Markup | None:
         """The first packs; None where the corpora that they were of, or the package of the objective, are not here."""
-        packs, ledger = min(self.first_batch, MAX_PACKS), last_ledger(self.run)
+        packs = min(self.first_batch, MAX_PACKS)
         try:
             sequences = objectives.create(self.config).sequences
-            return Markup(render_first_packs(self.config, sequences, packs, ledger))
+            return Markup(render_first_packs(self.config, sequences, packs, self._ledger))
         except (UserError, OSError):
             return None
 
     @functools.cached_property
     def _corpora(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
+        known = set[str]()
+        """fingerprints, and paths where nothing is now"""
         for corpus in self.config.data.corpora:
             try:
-                found.append(_corpus(open_corpus(corpus.path, self.config.data.cache)))
+                opened = open_corpus(corpus.path, self.config.data.cache)
+                found.append(_corpus(opened))
+                known.add(opened.fingerprint)
             except (UserError, OSError):
                 found.append({"path": corpus.path})
-        return found
+                known.add(corpus.path)
+        blends = self._ledger.blends() if self._ledger else []
+        read = {corpus["fingerprint"]: corpus["path"] for entry in blends for corpus in entry["blend"]}
+        return found + [{"path": path, "is_removed": True} for key, path in read.items() if not known & {key, path}]
 
 
 SECTIONS = {

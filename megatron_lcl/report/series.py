@@ -140,8 +140,8 @@ class Metrics:
     """lines of metrics.jsonl that are no JSON object, and are passed over"""
     first_damaged: int = 0
     """number of the first such line"""
-    _phase: object = None
-    """number of the last phase that a line told of"""
+    _phase: str | None = None
+    """what a line told of the last phase"""
     _events: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
     _audited: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
     """those of audit.jsonl"""
@@ -215,10 +215,11 @@ class Metrics:
         if isinstance(found := line.get("hardware"), dict):
             self.hardware = found
         if "phase" in line:
-            if line["phase"] != self._phase:  # each start tells of the phase in which it goes on
-                facts = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items() if k not in _NO_METRICS)
-                self._event("phase", step, time, f"phase {line['phase']}: {facts}")
-            self._phase = line["phase"]
+            facts = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items() if k not in _NO_METRICS)
+            said = f"phase {line['phase']}: {facts}"
+            if said != self._phase:  # each start tells of the phase in which it goes on
+                self._event("phase", step, time, said)
+            self._phase = said
             return
         if "skipped" in line:
             self._event("skipped", step, time, str(line["skipped"]))

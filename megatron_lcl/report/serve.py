@@ -27,9 +27,9 @@ from typing import Protocol
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import matching
-from megatron_lcl.report.gallery import results_inside
 from megatron_lcl.report.page import RunPage
 from megatron_lcl.report.runs import RunsPage, find_runs
+from megatron_lcl.train.telemetry.lines import results_inside
 
 HOST = "127.0.0.1"
 EVERY = 2.0

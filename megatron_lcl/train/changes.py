@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -35,6 +36,7 @@ NO_EFFECT = (
 LOSS = ("objective.", "data.", "model.", "train.global_batch")
 """those that make the loss of the same model another one; but for NO_RESULT"""
 UNSET = "(not set)"
+PHASES = "schedule.phases."
 
 
 @dataclass(frozen=True)
@@ -97,20 +99,21 @@ class Changes:
 
 def changes_since(folder: Path, config: Config) -> Changes:
     """What a run with `config` that goes on from a checkpoint does otherwise than the one that wrote it."""
-    before = load(folder / CONFIG)
-    parts = changed_parts(before, config, read_progress(folder))
+    before, progress = load(folder / CONFIG), read_progress(folder)
+    parts = changed_parts(before, config, progress)
     changes = Changes(changed_settings(before, config) | parts)
     drops = any(encoder.drop_path for encoder in (config.model.vision, config.model.language))
     return replace(
         changes,
         warnings=(
             *_jumps(changes, before, config, folder),
-            *_unfrozen(before, config, read_progress(folder).step),
+            *_unfrozen(before, config, progress.step),
             *_weight(folder, before, config),
         ),
-        without_effect=tuple(
-            name for name in NO_EFFECT if not (drops and name == "train.seed")
-        ),  # it draws these paths
+        without_effect=(
+            *(name for name in NO_EFFECT if not (drops and name == "train.seed")),  # it draws these paths
+            *_finished(changes, before, config, progress.step),
+        ),
         new_loss=bool(parts) or _has_new_loss(before, config, folder),
     )
 
@@ -119,7 +122,12 @@ def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that differ, by dotted name in alphabetical order: value before and now."""
     old, new = map(_settings, (before, now))
     pairs = {name: (old.get(name, UNSET), new.get(name, UNSET)) for name in sorted(old.keys() | new.keys())}
-    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b and not _says_nothing(name, a, b)}
+
+
+def _says_nothing(name: str, *values: Any) -> bool:
+    """Of a phase that only one of two configs has: what it leaves as it is, and that the other has none at all."""
+    return name.startswith(PHASES.rstrip(".")) and all(value in (None, UNSET, []) for value in values)
 
 
 def changed_parts(before: Config, now: Config, progress: Progress) -> dict[str, tuple[Any, Any]]:
@@ -146,6 +154,22 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def _finished(changes: Changes, before: Config, now: Config, step: int) -> Iterator[str]:
+    """The changed settings of the schedule that say nothing of the steps from `step` on: of phases that are over in
+    both configs, or that one does not have; their lengths where those to come end as they would have."""
+    ends = [[*itertools.accumulate(phase.steps for phase in config.schedule.phases)] for config in (before, now)]
+    as_before = len({tuple(end for end in of_one if end > step) for of_one in ends}) == 1
+    for name in changes.settings:
+        if name.startswith(PHASES):
+            number, _, field_name = name.removeprefix(PHASES).partition(".")
+            is_over = all(end <= step for of_one in ends for end in of_one[int(number) : int(number) + 1])
+            if is_over and (as_before or field_name != "steps"):
+                yield name
+    doublings = (tuple(d for d in config.schedule.batch_doublings if d > step) for config in (before, now))
+    if len(set(doublings)) == 1:
+        yield "schedule.batch_doublings"
+
+
 def _has_new_loss(before: Config, now: Config, folder: Path) -> bool:
     """Whether the next step has another loss than it would have had, in whichever phases it is and would have been."""
     step = read_progress(folder).step
@@ -168,14 +192,20 @@ def _jumps(changes: Changes, before: Config, now: Config, folder: Path) -> Itera
     if expected / JUMP <= value <= expected * JUMP:
         return
     cause = [name for name in changes.settings if name in SCHEDULE]
+    because = ", ".join(map(changes.said, cause))
+    said = (
+        f"the learning rate jumps from {last:.2g} in step {step}, the last one, to {value:.2g} in step {step + 1}, "
+        f"the next one ({because})"
+    )
     remedy = f"a longer run begins smoothly as a new one with --train.init_from {folder}, with a warmup of its own"
     if goes_on:
         back = " ".join(f"--{name} {text_of(changes.settings[name][0])}" for name in cause)
         remedy = f"{back} goes on as before; {remedy}"
-    yield (
-        f"the learning rate jumps from {last:.2g} in step {step}, the last one, to {value:.2g} in step {step + 1}, "
-        f"the next one ({', '.join(changes.said(name) for name in cause)}). If that is not meant: {remedy}"
-    )
+        said = (
+            f"the learning rate of step {step + 1}, the next one, is {value:.2g}, where the schedule so far has "
+            f"{expected:.2g} ({because}); step {step}, the last one, had {last:.2g}"
+        )
+    yield f"{said}. If that is not meant: {remedy}"
 
 
 def _unfrozen(before: Config, now: Config, step: int) -> Iterator[str]:

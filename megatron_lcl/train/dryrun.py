@@ -302,7 +302,7 @@ def _packs(config: Config, origin: Origin) -> Iterator[str]:
     documents = np.zeros(len(config.data.corpora))
     for phase in (now, *later):
         if later:
-            yield f"phase {phase.number + 1:<6}{phase.describe()}"
+            yield f"phase {phase.number + 1:<6}{phase.describe(step)}"
         if phase is now:
             summary = summarize_config(config, sequences, previous, consumed, step)
         else:

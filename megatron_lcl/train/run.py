@@ -166,9 +166,11 @@ class Training:
             self.heldout = HeldOutMeter(config, mesh, self.stepper, device, telemetry, self.audit, stop)
         self.progress = point.progress
         self.phase = phase_at(config, point.progress.step)
-        self.several_phases = len(phases_of(config)) > 1
         self.logs_weight = any(phase.contrastive_weight is not None for phase in config.schedule.phases)
         self.ledger = Ledger.from_json(point.progress.ledger)
+        # or had them, by the ledger, which does not know of weights and micro-batches, or by the checkpoint's config
+        phases = max(len(phases_of(config)), len(self.ledger.phases))
+        self.several_phases = phases > 1 or any(name.startswith("schedule.phases.") for name in point.changes.settings)
         self.loader: PackedLoader | None = None
         self.batches: Prefetcher | None = None
         """of the phase, where this process reads"""
@@ -210,7 +212,7 @@ class Training:
         """What the phase that begins, or goes on, reads."""
         telemetry, config, step = self.telemetry, self.phase.config, self.progress.step
         if self.several_phases:
-            telemetry.say(f"phase {self.phase.number + 1}, {self.phase.describe()}")
+            telemetry.say(f"phase {self.phase.number + 1}, {self.phase.describe(step)}")
             vision, train = config.model.vision, config.train
             facts = {"image_size": vision.image_size, "num_patches": vision.num_kept}
             facts |= {"global_batch": train.global_batch, "micro_batch": train.micro_batch}

@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 import torch
 from data.corpora import random_documents, write_corpus
+from evaluate.conftest import WORDS
 from PIL import Image
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Data, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
+from megatron_lcl.convert.find import step_in_run
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import run
@@ -34,6 +36,7 @@ from megatron_lcl.evaluate.image_set import FileBlob
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import AttentiveSettings, CaptioningSettings, KnnSettings, Settings
 from megatron_lcl.evaluate.sources import open_images
+from megatron_lcl.train.telemetry.lines import remove_results_after
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,31 @@ def test_labeled_images(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert min(values.values()) > 0.3, values  # an untrained encoder still sees pixels; chance is 0.1
     assert sorted(os.listdir(tmp_path / "out")) == ["results.json", "results.png", "results.txt"]
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 6
+
+
+def test_results_in_a_run_folder_name_the_step(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Of the run's own checkpoint, also in a folder inside; going back behind it removes them."""
+    own = tmp_path / "run" / "checkpoints" / "step-00000003"
+    shutil.copytree(checkpoint, own)
+    for output, step in ((tmp_path / "run", 3), (tmp_path / "run" / "sketches", 3), (tmp_path / "elsewhere", None)):
+        evaluate(
+            [own, checkpoint],
+            ["zero-shot"],
+            folder,
+            output=output,
+            tokenizer=str(checkpoint / "words.model"),
+            class_names=WORDS,
+            cache=tmp_path / "cache",
+            progress=False,
+        )
+        results = json.loads((output / "results.json").read_text())
+        assert [result["step"] for result in results] == [step, None]
+        assert json.loads((output / "gallery.json").read_text())["result"]["step"] == step
+    average = own / "averages" / "ema"
+    assert [step_in_run(tmp_path / "run", path) for path in (average, Path("hf:run/checkpoints/step-3"))] == [3, None]
+    remove_results_after(tmp_path / "run", 2)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "sketches"]
+    assert not list((tmp_path / "run" / "sketches").iterdir())
 
 
 def test_texts(folder: Path, checkpoint: Path, tmp_path: Path) -> None:

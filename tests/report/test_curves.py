@@ -156,15 +156,24 @@ def test_phases_and_incidents_are_marked_and_many_of_them_are_one() -> None:
         Event("phase", 3, None, "phase 2: image size 32"),
         Event("resumed", 5, None, "went on"),
         Event("rewind", 8, None, "back <to> step 4"),
+        Event("changed", 8, None, "train.steps 4 → 9, " * 90),
         *(Event("skipped", 9, None, f"reason {i}") for i in range(50)),
     ]
     found = drawn(lines_of([4] * 12, None), events)["loss that is minimized"]
     marks = re.findall(r'<path class="mark ([\w ]+)" d="M([\d.]+) [^"]*"><title>(.*?)</title>', found)
-    assert [kind for kind, *_ in marks] == ["phase", "resumed", "incident rewind", "incident skipped"]
+    assert [kind for kind, *_ in marks] == [
+        "phase",
+        "resumed",
+        "incident rewind",
+        "incident changed",
+        "incident skipped",
+    ]
     places = [float(x) for _, x, _ in marks]
-    assert places == pytest.approx([LEFT + (s - 1) / 11 * (WIDTH - LEFT - RIGHT) for s in (3, 5, 8, 9)], abs=0.06)
+    assert places == pytest.approx([LEFT + (s - 1) / 11 * (WIDTH - LEFT - RIGHT) for s in (3, 5, 8, 8, 9)], abs=0.06)
     assert marks[2][2] == "step 8, rewind: back &lt;to&gt; step 4"
-    assert marks[3][2] == "step 9, step skipped: reason 0, and 49 more"
+    assert marks[3][2].startswith("step 8, settings changed: train.steps 4 → 9, train.steps")
+    assert len(marks[3][2]) < 220, "each chart has it; the table has all"
+    assert marks[4][2] == "step 9, step skipped: reason 0, and 49 more"
 
 
 def test_names_are_text_wherever_they_come_from() -> None:

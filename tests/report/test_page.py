@@ -13,6 +13,7 @@ from data.corpora import random_documents, write_corpus
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.cli import main
+from megatron_lcl.config import Config
 from megatron_lcl.convert.card import TRAINING
 from megatron_lcl.convert.find import run_of
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
@@ -152,6 +153,31 @@ def test_the_first_batch_is_left_out_where_its_corpora_are_not_as_they_were(run:
     page = write_report(run).read_text()
     assert "(The corpora, or the package of the objective, are not here.)" in section(page, "batch")
     assert "20 documents" in section(page, "documents"), "those of today"
+    assert f'<code>{corpus.path}</code> <span class="quiet">(read earlier, no longer)' in section(page, "documents")
+
+
+def test_what_a_run_read_before_its_settings_changed(run: Path, tmp_path: Path) -> None:
+    """Of the first batch the packs of then, and a corpus that was removed since; one that has only moved was not."""
+    corpora = [write_corpus(tmp_path / name, random_documents(30, n)) for n, name in enumerate("abc")]
+    config = configs.load(run / "config.yaml", {"data.cache": str(tmp_path / "cache"), "train.global_batch": "2"})
+
+    def reading(*numbers: int) -> Config:
+        return configs.replace(config, data__corpora=[{"path": str(corpora[n].path)} for n in numbers])
+
+    now = configs.replace(reading(1, 2), train__global_batch=5)
+    ledger = open_run_ledger(now, previous=open_run_ledger(reading(0, 1)), step=4, consumed=8)
+    (run / "config.yaml").write_text(configs.to_yaml(now))
+    folder = step_folder(run, 200)
+    folder.mkdir(parents=True)
+    (folder / PROGRESS).write_text(progress_text(Progress(200, 988, ledger.to_json())))
+    (folder / MANIFEST).write_text(manifest_text({PROGRESS: fingerprint(folder / PROGRESS)}))
+    (folder / WEIGHTS).touch()
+    page = write_report(run).read_text()
+    assert ">2 packs, which all processes together read in step 0" in section(page, "batch")
+    assert re.findall(r"Pack (\d+)", section(page, "batch")) == ["0", "1"]
+    shown = re.findall(r"<p><code>(.*?)</code>:? ?(?:<span class=.quiet.>)?([^,\n]*)", section(page, "documents"))
+    assert [path for path, _ in shown] == [str(corpora[n].path) for n in (1, 2, 0)]
+    assert [said.startswith("(read earlier") for _, said in shown] == [False, False, True]
 
 
 def test_the_first_batch_is_left_out_where_the_objective_is_not_installed(run: Path) -> None:
@@ -191,6 +217,34 @@ def test_results_of_another_version_lack_numbers(run: Path) -> None:
     (run / "gallery.json").write_text(json.dumps({"result": {"metrics": {}}}))
     with pytest.raises(UserError, match=r"gallery\.json lacks what the report shows of it .*`megatron-lcl evaluate`"):
         write_report(run)
+
+
+def test_settings_that_changed_have_both_values(run: Path) -> None:
+    settings = {"train.global_batch": [4, 8], "optimizer.betas": [[0.9, 0.98], [0.9, 0.95]], "data.cache": [None, "c"]}
+    events = [{"settings": settings, "warnings": ["the rate is 2", "so is b"]}, {"settings": {}, "warnings": ["old"]}]
+    with (run / "audit.jsonl").open("a") as file:
+        file.writelines(json.dumps({"time": 1.8e9, "event": "changed", "step": 9, **one}) + "\n" for one in events)
+    said = re.findall(r">settings changed</span></td><td>([^<]*)", section(write_report(run).read_text(), "events"))
+    assert said == [
+        "train.global_batch 4 → 8, optimizer.betas [0.9, 0.98] → [0.9, 0.95], data.cache null → c; "
+        "warning: the rate is 2; warning: so is b",
+        "warning: old",
+    ]
+
+
+def test_names_are_given_after_a_step(run: Path) -> None:
+    """Files of earlier versions name none."""
+    zero_shot = {"task": "zero-shot classification", "num_items": 9, "settings": {"classes": 2}}
+    shares = {key: {"value": 0.6, "low": 0.4, "high": 0.8, "chance": 0.5} for key in ("accuracy", "accuracy, top 5")}
+    (run / "sketches").mkdir()
+    for more, said in (({}, 0), ({"step": None}, 0), ({"step": 1200}, 1)):
+        result = {**zero_shot, "metrics": shares, **more}
+        (run / "sketches" / "results.json").write_text(json.dumps([result]))
+        (run / "gallery.json").write_text(json.dumps({"result": result, "num_right": 5}))
+        names = section(write_report(run).read_text(), "names")
+        assert names.count("Measured after 1,200 steps.") == said
+        assert names.count("sketches: 60.0 % of 9 pictures, after 1,200 steps<") == said
+        assert names.count("steps") == 2 * said
 
 
 def test_links_start_where_the_page_lies(run: Path, tmp_path: Path) -> None:

@@ -124,11 +124,12 @@ def test_time_in_which_the_machine_sleeps_does_not_count(tmp_path: Path) -> None
     assert next(event.text for event in newest(metrics.events)) == "phase 1: image size 16"
 
 
-def test_a_phase_begins_where_its_number_is_another(tmp_path: Path) -> None:
-    """Each start tells of the phase in which it goes on."""
-    lines = [{"step": step, "phase": number, "time": 9.0 * step} for step, number in ((0, 1), (7, 1), (9, 2), (12, 2))]
+def test_a_phase_begins_where_another_is_told_of(tmp_path: Path) -> None:
+    """Each start tells of the phase in which it goes on; with other settings it may be another one of that number."""
+    phases = ((0, 1, 16), (7, 1, 16), (9, 2, 16), (12, 2, 16), (13, 1, 16), (14, 1, 32))
+    lines = [{"step": step, "phase": n, "image_size": size, "time": 9.0 * step} for step, n, size in phases]
     write(tmp_path, lines)
-    assert [event.step for event in newest(Metrics.of(tmp_path).events)] == [0, 9]
+    assert [event.step for event in newest(Metrics.of(tmp_path).events)] == [0, 9, 13, 14]
 
 
 def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:

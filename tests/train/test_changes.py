@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phase_at
 from megatron_lcl.config.results import ROUNDING
 from megatron_lcl.errors import UserError
 from megatron_lcl.train import changes
@@ -75,6 +77,53 @@ def test_a_config_of_an_earlier_version_has_the_number_that_null_stands_for(tmp_
     siglip = configs.replace(now, objective__name="siglip")
     found = changes.changed_settings(now, siglip)
     assert found["contrast.initial_log_scale"] == (math.log(1 / 0.07), math.log(10))
+
+
+A, B = "{steps: 4, image_size: 96, contrastive_weight: 0.2}", "{steps: 6, global_batch: 8}"
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "step", "changed", "without"),
+    [
+        ("", A, 3, "contrastive_weight image_size steps", ""),
+        (A, "", 3, "contrastive_weight image_size steps", ""),
+        ("", A, 4, "", "contrastive_weight image_size steps"),
+        (A, A.replace("96", "64"), 4, "", "image_size"),
+        (A, A.replace("4", "2"), 4, "", "steps"),
+        (A, A.replace("4", "2"), 3, "steps", ""),
+        (A, A.replace("4", "9"), 4, "steps", ""),
+        # what follows moves with it, or not
+        (f"{A}, {B}", f"{A.replace('4', '2')}, {B}", 8, "steps", ""),
+        (f"{A}, {B}", f"{A.replace('4', '2')}, {B}", 10, "", "steps"),
+        (f"{{steps: 4}}, {{steps: 3}}, {B}", f"{{steps: 2, micro_batch: 1}}, {{steps: 5}}, {B}", 8, "",
+         "micro_batch steps steps"),
+    ],
+)  # fmt: skip
+def test_phases_that_are_over_change_nothing(
+    was: str, now: str, step: int, changed: str, without: str, tmp_path: Path
+) -> None:
+    """And what a phase leaves as it is is not told."""
+    before, after = (
+        configs.load(None, {"train.steps": "20", "schedule.phases": f"[{phases}]"}) for phases in (was, now)
+    )
+    lines = list(changes_since(checkpoint(tmp_path, before, step), after).lines())
+    found = [[], []]
+    for line in lines:
+        found[line.startswith("changed without effect")] += re.findall(r"schedule\.phases\.\d\.(\w+)", line)
+    assert found == [changed.split(), without.split()]
+    assert len(lines) == len(found[0]) + bool(found[1])
+    of_step = (phase_at(config, step).config for config in (before, after))
+    assert changed or len({configs.to_yaml(config) for config in of_step}) == 1
+
+
+def test_doublings_that_are_over_change_nothing(tmp_path: Path) -> None:
+    before, after = (
+        configs.load(None, {"train.steps": "20", "train.global_batch": "8", "schedule.batch_doublings": doublings})
+        for doublings in ("[4, 12]", "[12]")
+    )
+    for step, told in ((3, "setting changed: "), (4, "changed without effect on what is trained: ")):
+        lines = list(changes_since(checkpoint(tmp_path / str(step), before, step), after).lines())
+        assert lines == [f"{told}schedule.batch_doublings [4, 12] → [12]"]
 
 
 def test_the_seed_matters_where_paths_are_dropped(tmp_path: Path) -> None:
@@ -253,10 +302,14 @@ def test_a_schedule_that_jumps_is_a_warning_with_both_rates(
     was = {"train.steps": "1000", "optimizer.warmup": "10", "optimizer.lr": "3e-4"}
     folder = checkpoint(tmp_path, configs.load(None, was), step)
     config = configs.load(None, {**was, **now})
-    following = following if following is not None else 1e-4 + 2 / 3 * lr(step, 1000)
+    following, so_far = following if following is not None else 1e-4 + 2 / 3 * lr(step, 1000), lr(step, 1000)
     (warning,) = changes_since(folder, config).warnings
-    jump = f"jumps from {last:.2g} in step {step}, the last one, to {following:.2g} in step {step + 1}, the next one"
-    assert f"{jump} ({cause})" in warning
+    if step < 1000:  # the old schedule goes on, and what it has there is another than the last step's
+        said = f"of step {step + 1}, the next one, is {following:.2g}, where the schedule so far has {so_far:.2g}"
+        assert f"the learning rate {said} ({cause}); step {step}, the last one, had {last:.2g}. If that is" in warning
+    else:
+        jump = f"from {last:.2g} in step {step}, the last one, to {following:.2g} in step {step + 1}, the next one"
+        assert f"the learning rate jumps {jump} ({cause}). If that is" in warning
     name, before, _, _ = cause.split()
     assert (f"--{name} {before} goes on as before" in warning) == (step < 1000)
     assert f"--train.init_from {folder}" in warning

@@ -187,6 +187,10 @@ def test_tensors_that_are_missing_keep_what_was_drawn(source: Path) -> None:
     save_file({**state, "6.extra": torch.ones(2), "x": torch.ones(1)}, source / "model.safetensors")
     model, weights = begun(source)
     assert weights.missing == ["3.query", "6.log_scale"]
+    said = (
+        "it lacks 3.query, which begin as train.seed draws them; it lacks 6.log_scale, which begins as the config says"
+    )
+    assert f"{said}, at 2.65926; " in weights.describe(TINY)
     assert weights.unused == ["6.extra", "x"]
     assert torch.equal(parameters(model)["3.query"], parameters(LCL(TINY.model, seed=2))["3.query"])
     save_file({"x": torch.ones(1)}, source / "model.safetensors")
@@ -206,8 +210,12 @@ def test_what_the_runs_objective_does_not_train_is_named(source: Path) -> None:
     said = f"its objective does not train {', '.join(head)}, which may be as its train.seed drew them"
     assert said in weights.describe(TINY)
     for changes in ({"objective__name": "siglip"}, {"train__freeze": ("head.vocabulary*",)}):
-        _, weights = begun(source, **changes)
-        assert "does not train" not in weights.describe(TINY)
+        model, weights = begun(source, **changes)
+        said = weights.describe(configs.replace(TINY, **changes))
+        assert "does not train" not in said
+        bias = parameters(model).get("6.logit_bias")
+        assert ("; it lacks 6.logit_bias, which begins as the config says, at -10" in said) == (bias is not None)
+        assert bias is None or bias.tolist() == [-10]
 
 
 def test_another_image_size_interpolates_the_positions(source: Path) -> None:

@@ -152,6 +152,22 @@ def test_a_cooldown_from_any_checkpoint(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_phases_that_are_removed_are_told_to_be_over(run: Path, tmp_path: Path) -> None:
+    resume = ("--checkpoint.resume", str(checkpoint.step_folder(run, 3)))
+    without = ("--schedule.phases", "[]", "--model.vision.patch_dropout", "0", "--model.vision.unmasked_steps", "0")
+    said = fleet.train(tmp_path / "run", "--config", str(run.parent / "config.yaml"), *resume, *without)
+    assert "phase 1, steps 4 to 6: images of 24 px, sequences" in said
+    phases = [line for line in fleet.lines(tmp_path / "run") if "phase" in line]
+    assert [(line["step"], line["phase"], line["num_patches"]) for line in phases] == [(3, 1, 9)]
+    assert [line for line in said.splitlines() if "phases.1" in line] == [
+        "setting changed: schedule.phases.1.contrastive_weight 0.7 → (not set)",
+        "setting changed: schedule.phases.1.contrastive_weight_change cosine → (not set)",
+        "setting changed: schedule.phases.1.micro_batch 1 → (not set)",
+        "setting changed: schedule.phases.1.steps 3 → (not set)",
+    ]
+
+
+@pytest.mark.slow
 def test_the_dry_run_says_the_phases(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--config", str(run.parent / "config.yaml"), "--train.output", str(tmp_path / "new")]
     assert main([*arguments, "--dry-run", "--processes", "2"]) == 0
@@ -247,6 +263,9 @@ def test_the_weight_of_the_contrast_goes_smoothly_to_the_next_value() -> None:
     assert [here.train.global_batch for here in found] == [4] * 3 + [8] * 10
     assert "contrastive weight 1.2 to 2 (linear)" in phases_of(config)[1].describe()
     assert "contrastive weight 2" in phases_of(config)[2].describe()
+    assert "steps 10 to 11: " in (late := phases_of(config)[3].describe(9))
+    assert f"contrastive weight {weights[9]:g} to 0.5 (cosine)" in late, "from where the run goes on"
+    assert "steps 13 to 13: " in phases_of(config)[4].describe(13), "all are made"
 
 
 def test_what_any_phase_trains_may_be_evaluated() -> None:

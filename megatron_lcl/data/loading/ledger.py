@@ -448,9 +448,13 @@ def _check_unchanged(settings: Mapping[str, Any], before: Mapping[str, Any], but
                 "objective.name reads other sequences of the documents than the objective that this run began with, "
                 "and its packs depend on it; go back to that one or start a new run"
             )
+        phase = ""
+        if name in PLANNED:
+            field_name = "image_size" if name == "num_patches" else name
+            phase = f", or give schedule.phases an entry with the {field_name} so far, for the steps made so far"
         raise UserError(
             f"{name} is {value}, but this run began with {old}, and its packs depend on it; go back to {old} or "
-            f"start a new run"
+            f"start a new run{phase}"
         )
 
 

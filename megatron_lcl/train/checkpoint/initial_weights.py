@@ -61,7 +61,7 @@ class InitialWeights:
     names: dict[str, str]
     """parameter of the model → that of the checkpoint's model (`{index}.name` both)"""
     missing: list[str]
-    """parameters of the model that the checkpoint lacks: they begin as `train.seed` draws them"""
+    """parameters of the model that the checkpoint lacks: they begin as those of a new run"""
     unused: list[str]
     """tensors of the checkpoint that the model does not have, by their names there"""
     image_size: int | None
@@ -78,8 +78,11 @@ class InitialWeights:
     def describe(self, config: Config) -> str:
         """One line for the person who watches."""
         parts = [f"beginning with the weights of {self.path}"]
-        if self.missing:
-            parts.append(f"it lacks {some(self.missing)}, which begin as train.seed draws them")
+        numbers = {"log_scale": config.initial_log_scale, "logit_bias": config.model.logit_bias}
+        known = {name: numbers[leaf] for name in self.missing if (leaf := name.partition(".")[2]) in numbers}
+        if drawn := [name for name in self.missing if name not in known]:
+            parts.append(f"it lacks {some(drawn)}, which begin as train.seed draws them")
+        parts += [f"it lacks {name}, which begins as the config says, at {value:g}" for name, value in known.items()]
         if self.partly:
             parts.append(f"some rows of {some([*self.partly])} begin so, too")
         if self.untrained:

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.filesystem import exists
-from megatron_lcl.run_folder import CHECKPOINTS, EXAMPLES, HELDOUT, LABELED, METRICS
+from megatron_lcl.filesystem import exists, is_file, matching
+from megatron_lcl.run_folder import CHECKPOINTS, EXAMPLES, GALLERY, HELDOUT, LABELED, METRICS, RESULTS
+
+_OF_RUN = (EXAMPLES, HELDOUT), (LABELED,)
+"""names of the files in a run folder that an evaluation writes together; the last one has the step"""
+_OF_EVALUATE = ("results.txt", "results.png", RESULTS), (GALLERY,)
+"""likewise of `evaluate --output`, in a run folder or one inside"""
 
 
 def keep_lines_before(path: Path, step: int) -> None:
@@ -50,11 +55,15 @@ def set_metrics_aside(run: Path) -> str:
     if not saved:
         return ""
     stamp, renamed = time.strftime("%Y%m%d-%H%M%S", time.gmtime()), []
-    for old in (run / name for name in (EXAMPLES, HELDOUT, LABELED, METRICS)):  # the last one decides, and goes last
+    measured = [run / name for names in _OF_RUN for name in names]
+    measured += [file for files in _files_of_evaluate(run) if _last_step(files[-1]) is not None for file in files]
+    for old in (*measured, run / METRICS):  # the last one decides, and goes last
         with contextlib.suppress(FileNotFoundError):
             renamed.append(old.rename(old.with_stem(f"{old.stem}-{stamp}")))
     *results, aside = renamed
-    with_them = f", results of evaluations in {', '.join(file.name for file in results)}" if results else ""
+    with_them = (
+        f", results of evaluations in {', '.join(str(file.relative_to(run)) for file in results)}" if results else ""
+    )
     return (
         f"{METRICS} tells of a checkpoint of step {saved}, and {run / CHECKPOINTS} has none: its lines are now in "
         f"{aside}{with_them}"
@@ -72,14 +81,36 @@ def has_steps(run: Path) -> bool:
 
 def remove_results_after(run: Path, step: int) -> None:
     """Remove what evaluations after later steps than `step` have left for the report; their model is gone."""
-    for names in ((EXAMPLES, HELDOUT), (LABELED,)):
-        found: Any = None
-        with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is for its reader to name
-            found = json.loads((run / names[-1]).read_text(encoding="utf-8"))
-        of_step = found.get("step") if isinstance(found, dict) else None
-        if isinstance(of_step, int) and of_step > step:
-            for name in names:
-                (run / name).unlink(missing_ok=True)
+    for files in (*([run / name for name in names] for names in _OF_RUN), *_files_of_evaluate(run)):
+        last = _last_step(files[-1])
+        if last is not None and last > step:
+            for file in files:
+                file.unlink(missing_ok=True)
+
+
+def results_inside(run: Path) -> list[Path]:
+    """The files of results in the folders of the run folder, but for those that this user may not look into."""
+    found = []
+    for folder in matching(run, "*"):
+        with contextlib.suppress(PermissionError):
+            if is_file(folder / RESULTS):
+                found.append(folder / RESULTS)
+    return found
+
+
+def _files_of_evaluate(run: Path) -> list[list[Path]]:
+    folders = (run, *(file.parent for file in results_inside(run)))
+    return [[folder / name for name in names] for folder in folders for names in _OF_EVALUATE]
+
+
+def _last_step(file: Path) -> int | None:
+    """The last step whose model a file of results names; None where it names none."""
+    found: Any = None
+    with contextlib.suppress(OSError, ValueError):  # a damaged one is for its reader to name
+        found = json.loads(file.read_text(encoding="utf-8"))
+    entries = [entry for entry in (found if isinstance(found, list) else [found]) if isinstance(entry, dict)]
+    steps = [of.get("step") for one in entries for of in (one, one.get("result")) if isinstance(of, dict)]
+    return max((step for step in steps if isinstance(step, int)), default=None)
 
 
 def measured_after(run: Path, step: int) -> set[str]:

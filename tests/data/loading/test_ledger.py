@@ -405,8 +405,16 @@ def test_a_run_resumed_with_another_batch_knows_what_its_steps_read(make_corpus:
     for known, step, consumed in ((before, 5, 10), (ledger, 7, 18)):
         for name, value in (("tokens_per_pack", 128), ("images_per_pack", 7)):
             changed = config_of(corpus.path, phases=[], **{f"data.{name}": value})
-            with pytest.raises(UserError, match=f"{name} is {value}, but this run began with"):
+            message = (
+                f"{name} is {value}, but this run began with .* give schedule.phases an entry with the {name} so far"
+            )
+            with pytest.raises(UserError, match=message):
                 open_run_ledger(changed, INTERLEAVED, known, step, consumed)
+            entry = {"steps": step, "global_batch": known.reading_at(step - 1, narrow)[0].global_batch}
+            entry[name] = known.settings[name]
+            as_told = config_of(corpus.path, phases=[entry], **{f"data.{name}": value})
+            (later,) = open_run_ledger(as_told, INTERLEAVED, known, step, consumed).segments[1:]
+            assert (later.first_pack, later.settings[name]) == (consumed, value)
 
 
 # --- patch dropout -----------------------------------------------------------------------------------------------

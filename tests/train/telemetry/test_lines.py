@@ -84,6 +84,24 @@ def test_results_of_later_steps_go(step: str, stays: bool, tmp_path: Path) -> No
     assert [file.exists() for file in files] == 3 * [stays]
 
 
+@pytest.mark.parametrize(("step", "stays"), [("3", False), ("2", True), ("null", True)])
+def test_results_of_evaluate_go_too(step: str, stays: bool, tmp_path: Path) -> None:
+    """In the run folder and one inside; pictures of an earlier evaluation stay beside numbers of a later one."""
+    (tmp_path / "sketches").mkdir()
+    folders = [tmp_path, tmp_path / "sketches"]
+    for folder in folders:
+        (folder / "results.json").write_text(f'[{{"encoder": "timm:other", "step": null}}, {{"step": {step}}}]')
+        (folder / "gallery.json").write_text(f'{{"about": "", "result": {{"step": {step}}}}}')
+        for name in ("results.txt", "results.png", "bad_images.txt"):
+            (folder / name).touch()
+    (tmp_path / "sketches" / "gallery.json").write_text('{"about": "", "result": {"step": 1}}')
+    remove_results_after(tmp_path, 2)
+    for folder in folders:
+        assert [(folder / f"results.{end}").exists() for end in ("json", "txt", "png")] == 3 * [stays]
+        assert (folder / "bad_images.txt").exists(), "of the images, not of the model"
+    assert [(folder / "gallery.json").exists() for folder in folders] == [stays, True]
+
+
 @pytest.mark.parametrize("names", [[], ["heldout_examples", "heldout", "labeled"], ["labeled"]])
 def test_metrics_of_a_run_without_its_checkpoints(names: list[str], tmp_path: Path) -> None:
     """With them the results that they say were measured, all by one time."""
@@ -101,3 +119,19 @@ def test_metrics_of_a_run_without_its_checkpoints(names: list[str], tmp_path: Pa
     assert [(tmp_path / f"{name}-{time}.json").read_text() for name in names] == names
     results = ", ".join(f"{name}-{time}.json" for name in names)
     assert said.endswith(f"its lines are now in {aside}" + (f", results of evaluations in {results}" if names else ""))
+
+
+def test_results_of_evaluate_are_set_aside_with_the_metrics(tmp_path: Path) -> None:
+    """Which a run that begins anew would remove; those of other models, or of an earlier version, stay."""
+    for name, step in (("a", 2), ("b", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps([{"encoder": "x", "step": step}]))
+    (tmp_path / "gallery.json").write_text('{"result": {"step": 2}}')
+    (tmp_path / METRICS).write_bytes(line(2, checkpoint_bytes=9))
+    said = set_metrics_aside(tmp_path)
+    remove_results_after(tmp_path, 0)
+    (gallery,), (results,) = tmp_path.glob("gallery*"), (tmp_path / "a").iterdir()
+    assert gallery.name != "gallery.json"
+    assert f"results of evaluations in {gallery.name}, a/{results.name}" in said
+    assert json.loads(results.read_text())[0]["step"] == 2
+    assert (tmp_path / "b" / "results.json").exists()
