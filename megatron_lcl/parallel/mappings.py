@@ -82,12 +82,7 @@ class _GatherFromSequenceParallel(torch.autograd.Function):
         return start_reduce_scatter(grad, ctx.axis).wait(), None, None
 
 
-class _GatherReplicated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, local, axis, num_rows):
-        ctx.axis = axis
-        return start_gather(local, axis, num_rows).wait()
-
+class _GatherReplicated(_GatherFromSequenceParallel):
     @staticmethod
     def backward(ctx, grad):
         return local_shard(grad, ctx.axis), None, None

@@ -85,28 +85,20 @@ NAMES = {
 """of kinds, on the page"""
 
 
+_KINDS = {name: kind for kind, name in NAMES.items()}
+"""of events of audit.jsonl, which are called as on the page"""
+
+
 def numbers(events: Mapping[str, Events]) -> str:
     """How many there are of each kind: `3 × step skipped, 1 × rewind`."""
     return ", ".join(f"{of_kind.number:,} × {NAMES.get(kind, kind)}" for kind, of_kind in events.items())
-
-
-_AUDITED = {
-    "step skipped": "skipped",
-    "rewind": "rewind",
-    "stopped": "stopped",
-    "changed": "changed",
-    "checkpoint rejected": "rejected",
-    "replicas differ": "differ",
-    "initial weights": "weights",
-}
-"""events of audit.jsonl, by the kind that they are here"""
 
 
 def audited(raw: bytes) -> Event | None:
     """The event of a line of audit.jsonl; None: it was cut off in writing."""
     try:
         line = json.loads(raw)
-        return Event(_AUDITED.get(line["event"], line["event"]), int(line["step"]), line.get("time"), _said(line))
+        return Event(_KINDS.get(line["event"], line["event"]), int(line["step"]), line.get("time"), _said(line))
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -58,7 +58,6 @@ class Remote:
     def __init__(self, url: str, cache: Path, manifest_name: str) -> None:
         self.url = url
         self.store = Store(url)
-        self._manifest_name = manifest_name
         try:
             raw = self.store.get(manifest_name)
         except StorageError as error:
@@ -76,7 +75,7 @@ class Remote:
             self.folder.mkdir(parents=True, exist_ok=True)
             kept = self.folder / manifest_name
             if not exists(kept) or kept.read_bytes() != raw:  # damaged since
-                replace_bytes(self.folder / manifest_name, raw)
+                replace_bytes(kept, raw)
             os.utime(self.folder)
             self._use = Use(self.folder, manifest_name, RENEW_SECONDS)
         except OSError as error:

@@ -81,6 +81,11 @@ def thumbnail(data: bytes | memoryview, side: int, format: Literal["JPEG", "WEBP
     except BadImage:
         return "data:,"
     image.thumbnail((side, side))
+    return data_url(image, format)
+
+
+def data_url(image: PIL.Image.Image, format: Literal["JPEG", "PNG", "WEBP"]) -> str:
+    """An image as a data: URL."""
     out = io.BytesIO()
     image.save(out, format, quality=80)
     return f"data:image/{format.lower()};base64," + base64.b64encode(out.getvalue()).decode()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -18,6 +16,7 @@ from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_lcl.data.loading.ahead import Turns
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.images import data_url
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.reader import SequenceOrigin
@@ -190,9 +189,7 @@ def _pack(batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenize
 def _shown(pixels: np.ndarray, side: int | None) -> str:
     """uint8 [3, H, W] as a data URL, lossless; if `side` is given, at no more than so many pixels a side, and lossy:
     hundreds of photographs would make a page of tens of megabytes."""
-    out, format = io.BytesIO(), "PNG" if side is None else "WEBP"
     image = PIL.Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     if side is not None:
         image.thumbnail((side, side))
-    image.save(out, format, quality=80)
-    return f"data:image/{format.lower()};base64," + base64.b64encode(out.getvalue()).decode()
+    return data_url(image, "PNG" if side is None else "WEBP")
