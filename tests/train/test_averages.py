@@ -108,7 +108,7 @@ class OneNumber(Averages):
         config = configs.load(None, averages | {"train.steps": str(steps)})
         self.flat, self.state = torch.zeros(1), {}
         base = SimpleNamespace(state={self.flat: self.state})
-        engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=base))
+        engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=base), module=torch.nn.Module())
         super().__init__(config, engine)
 
     def _states(self) -> Any:

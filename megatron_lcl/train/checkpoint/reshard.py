@@ -20,7 +20,7 @@ from megatron_lcl.config import Model
 from megatron_lcl.convert.manifest import MANIFEST, manifest_text, verify
 from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder, take_name, waiting_for_others
 from megatron_lcl.train.checkpoint.folder import STATE
-from megatron_lcl.train.checkpoint.state import State, save_hashed
+from megatron_lcl.train.checkpoint.state import FROZEN, FROZEN_AVERAGES, State, save_hashed
 
 UNIVERSAL = "universal"
 
@@ -70,6 +70,8 @@ def _write(state: State, folder: Path) -> None:
     common |= {"param_groups": groups, "optimizer_state_dict": zero3, "ds_version": state.version}
     save("zero/optimizer_state.pt", common)
     counts = {**state.common, "module": {}, "param_shapes": None, "mp_world_size": 1}
+    for key in {FROZEN, FROZEN_AVERAGES} & counts.keys():  # they are with the others
+        del counts[key]
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         save(name, counts)
     (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
