@@ -126,6 +126,42 @@ def test_a_window_that_was_begun_needs_its_corpora(corpora: list[str], mine: Pat
         pack_index.PackIndex(other.data, open_ledger_of(second, other)).prepare(4 * (STEP + 1))
 
 
+def test_a_corpus_that_was_moved_is_known_where_it_is(corpora: list[str], mine: Path, tmp_path: Path) -> None:
+    """Its window is read to its end from there, and messages name the place."""
+    first = saved(config_of(tmp_path, mine))
+    there = shutil.move(mine, tmp_path / "there")
+    second = saved(config_of(tmp_path, there), STEP + 1, first)
+    entries = json.loads((second / "progress.json").read_text())["ledger"]["entries"]
+    (entry,) = entries
+    assert [(c["path"], c["moved_from"]) for c in entry["blend"]] == [(str(there), [str(mine)])]
+    other = config_of(tmp_path, corpora[1], data__allow_change=True)
+    changes = open_origin(second, other, True).changes(other)
+    assert changes.blend is not None
+    assert [path for path, _ in changes.blend.gone] == [str(there)]
+    with pytest.raises(UserError, match=f"{there} is missing"):
+        open_origin(second, config_of(tmp_path, corpora[1]), True)
+    shutil.move(there, mine)  # where it was before will do
+    open_origin(second, other, True)
+    shutil.move(mine, tmp_path / "away")
+    with pytest.raises(UserError, match=f"in a window of documents of {there} "):
+        open_origin(second, other, True)
+
+
+def test_the_same_shares_in_another_order_or_scale_are_the_same_blend(
+    corpora: list[str], mine: Path, tmp_path: Path
+) -> None:
+    def weighted(*pairs: tuple[Path | str, float]) -> Config:
+        blend = [{"path": str(path), "weight": weight} for path, weight in pairs]
+        return config_of(tmp_path, *(path for path, _ in pairs), data__corpora=blend)
+
+    first = saved(weighted((mine, 0.1), (corpora[1], 0.3)))
+    before = Ledger.from_json(json.loads((first / "progress.json").read_text())["ledger"])
+    for same in (((corpora[1], 0.3), (mine, 0.1)), ((mine, 1), (corpora[1], 3))):
+        assert open_ledger_of(first, weighted(*same)) == before
+    for other in (((mine, 0.3), (corpora[1], 0.1)), ((mine, 0.1), (corpora[1], 0.31))):
+        assert len(open_ledger_of(first, weighted(*other)).blends()) == 2
+
+
 def test_what_was_read_is_looked_for_where_the_packs_look(
     corpora: list[str], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
