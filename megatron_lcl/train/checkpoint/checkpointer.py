@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Checkpoint, Config, load, to_yaml
+from megatron_lcl.config import Checkpoint, Config, load, run_yaml
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.errors import RunError, UserError, describe_os_error
@@ -240,7 +240,7 @@ class Checkpointer:
 
     def _finish(self, temporary: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> list[str]:
         """What the first process does once the files of all processes are there; the result of `tidy`."""
-        state, config = State(temporary / STATE, self.config.model), to_yaml(self.config)
+        state, config = State(temporary / STATE, self.config.model), run_yaml(self.config)
         files[WEIGHTS] = state.write_weights(temporary / WEIGHTS)
         texts = {CONFIG: config, PROGRESS: checkpoint.progress_text(progress)}
         folders = [f"{AVERAGES}/{name}" for name in progress.averaged]

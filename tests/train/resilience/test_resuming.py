@@ -133,6 +133,8 @@ def test_a_changed_corpus_is_refused_unless_allowed(
     (event,) = [event for event in read_audit(run) if event["event"] == "blend changed"]
     assert (event["gone"], [path for path, _ in event["new"]]) == ([], [str(mine)])
     config = (run / "config.yaml").read_text()
+    for folder in (run, checkpoint.list_checkpoints(run)[-1]):  # it was given for that start alone
+        assert not configs.load(folder / "config.yaml").data.allow_change
     shutil.rmtree(mine)
     shutil.rmtree(added)
     other = make_corpus(tmp_path / "third", seed=2, tokenizer=Path(config_file).parent / "documents" / "corpus")
