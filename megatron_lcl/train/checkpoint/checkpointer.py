@@ -294,11 +294,12 @@ class Checkpointer:
         said = []
         if self.mesh.is_first and (differ := versions_that_differ(before.code, self._code)):
             said.append(f"{folder} was written by {', '.join(differ)}")
-        same = before.layout == self.layout
+        same, place = before.layout == self.layout, folder
         if not same:
-            if self._convert(folder):
+            place, written = self._convert(folder, before.step)
+            if written:
                 said.append(f"converted {folder} from {before.layout} to {self.layout}")
-            self._refuse_foreign(folder / reshard.UNIVERSAL)  # which is whole by now
+            self._refuse_foreign(place / reshard.UNIVERSAL)  # which is whole by now
         optimizer, engine = self.engine.optimizer, self.engine
         ours = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
         kept = ("clip_grad", "loss_scaler", "dynamic_loss_scale")
@@ -306,7 +307,7 @@ class Checkpointer:
         engine._config.load_universal_checkpoint = not same
         try:
             with quiet(), restricted():
-                path, saved = engine.load_checkpoint(str(folder), tag=STATE if same else reshard.UNIVERSAL)
+                path, saved = engine.load_checkpoint(str(place), tag=STATE if same else reshard.UNIVERSAL)
         finally:
             engine._config.load_universal_checkpoint = False
         if path is None:
@@ -318,7 +319,7 @@ class Checkpointer:
         if same:
             load_averages(engine.module, saved)
         else:
-            self._load_what_deepspeed_leaves(folder / reshard.UNIVERSAL / "zero", before)
+            self._load_what_deepspeed_leaves(place / reshard.UNIVERSAL / "zero", before)
         # ZeRO-3 has given every group the first one's settings, and all groups one and the same counter of steps
         for group, settings in zip(optimizer.param_groups, ours, strict=True):
             for key in group.keys() - settings.keys() - {"params"}:  # of another optimizer
@@ -368,11 +369,13 @@ class Checkpointer:
         if fault := next((fault for fault in faults if fault), None):
             raise RunError(fault)
 
-    def _convert(self, folder: Path) -> bool:
-        outcome: bool | str = False
+    def _convert(self, folder: Path, step: int) -> tuple[Path, bool]:
+        """Where a checkpoint's universal form is, and whether it had to be written."""
+        outcome: tuple[Path, bool] | str = folder, False
         if self.mesh.is_first:
             try:
-                outcome = reshard.convert(folder, self.config.model)
+                place = reshard.place_of(folder, self.run, step)
+                outcome = place, reshard.convert(folder, self.config.model, place)
             except Exception as error:  # noqa: BLE001 whatever it is, the other processes must know of it
                 outcome = f"{folder} is of another layout and could not be converted: {explain(error)}"
         outcome = self._peers.broadcast_object(outcome)

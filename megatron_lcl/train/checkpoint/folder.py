@@ -10,6 +10,8 @@
         manifest.json        size and XXH3 of every file above; written last
         universal/…          only where the run went on at another layout: the same state, for any (see `reshard`)
 
+    RUN/checkpoints/.step-00001000.….universal/   that of another run's checkpoint, until the first save
+
 `checkpointer` writes them, `state` reads what DeepSpeed wrote.
 """
 

@@ -36,6 +36,14 @@ def test_from_a_named_checkpoint_into_a_new_folder(
     assert f"going on from {named}" in said
     assert "changed" not in said
     assert losses(tmp_path / "second") == undisturbed[4:]
+    # at another layout, too, nothing is written there, where it may not be allowed
+    before = sorted(named.rglob("*"))
+    half = ("--checkpoint.every", "3", "--train.steps", "7", "--zero.stage", "2")
+    said = train(tmp_path / "converted", "--config", config_file, *half, "--resume", str(named))
+    assert f"converted {named} from " in said
+    assert sorted(named.rglob("*")) == before
+    left = list((tmp_path / "converted" / "checkpoints").iterdir())
+    assert {path.name for path in left} == {"step-00000006", "step-00000007"}
     said = train(tmp_path / "third", "--config", config_file, "--resume", str(tmp_path / "nothing"), code=2)
     assert "nothing" in said
     said = train(tmp_path / "third", "--config", config_file, "--resume", str(first), code=2)
