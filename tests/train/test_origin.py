@@ -28,7 +28,7 @@ from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train import checks, dryrun, resume_point
-from megatron_lcl.train.checkpoint.folder import Layout, Progress, progress_text, step_folder
+from megatron_lcl.train.checkpoint.folder import Layout, Progress, choose, progress_text, step_folder
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checks import check_output, check_readable
 from megatron_lcl.train.dryrun import dry_run, find_origin
@@ -145,6 +145,27 @@ def test_a_corpus_that_was_moved_is_known_where_it_is(corpora: list[str], mine: 
     shutil.move(mine, tmp_path / "away")
     with pytest.raises(UserError, match=f"in a window of documents of {there} "):
         open_origin(second, other, True)
+
+
+def test_a_named_checkpoint_of_the_run_itself_is_its_newest(corpora: list[str], tmp_path: Path) -> None:
+    """Or the command has gone on from it before; and one that is damaged, or another run's, is as ever."""
+    config = config_of(tmp_path, corpora[0])
+    first, run = saved(config), tmp_path / "run"
+    assert choose(run, str(first))[0] == first
+    second = saved(config, STEP + 1, first)
+    with pytest.raises(
+        UserError, match=f"resume = {first} is of this run, which has {second.name} .* remove the later"
+    ):
+        choose(run, str(first))
+    for other in ("auto", str(second), str(run), str(step_folder(tmp_path / "other", STEP))):
+        assert choose(run, other)[0] == second
+    named = configs.replace(config, checkpoint__resume=str(first))
+    third = saved(named, STEP + 2, first)
+    assert choose(run, str(first))[0] == third, "a job that is queued again"
+    with pytest.raises(UserError, match="is of this run"):
+        choose(run, str(second))
+    (third / "progress.json").write_text("{}")
+    assert choose(run, str(third))[0] == second
 
 
 def test_the_same_shares_in_another_order_or_scale_are_the_same_blend(
