@@ -168,6 +168,16 @@ def test_a_named_checkpoint_of_the_run_itself_is_its_newest(corpora: list[str], 
     assert choose(run, str(third))[0] == second
 
 
+def test_a_run_that_has_lost_its_config_has_it_in_a_checkpoint(corpora: list[str], tmp_path: Path) -> None:
+    config, run = config_of(tmp_path, corpora[0]), tmp_path / "run"
+    folder = saved(config)
+    (run / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=f"no config.yaml; if it is this run's, .*: cp {folder / 'config.yaml'} {run}$"):
+        checks.check_output(run, config)
+    shutil.copy(folder / "config.yaml", run)
+    checks.check_output(run, config)
+
+
 def test_the_same_shares_in_another_order_or_scale_are_the_same_blend(
     corpora: list[str], mine: Path, tmp_path: Path
 ) -> None:
