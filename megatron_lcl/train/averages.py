@@ -88,6 +88,20 @@ class Averages:
                 del averages[name]
         return dict(self._averaged)
 
+    def short_tails(self, averaged: Mapping[str, int], steps: int, step: int) -> Iterator[str]:
+        """Lines that say which mean of the last steps will be of fewer than it is meant to be, as the run goes on after
+        `step` steps of one of `steps` steps, with what `begin` gave."""
+        last = self._config.train.steps
+        for name in self._names:
+            if name.startswith("tail_"):
+                before = self._before(name)
+                first = max(before, self._before(name, steps) if name in averaged else step)
+                if before < first < last:
+                    yield (
+                        f"{name} is the mean of the last {last - first} steps, not of {last - before}: the weights of "
+                        f"steps before {first + 1} are not in it"
+                    )
+
     @torch.no_grad()
     def update(self, step: int, skipped: torch.Tensor | bool) -> None:
         """Go on with the weights after step number `step` (from 1), if it was not skipped.
