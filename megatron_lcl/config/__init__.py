@@ -147,6 +147,12 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
+def run_yaml(config: Config) -> str:
+    """As `to_yaml`, for the folder of a run that has started: without `data.allow_change`, which a start is given for
+    itself alone. Who goes on by that config later is asked again."""
+    return to_yaml(replace(config, data__allow_change=False))
+
+
 def replace(config: Config, **dotted: Any) -> Config:
     """A copy with dotted fields replaced, dots written as two underscores: `replace(c, train__steps=10)`."""
     tree = to_dict(config)

@@ -104,7 +104,9 @@ class Data:
         "images)",
     )
     allow_change: bool = Field(
-        default=False, description="let a resumed run continue with other corpora than it began with"
+        default=False,
+        description="let this start of a resumed run continue with other corpora than it began with; the run's "
+        "config.yaml has false",
     )
 
     def __post_init__(self) -> None:

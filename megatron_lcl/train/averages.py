@@ -1,7 +1,8 @@
 """Averages of the weights over steps: exponential, and plain means over the end of the run.
 
 Each process averages the float32 masters that it holds, as states of DeepSpeed's base optimizer beside Adam's moments.
-So averages are sharded as these are, lie in the same files, and go on at any layout.
+So averages are sharded as these are, lie in the same files, and go on at any layout. Those of a parameter that is
+frozen at a resume go on beside its value (train/checkpoint/frozen.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.transfer import from_host
+from megatron_lcl.train.checkpoint.frozen import Averaged, frozen_averages, held_value
 from megatron_lcl.train.checkpoint.state import is_average
 from megatron_lcl.train.optimizers.pieces import flats_of
 
@@ -61,6 +63,8 @@ class Averages:
         self._averaged: Mapping[str, int] = {}
         self._numbers: dict[str, torch.Tensor] = {}
         """over how many steps each is, where the masters lie"""
+        self._frozen: Averaged = []
+        """what was trained before and is not now"""
 
     def begin(self, averaged: Mapping[str, int], steps: int) -> dict[str, int]:
         """Go on from a checkpoint that a run of `steps` steps wrote, with each average over so many steps
@@ -78,7 +82,25 @@ class Averages:
         for state in self._engine.optimizer.optimizer.state.values():
             for name in [key for key in state if is_average(key) and key not in self._averaged]:
                 del state[name]
+        self._frozen = frozen_averages(self._engine.module)
+        for _, averages in self._frozen:
+            for name in averages.keys() - self._averaged.keys():
+                del averages[name]
         return dict(self._averaged)
+
+    def short_tails(self, averaged: Mapping[str, int], steps: int, step: int) -> Iterator[str]:
+        """Lines that say which mean of the last steps will be of fewer than it is meant to be, as the run goes on after
+        `step` steps of one of `steps` steps, with what `begin` gave."""
+        last = self._config.train.steps
+        for name in self._names:
+            if name.startswith("tail_"):
+                before = self._before(name)
+                first = max(before, self._before(name, steps) if name in averaged else step)
+                if before < first < last:
+                    yield (
+                        f"{name} is the mean of the last {last - first} steps, not of {last - before}: the weights of "
+                        f"steps before {first + 1} are not in it"
+                    )
 
     @torch.no_grad()
     def update(self, step: int, skipped: torch.Tensor | bool) -> None:
@@ -96,6 +118,8 @@ class Averages:
                 if name not in state:
                     state[name] = flat.detach().clone()
                 state[name].lerp_(flat.detach(), weight)  # with weight 1 it is these, with 0 what it was, by bits
+            for average, weights in self._of_frozen(name):
+                average.lerp_(weights.float(), weight.to(average.device))
 
     def count(self, step: int, averaged: Mapping[str, int]) -> dict[str, int]:
         """Over how many steps each average is with step number `step`, which was applied."""
@@ -138,9 +162,22 @@ class Averages:
         if name is None or not averaged.get(name):
             yield None
             return
+        frozen = list(self._of_frozen(name))
+        own = [value.clone() for _, value in frozen]  # its dtype may not hold the average, which is to stay as it is
+        for average, value in frozen:
+            value.copy_(average)
         self._exchange(name)
         yield name
+        for (_, value), before in zip(frozen, own, strict=True):
+            value.copy_(before)
         self._exchange(name)
+
+    def _of_frozen(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each parameter that is frozen and keeps an average: it, and a view of the weights that this process holds.
+        One that begins only now has no others than these."""
+        for parameter, averages in self._frozen:
+            if name in averages:
+                yield averages[name], held_value(parameter, averages[name])
 
     @torch.no_grad()
     def _exchange(self, name: str) -> None:
@@ -153,6 +190,9 @@ class Averages:
         if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
             optimizer.update_lp_params()
             return
+        for parameter, _ in self._frozen:  # hierarchical: the group's copy of it
+            if getattr(parameter, "ds_secondary_tensor", None) is not None:
+                parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
         # ZeRO-3: as at the end of its step
         optimizer._partition_all_parameters()
         for number in range(len(optimizer.fp16_groups)):

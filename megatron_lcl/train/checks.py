@@ -171,7 +171,10 @@ def check_output(run: Path, config: Config) -> None:
         )
     if not exists(saved):
         if exists(run) and not all(_is_of_no_run(path) for path in run.iterdir()):
-            raise UserError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
+            own, remedy = list_checkpoints(run), "name a new or an empty folder"
+            if own:  # every checkpoint has it
+                remedy = f"if it is this run's, copy that back from its newest checkpoint: cp {own[-1] / CONFIG} {run}"
+            raise UserError(f"train.output = {run} holds other files and no {CONFIG}; {remedy}")
         return
     if list_checkpoints(run) or has_steps(run):  # else it ended before its first step, and nothing of its model is kept
         check_model(saved, config)

@@ -67,8 +67,9 @@ def _changed(made: Config, now: Config, progress: Progress) -> Iterator[tuple[st
         if not (name in _MOVABLE and _may_have_moved(before, value)):
             yield name, f"{name} = {text_of(before)} where this command has {text_of(value)}"
     blends = [entry["blend"] for entry in progress.ledger.get("entries", ()) if "blend" in entry]
+    read_by_run = {read["fingerprint"] for read in blends[-1]} if blends else set()
     for number, (corpus, read) in enumerate(zip(now.data.corpora, blends[-1] if blends else (), strict=False)):
-        if open_corpus(corpus.path, now.data.cache).fingerprint != read["fingerprint"]:
+        if open_corpus(corpus.path, now.data.cache).fingerprint not in read_by_run:
             what = f"the documents of {read['path']} where this command has those now in {corpus.path}"
             yield f"data.corpora.{number}.path", what
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config, to_yaml
+from megatron_lcl.config import Config, run_yaml
 from megatron_lcl.config.phases import Phase, phases_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.batch import PackedBatch
@@ -45,7 +45,7 @@ def measure_kernels(point: ResumePoint, mesh: Mesh) -> tuple[Fastest, ResumePoin
     found = choose_fastest(config, sample_batch(config, mesh, point), mesh, local_device())
     config = found.chosen.applied(config)
     if mesh.is_first:
-        replace_text(Path(config.train.output) / CONFIG, to_yaml(config))
+        replace_text(Path(config.train.output) / CONFIG, run_yaml(config))
     return found, replace(point, config=config)
 
 

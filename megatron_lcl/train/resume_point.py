@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config, to_yaml
+from megatron_lcl.config import Config, run_yaml
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.storage.store import url_of
@@ -240,7 +240,7 @@ def _from(
     if simulated:
         stop_forkserver()
     if not (finished and exists(run / CONFIG)):  # which says what was trained
-        replace_text(run / CONFIG, to_yaml(config))
+        replace_text(run / CONFIG, run_yaml(config))
     return ResumePoint(
         folder,
         progress,

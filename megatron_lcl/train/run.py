@@ -195,7 +195,9 @@ class Training:
             with self.watchdog.long_phase(point.progress.step, "copying the last checkpoint"):
                 self.saver.go_on_from(point.folder, point.progress)
             telemetry.say(f"going on from {point.folder}")
-            for line in point.changes.lines():
+            steps = point.changes.before("train.steps", self.config.train.steps)
+            tails = self.averages.short_tails(self.progress.averaged, steps, self.progress.step)
+            for line in (*point.changes.lines(), *tails):
                 telemetry.say(line)
             if point.changes.settings or point.changes.warnings:
                 facts = {"settings": point.changes.settings, "warnings": point.changes.warnings}

@@ -108,7 +108,7 @@ class OneNumber(Averages):
         config = configs.load(None, averages | {"train.steps": str(steps)})
         self.flat, self.state = torch.zeros(1), {}
         base = SimpleNamespace(state={self.flat: self.state})
-        engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=base))
+        engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=base), module=torch.nn.Module())
         super().__init__(config, engine)
 
     def _states(self) -> Any:
@@ -150,6 +150,25 @@ def test_a_tail_of_a_run_that_is_given_more_steps_begins_anew(steps: int, count:
     averaged = after.steps(5, steps, averaged)
     assert averaged == {"ema_0.5": steps, "tail_0.5": count}
     assert after.state["tail_0.5"].item() == mean
+
+
+@pytest.mark.parametrize(
+    ("before", "at", "now", "has"),
+    [(8, 4, 6, 2), (4, 4, 6, 2), (8, 5, 7, 3), (8, 6, 8, None), (8, 3, 6, None), (4, 4, 20, None), (8, 4, 7, 3)],
+)
+def test_a_tail_that_will_be_too_short_is_said(before: int, at: int, now: int, has: int | None) -> None:
+    """A run of so many steps goes on after so many as one of so many; of these the second half are meant."""
+    first, then = OneNumber(before, 0.5), OneNumber(now, 0.5)
+    averaged = first.steps(1, at, {})
+    then.state.update(first.state)
+    averaged = then.begin(averaged, before)
+    said = list(then.short_tails(averaged, before, at))
+    number, meant = then.steps(at + 1, now, averaged)["tail_0.5"], round(now / 2)
+    assert (number < meant) == bool(said)
+    if said:
+        assert number == has
+        what = f"tail_0.5 is the mean of the last {number} steps, not of {meant}: the weights of steps before"
+        assert said == [f"{what} {now - number + 1} are not in it"]
 
 
 def test_after_a_rewind_an_average_is_again_of_as_many_steps_as_the_checkpoint_says() -> None:

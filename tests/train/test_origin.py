@@ -28,7 +28,7 @@ from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train import checks, dryrun, resume_point
-from megatron_lcl.train.checkpoint.folder import Layout, Progress, progress_text, step_folder
+from megatron_lcl.train.checkpoint.folder import Layout, Progress, choose, progress_text, step_folder
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checks import check_output, check_readable
 from megatron_lcl.train.dryrun import dry_run, find_origin
@@ -124,6 +124,73 @@ def test_a_window_that_was_begun_needs_its_corpora(corpora: list[str], mine: Pat
         open_origin(second, other, True)
     with pytest.raises(UserError, match="is at none of"):
         pack_index.PackIndex(other.data, open_ledger_of(second, other)).prepare(4 * (STEP + 1))
+
+
+def test_a_corpus_that_was_moved_is_known_where_it_is(corpora: list[str], mine: Path, tmp_path: Path) -> None:
+    """Its window is read to its end from there, and messages name the place."""
+    first = saved(config_of(tmp_path, mine))
+    there = shutil.move(mine, tmp_path / "there")
+    second = saved(config_of(tmp_path, there), STEP + 1, first)
+    entries = json.loads((second / "progress.json").read_text())["ledger"]["entries"]
+    (entry,) = entries
+    assert [(c["path"], c["moved_from"]) for c in entry["blend"]] == [(str(there), [str(mine)])]
+    other = config_of(tmp_path, corpora[1], data__allow_change=True)
+    changes = open_origin(second, other, True).changes(other)
+    assert changes.blend is not None
+    assert [path for path, _ in changes.blend.gone] == [str(there)]
+    with pytest.raises(UserError, match=f"{there} is missing"):
+        open_origin(second, config_of(tmp_path, corpora[1]), True)
+    shutil.move(there, mine)  # where it was before will do
+    open_origin(second, other, True)
+    shutil.move(mine, tmp_path / "away")
+    with pytest.raises(UserError, match=f"in a window of documents of {there} "):
+        open_origin(second, other, True)
+
+
+def test_a_named_checkpoint_of_the_run_itself_is_its_newest(corpora: list[str], tmp_path: Path) -> None:
+    """Or the command has gone on from it before; and one that is damaged, or another run's, is as ever."""
+    config = config_of(tmp_path, corpora[0])
+    first, run = saved(config), tmp_path / "run"
+    assert choose(run, str(first))[0] == first
+    second = saved(config, STEP + 1, first)
+    with pytest.raises(
+        UserError, match=f"resume = {first} is of this run, which has {second.name} .* remove the later"
+    ):
+        choose(run, str(first))
+    for other in ("auto", str(second), str(run), str(step_folder(tmp_path / "other", STEP))):
+        assert choose(run, other)[0] == second
+    named = configs.replace(config, checkpoint__resume=str(first))
+    third = saved(named, STEP + 2, first)
+    assert choose(run, str(first))[0] == third, "a job that is queued again"
+    with pytest.raises(UserError, match="is of this run"):
+        choose(run, str(second))
+    (third / "progress.json").write_text("{}")
+    assert choose(run, str(third))[0] == second
+
+
+def test_a_run_that_has_lost_its_config_has_it_in_a_checkpoint(corpora: list[str], tmp_path: Path) -> None:
+    config, run = config_of(tmp_path, corpora[0]), tmp_path / "run"
+    folder = saved(config)
+    (run / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=f"no config.yaml; if it is this run's, .*: cp {folder / 'config.yaml'} {run}$"):
+        checks.check_output(run, config)
+    shutil.copy(folder / "config.yaml", run)
+    checks.check_output(run, config)
+
+
+def test_the_same_shares_in_another_order_or_scale_are_the_same_blend(
+    corpora: list[str], mine: Path, tmp_path: Path
+) -> None:
+    def weighted(*pairs: tuple[Path | str, float]) -> Config:
+        blend = [{"path": str(path), "weight": weight} for path, weight in pairs]
+        return config_of(tmp_path, *(path for path, _ in pairs), data__corpora=blend)
+
+    first = saved(weighted((mine, 0.1), (corpora[1], 0.3)))
+    before = Ledger.from_json(json.loads((first / "progress.json").read_text())["ledger"])
+    for same in (((corpora[1], 0.3), (mine, 0.1)), ((mine, 1), (corpora[1], 3))):
+        assert open_ledger_of(first, weighted(*same)) == before
+    for other in (((mine, 0.3), (corpora[1], 0.1)), ((mine, 0.1), (corpora[1], 0.31))):
+        assert len(open_ledger_of(first, weighted(*other)).blends()) == 2
 
 
 def test_what_was_read_is_looked_for_where_the_packs_look(

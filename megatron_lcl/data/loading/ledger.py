@@ -23,6 +23,7 @@ from megatron_lcl.config import Config, Data
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import packing
+from megatron_lcl.data.loading.blend import blend_of, has_shares_of, paths_in, with_paths_of
 from megatron_lcl.data.loading.rules import INTERLEAVED, Sequences
 from megatron_lcl.data.loading.source import VERSION, open_source
 from megatron_lcl.errors import UserError
@@ -127,10 +128,12 @@ class _Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Ledger:
-    """What the packs of a run depend on: the settings that it began with, and entries, which are only ever appended.
+    """What the packs of a run depend on: the settings that it began with, and entries, which are only ever
+    appended, but that a corpus may have moved.
 
     An entry is {"from_pack": n, "blend": [{"path", "fingerprint", "weight"}, …], "tokenizer": fingerprint}: new shares
-    from the first window of documents that begins at pack n or later; entries of earlier versions have no tokenizer; or
+    from the first window of documents that begins at pack n or later; entries of earlier versions have no tokenizer,
+    and a corpus that was moved has "moved_from", the paths before; or
     {"from_pack": n, "skip": count, "plan": {the settings PLANNED, and "rests"}}: packs n … n+count-1 are not used, and
     were planned like that, also where a rewind has gone back into an earlier phase; entries of earlier versions have no
     plan, and theirs is that of the packs around them; or
@@ -207,8 +210,9 @@ class Ledger:
         return [e for e in self.entries if "blend" in e]
 
     def paths_of(self, wanted: str) -> list[str]:
-        """Where the corpus with this fingerprint has been, by all entries, in order."""
-        return [c["path"] for entry in self.blends() for c in entry["blend"] if c["fingerprint"] == wanted]
+        """Where the corpus with this fingerprint has been, by all entries, in order: last where it was found last."""
+        found = (c for entry in self.blends() for c in entry["blend"] if c["fingerprint"] == wanted)
+        return [path for corpus in found for path in paths_in(corpus)]
 
     @cached_property
     def phases(self) -> tuple[dict[str, Any], ...]:
@@ -331,7 +335,7 @@ def open_ledger(
     config leaves it open; a resumed run keeps it. UserError if a setting that fixes the packs has changed, but for
     those named in `but`. version: of the rules of a new run (`source.VERSION`); a resumed one keeps its own.
     """
-    blend, tokenizer = _blend_of(data)
+    blend, tokenizer = blend_of(data)
     settings = _settings_of(data, num_placeholders, context_length, sequences) | {"version": version}
     if previous is None:
         if settings["images_per_pack"] is None:
@@ -410,23 +414,6 @@ def _entry(step: int, consumed: int, reading: Reading) -> dict[str, Any]:
     return {"from_step": step, "consumed": consumed, "phase": {**plain, "kept_patches": kept}, "rests": Segment.rests}
 
 
-def _blend_of(data: Data) -> tuple[list[dict[str, Any]], str]:
-    """The blend of an entry, and the fingerprint of its tokenizer."""
-    if not data.corpora:
-        raise UserError("data.corpora is empty; name at least one corpus, e.g. data.corpora=[{path: corpus}]")
-    opened = [(c, open_corpus(c.path, data.cache)) for c in data.corpora]
-    blend = [{"path": c.path, "fingerprint": corpus.fingerprint, "weight": c.weight} for c, corpus in opened]
-    tokenizers = [corpus.manifest["tokenizer"]["fingerprint"] for _, corpus in opened]
-    if others := [c.path for c, tokenizer in zip(data.corpora, tokenizers, strict=True) if tokenizer != tokenizers[0]]:
-        raise UserError(
-            "the corpora of a blend must have the same tokenizer (`megatron-lcl retokenize` changes it); that of "
-            f"{data.corpora[0].path} is another than that of {', '.join(others)}"
-        )
-    if len({c["fingerprint"] for c in blend}) < len(blend):
-        raise UserError("data.corpora names a corpus twice; give it one entry with the sum of the weights")
-    return blend, tokenizers[0]
-
-
 def _settings_of(data: Data, num_placeholders: int, context_length: int, sequences: Sequences) -> dict[str, Any]:
     settings: dict[str, Any] = {name: getattr(data, name) for name in _SETTINGS}
     settings |= {"num_patches": num_placeholders, "context_length": context_length}
@@ -475,7 +462,7 @@ def tokenizer_of(ledger: Ledger, data: Data) -> str | None:
     noted = next((entry["tokenizer"] for entry in blends if "tokenizer" in entry), None)
     read = [corpus for entry in blends for corpus in entry["blend"]]
     fingerprints = {corpus["fingerprint"] for corpus in read}
-    for path in () if noted else (*(c.path for c in data.corpora), *(c["path"] for c in read)):
+    for path in () if noted else (*(c.path for c in data.corpora), *(path for c in read for path in paths_in(c))):
         with contextlib.suppress(UserError, OSError):
             corpus = open_corpus(path, data.cache)
             if corpus.fingerprint in fingerprints:
@@ -484,8 +471,9 @@ def tokenizer_of(ledger: Ledger, data: Data) -> str | None:
 
 
 def _with_blend(previous: Ledger, blend: list[dict[str, Any]], tokenizer: str, consumed: int) -> Ledger:
-    last = previous.blends()[-1]["blend"]
-    if [(c["fingerprint"], c["weight"]) for c in blend] == [(c["fingerprint"], c["weight"]) for c in last]:
+    entries = [e | {"blend": with_paths_of(blend, e["blend"])} if "blend" in e else e for e in previous.entries]
+    previous = replace(previous, entries=tuple(entries))  # paths are in no hash
+    if has_shares_of(blend, previous.blends()[-1]["blend"]):
         return previous
     start = previous.locate(consumed)
     entry = {"from_pack": start, "blend": blend, "tokenizer": tokenizer}

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phase_at
+from megatron_lcl.data.loading.blend import blend_of
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex
@@ -149,7 +150,7 @@ def summarize_config(
     index = loader.reader.index
     assert isinstance(index, PackIndex)
     # by its weight and not counted: a corpus with a small one may have no document in so few packs
-    blend = ledger.blends()[-1]["blend"]
+    blend, _ = blend_of(config.data)  # of whose shares the ledger's is, in whatever order
     a_pack = summary.tokens / summary.packs / sum(corpus["weight"] for corpus in blend)
     drawn = (a_pack * corpus["weight"] / index.source(corpus["fingerprint"]).mean_tokens for corpus in blend)
     return replace(summary, drawn=tuple(drawn))

@@ -30,12 +30,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Checkpoint, Config, load, to_yaml
+from megatron_lcl.config import Checkpoint, Config, load, run_yaml
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.filesystem import below, exists
-from megatron_lcl.parallel.layers import shard
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.run_folder import AVERAGES, CONFIG, METRICS, PROGRESS, WEIGHTS
 from megatron_lcl.train.averages import average_names
@@ -44,8 +43,9 @@ from megatron_lcl.train.checkpoint import reshard
 from megatron_lcl.train.checkpoint.code_versions import code_versions, versions_that_differ
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight, rescale_moments
 from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
+from megatron_lcl.train.checkpoint.frozen import frozen_state, load_averages, load_universal
 from megatron_lcl.train.checkpoint.mirror import Mirror
-from megatron_lcl.train.checkpoint.state import FROZEN, PARTITION_DIMS, State, save_hashed
+from megatron_lcl.train.checkpoint.state import PARTITION_DIMS, State, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restricted
 from megatron_lcl.train.master_weights import clear_moments
 from megatron_lcl.train.optimizer import muon_parts
@@ -129,9 +129,7 @@ class Checkpointer:
         progress = replace(progress, layout=self.layout, code=self._code, parts=self._parts)
         final = checkpoint.step_folder(self.run, progress.step)
         temporary = final.with_name(f".{final.name}.tmp")
-        client_state: dict[str, Any] = {PARTITION_DIMS: partition_dims(self.engine.module)}
-        if frozen := frozen_values(self.engine.module):
-            client_state[FROZEN] = frozen
+        client_state = {PARTITION_DIMS: partition_dims(self.engine.module), **frozen_state(self.engine.module)}
         self.engine.save_checkpoint(str(temporary), tag=STATE, client_state=client_state, save_latest=False)
         files = [(temporary / RNG / self._rng_file(), random_state())]
         self._on_all(lambda: files.extend(self._snapshot.take()))
@@ -242,7 +240,7 @@ class Checkpointer:
 
     def _finish(self, temporary: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> list[str]:
         """What the first process does once the files of all processes are there; the result of `tidy`."""
-        state, config = State(temporary / STATE, self.config.model), to_yaml(self.config)
+        state, config = State(temporary / STATE, self.config.model), run_yaml(self.config)
         files[WEIGHTS] = state.write_weights(temporary / WEIGHTS)
         texts = {CONFIG: config, PROGRESS: checkpoint.progress_text(progress)}
         folders = [f"{AVERAGES}/{name}" for name in progress.averaged]
@@ -296,11 +294,12 @@ class Checkpointer:
         said = []
         if self.mesh.is_first and (differ := versions_that_differ(before.code, self._code)):
             said.append(f"{folder} was written by {', '.join(differ)}")
-        same = before.layout == self.layout
+        same, place = before.layout == self.layout, folder
         if not same:
-            if self._convert(folder):
+            place, written = self._convert(folder, before.step)
+            if written:
                 said.append(f"converted {folder} from {before.layout} to {self.layout}")
-            self._refuse_foreign(folder / reshard.UNIVERSAL)  # which is whole by now
+            self._refuse_foreign(place / reshard.UNIVERSAL)  # which is whole by now
         optimizer, engine = self.engine.optimizer, self.engine
         ours = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
         kept = ("clip_grad", "loss_scaler", "dynamic_loss_scale")
@@ -308,7 +307,7 @@ class Checkpointer:
         engine._config.load_universal_checkpoint = not same
         try:
             with quiet(), restricted():
-                path, _ = engine.load_checkpoint(str(folder), tag=STATE if same else reshard.UNIVERSAL)
+                path, saved = engine.load_checkpoint(str(place), tag=STATE if same else reshard.UNIVERSAL)
         finally:
             engine._config.load_universal_checkpoint = False
         if path is None:
@@ -317,8 +316,10 @@ class Checkpointer:
             # hierarchical ZeRO-3 would go on with what the group had before, of parameters that are not trained
             if getattr(parameter, "ds_secondary_tensor", None) is not None:
                 parameter.ds_secondary_tensor = None
-        if not same:
-            self._load_what_deepspeed_leaves(folder / reshard.UNIVERSAL / "zero", before)
+        if same:
+            load_averages(engine.module, saved)
+        else:
+            self._load_what_deepspeed_leaves(place / reshard.UNIVERSAL / "zero", before)
         # ZeRO-3 has given every group the first one's settings, and all groups one and the same counter of steps
         for group, settings in zip(optimizer.param_groups, ours, strict=True):
             for key in group.keys() - settings.keys() - {"params"}:  # of another optimizer
@@ -347,16 +348,11 @@ class Checkpointer:
 
     def _load_what_deepspeed_leaves(self, states: Path, before: Progress) -> None:
         """From a universal checkpoint: parameters that are not trained, and, with ZeRO-3, averages of the weights."""
-        import deepspeed
-
-        for name, parameter in self.engine.module.named_parameters():
-            if not parameter.requires_grad:
-                whole = load_mapped(states / name / "fp32.pt")["param"]
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # a shard of it with ZeRO-3
-                    parameter.data.copy_(shard(whole, parameter, self.mesh.tensor))
+        averages = before.averaged.keys() & set(average_names(self.config))
+        load_universal(self.engine.module, self.mesh, states, averages)
         optimizer = self.engine.optimizer
         for partition in partitions_of(optimizer, self.mesh) if self.config.zero.stage == 3 else ():
-            for key in before.averaged.keys() & set(average_names(self.config)):
+            for key in averages:
                 average = optimizer.optimizer.state[partition.flat][key] = torch.zeros_like(partition.flat)
                 for piece in partition.pieces:
                     whole = load_mapped(states / piece.name / f"{key}.pt")["param"]
@@ -373,11 +369,13 @@ class Checkpointer:
         if fault := next((fault for fault in faults if fault), None):
             raise RunError(fault)
 
-    def _convert(self, folder: Path) -> bool:
-        outcome: bool | str = False
+    def _convert(self, folder: Path, step: int) -> tuple[Path, bool]:
+        """Where a checkpoint's universal form is, and whether it had to be written."""
+        outcome: tuple[Path, bool] | str = folder, False
         if self.mesh.is_first:
             try:
-                outcome = reshard.convert(folder, self.config.model)
+                place = reshard.place_of(folder, self.run, step)
+                outcome = place, reshard.convert(folder, self.config.model, place)
             except Exception as error:  # noqa: BLE001 whatever it is, the other processes must know of it
                 outcome = f"{folder} is of another layout and could not be converted: {explain(error)}"
         outcome = self._peers.broadcast_object(outcome)
@@ -444,15 +442,6 @@ def partition_dims(module: torch.nn.Module) -> dict[str, int]:
     """The dimension along which tensor parallelism splits, of those parameters of this process that it splits."""
     named = module.named_parameters()
     return {name: p.partition_dim for name, p in named if getattr(p, "tensor_model_parallel", False)}  # type: ignore
-
-
-def frozen_values(module: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Size]]:
-    """What this process holds of the parameters that are not trained, with their shapes on its tensor rank."""
-    return {
-        name: (getattr(p, "ds_tensor", p).detach(), getattr(p, "ds_shape", p.shape))
-        for name, p in module.named_parameters()
-        if not p.requires_grad
-    }
 
 
 def make_room(temporary: Path) -> None:

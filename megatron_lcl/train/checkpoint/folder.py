@@ -10,6 +10,8 @@
         manifest.json        size and XXH3 of every file above; written last
         universal/…          only where the run went on at another layout: the same state, for any (see `reshard`)
 
+    RUN/checkpoints/.step-00001000.….universal/   that of another run's checkpoint, until the first save
+
 `checkpointer` writes them, `state` reads what DeepSpeed wrote.
 """
 
@@ -201,9 +203,10 @@ def choose(
 
     A run that has checkpoints of its own goes on from them whatever `resume` is, so that a job that is started again
     by the same command goes on where it stopped. UserError where all of them are damaged (weeks of work are not begun
-    anew silently), or the one that `resume` names is.
+    anew silently), or the one that `resume` names is; and where that is one of its own before the newest.
     """
     folder, rejected = newest(list_checkpoints(run), only, repair)
+    _check_named_is_newest(run, resume, folder)
     if folder is None and rejected:
         latest, faults = next(iter(rejected.items()))
         unread = any(isinstance(fault, Unread) for faults in rejected.values() for fault in faults)
@@ -219,6 +222,19 @@ def choose(
         faults = rejected[named[-1]]
         raise UserError(f"checkpoint.resume = {resume} is not a whole checkpoint: {'; '.join(faults[:3])}")
     return folder, rejected
+
+
+def _check_named_is_newest(run: Path, resume: str, folder: Path | None) -> None:
+    """UserError where `resume` names a checkpoint of the run itself, and the run has a later one, `folder`; unless it
+    is this very command that has gone on from the named one and made the later one, and is now started again."""
+    named = Path(resume)
+    if folder is None or named.resolve().parent != (run / CHECKPOINTS).resolve():
+        return
+    if 0 <= step_of(named) < step_of(folder) and load(folder / CONFIG).checkpoint.resume != resume:
+        raise UserError(
+            f"checkpoint.resume = {resume} is of this run, which has {folder.name} and goes on from that; to go back, "
+            "remove the later ones, or name another train.output"
+        )
 
 
 def go_back(run: Path, step: int, begun_with: Path | None) -> tuple[Path | None, dict[Path, list[str]]]:

@@ -1,6 +1,6 @@
 """A checkpoint of any layout as DeepSpeed's Universal Checkpoint, from which any other layout loads.
 
-    step-00001000/universal/
+    step-00001000/universal/        of another run's checkpoint: RUN/checkpoints/.step-00001000.….universal/universal/
         zero/{index}.name/{fp32,exp_avg,exp_avg_sq,step}.pt      whole and unpadded; also averages of the weights
         zero/optimizer_state.pt                                  loss scale and the like
         mp_rank_00_model_states.pt                               counts; what ZeRO-1 and 2 look for
@@ -17,26 +17,43 @@ import contextlib
 from pathlib import Path
 
 from megatron_lcl.config import Model
-from megatron_lcl.convert.manifest import MANIFEST, manifest_text, verify
+from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text, verify
 from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder, take_name, waiting_for_others
-from megatron_lcl.train.checkpoint.folder import STATE
-from megatron_lcl.train.checkpoint.state import State, save_hashed
+from megatron_lcl.run_folder import CHECKPOINTS
+from megatron_lcl.train.checkpoint.folder import STATE, step_folder
+from megatron_lcl.train.checkpoint.state import FROZEN, FROZEN_AVERAGES, State, save_hashed
 
 UNIVERSAL = "universal"
 
 
-def convert(folder: Path, model: Model) -> bool:
-    """Make sure that a checkpoint has its universal form; whether it had to be written. One process of a run calls it.
+def place_of(folder: Path, run: Path, step: int) -> Path:
+    """The folder in which a run that goes on from a checkpoint has that one's universal form.
 
-    Several runs may begin with one checkpoint: each writes a folder of its own, which it renames, and only one that
-    does not verify is moved out of the way. OSError where the checkpoint's folder cannot be written.
+    That is the checkpoint's own, if it is of this run, or has the form already. Into another run's folder, which may be
+    somebody else's, nothing is written. In the run's own it is removed by the next save, as what an interrupted one
+    leaves (`folder.clear_leftovers`).
     """
-    final = folder / UNIVERSAL
+    if folder.resolve().parent == (run / CHECKPOINTS).resolve() or not verify(folder / UNIVERSAL):
+        return folder
+    name = fingerprint(folder / MANIFEST)["xxh3"][:8]  # of whatever other checkpoint something may have been left
+    return run / CHECKPOINTS / f".{step_folder(run, step).name}.{name}.{UNIVERSAL}"
+
+
+def convert(folder: Path, model: Model, place: Path | None = None) -> bool:
+    """Make sure that a checkpoint has its universal form, in `place` (None: in its own folder); whether it had to be
+    written. One process of a run calls it.
+
+    Processes of other runs may do the same: each writes a folder of its own, which it renames, and only one that does
+    not verify is moved out of the way. OSError where the place cannot be written.
+    """
+    place = place or folder
+    final = place / UNIVERSAL
     if not verify(final):
         return False
-    with waiting_for_others(folder / f".{UNIVERSAL}.lock"):
-        clear_dead(folder)
-        with scratch_folder(folder) as scratch:
+    place.mkdir(parents=True, exist_ok=True)
+    with waiting_for_others(place / f".{UNIVERSAL}.lock"):
+        clear_dead(place)
+        with scratch_folder(place) as scratch:
             if not verify(final):  # another run has written it meanwhile
                 return False
             _write(State(folder / STATE, model), scratch / UNIVERSAL)
@@ -70,6 +87,8 @@ def _write(state: State, folder: Path) -> None:
     common |= {"param_groups": groups, "optimizer_state_dict": zero3, "ds_version": state.version}
     save("zero/optimizer_state.pt", common)
     counts = {**state.common, "module": {}, "param_shapes": None, "mp_world_size": 1}
+    for key in {FROZEN, FROZEN_AVERAGES} & counts.keys():  # they are with the others
+        del counts[key]
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         save(name, counts)
     (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")

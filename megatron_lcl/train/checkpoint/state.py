@@ -29,6 +29,9 @@ PARTITION_DIMS = "partition_dims"
 FROZEN = "frozen"
 """key under which it adds what the process holds of the parameters that are not trained, and these parameters' shapes
 on its tensor rank"""
+FROZEN_AVERAGES = "frozen_averages"
+"""key under which it adds averages of such parameters from when they were trained, by parameter and average: flattened,
+float32; absent where there are none"""
 
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -48,9 +51,10 @@ class State:
         self._pieces: dict[str, dict[int, list[Piece]]] = defaultdict(lambda: defaultdict(list))
         for (data_rank, tensor_rank), file in sorted(_numbered(folder, _MODEL)):
             common = load_mapped(file)
+            of_frozen = common.get(FROZEN_AVERAGES, {})
             for name, (held, shape) in common.get(FROZEN, {}).items():
                 self._local_shapes.setdefault(tensor_rank, {})[name] = shape
-                self._pieces[name][tensor_rank].append(_frozen(held))
+                self._pieces[name][tensor_rank].append(_frozen(held, of_frozen.get(name, {})))
             if data_rank > 0:  # ZeRO-3's other processes
                 continue
             self.common: dict[str, Any] = common
@@ -84,8 +88,9 @@ class State:
     def whole(self, name: str, key: str) -> torch.Tensor:
         """A parameter's value, moment or average, whole, unpadded, on the CPU.
 
-        Of one that is not trained, the value and moments of zeros; its averages are the value. Moments are also zeros
-        where the optimizer has not stepped: every step so far was skipped, and the host knew (train/skipping.py).
+        Of one that is not trained, the value and moments of zeros; its averages are the value, if it has none from when
+        it was trained. Moments are also zeros where the optimizer has not stepped: every step so far was skipped, and
+        the host knew (train/skipping.py).
         """
         shards = []
         for tensor_rank, pieces in sorted(self._pieces[name].items()):
@@ -145,8 +150,11 @@ def _pieces_zero3(optimizer: dict[str, Any], shapes: Any) -> Iterator[tuple[str,
             start += length
 
 
-def _frozen(held: torch.Tensor) -> Piece:
-    return lambda key: torch.zeros(held.numel()) if key in MOMENTS else held.flatten().float()
+def _frozen(held: torch.Tensor, averages: dict[str, torch.Tensor]) -> Piece:
+    def piece(key: str) -> torch.Tensor:
+        return torch.zeros(held.numel()) if key in MOMENTS else averages.get(key, held).flatten().float()
+
+    return piece
 
 
 def _run(flat: dict[str, torch.Tensor], start: int, length: int) -> Piece:

@@ -36,6 +36,14 @@ def test_from_a_named_checkpoint_into_a_new_folder(
     assert f"going on from {named}" in said
     assert "changed" not in said
     assert losses(tmp_path / "second") == undisturbed[4:]
+    # at another layout, too, nothing is written there, where it may not be allowed
+    before = sorted(named.rglob("*"))
+    half = ("--checkpoint.every", "3", "--train.steps", "7", "--zero.stage", "2")
+    said = train(tmp_path / "converted", "--config", config_file, *half, "--resume", str(named))
+    assert f"converted {named} from " in said
+    assert sorted(named.rglob("*")) == before
+    left = list((tmp_path / "converted" / "checkpoints").iterdir())
+    assert {path.name for path in left} == {"step-00000006", "step-00000007"}
     said = train(tmp_path / "third", "--config", config_file, "--resume", str(tmp_path / "nothing"), code=2)
     assert "nothing" in said
     said = train(tmp_path / "third", "--config", config_file, "--resume", str(first), code=2)
@@ -105,7 +113,7 @@ def test_a_changed_corpus_is_refused_unless_allowed(
     said = train(run, *words, code=2)
     assert f"{mine} is missing, {mine} is new or has changed" in said
     assert losses(run) == before
-    weights = ["--data.corpora", f"[{{path: {added}, weight: 2}}]"]
+    weights = ["--data.corpora", f"[{{path: {added}, weight: 2}}]"]  # all the same of one corpus
     longer = ["--config", config_file, *weights, "--train.steps", "6"]
     assert main(["train", "--dry-run", "--processes", "2", "--train.output", str(run), *longer]) == 0
     planned = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("   ")]
@@ -129,10 +137,12 @@ def test_a_changed_corpus_is_refused_unless_allowed(
     assert losses(run)[:4] == before
     assert len(losses(run)) == 12
     ledger = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1]).ledger
-    assert [len(entry["blend"]) for entry in ledger["entries"]] == [1, 1, 2]
+    assert [len(entry["blend"]) for entry in ledger["entries"]] == [1, 2]
     (event,) = [event for event in read_audit(run) if event["event"] == "blend changed"]
     assert (event["gone"], [path for path, _ in event["new"]]) == ([], [str(mine)])
     config = (run / "config.yaml").read_text()
+    for folder in (run, checkpoint.list_checkpoints(run)[-1]):  # it was given for that start alone
+        assert not configs.load(folder / "config.yaml").data.allow_change
     shutil.rmtree(mine)
     shutil.rmtree(added)
     other = make_corpus(tmp_path / "third", seed=2, tokenizer=Path(config_file).parent / "documents" / "corpus")
