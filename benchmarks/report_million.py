@@ -115,7 +115,8 @@ def make_pictures(run: Path, rng: np.random.Generator) -> Path:
     measured = HeldOut(
         str(corpus), 8, 8, 0,
         image_to_context_recall_at_1=0.5, image_to_context_recall_at_10=0.5,
-        chance_at_1=0.1, chance_at_10=1.0, median_rank=1.0,
+        chance_at_1=0.1, chance_at_10=1.0, median_rank=1.0, distinct_images=8, distinct_contexts=8,
+        context_to_image_chance_at_1=0.1, context_to_image_chance_at_10=1.0,
     )  # fmt: skip
     (run / HELDOUT).write_text(json.dumps(asdict(measured)))
     (run / EXAMPLES).write_text(json.dumps([asdict(example) for example in examples]))

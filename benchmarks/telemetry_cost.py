@@ -99,7 +99,7 @@ def main() -> None:
 
         for owner, names in (
             (PartNorms, ("_before_step", "_after_step", "over_all_processes")),
-            (FeatureSample, ("take", "gather")),
+            (FeatureSample, ("__init__", "take", "gather")),
             (StepMeter, ("read", "step", "line")),
             (Telemetry, ("count", "step")),
         ):

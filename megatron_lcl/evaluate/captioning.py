@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +26,9 @@ from megatron_lcl.model.lcl import LCL, pack_padded
 
 ENTIRE = "entire"
 """what NoCaps calls all domains together"""
+TOKENIZATION = "13a, letters"
+"""how `tokenize` splits texts; "13a", of earlier versions, took a sentence of a script without spaces for a word"""
+_APOSTROPHE = re.compile(r"(?<=[^\W\d_])’(?=[^\W\d_])")
 
 
 @torch.no_grad()
@@ -183,7 +187,7 @@ def captioning(
     images = [data.images[i] for i in firsts]
     written = caption(encoder, images, settings, seed, batch_size, processes, progress)
     copies = len(data) - len(firsts)
-    recorded = {**asdict(settings), "seed": seed, "tokenization": "13a", "image copies": copies}
+    recorded = {**asdict(settings), "seed": seed, "tokenization": TOKENIZATION, "image copies": copies}
     metrics = caption_metrics(written, references, seed)
     if data.domains is not None:
         domains = [data.domains[i] for i in firsts]
@@ -249,11 +253,14 @@ def tokenize(texts: Sequence[str]) -> list[str]:
 
 
 def _by_letters(text: str) -> str:
-    """`spaced`, and the punctuation of such a text, of which 13a knows ASCII's alone, as spaces. A text without such
-    letters is returned as it is."""
+    """`spaced`, and the punctuation of such a text, of which 13a knows ASCII's alone, as spaces, but for apostrophes in
+    words. A text without such letters is returned as it is."""
     if (apart := spaced(text)) == text:
         return text
-    return "".join(" " if not c.isascii() and _is_between_words(c) else c for c in apart)
+    kept = {found.start() for found in _APOSTROPHE.finditer(apart)}
+    return "".join(
+        " " if not c.isascii() and at not in kept and _is_between_words(c) else c for at, c in enumerate(apart)
+    )
 
 
 def _is_between_words(character: str) -> bool:

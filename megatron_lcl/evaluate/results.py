@@ -13,6 +13,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from megatron_lcl.convert.card import Measured, is_hub_id
 from megatron_lcl.data.corpus.files import replace_bytes, replace_text
@@ -21,6 +22,7 @@ from megatron_lcl.filesystem import is_file
 from megatron_lcl.run_folder import RESULTS
 
 CONFIDENCE = 0.95
+_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 RESAMPLES = 1000
 
 
@@ -78,7 +80,9 @@ def proportion(
     item by itself. The effective sample size (Korn & Graubard 1998) is p (1 - p) over the variance of the mean p, which
     is that of a ratio of sums over clusters; independent items of one weight have N. It is at most what the weights of
     the items give (Kish 1965: N of equal ones), and where the clusters do not differ, at 0 and 1 above all, what those
-    of the clusters give: their number, if they have the same size.
+    of the clusters give: their number, if they have the same size. As k clusters say little of how they differ if they
+    are few, it is multiplied by (z / t)², the quantiles of the normal and of Student's distribution with k - 1 degrees
+    of freedom (Korn & Graubard: t of N - 1 items in place of z).
     """
     scores = np.asarray(hits, np.float64)
     weights, cluster = np.ones(len(scores)), np.arange(len(scores))
@@ -91,14 +95,16 @@ def proportion(
     variance = (np.bincount(cluster, weights * (scores - p)) ** 2).sum() / weights.sum() ** 2
     most, of_clusters = (w.sum() ** 2 / (w**2).sum() for w in (weights, np.bincount(cluster, weights)))
     differ = variance > 1e-9 * p * (1 - p) / most  # or by rounding only
-    low, high = _wilson(p, min(p * (1 - p) / variance, most) if differ else of_clusters)
+    size = min(p * (1 - p) / variance, most) if differ else of_clusters
+    if clusters is not None and cluster.max() > 0:
+        size *= (_Z / stdtrit(cluster.max(), (1 + CONFIDENCE) / 2)) ** 2
+    low, high = _wilson(p, float(size))
     return Metric(p, low, high, chance)
 
 
 def _wilson(p: float, n: float) -> tuple[float, float]:
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    center, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low, high = ((center + side) / (1 + z**2 / n) for side in (-half, half))
+    center, half = p + _Z**2 / (2 * n), _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    low, high = ((center + side) / (1 + _Z**2 / n) for side in (-half, half))
     return min(max(low, 0.0), p), max(min(high, 1.0), p)  # at 0 and 1 but for rounding
 
 

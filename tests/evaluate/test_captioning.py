@@ -245,6 +245,7 @@ def test_words_of_scripts_with_spaces_are_those_of_13a() -> None:
     ]
     before = [" ".join(w for w in split(t.lower()).split() if any(map(str.isalnum, w))) for t in texts]
     assert tokenize(texts) == before
+    assert tokenize(["She’s in a l’été hat 猫"]) == ["she’s in a l’été hat 猫"]
 
 
 def test_captions_of_scripts_without_spaces_have_scores() -> None:

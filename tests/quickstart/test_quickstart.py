@@ -106,7 +106,8 @@ def test_the_encoder_is_a_hugging_face_model_with_the_same_outputs(output: Path)
 def test_held_out_documents_are_measured(output: Path) -> None:
     result = json.loads((output / "run" / "heldout.json").read_text())
     assert result["pairs"] >= 2
-    assert result["chance_at_10"] == min(1.0, 10 / result["distinct_contexts"])
+    assert result["chance_at_1"] == pytest.approx(1 / result["distinct_contexts"])
+    assert result["context_to_image_chance_at_1"] == pytest.approx(1 / result["distinct_images"])
     assert 0 < result["bits_per_token"] < 20
 
 

@@ -1,8 +1,8 @@
 """The URL that is requested, for one of a list or of a `Location` header: its escapes are sent as they are given.
 
 Servers may sign a path and a query as they stand, so that `%7E` is another resource than `~`. What a URL cannot have
-is escaped as browsers do (WHATWG URL, url.spec.whatwg.org): a space, a control character, letters that are not ASCII. A
-`%` that begins no escape stays.
+(RFC 3986) is escaped: a space, a control character, letters that are not ASCII. A `%` that begins no escape stays, and
+`|`, `[` and `]`. The `?` of an empty query is left out (yarl does so).
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def group_name(document: Document) -> str:
     A number names the group that its digits name. TypeError for anything else that is not a string.
     """
     group = document.metadata.get("group")
-    name = document.name if group in (None, "") else group
+    name = document.name if group in (None, "") or group is False else group
     if not isinstance(name, str | int):  # a list's text would do, and join nothing
         raise TypeError(f"a document's group, or name, is {name!r}, not a str")
     return str(name)
