@@ -281,11 +281,13 @@ def _check(settings: Settings, *, keep: bool) -> None:
 def _rules_version(settings: Settings) -> int:
     """That of evaluation sets where there are some. One more where words are counted or compared: in earlier releases
     what stands between spaces was one word in any script, and images of pairs did not count. Another where they are
-    compared: marks ended words, and were none of them."""
+    compared: marks ended words, and were none of them. Another where images are decoded: the transparent color of some
+    PNGs stayed, and some gray TIFFs were negatives."""
     documents = settings.duplicates.documents
     compared = documents.action is not None and documents.threshold is not None
     counts = any(rule.field in WORD_COUNTS for section in ("text", "document") for rule in rules_of(settings, section))
-    return (EVALUATION_RULES if settings.evaluation.sets else _RULES) + (compared or counts) + compared
+    decoded = settings.duplicates.images.action is not None or bool(settings.evaluation.sets) or settings.models.asks
+    return (EVALUATION_RULES if settings.evaluation.sets else _RULES) + (compared or counts) + compared + decoded
 
 
 def _libraries(settings: Settings) -> dict[str, str]:

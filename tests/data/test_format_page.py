@@ -81,6 +81,7 @@ def test_contents_and_fingerprint(tmp_path: Path, fingerprint: Callable[[Path], 
         assert manifest["contents"] == xxh3((text + "]").encode())
 
 
+DECODED = "`curate` with `duplicates.images.action`, evaluation sets or rules that ask a model"
 COUNTED_OR_COMPARED = (
     "`curate` with `min_words`, `max_words` or `min_plain_words`, or with `duplicates.documents.action` and a "
     "threshold that is not null"
@@ -161,6 +162,7 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
         "`curate`": str(curate._RULES),
         "`curate` with evaluation sets": str(EVALUATION_RULES),
         COUNTED_OR_COMPARED: f"+ {_rules_of_curate({'text.max_words': '9'}) - _rules_of_curate({})}",
+        DECODED: f"+ {_rules_of_curate({'duplicates.images.action': 'keep-one'}) - _rules_of_curate({})}",
         COMPARED: f"+ {compared - _rules_of_curate({'text.max_words': '9'})}",
     }
     writers.write_jsonl([Document((Text(f"text {k}"), Image(picture(k)))) for k in range(9)], tmp_path / "in")

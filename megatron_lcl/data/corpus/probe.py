@@ -6,6 +6,7 @@ from __future__ import annotations
 import codecs
 import functools
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -36,6 +37,8 @@ FAST_FRAMES = (0xC0, 0xC1, 0xC2)
 _LOSSLESS_FRAMES = (0xC3, 0xC7, 0xCB, 0xCF)
 """libjpeg-turbo does not scale them; simplejpeg takes it that it does, and writes behind the pixels' memory"""
 _SCAN = b"\xff\xda"
+_MARKER = re.compile(rb"\xff([^\xff\x00\x01\xd0-\xd7])", re.DOTALL)
+"""with fill bytes before it; not those without a length"""
 _ROWS = 32
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -94,13 +97,8 @@ def jpeg_header(data: bytes) -> tuple[int, int]:
     """
     frame, at = 0, 2
     if data[:2] == b"\xff\xd8":
-        while 0 < (at := data.find(b"\xff", at) + 1) < len(data):
-            marker = data[at]
-            if marker == 0xFF:  # fill bytes
-                continue
-            at += 1
-            if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD7:  # have no length
-                continue
+        while found := _MARKER.search(data, at):
+            marker, at = found[1][0], found.end()
             if marker == 0xDA:
                 return (frame, at - 2) if frame else (0, len(data))
             is_frame = 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
@@ -165,7 +163,6 @@ def _loaded(image: Pillow.Image) -> Pillow.Image:
     image.load()  # of a TIFF, Pillow applies the orientation here
     color = image.info.get("transparency")
     if color is not None and raw in _EIGHT_BITS:
-        image = image.copy()  # a caller's own stays as it is
         image.info["transparency"] = _EIGHT_BITS[raw](color)
     if image.format in ("BMP", "ICO") and image.mode == "RGBA" and not any(image.getchannel("A").getextrema()):
         image = image.convert("RGB")  # programs that know no transparency leave these bytes 0
@@ -183,18 +180,24 @@ def eight_bits(image: Pillow.Image) -> Pillow.Image:
     deep = image.mode.startswith("I;16")
     highest = 0 if deep else max(np.fmax.reduce(levels, axis=None, initial=0) for _, levels in _strips(image))
     white = 65_535 if deep or highest > 255 else 1 if image.mode == "F" and highest <= 1 else 255
-    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # which Pillow turns for up to 8 bits
     transparent = image.info.get("transparency") if deep else None
     gray = Pillow.new("L", image.size)
     alpha = None if transparent is None else Pillow.new("L", image.size)
     for top, levels in _strips(image):
-        eight = np.clip(levels * (255 / white) + 0.5, 0, 255).astype(np.uint8)
-        gray.paste(Pillow.fromarray(255 - eight if negative else eight), (0, top))
+        shares = np.clip(levels / white, 0, 1)
+        shares = np.nan_to_num(1 - shares if is_negative(image) else shares)  # what is no number is black
+        eight = (255 * shares + 0.5).astype(np.uint8)
+        gray.paste(Pillow.fromarray(eight), (0, top))
         if alpha is not None:
             alpha.paste(Pillow.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)), (0, top))
     if alpha is not None:
         gray.putalpha(alpha)
     return gray
+
+
+def is_negative(image: Pillow.Image) -> bool:
+    """Whether the lowest of a TIFF's deep gray levels is white, which Pillow turns for up to 8 bits only."""
+    return image.mode.startswith(("I", "F")) and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
 
 
 def _strips(image: Pillow.Image) -> Iterator[tuple[int, np.ndarray]]:
@@ -253,7 +256,7 @@ def what_it_is(data: bytes) -> str:
     """What a file that is no image is, by its first bytes."""
     if jpeg_header(data)[0] in _LOSSLESS_FRAMES:
         return "lossless JPEG, which cannot be read"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1"):
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1") and b"avif" not in data[8:64]:
         return "HEIC, which cannot be read"
     if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL, which cannot be read"

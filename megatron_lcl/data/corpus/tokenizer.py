@@ -444,7 +444,7 @@ class JsonTokenizer(Tokenizer):
     def _probes(self) -> Sequence[str]:
         """With each added token among words: one may take the white space around it (`lstrip`, `rstrip`)."""
         added = self._tokenizer.get_added_tokens_decoder().values()
-        return [*_PROBES, *(f"a {token.content} b" for token in added)]
+        return [*_PROBES, *(f"a {token.content} b" for token in added if token.lstrip or token.rstrip)]
 
     @property
     def fingerprint(self) -> str:

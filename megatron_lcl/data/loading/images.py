@@ -94,8 +94,9 @@ def data_url(image: PIL.Image.Image, format: Literal["JPEG", "PNG", "WEBP"]) -> 
 def read_rgb(image: Source) -> PIL.Image.Image:
     """What every encoder is given, ours and other libraries': `decode_rgb` of encoded bytes or of a file.
 
-    A PIL image, at its first frame, gives the same pixels as its file does, and stays as it is. BadImage if the image
-    does not decode, TypeError for what is no image, OSError for a file that cannot be read.
+    A PIL image, at its first frame, gives the same pixels as its file does, and keeps its own. (One of a PNG with a
+    transparent color of 2, 4 or 16 bits has that color in 8 bits from then on; decoded before, it has lost which it
+    is.) BadImage if the image does not decode, TypeError for what is no image, OSError for a file that cannot be read.
     """
     if isinstance(image, PIL.Image.Image):
         if not image.width * image.height:

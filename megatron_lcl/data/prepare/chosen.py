@@ -162,6 +162,8 @@ def _texts(importer: Importer, unit: Unit, groups: frozenset[str], room: int, dr
             if group_name(document) in groups:
                 continue
             for text in separated(document, importer.separator, importer.kind).texts:
+                if text.text.isspace():  # is not encoded; a text behind it may begin with it
+                    continue
                 raw = text.text.encode(errors="replace")[:room]
                 texts.append(raw.decode(errors="ignore"))
                 room -= len(raw)

@@ -158,7 +158,7 @@ def test_near_duplicates_in_scripts_without_spaces(tmp_path: Path) -> None:
     [
         ({"duplicates__documents__action": "keep-one"}, 6),
         ({"duplicates__documents__action": "keep-one", "duplicates__documents__threshold": "null"}, 4),
-        ({"duplicates__images__action": "keep-one"}, 4),
+        ({"duplicates__images__action": "keep-one"}, 5),
         ({"text__min_words": "1"}, 5),
         ({"document__min_plain_words": "1"}, 5),
         ({"document__min_characters": "1", "text__max_word_repetition": "1"}, 4),

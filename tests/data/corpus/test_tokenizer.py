@@ -249,6 +249,21 @@ def test_which_tokenizers_keep_texts(tmp_path: Path) -> None:
     assert not CLIP.is_lossless
 
 
+def test_added_tokens_of_several_spaces_keep_texts() -> None:
+    """As Gemma's has: a space is U+2581 within, so that one which stands in a text becomes a space, and that is all."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    space = "\u2581"
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), space, *"ab", 2 * space]
+    made = Tokenizer(models.BPE({p: k for k, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", space)
+    made.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_tokens([AddedToken(2 * space, special=False, normalized=False)])
+    ours = tokenizers.JsonTokenizer(made.to_str().encode())
+    assert ours.decode(ours.encode("a  b \u00e9")) == "a  b \u00e9"
+    assert ours.is_lossless
+
+
 def test_files_that_are_no_tokenizer_json(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
 

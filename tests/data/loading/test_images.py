@@ -347,7 +347,8 @@ def test_the_transparent_color_of_a_png_is_white(bits: int, channels: int, trans
     if channels == 3:
         image = np.repeat(image[..., None], 3, 2)
     data = png_of(image, bits, (int(colors[transparent]),) * channels)
-    for got in (decode_rgb(data), read_rgb(PIL.Image.open(io.BytesIO(data)))):
+    opened = PIL.Image.open(io.BytesIO(data))
+    for got in (decode_rgb(data), read_rgb(opened), read_rgb(opened)):
         assert np.abs(np.asarray(got) - shown[..., None]).max() <= 1
     small = np.asarray(decode_rgb(downscale(data, 20)))
     assert np.abs(small - shown[::2, ::2, None]).mean() < 16  # blurred
@@ -387,6 +388,18 @@ def test_a_tiff_whose_lowest_level_is_white_is_no_negative(kind: str) -> None:
             assert np.abs(np.asarray(got).astype(int) - expected[..., None]).max() <= 1
         small = np.asarray(decode_rgb(downscale(data, 20))).astype(int)
         assert np.abs(small - expected.reshape(16, 2, 20, 2).mean((1, 3))[..., None]).max() < 9
+
+
+@pytest.mark.parametrize("lowest_is_white", [False, True])
+def test_what_is_no_number_is_black(lowest_is_white: bool) -> None:
+    levels = np.tile(np.array([np.nan, 0, 1, -np.inf], np.float32), (32, 8))
+    data = encode(PIL.Image.fromarray(levels), "TIFF")
+    if lowest_is_white:
+        data = data.replace(struct.pack("<HHII", 262, 3, 1, 1), struct.pack("<HHII", 262, 3, 1, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = np.asarray(decode_rgb(data))[0, :4, 0].tolist()
+    assert found == ([0, 255, 0, 255] if lowest_is_white else [0, 0, 255, 0])
 
 
 def test_gray_palette_one_bit_and_cmyk() -> None:

@@ -90,6 +90,8 @@ def test_names_in_another_normal_form(tmp_path: Path, form: Literal["NFC", "NFD"
     both = source_of(tmp_path / "both", {"0": {composed: b"c", decomposed: b"d"}})
     assert (read(both, composed), read(both, decomposed)) == (b"c", b"d")
     assert read(both, ["gone.png", decomposed]) == b"d"
+    parts = source_of(tmp_path / "parts", {"0": {f"cats/{decomposed}": b"whole", composed: b"of another folder"}})
+    assert read(parts, f"cats/{composed}") == b"whole"
 
 
 def test_the_whole_name_goes_before_a_part_in_the_tar_beside(tmp_path: Path) -> None:

@@ -103,9 +103,11 @@ def test_the_tokenizer_is_trained_on_what_it_will_encode(tmp_path: Path, monkeyp
         return TOKENIZER
 
     monkeypatch.setattr(train_tokenizer, "train_sentencepiece", train)
-    writers.write_mmc4([Document(tuple(MATCHED.texts))] * 2, tmp_path / "in", tmp_path / "images")
+    blank = (Text(" "), *MATCHED.texts[:1], Text("\n"), *MATCHED.texts[1:], Text("\n\n"))
+    writers.write_mmc4([Document(blank)] * 2, tmp_path / "in", tmp_path / "images")
     preprocess("mmc4", tmp_path / "in", tmp_path / "out", limit=1)
-    assert "".join(seen) == read_in_a_row(open_corpus(tmp_path / "out"), 0) == " ".join(SENTENCES)
+    read = " ".join(SENTENCES).replace(" and", "\nand")
+    assert "".join(seen) == read_in_a_row(open_corpus(tmp_path / "out"), 0) == read
 
 
 def write_lists(folder: Path, document: Document, format: str) -> Path:

@@ -272,6 +272,18 @@ def test_quoted_fields_of_any_length_with_their_line_ends(
     assert csv.field_size_limit() == 131_072
 
 
+def test_a_quote_that_is_not_closed_is_not_one_bad_row(tmp_path: Path, pictures: Path) -> None:
+    """It takes all that follows."""
+    rows = [f"text {k},{k % 4}.png" for k in range(2_000)]
+    rows[100] = '"text 100,0.png'
+    (tmp_path / "a.csv").write_text("\n".join(["caption,image", *rows]))
+    found, drops = documents_of(create("table", tmp_path / "a.csv", pictures, {}))
+    assert len(found) == 100
+    assert drops.bad_counts == {"document: another number of fields than columns": 1_900}
+    with pytest.raises(UserError, match=r"1,900 of 2,000 documents are bad"):
+        preprocess("table", tmp_path / "a.csv", tmp_path / "out", images=pictures, tokenizer=TOKENIZER)
+
+
 def test_rows_that_are_bad(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MAX_LINE", 1 << 17)
     lines_ = [b"caption,image", b"a,0.png", b"", b"only one", b"b,1.png,more",
@@ -283,7 +295,7 @@ def test_rows_that_are_bad(tmp_path: Path, pictures: Path, monkeypatch: pytest.M
     assert [document.metadata["lost_images"] for document in found] == [0, 1, 0, 0, 1]
     assert drops.bad_counts == {
         "document: another number of fields than columns": 2,
-        "document: a row that is no CSV": 1,
+        "document: a row that is no CSV": 2,
         "image: name leads outside the folder": 1,
         "image: no name": 1,
     }

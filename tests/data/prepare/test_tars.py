@@ -7,6 +7,7 @@ import io
 import json
 import random
 import runpy
+import struct
 import sys
 import tarfile
 from contextlib import nullcontext
@@ -14,12 +15,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 from data import writers
 from data.helpers import documents_of
 from data.writers import picture
 
 from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.corpus.rgb import decode_rgb
 from megatron_lcl.data.prepare.importers import create, tars
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.errors import UserError
@@ -134,6 +138,18 @@ def test_files_that_begin_with_the_mark_of_utf8(tmp_path: Path) -> None:
     assert [document.metadata["id"] for document in found] == 2 * ["http://x/1"]
     found, drops = documents_of(create("mint1t", tmp_path / "1.tar", None, {}))
     assert ([text.text for text in found[0].texts], drops.bad_counts) == (["a text"], {})
+
+
+def test_a_deep_frame_whose_lowest_level_is_white_is_no_negative(tmp_path: Path) -> None:
+    gray, out = np.arange(32 * 40, dtype=np.uint16).reshape(32, 40) // 5, io.BytesIO()
+    PIL.Image.fromarray(257 * gray).save(out, "TIFF")
+    tiff = out.getvalue().replace(struct.pack("<HHII", 262, 3, 1, 1), struct.pack("<HHII", 262, 3, 1, 0))
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        writers._add(archive, "0.json", json.dumps({"texts": [None], "images": [0]}).encode())
+        writers._add(archive, "0.tiff", tiff)
+    (document,), _ = documents_of(create("mint1t", tmp_path / "0.tar", None, {}))
+    (image,) = document.images
+    assert np.abs(np.asarray(decode_rgb(image.data))[..., 0] - (255.0 - gray)).max() <= 1
 
 
 def test_pairs_that_are_in_no_tar(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image as Pillow
 
 from megatron_lcl.data.corpus.document import Document, Image
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.probe import DAMAGE, MAX_PIXELS, eight_bits
+from megatron_lcl.data.corpus.probe import DAMAGE, MAX_PIXELS, eight_bits, is_negative
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.sources import decoded, interleaved, its_id
 from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
@@ -110,7 +110,8 @@ def _frames(data: bytes, num: int) -> Iterator[bytes | None]:
                     image.seek(number)
                     if image.width * image.height > MAX_PIXELS:
                         raise UserError("too many pixels")
-                    frame = image if image.mode in _PNG_MODES else eight_bits(image).convert("RGB")
+                    as_it_is = image.mode in _PNG_MODES and not is_negative(image)
+                    frame = image if as_it_is else eight_bits(image).convert("RGB")
                     frame.save(out, "PNG")
                     yield out.getvalue()
                 except DAMAGE:

@@ -3,6 +3,7 @@ outside."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -87,30 +88,23 @@ class ImageSource(SortedRuns):
         for name in candidates:
             _check_name(name)
         others = [form for name in candidates for form in normal_forms(name)[1:]]
-        for found in (candidates, others):  # others are looked for where there is none of the names as they are given
-            if found and (data := self._look_for(found, near)) is not None:
-                return data
+        if (data := self._look_for([candidates, others], near)) is not None:
+            return data
         if self._damaged:
             raise BadImage(f"file missing, and {self._damaged[0]}")
         if self._packed:
             raise BadImage(f"file missing, and {self._packed} is compressed, which is not read: unpack it")
         raise BadImage("file missing")
 
-    def _look_for(self, candidates: Sequence[str], near: Collection[str]) -> bytes | None:
+    def _look_for(self, forms: Sequence[Sequence[str]], near: Collection[str]) -> bytes | None:
         assert self._root is not None
         # of objects each name is a request, so beside archives there are no single ones
-        for name in candidates if not (self.archives and isinstance(self._root, ObjectPath)) else ():
+        for name in itertools.chain(*forms) if not (self.archives and isinstance(self._root, ObjectPath)) else ():
             if (data := _read_file(self._root / name)) is not None:
                 return data
         if self.archives:
-            exact: list[str] = []
-            partial: list[str] = []
-            for whole, *shorter in filter(None, map(_ends, candidates)):
-                if whole not in partial:  # else it is an earlier name without its folders
-                    exact.append(whole)
-                    partial += [_ending(whole), *shorter]
-            partial.sort(key=lambda end: -end.count("/"))
-            for keys in (exact, partial):
+            keys_of = [_keys(names) for names in forms]
+            for keys in (*(exact for exact, _ in keys_of), *(partial for _, partial in keys_of)):
                 if members := self._first(keys, near):
                     data = self._read_member(*members[0])
                     if any(self._read_member(*member) != data for member in members[1:]):  # nothing says which is meant
@@ -312,3 +306,13 @@ def index_or_none(value: object) -> int | None:
     if isinstance(value, float) and value.is_integer():
         whole = True
     return int(value) if whole else -1  # type: ignore[call-overload]
+
+
+def _keys(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    exact: list[str] = []
+    partial: list[str] = []
+    for whole, *shorter in filter(None, map(_ends, names)):
+        if whole not in partial:  # else it is an earlier name without its folders
+            exact.append(whole)
+            partial += [_ending(whole), *shorter]
+    return exact, sorted(partial, key=lambda end: -end.count("/"))

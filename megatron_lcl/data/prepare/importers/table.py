@@ -123,7 +123,7 @@ class TableImporter(ImagesByName, LinesImporter):
             return self.given
         drops = Drops()
         unit = Unit(file.name, 0, (file, 0, file.stat().st_size))
-        return next((fields for _, fields in self._records(unit, drops)), None)
+        return next((fields for _, fields, _ in self._records(unit, drops)), None)
 
     def _charset(self, file: Path) -> str:
         return "utf-16" if file in self._marked else self.encoding
@@ -135,13 +135,13 @@ class TableImporter(ImagesByName, LinesImporter):
         def fitting(delimiter: str) -> int:
             unit = Unit(file.name, 0, (file, 0, file.stat().st_size))
             rows = itertools.islice(_records(unit, delimiter, self._charset(file), Drops()), 100)
-            sizes = [len(fields) for _, fields in rows]
+            sizes = [len(fields) for _, fields, _ in rows]
             columns = len(self.given) or next(iter(sizes), 0)
             return sizes.count(columns) if columns > 1 else 0
 
         return fitting("\t") > fitting(",")
 
-    def _records(self, unit: Unit, drops: Drops) -> Iterator[tuple[str, list[str]]]:
+    def _records(self, unit: Unit, drops: Drops) -> Iterator[tuple[str, list[str], int]]:
         file = unit.payload[0]
         delimiter = ("\t" if file in self._tabs else ",") if _is_csv(file) else ""
         return _records(unit, delimiter, self._charset(file), drops)
@@ -168,7 +168,7 @@ class TableImporter(ImagesByName, LinesImporter):
         """
         start = 0
         if size > lines.RANGE:
-            for label, _ in self._records(Unit("", size, (file, 0, size)), Drops()):
+            for label, _, _ in self._records(Unit("", size, (file, 0, size)), Drops()):
                 position = int(label.removeprefix("@"))
                 if position - start >= lines.RANGE:
                     yield start, position
@@ -192,11 +192,11 @@ class TableImporter(ImagesByName, LinesImporter):
         records = self._records(unit, drops)
         if first and not self.given:
             next(records, None)
-        for name, fields in records:
+        for name, fields, num_lines in records:
             if len(fields) == len(names):
                 yield self._document(dict(zip(names, fields, strict=True)), file, name, drops)
             else:
-                drops.bad("document", "another number of fields than columns", name, sample=" ".join(fields))
+                drops.bad("document", "another number of fields than columns", name, num_lines, sample=" ".join(fields))
 
     def _parquet(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         file = unit.payload[0]
@@ -276,8 +276,10 @@ def _holds_images(file: Path, column: str) -> bool:
     return isinstance(value, dict | list) or (isinstance(value, bytes) and b"\0" in value)
 
 
-def _records(unit: Unit, delimiter: str, charset: str, drops: Drops) -> Iterator[tuple[str, list[str]]]:
-    """(name, fields) of each row of a unit, the header among them; blank lines are none.
+def _records(unit: Unit, delimiter: str, charset: str, drops: Drops) -> Iterator[tuple[str, list[str], int]]:
+    """(name, fields, lines) of each row of a unit, the header among them; blank lines are none.
+
+    A bad row counts as many as its lines: one with a quote that is never closed takes the rest of the file.
 
     delimiter: of fields that may be quoted; empty: tabs, and no quotes.
     """
@@ -298,7 +300,7 @@ def _records(unit: Unit, delimiter: str, charset: str, drops: Drops) -> Iterator
                 fields = line.split("\t")
                 if any(map(_looks_quoted, fields)):
                     drops.note("document", _MAY_BE_QUOTED, labels[-1])
-                yield labels[-1], fields
+                yield labels[-1], fields, 1
             labels.clear()
         return
     reader = csv.reader(read(), delimiter=delimiter)
@@ -309,10 +311,10 @@ def _records(unit: Unit, delimiter: str, charset: str, drops: Drops) -> Iterator
         except StopIteration:
             return
         except csv.Error as error:
-            drops.bad("document", "a row that is no CSV", labels[0], sample=str(error))
+            drops.bad("document", "a row that is no CSV", labels[0], len(labels), sample=str(error))
             continue
         if fields:
-            yield labels[0], fields
+            yield labels[0], fields, len(labels)
 
 
 def _next_row(reader: Iterator[list[str]]) -> list[str]:
