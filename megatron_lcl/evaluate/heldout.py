@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -269,7 +269,7 @@ class HeldOutEvaluation:
         mesh, packs, origins = self.mesh, self.packs, own.origins
         places = mesh.model_parallel.broadcast_object([origin.place for origin in origins])
 
-        found: tuple[HeldOut, list[tuple[int, int, list[int]]]] | None = None
+        found: tuple[HeldOut, list[_Picked]] | None = None
         if own.features is not None:  # the last pipeline stage
             found = self._measure(own, places, num_examples, intervals)
         found = mesh.world.broadcast_object(found, source=mesh.world.size - mesh.data_tensor.size)
@@ -288,8 +288,9 @@ class HeldOutEvaluation:
 
     def _measure(
         self, own: _Encoded, places: Sequence[tuple[int, ...]], num_examples: int, intervals: bool
-    ) -> tuple[HeldOut, list[tuple[int, int, list[int]]]]:
-        """The numbers; and of some pairs their index, their image's rank, and indices of the contexts nearest to it.
+    ) -> tuple[HeldOut, list[_Picked]]:
+        """The numbers, and some images, at evenly spaced quantiles of the rank, best first: neither the best nor the
+        worst alone.
 
         places: of this replica's pairs, see `Pairs`. Called on the last pipeline stage; everything is gathered over its
         replicas.
@@ -323,27 +324,40 @@ class HeldOutEvaluation:
         )
         ranked = pairs.rank(images, texts, data)
         # equal ranks and similarities in the corpus's order: that of the rows follows from the number of replicas
-        ranks = ranked[0].ranks[pairs.image_of]
-        order = pairs.order[ranks[pairs.order].argsort(kind="stable")]
-        quantiles = torch.linspace(0, num_pairs - 1, min(num_examples, num_pairs)).round().long()
+        ranks, num_contexts = ranked[0].ranks, ranked[0].right
+        order = pairs.images_in_order[ranks[pairs.images_in_order].argsort(kind="stable")]
+        quantiles = torch.linspace(0, len(order) - 1, min(num_examples, len(order))).round().long()
         in_order = pairs.contexts_in_order
-        texts_in_order, shown = texts[torch.from_numpy(in_order).to(device)], pairs.first_context[in_order]
-        picked = [
-            (int(i), int(ranks[i]), shown[_nearest(images[pairs.image_of[i]], texts_in_order)].tolist())
-            for i in order[quantiles.numpy()]
-        ]
+        texts_in_order = texts[torch.from_numpy(in_order).to(device)]
+        picked = []
+        for i in order[quantiles.numpy()].tolist():
+            near = in_order[_nearest(images[i], texts_in_order)]
+            first, right = pairs.first_context[near].tolist(), pairs.are_together(i, near).tolist()
+            picked.append(_Picked(int(pairs.first_image[i]), int(ranks[i]), first, right, int(num_contexts[i])))
         return with_recalls(result, ranked, intervals), picked
 
-    def _examples(self, origins: list[Origin], picked: list[tuple[int, int, list[int]]]) -> list[Example]:
-        """Examples at evenly spaced quantiles of the rank, best first: neither the best nor the worst alone."""
+    def _examples(self, origins: list[Origin], picked: list[_Picked]) -> list[Example]:
         if self.packs is None:
             return []
         data = self.mesh.data
         offset = sum(data.gather_objects(len(origins))[: data.rank])
-        needed = {i for i, _, near in picked for i in (i, *near)}
+        needed = {i for one in picked for i in (one.pair, *one.nearest)}
         own = {i: self.packs.pair(origins[i - offset]) for i in needed if offset <= i < offset + len(origins)}
         pairs = {i: pair for theirs in data.gather_objects(own) for i, pair in theirs.items()}
-        return [Example(pairs[i], rank, tuple(pairs[j] for j in near)) for i, rank, near in picked]
+        return [
+            Example(pairs[i], rank, tuple(pairs[j] for j in near), tuple(right), num_contexts)
+            for i, rank, near, right, num_contexts in picked
+        ]
+
+
+class _Picked(NamedTuple):
+    """An `Example` with indices of the pairs in their place."""
+
+    pair: int
+    rank: int
+    nearest: list[int]
+    right: list[bool]
+    num_contexts: int
 
 
 def _nearest(image: torch.Tensor, texts: torch.Tensor) -> np.ndarray:

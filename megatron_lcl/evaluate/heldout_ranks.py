@@ -45,23 +45,23 @@ class Pairs:
         """places [N, 5]: of each pair its document, where in that it stands (part, row), and hashes of its image and
         its context, in any order of the pairs."""
         document, part, row, content, context = places.T
-        self.order = np.lexsort((row, part, document))
-        """indices of the pairs in the corpus's order"""
-        self._document = document[self.order]
-        self.image_of = np.empty(len(places), np.int64)
-        """[N] number of each pair's image"""
-        first_images, self._image = _distinct(content[self.order])
-        self.image_of[self.order] = self._image
-        first_contexts, self._context = _distinct(context[self.order])
+        order = np.lexsort((row, part, document))  # the corpus's
+        self._document = document[order]
+        first_images, self._image = _distinct(content[order])
+        first_contexts, self._context = _distinct(context[order])
         self._num_contexts = len(first_contexts)
-        self.first_image, self.first_context = self.order[first_images], self.order[first_contexts]
+        self.first_image, self.first_context = order[first_images], order[first_contexts]
         """index of the first pair of each distinct image [I], of each distinct context [C]"""
-        self.contexts_in_order = np.argsort(first_contexts)
-        """[C] numbers of the contexts, in the corpus's order of those first pairs"""
+        self.images_in_order, self.contexts_in_order = np.argsort(first_images), np.argsort(first_contexts)
+        """numbers of the images [I], of the contexts [C], in the corpus's order of those first pairs"""
         self._documents_of = document[self.first_image], document[self.first_context]
         self._keys = np.unique(self._image * self._num_contexts + self._context)
         self.together = np.stack([self._keys // self._num_contexts, self._keys % self._num_contexts], 1)
         """[K, 2]: numbers of an image and a context, each couple once"""
+
+    def are_together(self, images: np.ndarray | int, contexts: np.ndarray) -> np.ndarray:
+        """[n] whether the image and the context of these numbers, [n] each or one image, stand together in a pair."""
+        return np.isin(images * self._num_contexts + contexts, self._keys)
 
     def rank(self, images: torch.Tensor, contexts: torch.Tensor, data: Axis) -> tuple[Ranked, Ranked, Ranked]:
         """image → context, context → image, and context → image of its document.
@@ -94,7 +94,7 @@ class Pairs:
         among = end - first
         query = np.repeat(np.arange(len(asked)), among)
         answer = np.arange(len(query)) + np.repeat(first - (among.cumsum() - among), among)
-        is_right = np.isin(self._image[shown[answer]] * self._num_contexts + self._context[asked[query]], self._keys)
+        is_right = self.are_together(self._image[shown[answer]], self._context[asked[query]])
         right = np.bincount(query[is_right], minlength=len(asked))
         rivalled = right < among
         kept = is_right & rivalled[query]

@@ -33,12 +33,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Example:
-    """A pair with the contexts that the model finds nearest to its image."""
+    """A distinct image with the contexts that the model finds nearest to it."""
 
     pair: Pair
+    """the first one of the image"""
     rank: int
-    """of its image's best own context among the others', 1 is best"""
+    """of the image's best own context among the others', 1 is best"""
     nearest: tuple[Pair, ...]
+    """the first pair of each of these contexts, whose image may be another"""
+    right: tuple[bool, ...] = ()
+    """of `nearest`: whether the context stands with the image in any pair; files of earlier versions have none"""
+    num_contexts: int = 1
+    """distinct contexts that stand with the image; files of earlier versions do not say"""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 22
 NUM_COLORS = 8
 """CSS variables --c0 … of style.html"""
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
+_LEVEL = 2
+"""number of the dashes of the first level, after those of the first two lines; others follow"""
 NUM_STYLES = NUM_COLORS * len(_DASHES)
 """lines with larger numbers look like earlier ones"""
 _PLAIN = Markup(' fill="none" stroke="currentColor"')
@@ -44,7 +46,7 @@ class Line:
     """[N], NaN where there is a gap"""
     high: np.ndarray
     color: int = 0
-    """its number among the lines, which also says how it is dashed"""
+    """its number among the lines, or among the levels, which also says how it is dashed"""
     quiet: bool = False
     """a level to compare with, such as chance"""
     mean: np.ndarray | None = None
@@ -60,8 +62,10 @@ class Mark:
     text: str
 
 
-def dashes_of(color: int) -> str:
+def dashes_of(color: int, quiet: bool = False) -> str:
     """SVG's `stroke-dasharray` of a line with this number: neighbors are told apart without their colors."""
+    if quiet:
+        color += _LEVEL
     return _DASHES[(color + color // NUM_COLORS) % len(_DASHES)]
 
 
@@ -105,15 +109,15 @@ def chart(
 
 
 def swatch(color: int, quiet: bool = False) -> Markup:
-    """A piece of a line with this number, for a key."""
+    """A piece of a line, or of a level, with this number, for a key."""
     return Markup(
         '<svg class="swatch chart" viewBox="0 0 28 6" width="28" height="6"{} aria-hidden="true">'
         '<path class="line {}"{} d="M1 3H27"/></svg>'
-    ).format(_PLAIN, "quiet" if quiet else f"k{color % NUM_COLORS}", _dashed(color))
+    ).format(_PLAIN, "quiet" if quiet else f"k{color % NUM_COLORS}", _dashed(color, quiet))
 
 
-def _dashed(color: int) -> Markup:
-    dashes = dashes_of(color)
+def _dashed(color: int, quiet: bool) -> Markup:
+    dashes = dashes_of(color, quiet)
     return Markup(' stroke-dasharray="{}"').format(dashes) if dashes else Markup("")
 
 
@@ -174,7 +178,7 @@ class _Area:
             paths = _path(np.stack([middle, middle], 1), np.stack([y, y], 1), self.decimals)
             if shape := _band(middle, self.y(line.high), self.y(line.low)):
                 parts.append(f'<path class="band {color}" d="{shape}"/>')
-        parts.append(f'<path class="line {color}" data-label="{label}"{_dashed(line.color)} d="{paths}"/>')
+        parts.append(f'<path class="line {color}" data-label="{label}"{_dashed(line.color, line.quiet)} d="{paths}"/>')
         if np.isfinite(line.low).sum() <= DOTS and not line.quiet:
             dots = "".join(
                 f"M{a:.1f} {b:.1f}h0"

@@ -24,7 +24,7 @@ class Spec:
     names: tuple[str, ...]
     labels: tuple[str, ...] = ()
     levels: Mapping[str, str] = field(default_factory=dict)
-    """metrics to compare with, and what they are called"""
+    """metrics to compare with, and what they are called; of several that are drawn, each is of the line in its place"""
     scaled: Mapping[str, float] = field(default_factory=dict)
     """factors of metrics whose unit is another"""
     in_percent: bool = False
@@ -88,14 +88,14 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
                 "held-out recall@10 (%)",
                 ("heldout/image_to_context_recall_at_10", "heldout/context_to_image_recall_at_10"),
                 ("image to context", "context to image"),
-                {"heldout/chance_at_10": "chance", "heldout/context_to_image_chance_at_10": "chance, context to image"},
+                {"heldout/chance_at_10": "chance", "heldout/context_to_image_chance_at_10": "chance"},
                 in_percent=True,
             ),
             Spec(
                 "held-out recall@1 (%)",
                 ("heldout/image_to_context_recall_at_1", "heldout/context_to_image_recall_at_1"),
                 ("image to context", "context to image"),
-                {"heldout/chance_at_1": "chance", "heldout/context_to_image_chance_at_1": "chance, context to image"},
+                {"heldout/chance_at_1": "chance", "heldout/context_to_image_chance_at_1": "chance"},
                 in_percent=True,
             ),
             Spec(
@@ -294,9 +294,10 @@ def _figure(spec: Spec, series: Mapping[str, Series], last_step: int, marks: Seq
     for n, name in named:
         label = spec.labels[n] if spec.labels else spec.title
         lines.append(line_of(label, series[name].points(), spec.factor(name), color=len(lines)))
-    for name, label in spec.levels.items():
-        if name in series:
-            lines.append(line_of(label, series[name].points(), spec.factor(name), quiet=True))
+    levels = [(n, name) for n, name in enumerate(spec.levels) if name in series]
+    for n, name in levels:
+        label = f"{spec.levels[name]}, {spec.labels[n]}" if len(levels) > 1 else spec.levels[name]
+        lines.append(line_of(label, series[name].points(), spec.factor(name), color=n, quiet=True))
     drawn = chart(lines, last_step, marks, spec.title, is_read=not spec.is_id)
     if not drawn:
         return drawn

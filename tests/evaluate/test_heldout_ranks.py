@@ -105,7 +105,7 @@ def test_a_perfect_model_finds_all(tmp_path: Path) -> None:
     assert (images, contexts) == (60 + 15, 4 + 1 + 15)
     together = torch.zeros(images, contexts)
     together[tuple(torch.tensor(measured.pairs).T)] = 1
-    found, examples = measured.by(together, torch.eye(contexts), num_examples=8)
+    found, examples = measured.by(together, torch.eye(contexts), num_examples=99)
     assert {name: getattr(found, name) for name, _ in RECALLS} == {name: 1.0 for name, _ in RECALLS}
     assert (found.pairs, found.contexts_with_rivals, found.median_rank) == (80, 20, 1)
     assert list(num_queries(found).values()) == [75, 75, 20, 20, 20]
@@ -119,8 +119,12 @@ def test_a_perfect_model_finds_all(tmp_path: Path) -> None:
     }
     for name, size in sizes.items():
         assert found.intervals[name] == pytest.approx((size / (size + 1.959964**2), 1)), name
+    shown = {(example.pair.document, example.pair.image) for example in examples}
+    assert len(shown) == len(examples) == images
+    assert sorted(example.num_contexts for example in examples) == [1] * 70 + [2] * 5
     for example in examples:
         assert example.rank == 1
+        assert example.right == tuple(n < example.num_contexts for n in range(3)), "its own are the nearest"
         assert len({(near.document, near.image, near.context) for near in example.nearest}) == 3
         captions = [near.context for near in example.nearest if near.document < 60]
         assert len(captions) == len(set(captions)), "a caption is shown once, however many pictures it has"
@@ -188,7 +192,8 @@ def test_ranks_equal_a_count(drawn: list[tuple[int, int, int]], processes: int, 
         of_images = torch.from_numpy(np.stack([images[k] for k in shuffled[pairs.first_image, 3]]))
         of_contexts = torch.from_numpy(np.stack([contexts[k] for k in shuffled[pairs.first_context, 4]]))
         found.append(list(pairs.rank(of_images, of_contexts, Axis(rank=rank, size=processes))))
-        assert [shuffled[i, 3] for i in pairs.first_image[pairs.image_of]] == shuffled[:, 3].tolist()
+        first_rows = {row[3]: row for row in sorted(places.tolist(), reverse=True)}
+        assert shuffled[pairs.first_image[pairs.images_in_order]].tolist() == sorted(first_rows.values())
     for of_way, expected in zip(zip(*found, strict=True), _counted(places, images, contexts), strict=True):
         ranks = np.concatenate([ranked.ranks for ranked in of_way])  # an axis without a group gathers nothing
         first = of_way[0]

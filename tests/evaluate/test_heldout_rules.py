@@ -58,12 +58,12 @@ def test_the_rules_are_those_of_their_version(context: int, sequences: str, imag
 
 
 def test_what_selection_leaves_of_matched_documents(tmp_path: Path) -> None:
-    images = [jpeg(n) for n in range(8)]
+    images = [jpeg(n) for n in range(18)]
     of_one_text: list[Piece] = [[1, 2], *((image, 0.5, 0) for image in images[:4])]  # one image is left
     of_two: list[Piece] = [[3], [4], (images[4], 0.3, 0), (images[5], 0.3, 0), (images[6], 0.3, 1)]  # two
-    unlike: list[Piece] = [[5], [6], (images[0], 0.23, 0), (images[1], 0.25, 1)]  # the second
-    skipped: list[Piece] = [[7], (images[2], 0.1, 0)]  # none, and so no document
-    many: list[Piece] = [*([8 + n] for n in range(8)), *((images[n], 0.9, n) for n in range(8))]  # the first six
+    unlike: list[Piece] = [[5], [6], (images[7], 0.23, 0), (images[8], 0.25, 1)]  # the second
+    skipped: list[Piece] = [[7], (images[9], 0.1, 0)]  # none, and so no document
+    many: list[Piece] = [*([8 + n] for n in range(8)), *((images[10 + n], 0.9, n) for n in range(8))]  # the first six
     result, examples = measured(tmp_path, [of_one_text, of_two, unlike, skipped, many])
     assert (result.documents, result.images, result.pairs) == (4, 10, 10)
     found = sorted(example.pair.document for example in examples)

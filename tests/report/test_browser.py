@@ -171,6 +171,18 @@ def test_the_pointer_tells_whose_value_is_which_at_the_step(tmp_path: Path, brow
     assert browser.complaints() == []
 
 
+def test_the_chances_of_both_ways_of_retrieval_look_unlike(tmp_path: Path, browser: Browser) -> None:
+    """In the chart as in its key, whatever styles the page gives them."""
+    ways = ("image_to_context", "context_to_image")
+    line = {f"heldout/{way}_recall_at_10": 0.5 for way in ways}
+    line |= {"heldout/chance_at_10": 0.2, "heldout/context_to_image_chance_at_10": 0.1}
+    browser.open(write_report(write_lines(tmp_path / "run", [{"step": s, **line} for s in (1, 2)])).as_uri())
+    drawn = "Array.from(document.querySelectorAll('.plot path.line.quiet'), (e) => getComputedStyle(e).strokeDasharray)"
+    first, second, *key = browser.evaluate(drawn)
+    assert first != second
+    assert key == [first, second]
+
+
 def test_values_are_as_fine_as_the_axis(tmp_path: Path, browser: Browser) -> None:
     """Of 60 lines within a hundredth, and of a count of many digits, on a touch screen and by the keyboard."""
     for n in range(60):

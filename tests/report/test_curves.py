@@ -63,6 +63,23 @@ def test_a_curve_breaks_where_a_step_has_no_pair(empty: float | None) -> None:
     assert (chance[0], chance[1]) == ("quiet", "chance (1 / pairs)")
 
 
+def test_levels_of_one_chart_are_told_apart() -> None:
+    """Each way of retrieval has its chance; in runs by earlier rules both have one."""
+    ways, level = ("image to context", "context to image"), "heldout/chance_at_10"
+    lines = [{"step": s, **{f"heldout/{w.replace(' ', '_')}_recall_at_10": 0.5 for w in ways}} for s in (1, 2)]
+    title, of_level = "held-out recall@10 (%)", re.compile(r'<path class="line quiet"[^>]*>')
+    earlier = drawn([{**line, level: 0.2} for line in lines])[title]
+    assert re.findall(r'class="line quiet" data-label="([^"]*)"', earlier) == ["chance"]
+    both = drawn([{**line, level: 0.2, "heldout/context_to_image_chance_at_10": 0.1} for line in lines])[title]
+    chart, key = both.split('<p class="key">')
+    for part in (chart, key):
+        dashes = [re.findall(r'stroke-dasharray="([^"]*)"', path) for path in of_level.findall(part)]
+        assert len({dash for (dash,) in dashes}) == len(dashes) == 2
+    labels = [f"chance, {way}" for way in ways]
+    assert re.findall(r'class="line quiet" data-label="([^"]*)"', chart) == labels
+    assert re.findall(r">([^<>]+)</span>", key) == [*ways, *labels]
+
+
 def test_what_was_never_measured_has_no_curve() -> None:
     found = drawn([{**line, "contrastive": None, "image_accuracy": None} for line in lines_of([4] * 9, None)])
     assert "generation loss (nats a token)" in found

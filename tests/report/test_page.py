@@ -26,7 +26,7 @@ from megatron_lcl.report.page import write_report
 from megatron_lcl.report.runs import Run, find_runs
 from megatron_lcl.report.series import MAX_BUCKETS
 from megatron_lcl.report.slowest import MAX_NODES
-from megatron_lcl.run_folder import PROGRESS, WEIGHTS
+from megatron_lcl.run_folder import EXAMPLES, HELDOUT, PROGRESS, WEIGHTS
 from megatron_lcl.train.checkpoint.folder import Progress, progress_text, step_folder
 
 
@@ -217,6 +217,23 @@ def test_results_of_another_version_lack_numbers(run: Path) -> None:
     (run / "gallery.json").write_text(json.dumps({"result": {"metrics": {}}}))
     with pytest.raises(UserError, match=r"gallery\.json lacks what the report shows of it .*`megatron-lcl evaluate`"):
         write_report(run)
+
+
+def test_right_contexts_are_marked(run: Path) -> None:
+    """Also where a context is named by the pair of another image; files of earlier versions tell it by the pair."""
+    pairs = [{"document": n, "shard": 0, "image": n, "context": f"mill {n}"} for n in range(4)]
+    example = {"pair": pairs[3], "rank": 1, "nearest": pairs[:3], "right": [False, True, True], "num_contexts": 2}
+    earlier = {"pair": pairs[3], "rank": 2, "nearest": pairs[2:]}
+    (run / HELDOUT).write_text(json.dumps({"corpus": "/nowhere", "documents": 4, "pairs": 4, "targets": 0}))
+    (run / EXAMPLES).write_text(json.dumps([example, earlier]))
+    found = section(write_report(run).read_text(), "retrieval")
+    assert re.findall(r'class="context true">…([^<]*)<', found) == ["mill 3", "mill 1", "mill 2", "mill 3", "mill 3"]
+    assert re.findall(r'class="context">…([^<]*)<', found) == ["mill 0", "mill 2"]
+    assert re.findall(r'class="quiet">([^<]* ranks [^<]*)<', found) == [
+        "the best of its contexts ranks 1 of 4",
+        "true context ranks 2 of 4",
+    ]
+    assert re.findall(r"<b>([^<]*)</b><div", found) == ["The first of its 2 contexts", "True context"]
 
 
 def test_settings_that_changed_have_both_values(run: Path) -> None:

@@ -12,6 +12,7 @@ from report.conftest import write_lines
 
 from megatron_lcl import config as configs
 from megatron_lcl import fields
+from megatron_lcl.report.charts import BOTTOM, HEIGHT, TOP
 from megatron_lcl.report.runs import Run, _lines, find_runs, group, write_runs_report
 from megatron_lcl.report.series import Metrics
 
@@ -97,11 +98,13 @@ def test_each_way_of_retrieval_has_its_chance(tmp_path: Path, of_its_own: dict[s
         write_lines(tmp_path / f"s/{n}", [{"step": s, "loss": 1.0, **line, **of_its_own} for s in (1, 2)], n)
     page = write_runs_report([tmp_path / "s"]).read_text()
     figures = dict(re.findall(r"<figcaption><b>(.*?)</b>(.*?)</figure>", page, re.DOTALL))
-    levels = [
-        re.findall(r'class="line quiet" data-label="([^"]*)"', figures[f"held-out recall@10 (%): {way}"])
-        for way in ("image to context", "context to image")
-    ]
-    assert levels == [["chance"], ["chance, context to image" if of_its_own else "chance"]]
+    for way, level in (("image to context", 20), ("context to image", drawn)):
+        figure = figures[f"held-out recall@10 (%): {way}"]
+        (bounds,) = re.findall(r'data-range="([^"]*)"', figure)
+        *_, low, high = map(float, bounds.split())
+        ((label, y),) = re.findall(r'class="line quiet" data-label="([^"]*)"[^>]* d="M\S+ ([\d.]+)', figure)
+        share = (HEIGHT - BOTTOM - float(y)) / (HEIGHT - BOTTOM - TOP)
+        assert (label, low + share * (high - low)) == ("chance", pytest.approx(level, abs=0.1))
     (_, cell) = group([Run.of(tmp_path / "s/0")])[0].cell(name)
     assert cell == f"chance {drawn}\u00a0%"
 
