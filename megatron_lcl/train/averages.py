@@ -88,18 +88,18 @@ class Averages:
                 del averages[name]
         return dict(self._averaged)
 
-    def short_tails(self, averaged: Mapping[str, int], steps: int, step: int) -> Iterator[str]:
+    def short_tails(self, averaged: Mapping[str, int], step: int) -> Iterator[str]:
         """Lines that say which mean of the last steps will be of fewer than it is meant to be, as the run goes on after
-        `step` steps of one of `steps` steps, with what `begin` gave."""
+        `step` steps with what `begin` gave."""
         last = self._config.train.steps
         for name in self._names:
             if name.startswith("tail_"):
-                before = self._before(name)
-                first = max(before, self._before(name, steps) if name in averaged else step)
-                if before < first < last:
+                before, left = self._before(name), last - step
+                number = averaged.get(name, 0) + left
+                if before < step < last and number < last - before:
                     yield (
-                        f"{name} is the mean of the last {last - first} steps, not of {last - before}: the weights of "
-                        f"steps before {first + 1} are not in it"
+                        f"{name} is the mean of {number} steps, not of the last {last - before}: the weights of the "
+                        "others were not kept, or their steps were skipped"
                     )
 
     @torch.no_grad()
@@ -190,7 +190,8 @@ class Averages:
         if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
             optimizer.update_lp_params()
             return
-        for parameter, _ in self._frozen:  # hierarchical: the group's copy of it
+        # hierarchical: the group's copy, on all processes alike, as a part of a parameter may have an average or not
+        for parameter in self._engine.module.parameters():
             if getattr(parameter, "ds_secondary_tensor", None) is not None:
                 parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
         # ZeRO-3: as at the end of its step

@@ -35,6 +35,7 @@ NO_EFFECT = (
 """settings, or sections, that change nothing of what is trained from a checkpoint on"""
 LOSS = ("objective.", "data.", "model.", "train.global_batch")
 """those that make the loss of the same model another one; but for NO_RESULT"""
+CORPORA = "data.corpora."
 UNSET = "(not set)"
 PHASES = "schedule.phases."
 
@@ -171,10 +172,11 @@ def _finished(changes: Changes, before: Config, now: Config, step: int) -> Itera
 
 
 def _has_new_loss(before: Config, now: Config, folder: Path) -> bool:
-    """Whether the next step has another loss than it would have had, in whichever phases it is and would have been."""
+    """Whether the next step has another loss than it would have had, in whichever phases it is and would have been.
+    Other corpora, or other shares of theirs, are for the ledger to know (`begins_other_blend`)."""
     step = read_progress(folder).step
     of_step = (phase_at(config, step).config_at(step) for config in (before, now))
-    changed = [name for name in changed_settings(*of_step) if name.startswith(LOSS)]
+    changed = [name for name in changed_settings(*of_step) if name.startswith(LOSS) and not name.startswith(CORPORA)]
     return earlier_weight(folder, now) is not None or any(not name.startswith(NO_RESULT) for name in changed)
 
 

@@ -12,6 +12,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.results import NO_RESULT, ROUNDING
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.blend import blend_of, has_shares_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.changes import changed_parts, changed_settings, text_of
@@ -19,7 +20,7 @@ from megatron_lcl.train.checkpoint.folder import Progress, last_checkpoint, read
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.telemetry.lines import measured_after
 
-_CORPUS = re.compile(r"data\.corpora\.\d+\.path")
+_CORPUS = re.compile(r"data\.corpora\.\d+\.(path|weight)")
 _MOVABLE = ("evaluate.corpus", "evaluate.labeled", "train.init_from")
 """paths of which nothing is recorded but their text"""
 
@@ -61,12 +62,17 @@ def has_all_steps(folder: Path, config: Config, is_own: bool = True) -> bool:
 
 def _changed(made: Config, now: Config, progress: Progress) -> Iterator[tuple[str, str]]:
     """The settings that differ from those of a checkpoint and give another result, and how they do."""
+    blends = [entry["blend"] for entry in progress.ledger.get("entries", ()) if "blend" in entry]
+    same_shares = bool(blends) and has_shares_of(blend_of(now.data)[0], blends[-1])
     for name, (before, value) in (changed_settings(made, now) | changed_parts(made, now, progress)).items():
-        if name.startswith((*NO_RESULT, *ROUNDING)) or name.endswith(".micro_batch") or _CORPUS.fullmatch(name):
+        if name.startswith((*NO_RESULT, *ROUNDING)) or name.endswith(".micro_batch"):
+            continue
+        if _CORPUS.fullmatch(name) and (same_shares or name.endswith(".path")):
             continue
         if not (name in _MOVABLE and _may_have_moved(before, value)):
             yield name, f"{name} = {text_of(before)} where this command has {text_of(value)}"
-    blends = [entry["blend"] for entry in progress.ledger.get("entries", ()) if "blend" in entry]
+    if same_shares:
+        return
     read_by_run = {read["fingerprint"] for read in blends[-1]} if blends else set()
     for number, (corpus, read) in enumerate(zip(now.data.corpora, blends[-1] if blends else (), strict=False)):
         if open_corpus(corpus.path, now.data.cache).fingerprint not in read_by_run:

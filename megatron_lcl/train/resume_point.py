@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, run_yaml
 from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
+from megatron_lcl.data.loading.ledger import Ledger, begins_other_blend, open_run_ledger
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import RunError, UserError, complain, describe_os_error
 from megatron_lcl.filesystem import exists
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
-from megatron_lcl.train.changes import BlendChange, Changes, changes_since
+from megatron_lcl.train.changes import CORPORA, BlendChange, Changes, changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_initial_weights
@@ -95,7 +95,10 @@ class Origin:
         if self.folder is None or self.previous is None:
             return Changes()
         found, blend = changes_since(self.folder, config), BlendChange.between(self.previous, self.ledger)
-        return replace(found, blend=blend, new_loss=found.new_loss or blend is not None)
+        is_other = begins_other_blend(self.previous, self.ledger)
+        # else corpora have been moved, or stand in another order, or all weights are larger
+        without = found.without_effect if is_other else (*found.without_effect, CORPORA)
+        return replace(found, blend=blend, without_effect=without, new_loss=found.new_loss or is_other)
 
 
 def open_origin(folder: Path | None, config: Config, is_own: bool) -> Origin:

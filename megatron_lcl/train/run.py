@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import Phase, phase_at, phases_of
-from megatron_lcl.data.loading.ledger import Ledger
+from megatron_lcl.config.results import START
+from megatron_lcl.data.loading.ledger import Ledger, begins_other_blend
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.summary import summarize
 from megatron_lcl.errors import RunError
@@ -195,12 +196,12 @@ class Training:
             with self.watchdog.long_phase(point.progress.step, "copying the last checkpoint"):
                 self.saver.go_on_from(point.folder, point.progress)
             telemetry.say(f"going on from {point.folder}")
-            steps = point.changes.before("train.steps", self.config.train.steps)
-            tails = self.averages.short_tails(self.progress.averaged, steps, self.progress.step)
+            tails = self.averages.short_tails(self.progress.averaged, self.progress.step)
             for line in (*point.changes.lines(), *tails):
                 telemetry.say(line)
-            if point.changes.settings or point.changes.warnings:
-                facts = {"settings": point.changes.settings, "warnings": point.changes.warnings}
+            settings = {name: both for name, both in point.changes.settings.items() if name not in START}
+            if settings or point.changes.warnings:
+                facts = {"settings": settings, "warnings": point.changes.warnings}
                 self.audit.write("changed", point.progress.step, folder=str(point.folder), **facts)
             if point.changes.blend:
                 self.audit.write("blend changed", point.progress.step, **asdict(point.changes.blend))
@@ -444,6 +445,8 @@ class Training:
             if self.mesh.is_first:
                 ledger = ledger_from(self.config, before, ledger)
             ledger = self.mesh.world.broadcast_object(ledger)
+            is_other = begins_other_blend(Ledger.from_json(before.ledger), ledger)
+            changes = replace(changes, new_loss=changes.new_loss or is_other)
             self.audit.write("rewind", at, to=before.step, folder=str(folder), skip=skipped)
             self.telemetry.say(f"steps {step + 1} to {at} were bad: back to {folder}, without their packs")
             self._go_to(folder, replace(before, ledger=ledger.to_json()), changes)

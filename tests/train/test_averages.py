@@ -162,13 +162,17 @@ def test_a_tail_that_will_be_too_short_is_said(before: int, at: int, now: int, h
     averaged = first.steps(1, at, {})
     then.state.update(first.state)
     averaged = then.begin(averaged, before)
-    said = list(then.short_tails(averaged, before, at))
+    said = list(then.short_tails(averaged, at))
     number, meant = then.steps(at + 1, now, averaged)["tail_0.5"], round(now / 2)
     assert (number < meant) == bool(said)
     if said:
         assert number == has
-        what = f"tail_0.5 is the mean of the last {number} steps, not of {meant}: the weights of steps before"
-        assert said == [f"{what} {now - number + 1} are not in it"]
+        what = f"tail_0.5 is the mean of {number} steps, not of the last {meant}: the weights of the others were"
+        assert said == [f"{what} not kept, or their steps were skipped"]
+        if at + 1 < now:  # and again, at a later start of the same run
+            again = OneNumber(now, 0.5)
+            again.state.update(then.state)
+            assert list(again.short_tails(again.begin(then.steps(at + 1, at + 1, averaged), now), at + 1)) == said
 
 
 def test_after_a_rewind_an_average_is_again_of_as_many_steps_as_the_checkpoint_says() -> None:

@@ -242,7 +242,8 @@ PHASES = "[{steps: 20, image_size: 96, contrastive_weight: 0.2}]"
         ({}, {"objective.contrastive_weight": "1"}, True),
         ({"objective.name": "clip"}, {"objective.generation_weight": "7"}, False),  # of which it has none
         ({}, {"objective.name": "siglip"}, True),
-        ({}, {"data.corpora": "[{path: b}]"}, True),
+        ({}, {"data.corpora": "[{path: b}]"}, False),  # whether these are other documents is for the ledger to know
+        ({}, {"data.tokens_per_pack": "4096"}, True),
         ({}, {"model.vision.patch_dropout": "0.5"}, True),
         ({}, {"train.global_batch": "32"}, True),
         # what trains otherwise, or gives the same loss but for rounding

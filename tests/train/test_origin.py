@@ -108,7 +108,32 @@ def test_other_corpora_are_named(corpora: list[str], mine: Path, tmp_path: Path)
     assert line == f"blend changed: {said}, from the window of documents that begins behind pack {4 * STEP}"
     assert changes.new_loss
     moved = config_of(tmp_path, shutil.copytree(mine, tmp_path / "moved"))
-    assert open_origin(folder, moved, True).changes(moved).blend is None
+    found = open_origin(folder, moved, True).changes(moved)
+    assert (found.blend, found.new_loss) == (None, False)
+
+
+@pytest.mark.parametrize("steps", [STEP, 100])
+def test_the_same_shares_are_no_other_corpora(steps: int, corpora: list[str], tmp_path: Path) -> None:
+    """In another order, or by weights of another scale; of a run that goes on, and of one that is finished."""
+
+    def weighted(*weights: tuple[int, float]) -> Config:
+        blend = [{"path": corpora[number], "weight": weight} for number, weight in weights]
+        return config_of(tmp_path, corpora[0], data__corpora=blend, train__steps=steps)
+
+    folder = saved(weighted((0, 1.0), (1, 3.0)))
+    for same in (weighted((1, 3.0), (0, 1.0)), weighted((0, 0.25), (1, 0.75))):
+        origin = open_origin(folder, same, True)
+        found = origin.changes(same)
+        assert (origin.finished, found.blend, found.new_loss) == (steps == STEP, None, False)
+        (line,) = found.lines()
+        assert line.startswith("changed without effect on what is trained: data.corpora.0.")
+    other = weighted((0, 1.0), (1, 2.0))
+    if steps == STEP:
+        with pytest.raises(UserError, match=r"with data\.corpora\.1\.weight = 3\.0 where this command has 2\.0"):
+            open_origin(folder, other, True)
+        return
+    allowed = configs.replace(other, data__allow_change=True)
+    assert open_origin(folder, allowed, True).changes(allowed).new_loss
 
 
 def test_a_window_that_was_begun_needs_its_corpora(corpora: list[str], mine: Path, tmp_path: Path) -> None:

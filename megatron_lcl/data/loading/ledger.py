@@ -470,6 +470,11 @@ def tokenizer_of(ledger: Ledger, data: Data) -> str | None:
     return noted
 
 
+def begins_other_blend(before: Ledger, now: Ledger) -> bool:
+    """Whether `now`, which goes on from `before`, reads other corpora, or other shares of them, from there on."""
+    return len(now.blends()) > len(before.blends())
+
+
 def _with_blend(previous: Ledger, blend: list[dict[str, Any]], tokenizer: str, consumed: int) -> Ledger:
     entries = [e | {"blend": with_paths_of(blend, e["blend"])} if "blend" in e else e for e in previous.entries]
     previous = replace(previous, entries=tuple(entries))  # paths are in no hash

@@ -18,6 +18,10 @@ _OF_EVALUATE = ("results.txt", "results.png", RESULTS), (GALLERY,)
 """likewise of `evaluate --output`, in a run folder or one inside"""
 
 
+_NOT_OURS = (FileNotFoundError, PermissionError)
+"""of a folder in the run folder, into which somebody else's evaluation may have been written"""
+
+
 def keep_lines_before(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing.
 
@@ -58,7 +62,7 @@ def set_metrics_aside(run: Path) -> str:
     measured = [run / name for names in _OF_RUN for name in names]
     measured += [file for files in _files_of_evaluate(run) if _last_step(files[-1]) is not None for file in files]
     for old in (*measured, run / METRICS):  # the last one decides, and goes last
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(*(_NOT_OURS if old.parent != run else (FileNotFoundError,))):
             renamed.append(old.rename(old.with_stem(f"{old.stem}-{stamp}")))
     *results, aside = renamed
     with_them = (
@@ -84,8 +88,9 @@ def remove_results_after(run: Path, step: int) -> None:
     for files in (*([run / name for name in names] for names in _OF_RUN), *_files_of_evaluate(run)):
         last = _last_step(files[-1])
         if last is not None and last > step:
-            for file in files:
-                file.unlink(missing_ok=True)
+            with contextlib.suppress(*(_NOT_OURS if files[-1].parent != run else ())):
+                for file in files:
+                    file.unlink(missing_ok=True)
 
 
 def results_inside(run: Path) -> list[Path]:

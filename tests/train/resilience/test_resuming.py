@@ -120,19 +120,19 @@ def test_a_changed_corpus_is_refused_unless_allowed(
     said = train(run, *longer).splitlines()
     assert losses(run)[:4] == before
     started = next(n for n, line in enumerate(said) if line.startswith(f"going on from {run}"))
-    told = said[started + 1 : started + 5]
-    assert told[:3] == [
-        f"setting changed: data.corpora.0.path {mine} → {added}",
-        "setting changed: data.corpora.0.weight 1.0 → 2.0",
+    told = said[started + 1 : started + 4]
+    moved = f"data.corpora.0.path {mine} → {added}, data.corpora.0.weight 1.0 → 2.0"
+    assert told[:2] == [
         "setting changed: train.steps 4 → 6",
+        f"changed without effect on what is trained: {moved}",
     ]
     rates = [line["lr"] for line in lines(run) if "loss" in line][3:5]
     jump = f"from {rates[0]:.2g} in step 4, the last one, to {rates[1]:.2g} in step 5, the next one"
-    assert told[3].startswith(f"warning: the learning rate jumps {jump} (train.steps 4 → 6)")
+    assert told[2].startswith(f"warning: the learning rate jumps {jump} (train.steps 4 → 6)")
     assert told == planned, "a dry run has said the same"
     (event,) = [event for event in read_audit(run) if event["event"] == "changed"]
     assert list(event["settings"].values()) == [[str(mine), str(added)], [1.0, 2.0], [4, 6]]
-    assert told[3:] == [f"warning: {warning}" for warning in event["warnings"]]
+    assert told[2:] == [f"warning: {warning}" for warning in event["warnings"]]
     train(run, *both, "--data.allow-change")
     assert losses(run)[:4] == before
     assert len(losses(run)) == 12
@@ -143,6 +143,10 @@ def test_a_changed_corpus_is_refused_unless_allowed(
     config = (run / "config.yaml").read_text()
     for folder in (run, checkpoint.list_checkpoints(run)[-1]):  # it was given for that start alone
         assert not configs.load(folder / "config.yaml").data.allow_change
+    events = [event["event"] for event in read_audit(run)]
+    train(run, *both, "--data.allow-change", "--train.steps", "14")  # as a job that is queued again
+    assert "data.allow_change" not in str([event.get("settings") for event in read_audit(run)[len(events) :]])
+    config = (run / "config.yaml").read_text()
     shutil.rmtree(mine)
     shutil.rmtree(added)
     other = make_corpus(tmp_path / "third", seed=2, tokenizer=Path(config_file).parent / "documents" / "corpus")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -100,6 +103,33 @@ def test_results_of_evaluate_go_too(step: str, stays: bool, tmp_path: Path) -> N
         assert [(folder / f"results.{end}").exists() for end in ("json", "txt", "png")] == 3 * [stays]
         assert (folder / "bad_images.txt").exists(), "of the images, not of the model"
     assert [(folder / "gallery.json").exists() for folder in folders] == [stays, True]
+
+
+def test_results_in_a_folder_of_somebody_else_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keep nothing from being removed, or set aside, that is the run's."""
+    for name in ("by-bob", "mine", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text('[{"encoder": "x", "step": 3}]')
+    (tmp_path / METRICS).write_bytes(line(3, checkpoint_bytes=9))
+
+    def not_theirs(change: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(path: Path, *arguments: Any, **named: Any) -> Any:
+            if path.parent.name in ("by-bob", "theirs"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return change(path, *arguments, **named)
+
+        return checked
+
+    for name in ("unlink", "rename"):
+        monkeypatch.setattr(Path, name, not_theirs(getattr(Path, name)))
+    assert ", results of evaluations in mine/results-" in set_metrics_aside(tmp_path)
+    (tmp_path / "mine" / "results.json").write_text('[{"encoder": "x", "step": 3}]')
+    remove_results_after(tmp_path, 2)
+    assert [(tmp_path / name / "results.json").exists() for name in ("by-bob", "mine", "theirs")] == [True, False, True]
+    monkeypatch.setattr(Path, "unlink", Mock(side_effect=PermissionError(13, "Permission denied")))
+    (tmp_path / "labeled.json").write_text('{"step": 3}')
+    with pytest.raises(PermissionError):
+        remove_results_after(tmp_path, 2)
 
 
 @pytest.mark.parametrize("names", [[], ["heldout_examples", "heldout", "labeled"], ["labeled"]])
