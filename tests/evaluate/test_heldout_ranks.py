@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from data.corpora import Piece, jpeg, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import stdtrit
 
 from megatron_lcl.config import Config, Data, Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
@@ -112,12 +113,13 @@ def test_a_perfect_model_finds_all(tmp_path: Path) -> None:
     assert found.chance_at_1 == pytest.approx((60 + 10 + 5 * 2) / 20 / 75)
     assert found.context_to_image_chance_at_1 == pytest.approx((4 * 15 + 5 + 15) / 75 / 20)
     assert found.chance_in_document == pytest.approx(1 / 3)
-    sizes = {  # effective numbers of documents: of 60 with one image and five with three, and so on
-        "image_to_context_recall_at_10": 75**2 / (60 + 5 * 3**2),
-        "context_to_image_recall_at_10": 20**2 / (4 + 4**2 + 4 * 3**2),
-        "image_in_document_recall_at_1": 5,
+    sizes = {  # effective numbers of documents: of 60 with one image and five with three, and so on; and their number
+        "image_to_context_recall_at_10": (75**2 / (60 + 5 * 3**2), 65),
+        "context_to_image_recall_at_10": (20**2 / (4 + 4**2 + 4 * 3**2), 9),
+        "image_in_document_recall_at_1": (5, 5),
     }
-    for name, size in sizes.items():
+    for name, (size, number) in sizes.items():
+        size *= (1.959964 / stdtrit(number - 1, 0.975)) ** 2
         assert found.intervals[name] == pytest.approx((size / (size + 1.959964**2), 1)), name
     shown = {(example.pair.document, example.pair.image) for example in examples}
     assert len(shown) == len(examples) == images
