@@ -17,11 +17,13 @@ from small_model_of_telemetry import RESULT, batch, config_of
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
+from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.model import flops
 from megatron_lcl.model.layers import PARTS
 from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
 from megatron_lcl.train import run
+from megatron_lcl.train.changes import Changes
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.result import Measured
@@ -121,9 +123,11 @@ def test_a_line_has_the_rates_of_the_steps_since_the_last_one_or_since_the_run_w
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "ledger_from", mock.Mock())
-    monkeypatch.setattr(run, "changes_since", mock.Mock())
+    monkeypatch.setattr(run, "begins_other_blend", lambda *_: False)
+    monkeypatch.setattr(run, "changes_since", lambda *_: Changes())
     monkeypatch.setattr(run.checkpoint, "go_back", lambda *_: (tmp_path, {}))
-    monkeypatch.setattr(run.checkpoint, "read_progress", lambda _: Progress(1, 4, {}))
+    progress = Progress(1, 4, Ledger({}).to_json())
+    monkeypatch.setattr(run.checkpoint, "read_progress", lambda _: progress)
     rates = ("images_per_second", "tokens_per_second", "step_seconds", "flops_per_second", "data_wait")
     config, clock = config_of(), Clock(CPU)
     with Telemetry(tmp_path, config, True, 0) as telemetry:
