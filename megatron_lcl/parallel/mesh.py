@@ -41,11 +41,10 @@ def join_processes(store: dist.Store, rank: int, size: int, timeout: timedelta) 
     network before a run has to try just that.
     """
     connect_on_demand()
-    device = None
+    backend, device = "gloo", None
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = local_device() if size > 1 else None
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend, device = "nccl", local_device() if size > 1 else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
 
 

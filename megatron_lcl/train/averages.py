@@ -17,7 +17,7 @@ import torch
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.transfer import from_host
-from megatron_lcl.train.checkpoint.frozen import Averaged, frozen_averages, held_value
+from megatron_lcl.train.checkpoint.frozen import Averaged, forget_group_copies, frozen_averages, held_value
 from megatron_lcl.train.checkpoint.state import is_average
 from megatron_lcl.train.optimizers.pieces import flats_of
 
@@ -190,10 +190,7 @@ class Averages:
         if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
             optimizer.update_lp_params()
             return
-        # hierarchical: the group's copy, on all processes alike, as a part of a parameter may have an average or not
-        for parameter in self._engine.module.parameters():
-            if getattr(parameter, "ds_secondary_tensor", None) is not None:
-                parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+        forget_group_copies(self._engine.module)
         # ZeRO-3: as at the end of its step
         optimizer._partition_all_parameters()
         for number in range(len(optimizer.fp16_groups)):

@@ -63,7 +63,8 @@ def has_all_steps(folder: Path, config: Config, is_own: bool = True) -> bool:
 def _changed(made: Config, now: Config, progress: Progress) -> Iterator[tuple[str, str]]:
     """The settings that differ from those of a checkpoint and give another result, and how they do."""
     blends = [entry["blend"] for entry in progress.ledger.get("entries", ()) if "blend" in entry]
-    same_shares = bool(blends) and has_shares_of(blend_of(now.data)[0], blends[-1])
+    blend = blends[-1] if blends else []
+    same_shares = bool(blend) and has_shares_of(blend_of(now.data)[0], blend)
     for name, (before, value) in (changed_settings(made, now) | changed_parts(made, now, progress)).items():
         if name.startswith((*NO_RESULT, *ROUNDING)) or name.endswith(".micro_batch"):
             continue
@@ -73,8 +74,8 @@ def _changed(made: Config, now: Config, progress: Progress) -> Iterator[tuple[st
             yield name, f"{name} = {text_of(before)} where this command has {text_of(value)}"
     if same_shares:
         return
-    read_by_run = {read["fingerprint"] for read in blends[-1]} if blends else set()
-    for number, (corpus, read) in enumerate(zip(now.data.corpora, blends[-1] if blends else (), strict=False)):
+    read_by_run = {read["fingerprint"] for read in blend}
+    for number, (corpus, read) in enumerate(zip(now.data.corpora, blend, strict=False)):
         if open_corpus(corpus.path, now.data.cache).fingerprint not in read_by_run:
             what = f"the documents of {read['path']} where this command has those now in {corpus.path}"
             yield f"data.corpora.{number}.path", what

@@ -23,7 +23,7 @@ from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Mesh, set_timeouts
 from megatron_lcl.train.averages import Averages
 from megatron_lcl.train.broadcast_batches import broadcast_batches
-from megatron_lcl.train.changes import Changes, changes_since
+from megatron_lcl.train.changes import PHASES, Changes, changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
 from megatron_lcl.train.checkpoint.folder import Progress
@@ -171,7 +171,7 @@ class Training:
         self.ledger = Ledger.from_json(point.progress.ledger)
         # or had them, by the ledger, which does not know of weights and micro-batches, or by the checkpoint's config
         phases = max(len(phases_of(config)), len(self.ledger.phases))
-        self.several_phases = phases > 1 or any(name.startswith("schedule.phases.") for name in point.changes.settings)
+        self.several_phases = phases > 1 or any(name.startswith(PHASES) for name in point.changes.settings)
         self.loader: PackedLoader | None = None
         self.batches: Prefetcher | None = None
         """of the phase, where this process reads"""

@@ -180,12 +180,12 @@ def eight_bits(image: Pillow.Image) -> Pillow.Image:
     deep = image.mode.startswith("I;16")
     highest = 0 if deep else max(np.fmax.reduce(levels, axis=None, initial=0) for _, levels in _strips(image))
     white = 65_535 if deep or highest > 255 else 1 if image.mode == "F" and highest <= 1 else 255
-    transparent = image.info.get("transparency") if deep else None
+    transparent, negative = image.info.get("transparency") if deep else None, is_negative(image)
     gray = Pillow.new("L", image.size)
     alpha = None if transparent is None else Pillow.new("L", image.size)
     for top, levels in _strips(image):
         shares = np.clip(levels / white, 0, 1)
-        shares = np.nan_to_num(1 - shares if is_negative(image) else shares)  # what is no number is black
+        shares = np.nan_to_num(1 - shares if negative else shares)  # what is no number is black
         eight = (255 * shares + 0.5).astype(np.uint8)
         gray.paste(Pillow.fromarray(eight), (0, top))
         if alpha is not None:

@@ -43,7 +43,7 @@ from megatron_lcl.train.checkpoint import reshard
 from megatron_lcl.train.checkpoint.code_versions import code_versions, versions_that_differ
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight, rescale_moments
 from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
-from megatron_lcl.train.checkpoint.frozen import frozen_state, load_averages, load_universal
+from megatron_lcl.train.checkpoint.frozen import forget_group_copies, frozen_state, load_averages, load_universal
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checkpoint.state import PARTITION_DIMS, State, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restricted
@@ -312,10 +312,7 @@ class Checkpointer:
             engine._config.load_universal_checkpoint = False
         if path is None:
             raise RunError(f"DeepSpeed could not read {folder}")
-        for parameter in engine.module.parameters():
-            # hierarchical ZeRO-3 would go on with what the group had before, of parameters that are not trained
-            if getattr(parameter, "ds_secondary_tensor", None) is not None:
-                parameter.ds_secondary_tensor = None
+        forget_group_copies(engine.module)
         if same:
             load_averages(engine.module, saved)
         else:
@@ -374,8 +371,8 @@ class Checkpointer:
         outcome: tuple[Path, bool] | str = folder, False
         if self.mesh.is_first:
             try:
-                place = reshard.place_of(folder, self.run, step)
-                outcome = place, reshard.convert(folder, self.config.model, place)
+                place, is_whole = reshard.place_of(folder, self.run, step)
+                outcome = place, not is_whole and reshard.convert(folder, self.config.model, place)
             except Exception as error:  # noqa: BLE001 whatever it is, the other processes must know of it
                 outcome = f"{folder} is of another layout and could not be converted: {explain(error)}"
         outcome = self._peers.broadcast_object(outcome)

@@ -44,6 +44,14 @@ def held_value(parameter: torch.nn.Parameter, average: torch.Tensor) -> torch.Te
     return getattr(parameter, "ds_tensor", parameter).detach().view(-1)[: average.numel()]
 
 
+def forget_group_copies(module: torch.nn.Module) -> None:
+    """Of values that have changed, hierarchical ZeRO-3 would go on with the copies in its groups; DeepSpeed itself
+    forgets those of trained parameters only. All processes call it: whoever has a copy gathers in another group."""
+    for parameter in module.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+
+
 def load_averages(module: torch.nn.Module, saved: Mapping[str, Any]) -> None:
     """The averages of frozen parameters, from what this process added at the same layout (`frozen_state`)."""
     of_all = saved.get(FROZEN_AVERAGES, {})

@@ -26,17 +26,19 @@ from megatron_lcl.train.checkpoint.state import FROZEN, FROZEN_AVERAGES, State, 
 UNIVERSAL = "universal"
 
 
-def place_of(folder: Path, run: Path, step: int) -> Path:
-    """The folder in which a run that goes on from a checkpoint has that one's universal form.
+def place_of(folder: Path, run: Path, step: int) -> tuple[Path, bool]:
+    """The folder in which a run that goes on from a checkpoint has that one's universal form; whether it was verified.
 
     That is the checkpoint's own, if it is of this run, or has the form already. Into another run's folder, which may be
     somebody else's, nothing is written. In the run's own it is removed by the next save, as what an interrupted one
     leaves (`folder.clear_leftovers`).
     """
-    if folder.resolve().parent == (run / CHECKPOINTS).resolve() or not verify(folder / UNIVERSAL):
-        return folder
+    if folder.resolve().parent == (run / CHECKPOINTS).resolve():
+        return folder, False
+    if not verify(folder / UNIVERSAL):
+        return folder, True
     name = fingerprint(folder / MANIFEST)["xxh3"][:8]  # of whatever other checkpoint something may have been left
-    return run / CHECKPOINTS / f".{step_folder(run, step).name}.{name}.{UNIVERSAL}"
+    return run / CHECKPOINTS / f".{step_folder(run, step).name}.{name}.{UNIVERSAL}", False
 
 
 def convert(folder: Path, model: Model, place: Path | None = None) -> bool:

@@ -21,7 +21,7 @@ import zstandard
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
-from megatron_lcl.data.prepare.importers.sources import decoded
+from megatron_lcl.data.prepare.importers.sources import decoded_file
 from megatron_lcl.data.prepare.importers.zips import DAMAGE, open_member
 from megatron_lcl.filesystem import raise_if_passing
 
@@ -84,7 +84,7 @@ def _values(unit: Unit, drops: Drops, decode: Callable[[bytes], Any], wanted: se
             value = decode(line)
         # stricter than Python's parser: NaN, lone surrogates, invalid UTF-8, its mark
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            text = decoded(line, name, drops).removeprefix("\ufeff").strip()
+            text = decoded_file(line, name, drops).strip()
             if not text:
                 continue
             try:

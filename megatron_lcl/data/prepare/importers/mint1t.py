@@ -21,7 +21,7 @@ from megatron_lcl.data.corpus.document import Document, Image
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import DAMAGE, MAX_PIXELS, eight_bits, is_negative
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.sources import decoded, interleaved, its_id
+from megatron_lcl.data.prepare.importers.sources import decoded_file, interleaved, its_id
 from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
 from megatron_lcl.errors import UserError
 
@@ -43,7 +43,7 @@ class Mint1tImporter(TarImporter):
         for sample in tar_samples(unit, drops):
             name = f"{unit.name}:{sample['__key__']}"
             try:
-                record = json.loads(decoded(sample["json"], name, drops).removeprefix("\ufeff"))
+                record = json.loads(decoded_file(sample["json"], name, drops))
                 texts, images = record["texts"], record["images"]
             except (KeyError, ValueError, TypeError, RecursionError):
                 drops.bad("document", "no lists texts and images", name)

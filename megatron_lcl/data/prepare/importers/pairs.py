@@ -14,15 +14,13 @@ from typing import Annotated, Any
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.sources import decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import decoded_file, its_id, text_item
 from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import is_file, matching, raise_if_passing
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff", "jp2", "ppm", "ico", "img")
 _TEXTS = ("txt", "text", "caption")
-_MARK = "\ufeff"
-"""at the start of a file of Windows, and no part of what is in it"""
 
 
 class WebDatasetImporter(TarImporter):
@@ -97,7 +95,7 @@ def _has_loose_pairs(folder: Path) -> bool:
 def _record(sample: dict[str, Any], name: str, drops: Drops) -> Any:
     """The JSON file's content, or None."""
     try:
-        return json.loads(decoded(sample.get("json", b"{}"), name, drops).removeprefix(_MARK))
+        return json.loads(decoded_file(sample.get("json", b"{}"), name, drops))
     except (ValueError, RecursionError):
         return None
 
@@ -106,6 +104,6 @@ def _caption(sample: dict[str, Any], record: Any, name: str, drops: Drops) -> st
     """The text file's content, else the "caption" of the JSON file, else None."""
     for suffix in _TEXTS:
         if suffix in sample:
-            return decoded(sample[suffix], name, drops).removeprefix(_MARK)
+            return decoded_file(sample[suffix], name, drops)
     caption = record.get("caption") if isinstance(record, dict) else None
     return caption if isinstance(caption, str) else None

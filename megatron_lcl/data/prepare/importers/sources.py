@@ -233,6 +233,11 @@ def decoded(raw: bytes, name: str, drops: Drops, codec: str = "utf-8") -> str:
         return raw.decode(codec, "replace")
 
 
+def decoded_file(raw: bytes, name: str, drops: Drops, codec: str = "utf-8") -> str:
+    """`decoded`, without the byte order mark with which a file may begin, and which is no part of what is in it."""
+    return decoded(raw, name, drops, codec).removeprefix("\ufeff")
+
+
 def as_text(value: Any, name: str, drops: Drops) -> Any:
     """A value of a table: bytes, as a string is that is not UTF-8, `decoded`; any other as it is."""
     return decoded(value, name, drops) if isinstance(value, bytes) else value

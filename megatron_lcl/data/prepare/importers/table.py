@@ -27,7 +27,7 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     rows_of_unit,
     some_columns,
 )
-from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, as_text, decoded_file, its_id, text_item
 from megatron_lcl.data.prepare.importers.url_keys import UrlKeys
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import raise_if_passing
@@ -289,7 +289,7 @@ def _records(unit: Unit, delimiter: str, charset: str, drops: Drops) -> Iterator
     def read() -> Iterator[str]:
         for label, raw, _ in text_lines(unit, drops, wide):
             labels.append(label)
-            text = decoded(raw, label, drops, "utf-8" if wide else charset).removeprefix("\ufeff")
+            text = decoded_file(raw, label, drops, "utf-8" if wide else charset)
             if wide and "\ufffd" in text:
                 drops.note("document", invalid(wide), label)
             yield text.removesuffix("\n") + "\n"  # what stands before it may be in quotes
