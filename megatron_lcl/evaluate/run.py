@@ -71,19 +71,7 @@ def evaluate(
     All images are checked before any is encoded. UserError naming those that do not decode; or, with
     `skip_bad_images`, they are skipped, counted in the results, and named in the file bad_images.txt of `output`.
     """
-    for name, given in {"models": models, "tasks": tasks, "devices": devices}.items():
-        if isinstance(given, str | Path):
-            raise UserError(
-                f"{name} = {str(given)!r} is one, where there may be several; give a list: [{str(given)!r}]"
-            )
-    if not models or not devices:
-        raise UserError(f"models = {list(models)} and devices = {list(devices)}; give at least one of each")
-    unknown = sorted(set(tasks) - set(TASKS))
-    if unknown or not tasks:
-        raise UserError(f"unknown task {', '.join(unknown) or '(none given)'}; there are {', '.join(TASKS)}")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size}; give a number from 1")
-    check_workers(processes, devices)
+    _check_request(models, tasks, devices, batch_size, processes)
     specs = [str(model) for model in models]
     settings = settings or Settings()
     if settings.zero_shot.prompts and templates is not None:
@@ -104,20 +92,10 @@ def evaluate(
         if progress and (said := untrained_pool(spec, tasks)):
             tqdm.write(said, file=sys.stderr)
 
-    def load(spec: str) -> Encoder:
-        encoder = EncoderSource(spec, tokenizer, tuple(devices))(0)
-        if progress and encoder.untrained_pooled and set(POOLED) & set(tasks):
-            tqdm.write(encoder.untrained_pooled, file=sys.stderr)
-        if {"zero-shot", "retrieval"} & set(tasks):
-            encoder.encode_texts(["a text"])  # says at once if it cannot
-        if "captioning" in tasks:
-            assert isinstance(encoder, OurEncoder), "check_trained has refused others"
-            check_captioning(encoder, settings.captioning.prompt)
-        return encoder
-
     # what cannot be loaded, fits no task, or has no room, is to be known before the first one's hours
-    encoder = load(specs[0])
-    known = [_known(encoder), *(_known(load(spec)) for spec in specs[1:])]
+    wanted = tokenizer, tuple(devices), tasks, settings, progress
+    encoder = _load(specs[0], *wanted)
+    known = [_known(encoder), *(_known(_load(spec, *wanted)) for spec in specs[1:])]
     shapes = [of_model for of_model, _ in known]
     if "attentive-probe" in tasks:
         for each in shapes:
@@ -166,6 +144,39 @@ def evaluate(
     if output is not None:
         _write(Path(output), results, test, written, [*bad[0], *bad[1]], gallery)
     return results
+
+
+def _check_request(
+    models: Sequence[str | Path], tasks: Sequence[str], devices: Sequence[str], batch_size: int, processes: int
+) -> None:
+    for name, given in {"models": models, "tasks": tasks, "devices": devices}.items():
+        if isinstance(given, str | Path):
+            raise UserError(
+                f"{name} = {str(given)!r} is one, where there may be several; give a list: [{str(given)!r}]"
+            )
+    if not models or not devices:
+        raise UserError(f"models = {list(models)} and devices = {list(devices)}; give at least one of each")
+    unknown = sorted(set(tasks) - set(TASKS))
+    if unknown or not tasks:
+        raise UserError(f"unknown task {', '.join(unknown) or '(none given)'}; there are {', '.join(TASKS)}")
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}; give a number from 1")
+    check_workers(processes, devices)
+
+
+def _load(
+    spec: str, tokenizer: str | None, devices: tuple[str, ...], tasks: Sequence[str], settings: Settings, progress: bool
+) -> Encoder:
+    """A model on the first device; UserError where it cannot do one of the tasks."""
+    encoder = EncoderSource(spec, tokenizer, devices)(0)
+    if progress and encoder.untrained_pooled and set(POOLED) & set(tasks):
+        tqdm.write(encoder.untrained_pooled, file=sys.stderr)
+    if {"zero-shot", "retrieval"} & set(tasks):
+        encoder.encode_texts(["a text"])  # says at once if it cannot
+    if "captioning" in tasks:
+        assert isinstance(encoder, OurEncoder), "check_trained has refused others"
+        check_captioning(encoder, settings.captioning.prompt)
+    return encoder
 
 
 def _known(encoder: Encoder) -> tuple[Shapes, Callable[[int], Encoder]]:

@@ -176,43 +176,14 @@ def preprocess(
     parts, what was chosen, and indexes of images stay.
     """
     output = Path(output)
-    if held_out is not None and Path(held_out).resolve() == output.resolve():
-        raise UserError(f"the held-out corpus cannot have the folder of the corpus itself, {output}")
-    Budget(max_bad_fraction)  # which checks it
-    if not 0 < held_out_fraction < 1:
-        raise UserError(f"--held-out-fraction {held_out_fraction}: give a number between 0 and 1")
-    if workers < 1:
-        raise UserError(f"--workers {workers}: give at least 1")
-    if max_image_side is not None and max_image_side < 2:
-        raise UserError(f"--max-image-side {max_image_side}: give at least 2 pixels")
-    for flag, value in (("limit", limit), ("shard-bytes", shard_bytes), ("shard-documents", shard_documents)):
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: give at least 1")
+    _check_numbers(max_bad_fraction, held_out_fraction, workers, max_image_side, limit, shard_bytes, shard_documents)
     bars = Bars(progress)
-    if isinstance(format, Importer):
-        if input is not None or images is not None or options:
-            raise UserError("an Importer has its own input, images and options; give None for `input`, and no others")
-        importer, format = format, f"{type(format).__module__}.{type(format).__qualname__}"
-    elif input is None:
-        raise UserError(f"input = None, which is for an Importer; give the files of the format {format}")
-    else:
-        with bars.waiting(f"{input}: looking for the files of the format {format}"):
-            importer = importers.create(format, input, images, options or {})
-    for folder in (output, *([Path(held_out)] if held_out is not None else [])):
-        if input is not None and is_dir(Path(input)) and folder.resolve().is_relative_to(Path(input).resolve()):
-            raise UserError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
+    importer, format = _importer_of(format, input, images, options, bars)
+    _check_folders(output, held_out, input)
     given = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-    signature = importer.signature()
-    try:
-        json.dumps(signature)
-    except TypeError:
-        raise UserError(
-            f"the `signature` of {importer} is {signature!r}, which the recipe in a manifest, being JSON, cannot hold; "
-            "let it give a str"
-        ) from None
     recipe: dict[str, Any] = {
         "format": format,
-        "input": signature,
+        "input": _signature_of(importer),
         "images": None if images is None else images_signature(path_of(images)),
         "options": dict(options or {}),
         "tokenizer": given.fingerprint if given else {"train": vocab_size, **_texts_in_recipe(more_texts)},
@@ -222,12 +193,7 @@ def preprocess(
     }
     if limit is not None:  # else as without the option
         recipe["limit"] = limit
-    # earlier releases scaled down TIFFs of float levels from 0 to 1 as black pictures, and compared images inexactly,
-    # later ones as they lie in the file and those of 16 bits in two levels, and scaled down those of 16 bits without
-    # their transparency
-    rules = importer.rules + 2 * (max_image_side is not None) + 2 * (held_out is not None)
-    if not (given and given.separates_texts):  # they put nothing between texts, not even white space that was there
-        rules += bool(importer.separator) + (type(importer).kind not in CAPTIONED)
+    rules = _rules(importer, given, max_image_side is not None, held_out is not None)
     if rules > 1:  # else as older versions wrote it
         recipe["rules"] = rules
     sides = [(output, {**recipe, "side": "training"})]
@@ -315,6 +281,76 @@ def _with(training: Summary, rest: list[Summary], fraction: float) -> Summary:
 
 
 # --- before the work ---------------------------------------------------------------------------------------------
+
+
+def _check_numbers(
+    max_bad_fraction: float,
+    held_out_fraction: float,
+    workers: int,
+    max_image_side: int | None,
+    limit: int | None,
+    shard_bytes: int,
+    shard_documents: int,
+) -> None:
+    Budget(max_bad_fraction)  # which checks it
+    if not 0 < held_out_fraction < 1:
+        raise UserError(f"--held-out-fraction {held_out_fraction}: give a number between 0 and 1")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give at least 1")
+    if max_image_side is not None and max_image_side < 2:
+        raise UserError(f"--max-image-side {max_image_side}: give at least 2 pixels")
+    for flag, value in (("limit", limit), ("shard-bytes", shard_bytes), ("shard-documents", shard_documents)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: give at least 1")
+
+
+def _importer_of(
+    format: str | Importer,
+    input: str | Path | None,
+    images: str | Path | None,
+    options: Mapping[str, Any] | None,
+    bars: Bars,
+) -> tuple[Importer, str]:
+    """The importer of the input, and the name of its format."""
+    if isinstance(format, Importer):
+        if input is not None or images is not None or options:
+            raise UserError("an Importer has its own input, images and options; give None for `input`, and no others")
+        return format, f"{type(format).__module__}.{type(format).__qualname__}"
+    if input is None:
+        raise UserError(f"input = None, which is for an Importer; give the files of the format {format}")
+    with bars.waiting(f"{input}: looking for the files of the format {format}"):
+        return importers.create(format, input, images, options or {}), format
+
+
+def _check_folders(output: Path, held_out: str | Path | None, input: str | Path | None) -> None:
+    if held_out is not None and Path(held_out).resolve() == output.resolve():
+        raise UserError(f"the held-out corpus cannot have the folder of the corpus itself, {output}")
+    for folder in (output, *([Path(held_out)] if held_out is not None else [])):
+        if input is not None and is_dir(Path(input)) and folder.resolve().is_relative_to(Path(input).resolve()):
+            raise UserError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
+
+
+def _signature_of(importer: Importer) -> Any:
+    signature = importer.signature()
+    try:
+        json.dumps(signature)
+    except TypeError:
+        raise UserError(
+            f"the `signature` of {importer} is {signature!r}, which the recipe in a manifest, being JSON, cannot hold; "
+            "let it give a str"
+        ) from None
+    return signature
+
+
+def _rules(importer: Importer, tokenizer: Tokenizer | None, scales_down: bool, holds_out: bool) -> int:
+    """The version of the rules by which documents are made. tokenizer: None where one is trained."""
+    # earlier releases scaled down TIFFs of float levels from 0 to 1 as black pictures, and compared images inexactly,
+    # later ones as they lie in the file and those of 16 bits in two levels, and scaled down those of 16 bits without
+    # their transparency
+    rules = importer.rules + 2 * scales_down + 2 * holds_out
+    if not (tokenizer and tokenizer.separates_texts):  # they put nothing between texts, not even white space in them
+        rules += bool(importer.separator) + (type(importer).kind not in CAPTIONED)
+    return rules
 
 
 def _rules_differ(folder: Path, recipe: Mapping[str, Any]) -> bool:
