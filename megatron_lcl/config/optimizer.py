@@ -92,7 +92,7 @@ class Optimizer:
     clip_norm: Annotated[float, Field(ge=0)] = Field(
         default=1.0,
         description="largest global gradient norm, larger ones are clipped; 0: no clipping, as in the reference's "
-        "scripts (the paper does not say)",
+        "scripts",
     )
     parts: Parts = Parts()
     muon: Muon = Muon()

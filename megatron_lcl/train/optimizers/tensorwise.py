@@ -171,7 +171,7 @@ class Tensorwise(torch.optim.Optimizer):
             B_t = mu B_(t-1) + (1 - mu) G_t
             W_t = W_(t-1) - lr (0.2 sqrt(max(d_out, d_in)) NewtonSchulz(G_t (1 - mu) + B_t mu) + decay W_(t-1))
 
-        which gives updates an RMS of 0.2, about AdamW's.
+        which gives updates an RMS of about 0.2, AdamW's; of a gradient of rank r, 0.2 sqrt(r / min(d_out, d_in)).
 
         Momentum is kept in pieces; only the matrix to be orthogonalized comes together, at one process.
         """
