@@ -22,7 +22,6 @@ from concurrent.futures import ProcessPoolExecutor
 from megatron_lcl.train.forks import forkserver
 
 context = forkserver()
-context.set_forkserver_preload([])
 with ProcessPoolExecutor(1, context) as pool:
     print(pool.submit(len, "abc").result(), multiprocessing.util.get_temp_dir())
 """
@@ -32,7 +31,7 @@ with ProcessPoolExecutor(1, context) as pool:
 def test_a_fork_server_where_the_path_of_temporary_files_is_long(tmp_path: Path) -> None:
     folder = tmp_path / ("n" * 80)
     folder.mkdir()
-    environment = {**os.environ, "TMPDIR": str(folder)}
+    environment = {**os.environ, "TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     done = subprocess.run([sys.executable, "-c", FORKS], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answer, place = done.stdout.split()

@@ -16,7 +16,7 @@ from megatron_lcl.errors import UserError
 _LINGUA = "lingua-language-detector"
 _DIGITS = 6
 """of a probability: the last digits of lingua's vary from call to call, also within one process"""
-_EXTRA = "`pip install megatron-lcl[curate]`"
+_EXTRA = "`pip install 'megatron-lcl[curate]'`"
 
 
 class Context:

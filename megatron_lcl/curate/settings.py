@@ -298,7 +298,7 @@ def _version(path: str) -> str:
     from megatron_lcl.evaluate.image_set import FileBlob
     from megatron_lcl.evaluate.sources import all_pictures  # imports torch
 
-    images = (blob.path for blob in all_pictures(root) if isinstance(blob, FileBlob))
+    images = (Path(blob.path) for blob in all_pictures(root) if isinstance(blob, FileBlob))
     return files_signature([root, *images], root.parent)
 
 

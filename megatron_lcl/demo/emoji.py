@@ -246,7 +246,7 @@ def rasterize(drawings: Sequence[str], workers: int) -> list[bytes]:
         import resvg_py  # noqa: F401
     except ImportError:
         raise UserError(
-            "resvg is not installed, which turns the drawings into pixels; `pip install resvg-py`, or the extra `demo`"
+            "resvg is not installed, which turns the drawings into pixels; `pip install 'megatron-lcl[demo]'`"
         ) from None
     return list(in_order(_rasterize, None, drawings, workers if len(drawings) >= _FEW else 1))
 

@@ -38,7 +38,7 @@ class Blob(Protocol):
 class FileBlob:
     """A file, or a part of one: `size` bytes from `offset`, -1: to its end. member: the part's name in messages."""
 
-    path: Path
+    path: Path | str
     offset: int = 0
     size: int = -1
     member: str = ""
@@ -48,7 +48,7 @@ class FileBlob:
         return f"{self.path}{':' if self.member else ''}{self.member}"
 
     def read(self) -> bytes:
-        with self.path.open("rb") as file:
+        with Path(self.path).open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 

@@ -28,7 +28,7 @@ CAPABILITY = (8, 9)
 def float8_fault(elsewhere: bool = False) -> str | None:
     """Why layers cannot multiply in float8 here; None if they can. elsewhere: the devices are not this machine's."""
     if importlib.util.find_spec("torchao") is None:
-        return "torchao, whose layers these are, is not installed; `pip install torchao`"
+        return "torchao, whose layers these are, is not installed; `pip install 'megatron-lcl[float8]'`"
     if elsewhere or not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) >= CAPABILITY:
         return None
     return "this GPU has compute capability {}.{}; float8 needs {}.{}".format(*capability, *CAPABILITY)

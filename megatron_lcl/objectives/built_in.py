@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from megatron_lcl.config import EvaluationTask
 from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, CAPTIONS, INTERLEAVED, PAIRS, Sequences
 from megatron_lcl.objectives import contrast, generation, regression
-from megatron_lcl.objectives.base import Objective
+from megatron_lcl.objectives.base import Objective, Term
 from megatron_lcl.objectives.contrast import Contrast, SigmoidContrast
 from megatron_lcl.objectives.generation import Generation
 from megatron_lcl.objectives.regression import Regression
@@ -22,8 +22,11 @@ class LatentCompression(Objective):
 
     sequences = INTERLEAVED
     tasks: ClassVar[tuple[EvaluationTask, ...]] = ("retrieval", "generation")
-    metrics = (*generation.METRICS, *contrast.METRICS)
-    parts = ((Contrast, "contrastive_weight"), (Generation, "generation_weight"))
+    metrics: ClassVar[tuple[str, ...]] = (*generation.METRICS, *contrast.METRICS)
+    parts: ClassVar[Sequence[tuple[type[Term], str | float]]] = (
+        (Contrast, "contrastive_weight"),
+        (Generation, "generation_weight"),
+    )
     published: ClassVar[Mapping[str, float]] = {"contrastive_weight": 0.1, "generation_weight": 1.0}
 
 
@@ -58,8 +61,8 @@ class Clip(Objective):
 
     sequences = PAIRS
     tasks = ("retrieval",)
-    metrics = LatentCompression.metrics  # a run's lines have the same keys as those of `lcl`
-    parts = ((Contrast, 1.0), (Generation, 0.0))
+    metrics: ClassVar[tuple[str, ...]] = LatentCompression.metrics  # a run's lines have the same keys as with `lcl`
+    parts: ClassVar[Sequence[tuple[type[Term], str | float]]] = ((Contrast, 1.0), (Generation, 0.0))
 
 
 class SigLip(Clip):

@@ -185,7 +185,7 @@ def test_a_package_that_is_missing(
     monkeypatch.setattr(builtins, "__import__", without)
     context_of.cache_clear()
     assert main(["curate", str(source), "--output", str(tmp_path / "out"), f"--text.{rule}", "0.1"]) == 2
-    assert "pip install megatron-lcl[curate]" in capsys.readouterr().err
+    assert "pip install 'megatron-lcl[curate]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -258,7 +258,7 @@ def test_without_resvg_the_message_says_what_to_install(
     given = str(made.parent / "packages")
     assert main(["demo", "emoji", "--from", given, "--output", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "`pip install resvg-py`" in line
+    assert "`pip install 'megatron-lcl[demo]'`" in line
 
 
 def test_plain_names() -> None:

@@ -213,7 +213,8 @@ def test_where_it_runs_is_checked_and_said(monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda _: None)
         with pytest.raises(
-            UserError, match=r"torchao, whose layers these are, is not installed; `pip install torchao`;"
+            UserError,
+            match=r"torchao, .* is not installed; `pip install 'megatron-lcl\[float8\]'`;",
         ):
             check_kernels(config, elsewhere=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

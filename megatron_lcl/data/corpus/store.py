@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 import xxhash
@@ -313,7 +313,7 @@ class Corpus(Sequence[Document]):
     def __len__(self) -> int:
         return int(self.document_starts[-1])
 
-    def locate(self, i: int) -> tuple[int, int]:
+    def locate(self, i: SupportsIndex) -> tuple[int, int]:
         """(shard, document in that shard) of document `i`; IndexError past the end, TypeError for no integer."""
         i = operator.index(i)
         if not -len(self) <= i < len(self):
@@ -322,7 +322,13 @@ class Corpus(Sequence[Document]):
         k = bisect.bisect_right(self.document_starts, i) - 1
         return k, i - int(self.document_starts[k])
 
-    def __getitem__(self, i: Any) -> Any:
+    @overload
+    def __getitem__(self, i: SupportsIndex) -> Document: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Document]: ...
+
+    def __getitem__(self, i: SupportsIndex | slice) -> Document | list[Document]:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         k, local = self.locate(i)

@@ -79,7 +79,7 @@ def opened(task: Task, parameters: Mapping[str, Any], environment: Mapping[str, 
         try:
             import ray
         except ImportError:
-            raise UserError("Ray needs the package ray: `pip install megatron-lcl[ray]`") from None
+            raise UserError("Ray needs the package ray: `pip install 'megatron-lcl[ray]'`") from None
         task.logs.mkdir(parents=True, exist_ok=True)
         # a folder of its own: another command would else find this cluster, which ends with us; short, for its sockets
         folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)

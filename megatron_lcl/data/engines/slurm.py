@@ -32,7 +32,7 @@ def opened(task: Task, parameters: Mapping[str, Any]) -> Iterator[_Slurm]:
     try:
         import submitit
     except ImportError:
-        raise UserError("Slurm needs the package submitit: `pip install megatron-lcl[slurm]`") from None
+        raise UserError("Slurm needs the package submitit: `pip install 'megatron-lcl[slurm]'`") from None
     if "%" in str(task.logs.absolute()):  # submitit, which has no way to write one, and Slurm replace %j and the like
         raise UserError(f"Slurm's jobs cannot log to {task.logs}, for the % in it; give an output whose path has none")
     name = f"megatron-lcl-{task.function.__name__}"

@@ -39,7 +39,7 @@ try:
 
     from megatron_lcl.data.fetch.targets import target_of
 except ImportError as error:
-    raise UserError(f'{error.name} is not installed: pip install "megatron-lcl[fetch]"') from None
+    raise UserError(f"{error.name} is not installed: pip install 'megatron-lcl[fetch]'") from None
 
 MAX_REDIRECTS = 5
 MAX_ROBOTS = 500 << 10
