@@ -25,7 +25,6 @@ from megatron_lcl.convert.find import checkpoints_in, find_checkpoint
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
-from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
@@ -37,6 +36,7 @@ from megatron_lcl.report.events import NAMES, newest, numbers
 from megatron_lcl.report.files import read_json
 from megatron_lcl.report.gallery import read_gallery, read_others
 from megatron_lcl.report.planned import Asked
+from megatron_lcl.report.retrieval import with_images
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, EXAMPLES, GALLERY, HELDOUT, LABELED, PLAN, PROFILE
 from megatron_lcl.train.checkpoint.folder import last_ledger
@@ -45,8 +45,6 @@ from megatron_lcl.units import in_bytes, plain
 
 REPORT = "report.html"
 """the page in a run folder, and its template here"""
-MAX_THUMBNAIL = 320
-"""pixels of an example image's longer side"""
 MAX_PACKS = 16
 """of the first batch that are shown"""
 MAX_PROFILES = 60
@@ -100,6 +98,7 @@ class RunPage:
         evaluation, events = read_json(run / HELDOUT), metrics.events
         speed = metrics.last if _has(metrics.last, "images_per_second", "tokens_per_second", "data_wait") else None
         profile, planned = list(_profile(run, folder)), read_json(run / PLAN, "plan --json") or self._plan()
+        examples, is_other = with_images(read_json(run / EXAMPLES), evaluation, config.data.cache)
         has = {
             "names": gallery if (gallery := read_gallery(run)) else None,
             "heldout": evaluation,
@@ -108,7 +107,7 @@ class RunPage:
             "plan": (beside_plan := list(_beside_plan(planned, metrics))),
             "slowest": (slowest := list(metrics.slowest.rows())),
             "events": events,
-            "retrieval": (examples := _examples(read_json(run / EXAMPLES), evaluation, config.data.cache)),
+            "retrieval": examples,
             "profile": profile,
         }
         return template(REPORT).render(
@@ -139,6 +138,7 @@ class RunPage:
             labeled=labeled,
             labeled_tiles=list(_labeled_tiles((labeled or {}).get("values") or {})),
             examples=examples,
+            is_other_corpus=is_other,
             batch=self._batch,
             max_packs=MAX_PACKS,
             first_batch=self.first_batch,
@@ -363,22 +363,6 @@ def link(path: Path, folder: Path) -> str:
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _examples(
-    examples: list[dict[str, Any]] | None, evaluation: dict[str, Any] | None, cache: str | None
-) -> list[dict[str, Any]]:
-    """The examples with their images; without, if the held-out corpus is no longer where it was."""
-    try:
-        corpus = open_corpus(evaluation["corpus"], cache) if evaluation else None
-    except (UserError, OSError):
-        corpus = None
-    for example in examples or []:
-        pair = example["pair"]
-        example["src"] = (
-            thumbnail(corpus.shard(pair["shard"]).image(pair["image"]), MAX_THUMBNAIL) if corpus is not None else None
-        )
-    return examples or []
 
 
 def _corpus(corpus: Corpus) -> dict[str, Any]:
