@@ -22,9 +22,11 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.convert.card import TRAINING
 from megatron_lcl.convert.find import checkpoints_in, find_checkpoint
+from megatron_lcl.data.corpus.corpus_manifest import source_text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.loading.blend import corpora_read
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
@@ -182,19 +184,20 @@ class RunPage:
     @functools.cached_property
     def _corpora(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
+        read = corpora_read(self._ledger.entries) if self._ledger else []
         known = set[str]()
         """fingerprints, and paths where nothing is now"""
         for corpus in self.config.data.corpora:
             try:
                 opened = open_corpus(corpus.path, self.config.data.cache)
-                found.append(_corpus(opened))
+                is_new = bool(read) and opened.fingerprint not in {each.fingerprint for each in read}
+                found.append({**_corpus(opened), "is_new": is_new})
                 known.add(opened.fingerprint)
             except (UserError, OSError):
                 found.append({"path": corpus.path})
                 known.add(corpus.path)
-        blends = self._ledger.blends() if self._ledger else []
-        read = {corpus["fingerprint"]: corpus["path"] for entry in blends for corpus in entry["blend"]}
-        return found + [{"path": path, "is_removed": True} for key, path in read.items() if not known & {key, path}]
+        gone = (each.paths[0] for each in read if not known & {each.fingerprint, each.paths[0]})
+        return found + [{"path": path, "is_removed": True} for path in gone]
 
 
 SECTIONS = {
@@ -368,7 +371,7 @@ def _quoted(path: Path) -> str:
 def _corpus(corpus: Corpus) -> dict[str, Any]:
     return {
         "path": corpus.where,
-        "source": corpus.manifest.get("source", {}),
+        "source": source_text(corpus.manifest),
         "counts": corpus.manifest["counts"],
         "tokenizer": corpus.manifest["tokenizer"],
         "drops": list(Drops.from_dict(corpus.manifest["drops"]).rows()),

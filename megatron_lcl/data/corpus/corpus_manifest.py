@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,22 @@ def names_of(manifest: Mapping[str, Any]) -> str:
     files, shards = manifest["files"], range(len(manifest["shards"]))
     hashes = [files[NAMES.format(number)]["xxh3"] if has_names(manifest, number) else None for number in shards]
     return xxhash.xxh3_128_hexdigest(json.dumps(hashes).encode())
+
+
+def source_text(manifest: Mapping[str, Any]) -> str:
+    """The manifest's source in words, on one line; of a merged corpus that of each of its parts, equal ones once."""
+    texts = dict.fromkeys(_sources_in(manifest.get("source", {})))
+    merged = "merged from " if "merged" in manifest.get("source", {}) else ""
+    return merged + "; ".join(texts)
+
+
+def _sources_in(source: Mapping[str, Any]) -> Iterator[str]:
+    if "merged" in source:
+        for part in source["merged"]:
+            yield from _sources_in(part)
+    else:  # earlier versions wrote "licence"
+        facts = {"license" if name == "licence" else name: value for name, value in source.items()}
+        yield ", ".join(f"{name} {' '.join(str(value).split())}" for name, value in facts.items())
 
 
 def as_parent(manifest: Mapping[str, Any]) -> dict[str, Any]:
