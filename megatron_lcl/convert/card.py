@@ -5,23 +5,27 @@ The front matter is that of the Hugging Face Hub (https://huggingface.co/docs/hu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_lcl.config import Config, Model, to_dict
+from megatron_lcl.config import Config, Corpus, Model, to_dict
 from megatron_lcl.convert.find import average_of, find_checkpoint, known_config, step_of
-from megatron_lcl.data.corpus.corpus_manifest import read_manifest
+from megatron_lcl.data.corpus.corpus_manifest import filters_of, source_text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.blend import CorpusRead, corpora_read
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import exists
-from megatron_lcl.run_folder import CHECKPOINTS, HELDOUT
+from megatron_lcl.run_folder import CHECKPOINTS, HELDOUT, PROGRESS
 
 README = "README.md"
 """the card's own file"""
@@ -68,6 +72,8 @@ class Card:
     metrics: tuple[Measured, ...] = ()
     run: Config | None = None
     """the run's config, quoted in full but for folders"""
+    origin: str = ""
+    """which of the run's checkpoints the weights are, and the code that wrote it, in words; may be empty"""
 
     def __post_init__(self) -> None:
         for what, text in (("name", self.name), *(("data description", text) for text in self.datasets)):
@@ -97,29 +103,62 @@ class Card:
 
 
 def card_of(path: Path) -> Card:
-    """What is known of a checkpoint (whatever `load_model` takes): its run's config, corpora and held-out results."""
+    """What is known of a checkpoint (whatever `load_model` takes): which one it is, its run's config, the corpora that
+    the run has read, and held-out results."""
     checkpoint = find_checkpoint(path)
     run = known_config(checkpoint)
     if run is None:
         return Card()
-    corpora = [Path(corpus.path) for corpus in run.data.corpora]
+    progress = _progress(checkpoint)
+    read = corpora_read(progress.get("ledger", {}).get("entries", ()))
     return Card(
-        datasets=tuple(_describe(path) for path in corpora),
+        datasets=tuple(map(_describe, read)) or tuple(map(_unrecorded, run.data.corpora)),
         metrics=_heldout(checkpoint),
         run=run,
+        origin=_origin(checkpoint, progress),
     )
 
 
-def _describe(corpus: Path) -> str:
+def _progress(checkpoint: Path) -> dict[str, Any]:
+    """Where the run stood that wrote a checkpoint; empty where that is not known, as of an import."""
+    of_run = checkpoint.parent.parent if average_of(checkpoint) else checkpoint
     try:
-        manifest = read_manifest(corpus)
-    except ValueError:  # it may be on another machine
-        return f"{corpus.name} (the corpus is not here, so its manifest is not quoted)"
+        progress: dict[str, Any] = json.loads((of_run / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return progress
+
+
+def _origin(checkpoint: Path, progress: Mapping[str, Any]) -> str:
+    """Which checkpoint it is and what wrote it, as far as that is known."""
+    step, code = progress.get("step", step_of(checkpoint)), progress.get("code", {})
+    if step is None:
+        return ""
+    average = f" (average `{name}`)" if (name := average_of(checkpoint)) else ""
+    written = ", ".join(f"{name} {code[name]}" for name in ("megatron_lcl", "commit", "source") if name in code)
+    return f"step {step:,}{average}" + (f", written by {written}" if written else "")
+
+
+def _describe(read: CorpusRead) -> str:
+    text = f"{Path(read.paths[0]).name} (the corpus is not here, so its manifest is not quoted)"
+    for path in read.paths:
+        with contextlib.suppress(UserError, OSError):  # it may be on another machine, or another one be there now
+            if url_of(path) is None and (corpus := open_corpus(path)).fingerprint == read.fingerprint:
+                text = f"{Path(path).name}: {_quoted(corpus.manifest)}"
+                break
+    begins = f", from pack {read.from_pack:,} on at the earliest" if read.from_pack else ""
+    return f"{text}{begins}{', read earlier' if read.is_earlier else ''}, fingerprint {read.fingerprint}"
+
+
+def _unrecorded(corpus: Corpus) -> str:
+    return f"{Path(corpus.path).name} (which corpus this was is not known here, so no manifest is quoted)"
+
+
+def _quoted(manifest: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{name} {value:,}" for name, value in manifest["counts"].items() if isinstance(value, int))
-    # earlier versions wrote "licence"
-    facts = {"license" if name == "licence" else name: value for name, value in manifest["source"].items()}
-    source = ", ".join(f"{name} {value}" for name, value in facts.items())
-    return f"{corpus.name}: {source} ({counts})"
+    part = "in whole or in part " if "merged" in manifest["source"] else ""
+    filtered = f", filtered {part}by {', '.join(filters)}" if (filters := filters_of(manifest)) else ""
+    return f"{source_text(manifest)} ({counts}){filtered}"
 
 
 def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
@@ -215,7 +254,8 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
         f"---\n{front}---\n\n# {card.name}",
         f"A vision transformer {_beginning(card.run)} by {_training(card.run)}, with megatron_lcl. "
         f"{v.layers} blocks of width {v.width}, {v.heads} heads, patches of {v.patch_size} px, images of "
-        f"{v.image_size} px; image latents of width {t.width}.",
+        f"{v.image_size} px; image latents of width {t.width}."
+        + (f" The weights are those of {card.origin}." if card.origin else ""),
         "## Which features to use\n\n" + usage.advice,
         f"Run in this folder:\n\n```python\n{usage.example}```",
         *([usage.note] if usage.note else []),

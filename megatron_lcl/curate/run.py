@@ -42,7 +42,7 @@ from megatron_lcl.curate.passes import (
 )
 from megatron_lcl.curate.settings import PERPLEXITY, WORD_COUNTS, Settings, as_recipe, rules_of
 from megatron_lcl.curate.write import groups, shards_folder, write
-from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, names_of, read_manifest
+from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, PARENTS, as_parent, names_of, read_manifest
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
@@ -406,6 +406,7 @@ def _finish(
         "source": work.corpus.manifest["source"],
         "shards": [{**shard["counts"], KIND: shard["kind"]} for shard in shards],
         "recipe": recipe,
+        PARENTS: [as_parent(work.corpus.manifest)],
         CURATED: {"before": curated.before, "rules": [vars(removed) for removed in curated.rules]},
     }
     assemble(output, shards_folder(work), written, work.corpus.tokenizer, drops, scratch, workers, manifest, more)

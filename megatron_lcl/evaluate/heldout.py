@@ -223,8 +223,9 @@ class HeldOutEvaluation:
         self.packs: Packs | None = None
         if mesh.loads_data:
             self.packs = Packs(config, self.corpus, mesh.data, self.micro_batch, at_once)
-        self.num_batches, self.num_documents = mesh.model_parallel.broadcast_object(
-            (len(self.packs.loader), self.packs.num_documents) if self.packs else (0, 0)
+        self.fingerprint: str | None
+        self.num_batches, self.num_documents, self.fingerprint = mesh.model_parallel.broadcast_object(
+            (len(self.packs.loader), self.packs.num_documents, self.packs.fingerprint) if self.packs else (0, 0, None)
         )
 
     @torch.no_grad()
@@ -297,7 +298,9 @@ class HeldOutEvaluation:
         """
         data = self.mesh.data
         num_images = sum(data.gather_objects(own.num_images))
-        result = HeldOut(self.corpus, self.num_documents, 0, 0, num_images, rules=self.rules)
+        result = HeldOut(
+            self.corpus, self.num_documents, 0, 0, num_images, rules=self.rules, fingerprint=self.fingerprint
+        )
         if "generation" in self.tasks:
             nll, targets = data.all_reduce(own.generation).tolist()
             if targets:

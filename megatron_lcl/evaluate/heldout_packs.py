@@ -64,6 +64,7 @@ class Packs:
         assert isinstance(index, SequentialIndex)
         self.num_documents = index.num_documents
         self._corpus = index.source.corpus
+        self.fingerprint = self._corpus.fingerprint
         self._tokenizer = self._corpus.tokenizer
 
     def origins(self, batch: PackedBatch) -> Iterator[Origin]:

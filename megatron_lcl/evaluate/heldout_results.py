@@ -72,6 +72,9 @@ class HeldOut:
     """name of the average of the weights that was measured; None: the weights"""
     dtype: str | None = None
     """of the weights and activations that were measured; results from before it was recorded have none"""
+    fingerprint: str | None = None
+    """of the corpus, whose documents and images the examples have by their numbers; files of earlier versions have
+    none"""
     image_to_context_recall_at_1: float | None = None
     image_to_context_recall_at_10: float | None = None
     context_to_image_recall_at_1: float | None = None

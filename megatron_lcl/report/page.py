@@ -22,10 +22,11 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.convert.card import TRAINING
 from megatron_lcl.convert.find import checkpoints_in, find_checkpoint
+from megatron_lcl.data.corpus.corpus_manifest import source_text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
-from megatron_lcl.data.loading.images import thumbnail
+from megatron_lcl.data.loading.blend import corpora_read
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
@@ -37,6 +38,7 @@ from megatron_lcl.report.events import NAMES, newest, numbers
 from megatron_lcl.report.files import read_json
 from megatron_lcl.report.gallery import read_gallery, read_others
 from megatron_lcl.report.planned import Asked
+from megatron_lcl.report.retrieval import with_images
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, EXAMPLES, GALLERY, HELDOUT, LABELED, PLAN, PROFILE
 from megatron_lcl.train.checkpoint.folder import last_ledger
@@ -45,8 +47,6 @@ from megatron_lcl.units import in_bytes, plain
 
 REPORT = "report.html"
 """the page in a run folder, and its template here"""
-MAX_THUMBNAIL = 320
-"""pixels of an example image's longer side"""
 MAX_PACKS = 16
 """of the first batch that are shown"""
 MAX_PROFILES = 60
@@ -100,6 +100,7 @@ class RunPage:
         evaluation, events = read_json(run / HELDOUT), metrics.events
         speed = metrics.last if _has(metrics.last, "images_per_second", "tokens_per_second", "data_wait") else None
         profile, planned = list(_profile(run, folder)), read_json(run / PLAN, "plan --json") or self._plan()
+        examples, is_other = with_images(read_json(run / EXAMPLES), evaluation, config.data.cache)
         has = {
             "names": gallery if (gallery := read_gallery(run)) else None,
             "heldout": evaluation,
@@ -108,7 +109,7 @@ class RunPage:
             "plan": (beside_plan := list(_beside_plan(planned, metrics))),
             "slowest": (slowest := list(metrics.slowest.rows())),
             "events": events,
-            "retrieval": (examples := _examples(read_json(run / EXAMPLES), evaluation, config.data.cache)),
+            "retrieval": examples,
             "profile": profile,
         }
         return template(REPORT).render(
@@ -139,6 +140,7 @@ class RunPage:
             labeled=labeled,
             labeled_tiles=list(_labeled_tiles((labeled or {}).get("values") or {})),
             examples=examples,
+            is_other_corpus=is_other,
             batch=self._batch,
             max_packs=MAX_PACKS,
             first_batch=self.first_batch,
@@ -182,19 +184,20 @@ class RunPage:
     @functools.cached_property
     def _corpora(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
+        read = corpora_read(self._ledger.entries) if self._ledger else []
         known = set[str]()
         """fingerprints, and paths where nothing is now"""
         for corpus in self.config.data.corpora:
             try:
                 opened = open_corpus(corpus.path, self.config.data.cache)
-                found.append(_corpus(opened))
+                is_new = bool(read) and opened.fingerprint not in {each.fingerprint for each in read}
+                found.append({**_corpus(opened), "is_new": is_new})
                 known.add(opened.fingerprint)
             except (UserError, OSError):
                 found.append({"path": corpus.path})
                 known.add(corpus.path)
-        blends = self._ledger.blends() if self._ledger else []
-        read = {corpus["fingerprint"]: corpus["path"] for entry in blends for corpus in entry["blend"]}
-        return found + [{"path": path, "is_removed": True} for key, path in read.items() if not known & {key, path}]
+        gone = (each.paths[0] for each in read if not known & {each.fingerprint, each.paths[0]})
+        return found + [{"path": path, "is_removed": True} for path in gone]
 
 
 SECTIONS = {
@@ -365,26 +368,10 @@ def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def _examples(
-    examples: list[dict[str, Any]] | None, evaluation: dict[str, Any] | None, cache: str | None
-) -> list[dict[str, Any]]:
-    """The examples with their images; without, if the held-out corpus is no longer where it was."""
-    try:
-        corpus = open_corpus(evaluation["corpus"], cache) if evaluation else None
-    except (UserError, OSError):
-        corpus = None
-    for example in examples or []:
-        pair = example["pair"]
-        example["src"] = (
-            thumbnail(corpus.shard(pair["shard"]).image(pair["image"]), MAX_THUMBNAIL) if corpus is not None else None
-        )
-    return examples or []
-
-
 def _corpus(corpus: Corpus) -> dict[str, Any]:
     return {
         "path": corpus.where,
-        "source": corpus.manifest.get("source", {}),
+        "source": source_text(corpus.manifest),
         "counts": corpus.manifest["counts"],
         "tokenizer": corpus.manifest["tokenizer"],
         "drops": list(Drops.from_dict(corpus.manifest["drops"]).rows()),

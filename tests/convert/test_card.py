@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from data.corpora import write_corpus
 from PIL import Image
 
-from megatron_lcl import LCL, load_model
+from megatron_lcl import LCL, load_model, open_corpus
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Corpus, Data, Language, Model, Vision, from_dict
@@ -26,6 +27,7 @@ from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.convert.find import known_config, read_config
 from megatron_lcl.convert.folder import IMPORT, write_record
 from megatron_lcl.convert.manifest import MANIFEST
+from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.results import Metric, Result, write_json
@@ -88,17 +90,10 @@ def test_example_computes_our_features(
 
 def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -> None:
     corpus, checkpoint = tmp_path / "manual", tmp_path / "run" / "checkpoints" / "step-00000010"
-    for folder in (corpus, checkpoint):
-        folder.mkdir(parents=True)
-    manifest = {
-        "format_version": 1,
-        "source": {"format": "html", "package": "gimp-help-en", "licence": "GFDL"},
-        "counts": {"documents": 1234, "images": 99},
-        "shards": 0,
-        "files": {},
-        "tokenizer": {"file": "tokenizer.model"},
-    }
-    (corpus / "corpus.json").write_text(json.dumps(manifest))
+    checkpoint.mkdir(parents=True)
+    gimp = {"format": "html", "package": "gimp-help-en", "licence": "GFDL"}
+    manual = corpus_of(corpus, 1234, source=gimp)
+    write_progress(checkpoint, [(0, {str(corpus): manual, str(tmp_path / "elsewhere"): "e" * 32})])
     corpora = (Corpus(path=str(corpus)), Corpus(path=str(tmp_path / "elsewhere")))
     save_checkpoint(model, Config(model=model.config, data=Data(corpora=corpora)), checkpoint)
     (checkpoint / "manifest.json").write_text("{}")
@@ -135,9 +130,10 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     }
     (tmp_path / "run" / "heldout.json").write_text(json.dumps({**heldout, "dtype": "bfloat16"}))
     assert {measured.dtype for measured in card_of(checkpoint).metrics} == {"bfloat16"}
-    assert "license GFDL" in card.datasets[0]
-    assert "documents 1,234" in card.datasets[0]
-    assert "elsewhere" in card.datasets[1]
+    first, second = card.datasets
+    assert first.startswith("manual: format html, package gimp-help-en, license GFDL (documents 1,234, pieces 1,234, ")
+    assert first.endswith(f"), fingerprint {manual}")
+    assert second == f"elsewhere ({NOT_HERE}), fingerprint {'e' * 32}"
     for other in ({"step": 9}, {"average": "ema"}):  # of an earlier checkpoint; of an average of this one's weights
         (tmp_path / "run" / "heldout.json").write_text(json.dumps(heldout | other))
         assert card_of(checkpoint).metrics == ()
@@ -150,6 +146,101 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     assert read.eval_results is None  # of data that is not on the Hub
     row = "image to context recall@10 | 0.5 | 0.375 – 0.625 | 0.25 | 7 pairs | not recorded |"
     assert f"| held-out documents | manual (5 documents, 8 images) | {row}" in text
+
+
+NOT_HERE = "the corpus is not here, so its manifest is not quoted"
+
+
+def corpus_of(folder: Path, documents: int, **keys: Any) -> str:
+    """A corpus of documents of a token each, and with these keys in its manifest; returns its fingerprint."""
+    write_corpus(folder, [[[n % 500]] for n in range(documents)])
+    manifest = {key: value for key, value in read_manifest(folder).items() if key != "fingerprint"}
+    write_manifest(folder, manifest | keys)
+    return open_corpus(folder).fingerprint
+
+
+def write_progress(checkpoint: Path, blends: list[tuple[int, dict[str, str]]], **more: Any) -> None:
+    """blends: first pack; fingerprints by path."""
+    entries: list[dict[str, Any]] = [
+        {"from_pack": pack, "blend": [{"path": p, "fingerprint": f, "weight": 1.0} for p, f in blend.items()]}
+        for pack, blend in blends
+    ]
+    skipped = {"from_pack": 3, "skip": 2}
+    progress = {"step": 10, "packs": 20, "ledger": {"settings": {}, "entries": [skipped, *entries]}, **more}
+    (checkpoint / "progress.json").write_text(json.dumps(progress))
+
+
+def test_a_card_names_what_the_checkpoints_ledger_has_not_what_the_config_names_now(model: LCL, tmp_path: Path) -> None:
+    """Corpora that were read before, moved since, or replaced; each once. And which checkpoint of which code it is."""
+    run = tmp_path / "run"
+    average = run / "checkpoints" / "step-00000010" / "averages" / "ema_0.999"
+    average.mkdir(parents=True)
+    names = ("first", "moved", "replaced", "last")
+    a, b, c, d = (corpus_of(tmp_path / name, 10 + n) for n, name in enumerate(names))
+    paths = {name: str(tmp_path / name) for name in names}
+    (tmp_path / "replaced").rename(tmp_path / "away")
+    corpus_of(tmp_path / "replaced", 500)
+    blends = [
+        (0, {paths["first"]: a, "/old/place": b}),
+        (12, {paths["replaced"]: c, paths["moved"]: b}),
+        (30, {paths["last"]: d, paths["moved"]: b}),
+    ]
+    config = Config(model=model.config, data=Data(corpora=(Corpus(path="/nowhere/in/the/ledger"),)))
+    code = {"torch": "2.0", "megatron_lcl": "0.3.1", "commit": "c0ffee"}
+    for checkpoint, name in ((average.parent.parent, ""), (average, " (average `ema_0.999`)")):
+        save_checkpoint(model, config, checkpoint)
+        write_progress(average.parent.parent, blends, code=code)
+        card = card_of(checkpoint)
+        counts = "pieces {0}, tokens {0}, placements 0, images 0, image_bytes 0"
+        assert card.datasets == (
+            f"last: format jsonl (documents 13, {counts.format(13)}), from pack 30 on at the earliest, fingerprint {d}",
+            f"moved: format jsonl (documents 11, {counts.format(11)}), fingerprint {b}",
+            f"first: format jsonl (documents 10, {counts.format(10)}), read earlier, fingerprint {a}",
+            f"replaced ({NOT_HERE}), from pack 12 on at the earliest, read earlier, fingerprint {c}",
+        )
+        text = to_text(card, tmp_path)
+        assert f" The weights are those of step 10{name}, written by megatron_lcl 0.3.1, commit c0ffee.\n" in text
+        assert str(tmp_path) not in text
+        assert ModelCard(text).data.datasets is None
+    write_progress(average.parent.parent, blends)  # of a version that did not record its own
+    assert "those of step 10.\n" in to_text(card_of(average.parent.parent), tmp_path)
+
+
+def test_a_card_without_a_ledger_quotes_no_manifest(model: LCL, tmp_path: Path) -> None:
+    """As of an import: what is at the path may be another corpus than was read."""
+    corpus_of(tmp_path / "corpus", 3)
+    config = Config(model=model.config, data=Data(corpora=(Corpus(path=str(tmp_path / "corpus")),)))
+    (tmp_path / "import").mkdir()
+    save_checkpoint(model, config, tmp_path / "import")
+    for damage in (None, "", "{"):
+        if damage is not None:
+            (tmp_path / "import" / "progress.json").write_text(damage)
+        card = card_of(tmp_path / "import")
+        assert card.datasets == ("corpus (which corpus this was is not known here, so no manifest is quoted)",)
+        assert "The weights are" not in to_text(card, tmp_path)
+
+
+def test_a_merged_corpus_is_described_by_its_parts_and_filters(model: LCL, tmp_path: Path) -> None:
+    """Also of a merge of merges, and of what `curate` did before them."""
+    pairs = {"format": "webdataset", "licence": "CC0\n1.0"}
+    thresholds = {"text.min_words": 6, "lists.flagged_words": "/home/me/words.txt", "evaluation.sets": {"/home/x": "h"}}
+    curated = {"fingerprint": "1", "recipe": {"thresholds": thresholds}}
+    parents = [{"fingerprint": "2", "recipe": {"thresholds": {"text.min_words": 6, "image.min_side": 150}}}]
+    key = corpus_of(
+        tmp_path / "both",
+        3,
+        source={"merged": [{"format": "jsonl"}, {"merged": [pairs, {"format": "jsonl"}]}]},
+        recipe={"merged": ["1", "3"]},
+        parents=[curated, {"fingerprint": "3", "recipe": {"merged": ["2"]}, "parents": parents}],
+    )
+    config = Config(model=model.config)
+    (tmp_path / "run").mkdir()
+    save_checkpoint(model, config, tmp_path / "run")
+    write_progress(tmp_path / "run", [(0, {str(tmp_path / "both"): key})])
+    (said,) = card_of(tmp_path / "run").datasets
+    assert said.startswith("both: merged from format jsonl; format webdataset, license CC0 1.0 (documents 3, ")
+    rules = "text.min_words 6, lists.flagged_words, evaluation.sets, image.min_side 150"
+    assert said.endswith(f"), filtered in whole or in part by {rules}, fingerprint {key}")
 
 
 @pytest.mark.parametrize(

@@ -24,19 +24,23 @@ from megatron_lcl.curate import write as copying
 from megatron_lcl.curate.joins import Places
 from megatron_lcl.curate.run import Curated, curate, read_curated
 from megatron_lcl.curate.settings import Settings, read_settings
-from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
+from megatron_lcl.data.corpus.corpus_manifest import filters_of, read_manifest, write_manifest
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tables import read_table
+from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
 from megatron_lcl.data.pages.inspect import stats, table
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.retokenize import retokenize
 from megatron_lcl.data.prepare.unfinished import WORK
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
 
 WORDS = "a red round stone lies under the green tree while water runs past an old mill and birds sing".split()  # noqa: SIM905
+FORMER = ("curated", "names", "thresholds", "libraries", "layout", "rules")
+"""what unfinished work has recorded since there are names"""
 
 
 def words(count: int, start: int = 0) -> Text:
@@ -390,6 +394,50 @@ def test_curated_corpora_are_merged_and_curated_again(tmp_path: Path) -> None:
     assert verify(tmp_path / "both") == []
     with pytest.raises(UserError, match="was not curated"):
         read_curated(tmp_path / "both")
+
+
+def test_a_corpus_names_the_thresholds_of_what_it_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through merge, retokenize and curate; what was made, or begun, before manifests had them is recognized."""
+    source = write(tmp_path, [Document((words(4 + k), Image(picture(k)))) for k in range(8)])
+    one, two, both, other, last = (tmp_path / name for name in ("one", "two", "both", "other", "last"))
+    curate(source, one, rules(text__min_words="6"))
+    curate(source, two, rules(text__max_words="5"))
+    merge([one, two], both)
+    retokenize(both, other, ClipTokenizer([]))
+    given = rules(image__min_side="2")
+    curate(other, last, given)
+
+    def thresholds(made: dict[str, Any]) -> list[Any]:
+        """Its own, and those of its parents."""
+        own = made.get("recipe", {}).get("thresholds")
+        return [own, *map(thresholds, made.get("parents", ()))]
+
+    by_rule = [[{"text.min_words": 6}, [None]], [{"text.max_words": 5}, [None]]]
+    assert thresholds(read_manifest(last)) == [{"image.min_side": 2}, [None, [None, *by_rule]]]
+    assert filters_of(read_manifest(last)) == ["image.min_side 2", "text.min_words 6", "text.max_words 5"]
+    (parent,) = read_manifest(last)["parents"]
+    assert parent["fingerprint"] == read_manifest(last)["recipe"]["curated"] == read_manifest(other)["fingerprint"]
+    merged = read_manifest(both)["parents"]
+    assert [each["fingerprint"] for each in merged] == read_manifest(both)["recipe"]["merged"]
+    assert [each["recipe"] for each in merged] == [read_manifest(folder)["recipe"] for folder in (one, two)]
+
+    fingerprint = read_manifest(last)["fingerprint"]
+    for folder in (last, both):
+        manifest = read_manifest(folder)
+        del manifest["parents"], manifest["fingerprint"]
+        write_manifest(folder, manifest)
+    assert read_manifest(last)["fingerprint"] == fingerprint, "they decide no batch"
+    assert curate(other, last, given).reused
+    assert "parents" not in read_manifest(last)
+    assert "parents" not in merge([one, two], both)
+    with monkeypatch.context() as patch:  # a former version has begun it: its record is the recipe that it has written
+        patch.setattr(run, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curate(other, tmp_path / "begun", given)
+    record = tmp_path / "begun" / WORK / "recipe.json"
+    assert json.loads(record.read_text()).keys() - {"unfinished"} == {*FORMER}
+    assert not curate(other, tmp_path / "begun", given).reused
+    assert read_manifest(tmp_path / "begun")["parents"] == [parent]
 
 
 def test_a_corpus_of_an_earlier_release(tmp_path: Path) -> None:

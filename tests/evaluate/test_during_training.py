@@ -11,7 +11,7 @@ import pytest
 from data.corpora import Piece, random_documents, write_corpus
 from train.resilience import fleet
 
-from megatron_lcl import load_model
+from megatron_lcl import load_model, open_corpus
 from megatron_lcl.cli import main
 from megatron_lcl.config import Data
 from megatron_lcl.convert.card import card_of
@@ -69,6 +69,7 @@ def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, l
     recorded = json.loads((run / "heldout.json").read_text())
     assert (recorded["step"], recorded["corpus"]) == (3, str(folder / "heldout"))
     assert recorded["rules"] == result.rules
+    assert recorded["fingerprint"] == result.fingerprint == open_corpus(folder / "heldout").fingerprint
     assert (recorded["pairs"], recorded["images"]) == (result.pairs, result.images)
     assert recorded["bad_images"] == list(result.bad_images)
     assert recorded["dtype"] == result.dtype == "float32"

@@ -17,6 +17,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.convert.card import TRAINING
 from megatron_lcl.convert.find import run_of
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
+from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
 from megatron_lcl.data.loading.ledger import open_run_ledger
 from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import DEVICES, assumed_rates
@@ -153,12 +154,16 @@ def test_the_first_batch_is_left_out_where_its_corpora_are_not_as_they_were(run:
     page = write_report(run).read_text()
     assert "(The corpora, or the package of the objective, are not here.)" in section(page, "batch")
     assert "20 documents" in section(page, "documents"), "those of today"
+    assert "format jsonl (no checkpoint so far has read it)" in section(page, "documents")
     assert f'<code>{corpus.path}</code> <span class="quiet">(read earlier, no longer)' in section(page, "documents")
 
 
 def test_what_a_run_read_before_its_settings_changed(run: Path, tmp_path: Path) -> None:
     """Of the first batch the packs of then, and a corpus that was removed since; one that has only moved was not."""
     corpora = [write_corpus(tmp_path / name, random_documents(30, n)) for n, name in enumerate("abc")]
+    manifest = {key: value for key, value in read_manifest(corpora[1].path).items() if key != "fingerprint"}
+    source = {"merged": [{"format": "html", "licence": "GFDL"}, {"format": "jsonl"}, {"format": "jsonl"}]}
+    write_manifest(corpora[1].path, {**manifest, "source": source})
     config = configs.load(run / "config.yaml", {"data.cache": str(tmp_path / "cache"), "train.global_batch": "2"})
 
     def reading(*numbers: int) -> Config:
@@ -178,6 +183,8 @@ def test_what_a_run_read_before_its_settings_changed(run: Path, tmp_path: Path) 
     shown = re.findall(r"<p><code>(.*?)</code>:? ?(?:<span class=.quiet.>)?([^,\n]*)", section(page, "documents"))
     assert [path for path, _ in shown] == [str(corpora[n].path) for n in (1, 2, 0)]
     assert [said.startswith("(read earlier") for _, said in shown] == [False, False, True]
+    assert "merged from format html, license GFDL; format jsonl</span>" in section(page, "documents")
+    assert "no checkpoint so far" not in page
 
 
 def test_the_first_batch_is_left_out_where_the_objective_is_not_installed(run: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ KIND = "kind"
 TOKENS, IMAGES, NAMES = "tokens-{:05d}", "images-{:05d}", "names-{:05d}.bin"
 """names of a shard's files, the first two without their suffix, by its number"""
 ARROW = ".arrow"
+PARENTS = "parents"
+"""key of what was made of other corpora: of each of them in order what `as_parent` keeps. Not of the recipe, by which a
+command recognizes its own result, also one of an earlier version"""
 
 
 def shard_files(number: int, names: bool = True) -> list[str]:
@@ -125,6 +128,36 @@ def names_of(manifest: Mapping[str, Any]) -> str:
     files, shards = manifest["files"], range(len(manifest["shards"]))
     hashes = [files[NAMES.format(number)]["xxh3"] if has_names(manifest, number) else None for number in shards]
     return xxhash.xxh3_128_hexdigest(json.dumps(hashes).encode())
+
+
+def source_text(manifest: Mapping[str, Any]) -> str:
+    """The manifest's source in words, on one line; of a merged corpus that of each of its parts, equal ones once."""
+    texts = dict.fromkeys(_sources_in(manifest.get("source", {})))
+    merged = "merged from " if "merged" in manifest.get("source", {}) else ""
+    return merged + "; ".join(texts)
+
+
+def _sources_in(source: Mapping[str, Any]) -> Iterator[str]:
+    if "merged" in source:
+        for part in source["merged"]:
+            yield from _sources_in(part)
+    else:  # earlier versions wrote "licence"
+        facts = {"license" if name == "licence" else name: value for name, value in source.items()}
+        yield ", ".join(f"{name} {' '.join(str(value).split())}" for name, value in facts.items())
+
+
+def as_parent(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a corpus that is made of this one keeps of it, beside its source: how it was made, and its own parents."""
+    return {key: manifest[key] for key in ("fingerprint", "recipe", PARENTS) if key in manifest}
+
+
+def filters_of(manifest: Mapping[str, Any]) -> list[str]:
+    """The rules with which `curate` has made this corpus, and those that it was made of, as far as they are recorded:
+    each with its threshold, where that is a number."""
+    recipe, parents = manifest.get("recipe", {}), manifest.get(PARENTS, ())
+    thresholds = recipe.get("thresholds", {}).items()
+    own = [f"{name} {value}" if isinstance(value, int | float) else name for name, value in thresholds]
+    return list(dict.fromkeys([*own, *(rule for parent in parents for rule in filters_of(parent))]))
 
 
 def check_names(names: Iterable[str], manifest: str | Path) -> None:

@@ -7,6 +7,8 @@ paths at which it was before, in order.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_lcl.config import Data
@@ -61,3 +63,32 @@ def _moved(corpus: dict[str, Any], path: str) -> dict[str, Any]:
 def paths_in(corpus: dict[str, Any]) -> list[str]:
     """Where a corpus of a blend has been, in order."""
     return [*corpus.get("moved_from", ()), corpus["path"]]
+
+
+@dataclass(frozen=True)
+class CorpusRead:
+    """A corpus that is in a blend of a run."""
+
+    fingerprint: str
+    paths: tuple[str, ...]
+    """where it has been, first where it was found last"""
+    from_pack: int
+    """of the first blend with it: no earlier pack has its documents"""
+    is_earlier: bool
+    """the run's last blend does not have it"""
+
+
+def corpora_read(entries: Iterable[Mapping[str, Any]]) -> list[CorpusRead]:
+    """The corpora of a ledger's entries, each once: those of the last blend in its order, then those before."""
+    blends = [entry for entry in entries if "blend" in entry]
+    last = [corpus["fingerprint"] for corpus in blends[-1]["blend"]] if blends else []
+    first: dict[str, int] = {}
+    paths: dict[str, list[str]] = {}
+    for entry in blends:
+        for corpus in entry["blend"]:
+            first.setdefault(corpus["fingerprint"], entry["from_pack"])
+            paths.setdefault(corpus["fingerprint"], []).extend(paths_in(corpus))
+    return [
+        CorpusRead(key, tuple(dict.fromkeys(reversed(paths[key]))), first[key], key not in last)
+        for key in dict.fromkeys([*last, *first])
+    ]

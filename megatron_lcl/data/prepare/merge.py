@@ -11,6 +11,8 @@ from typing import Any
 from megatron_lcl.data.corpus.corpus_manifest import (
     KIND,
     MANIFEST,
+    PARENTS,
+    as_parent,
     check_names,
     has_names,
     manifest_of,
@@ -121,6 +123,7 @@ def _join(sources: list[Path], folder: Path) -> None:
             shards=shards,
             files=files,
             recipe=recipe,
+            **{PARENTS: [as_parent(m) for m in manifests]},
         ),
     )
 

@@ -14,7 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
-from megatron_lcl.data.corpus.corpus_manifest import has_names, manifest_of, shard_files, write_manifest
+from megatron_lcl.data.corpus.corpus_manifest import (
+    PARENTS,
+    as_parent,
+    has_names,
+    manifest_of,
+    shard_files,
+    write_manifest,
+)
 from megatron_lcl.data.corpus.drops import LOG
 from megatron_lcl.data.corpus.indexed import IMAGE, TEXT, FileInfo, IndexedWriter, write_file
 from megatron_lcl.data.corpus.scratch import whole_folder
@@ -71,6 +78,7 @@ def retokenize(
             shards=shards,
             files=files,
             recipe={"retokenized": source.manifest["fingerprint"], "tokenizer": new.fingerprint},
+            **{PARENTS: [as_parent(source.manifest)]},
         )
         write_manifest(folder, manifest)
     return manifest
