@@ -112,10 +112,20 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add(
         "replay",
         _replay,
-        "the batch of a step as a page, on any machine",
+        "the batch of a step as a page, on any machine; or the steps that read a document",
     )
     add_input(sub, "RUN", "the run folder (train.output), one of its checkpoints, or a config file", "--config")
-    sub.add_argument("--step", required=True, type=int, help="counted from 0")
+    sub.add_argument(
+        "--step",
+        type=int,
+        help="counted from 0; with --source, the steps before it (default: those of the newest checkpoint, or all of "
+        "the run where there is none)",
+    )
+    sub.add_argument(
+        "--source",
+        metavar="NAME",
+        help="print which steps read documents whose source (file, URL) has NAME in it, and write no page",
+    )
     sub.add_argument("--rank", type=int, help="only what this data-parallel process reads, with --world-size")
     sub.add_argument("--world-size", type=int, metavar="N", help="with --rank: data-parallel processes")
     sub.add_argument("--packs", metavar="A:B", help="only packs A to B, by the page's numbers (default: the first 16)")
@@ -319,9 +329,32 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
         packs = range(int(found[1]), int(found[2]) + 1) if found else range(0)
         if not packs:
             raise UserError(f"--packs {options.packs}: give the first and the last pack, as 512:527")
+    if options.source is not None:
+        return _print_reads(options)
+    if options.step is None:
+        raise UserError("give --step N for a page of its batch, or --source NAME for the steps that read a document")
     config, ledger = config_and_ledger(Path(single_input(options)))
     sequences = objectives.create(config).sequences
     page = replay_html(config, sequences, options.step, options.rank, options.world_size, ledger, packs=packs, say=say)
     file = Path(options.output or f"replay-{options.step}.html")
     replace_text(file, page)
     say(file)
+
+
+def _print_reads(options: argparse.Namespace) -> None:
+    from megatron_lcl import objectives
+    from megatron_lcl.data.loading.ledger import Ledger
+    from megatron_lcl.data.pages.reads import found_reads
+    from megatron_lcl.train.checkpoint.folder import config_and_progress
+
+    others = {"--rank": options.rank, "--world-size": options.world_size, "--packs": options.packs}
+    others["--output"] = options.output
+    for name in (name for name, value in others.items() if value is not None):
+        raise UserError(f"{name} is of a page; give --source without it")
+    if options.step is not None and options.step < 1:
+        raise UserError(f"--step {options.step}: --source looks at the steps before it; give 1 or more")
+    config, progress = config_and_progress(Path(single_input(options)))
+    ledger = Ledger.from_json(progress.ledger) if progress else None
+    done = progress.step if progress else 0
+    steps = options.step or done or config.train.steps
+    say(found_reads(config, objectives.create(config).sequences, options.source, steps, done, ledger))

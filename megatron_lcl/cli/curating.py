@@ -38,6 +38,14 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument("--dry-run", action="store_true", help="only print what would be removed, without --output")
     sub.add_argument("--sample", metavar="FILE", help="also write an HTML page with samples of what was removed")
+    sub.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        default=6,
+        help="removals of each rule that are kept to be looked at, with text or a small image (%(default)s); 0: none, "
+        "and no names of what was removed either",
+    )
 
 
 def _curate(options: argparse.Namespace, rest: list[str]) -> None:
@@ -56,7 +64,7 @@ def _curate(options: argparse.Namespace, rest: list[str]) -> None:
             raise UserError(f"--sample {page}: give a file in a folder that is there")
     settings = read_settings(options.preset, options.config, overrides_of(rest, switches=()))
     engine, job = jobs_of(options)
-    common = {"settings": settings, "workers": options.workers, "progress": True}
+    common = {"settings": settings, "workers": options.workers, "samples": options.samples, "progress": True}
     if options.dry_run:
         if engine is not None:
             raise UserError(f"--dry-run looks here; give it without --executor {engine.executor}")

@@ -35,6 +35,11 @@ class Context:
         return read_words(self._settings.lists.flagged_words)
 
     @cached_property
+    def excluded_names(self) -> frozenset[str]:
+        assert self._settings.document.excluded_names is not None  # the rule is on
+        return read_names(self._settings.document.excluded_names)
+
+    @cached_property
     def language(self) -> Callable[[str], float]:
         return language_score(self._settings.language)
 
@@ -122,11 +127,25 @@ def stop_words(lists: Lists) -> frozenset[str]:
 
 def read_words(path: str | Path) -> frozenset[str]:
     """A file with a word a line, in lower case; empty lines are none."""
+    return frozenset(line.lower() for line in _lines(path))
+
+
+def read_names(path: str | Path) -> frozenset[str]:
+    """A file with a name or a domain a line: each line, and as `//site.org` what may be a domain. UserError where there
+    is none in it."""
+    names = [name.removeprefix("\ufeff") for name in _lines(path)]  # a byte order mark
+    if not names:
+        raise UserError(f"{path} has no line; give the names of documents to remove, one a line")
+    return frozenset([*names, *(f"//{name.lower()}" for name in names if "/" not in name)])
+
+
+def _lines(path: str | Path) -> list[str]:
+    """Of a file, without those that are empty, and without white space around them."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").lower().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text in UTF-8") from None
-    return frozenset(word for line in lines if (word := line.strip()))
+    return [word for line in lines if (word := line.strip())]
 
 
 def libraries(rules: Set[str], language: Language, lists: Lists) -> dict[str, str]:

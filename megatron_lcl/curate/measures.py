@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import numpy as np
 import regex
@@ -154,3 +155,18 @@ def has_any(name: str, words: Sequence[str]) -> bool:
     """Whether a name has one of the words in it, in upper or lower case."""
     name = name.lower()
     return any(word.lower() in name for word in words)
+
+
+def is_listed(name: str, listed: Collection[str]) -> bool:
+    """Whether a document's name is in a list, or what stands in it behind the first space, which the source calls it
+    by; or, where that is a URL, its host or a domain that the host is in. Domains are listed as `//site.org`."""
+    own = name.partition(" ")[2]
+    if name in listed or own in listed:
+        return True
+    try:
+        host = urlsplit(own).hostname  # in lower case
+    except ValueError:  # as of `http://[`
+        host = None
+    while host and f"//{host}" not in listed:
+        host = host.partition(".")[2]
+    return bool(host)

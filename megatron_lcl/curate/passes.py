@@ -59,7 +59,8 @@ REMOVED_FILE, COUNTED_FILE = "removed.parquet", "counted.json"
 _JUDGED = pa.schema([("document", pa.int64()), ("item", pa.int32()), ("rule", pa.string()), ("value", pa.float64())])
 _JUDGED_FILE = "items.parquet"
 SAMPLES = 6
-"""of each rule; those whose hash is smallest, so that they are the same whoever removes what"""
+"""of each rule, unless another number is given; those whose hash is smallest, so that they are the same whoever removes
+what"""
 _SAMPLE_CHARACTERS, _SAMPLE_PARTS, _THUMBNAIL = 1200, 8, 240
 
 
@@ -83,6 +84,8 @@ class Work:
     joins: tuple[Join, ...]
     folder: Path
     """the work folder"""
+    samples: int = SAMPLES
+    """of each rule; 0: nothing that is written says more of what was removed than its number"""
 
     def facts(self, task: int, join: int) -> Path:
         """The file of what a join wants to know of a task's documents."""
@@ -206,12 +209,12 @@ class Counted:
         for k, count in enumerate((texts, images, documents)):
             counts[k] += count
 
-    def merge(self, other: Counted) -> None:
+    def merge(self, other: Counted, num_samples: int) -> None:
         for rule, counts in other.removed.items():
             self.add(rule, *counts)
         for rule, samples in other.samples.items():
             both = [*self.samples.get(rule, ()), *samples]
-            self.samples[rule] = heapq.nsmallest(SAMPLES, both, key=lambda sample: sample[0])
+            self.samples[rule] = heapq.nsmallest(num_samples, both, key=lambda sample: sample[0])
 
 
 def decide(work: Work, task: Range) -> Counted:
@@ -236,6 +239,11 @@ def _decide_range(work: Work, task: Range, folder: Path) -> None:
     rules, thresholds = rules_of(work.settings, "document"), thresholds_of(work.settings, work.joins)
     counted, drops = Counted(), Drops()
     rows: list[Row] = []
+
+    def add_row(document: Source, item: int, removal: Removal) -> None:
+        name, matched = (document.name, removal.matched) if work.samples else ("", "")
+        rows.append(Row(document.number, item, removal.rule, removal.value, name, matched))
+
     for (document, gone, whole), of_document in first_rules(rules, _left(work, task)):
         whole = whole or of_document
         for item, removal in sorted(gone.items()):
@@ -243,11 +251,11 @@ def _decide_range(work: Work, task: Range, folder: Path) -> None:
             counted.add(removal.rule, texts=is_text, images=not is_text)
             sample, reason = document.text(item) if is_text else "", _reason(removal.rule, thresholds)
             drops.left_out("text" if is_text else "image", reason, document.name, sample=sample)
-            rows.append(Row(document.number, item, removal.rule, removal.value, document.name, removal.matched))
+            add_row(document, item, removal)
         if whole is not None:
             counted.add(whole.rule, len(document.kept_texts), len(document.kept_images), 1)
             drops.left_out("document", _reason(whole.rule, thresholds), document.name)
-            rows.append(Row(document.number, WHOLE, whole.rule, whole.value, document.name, whole.matched))
+            add_row(document, WHOLE, whole)
     columns = list(map(list, zip(*rows, strict=True))) or [[] for _ in REMOVED]
     pq.write_table(pa.table(columns, names=REMOVED.names).cast(REMOVED), folder / REMOVED_FILE, compression="zstd")
     counted.samples = _samples(work, task, rows)
@@ -371,7 +379,7 @@ def _samples(work: Work, task: Range, rows: Sequence[Row]) -> dict[str, list[tup
         hashed = ((xxhash.xxh3_64_intdigest(b"%d %d" % (row.document, row.item)) >> 1, row) for row in found)
         chosen[rule] = [
             (number, {**row._asdict(), "parts": _parts(work.corpus, task, row.document, row.item, gone[row.document])})
-            for number, row in heapq.nsmallest(SAMPLES, hashed)
+            for number, row in heapq.nsmallest(work.samples, hashed)
         ]
     return chosen
 

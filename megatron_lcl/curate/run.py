@@ -31,6 +31,7 @@ from megatron_lcl.curate.models import rules as models
 from megatron_lcl.curate.passes import (
     REMOVED,
     REMOVED_FILE,
+    SAMPLES,
     Counted,
     Work,
     decide,
@@ -145,6 +146,7 @@ def curate(
     workers: int = 1,
     job: tuple[int, int] | None = None,
     task_bytes: int = TASK_BYTES,
+    samples: int = SAMPLES,
     progress: bool = False,
 ) -> Curated:
     """Write what the rules leave of `corpus` into the folder `output`; None: only say what they would remove.
@@ -152,13 +154,16 @@ def curate(
     joins: rules over the whole corpus besides those of the settings. Ids of texts, bytes of images, similarities, names
     and kinds stay as they are. Beside the corpus's usual files, and as them in its manifest: `removed.parquet`, every
     removal, and samples of them. job: (i, n) is one of n that share the work: the i-th of 0 … n-1 begins at its part of
-    the corpus, and then does what the others have not done yet, as it has to be done before the work goes on.
+    the corpus, and then does what the others have not done yet, as it has to be done before the work goes on. samples:
+    of each rule; 0: the result neither shows nor names anything that was removed, on the way to the source neither.
     The same call again goes on with an unfinished run and recognizes a finished corpus.
     Raises UserError, leaving nothing, where `output` holds something else, a list, model or package is missing, a
     model does not fit its rules, or every document would go.
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: give at least 1")
+    if samples < 0:
+        raise UserError(f"--samples {samples}: give 0 or more")
     settings = _resolved(settings)
     source = open_corpus(corpus)
     joins = (*_joins_of(settings), *joins)
@@ -170,7 +175,7 @@ def curate(
             with clear_errors(Path(tempfile.gettempdir()), remedy):
                 folder = made.enter_context(temporary_folder("megatron-lcl-curate-"))
             with clear_errors(folder, remedy):
-                work = Work(source, settings, joins, folder)
+                work = Work(source, settings, joins, folder, samples)
                 _, counted = _decide(work, task_bytes, workers, None, progress)
                 return _curated(None, source, work, counted)
     output = Path(output)
@@ -184,12 +189,14 @@ def curate(
         "libraries": _libraries(settings),
         "layout": [task_bytes],
         "rules": _rules_version(settings),
+        # as in earlier releases where nobody asks for another number; a corpus that has more to tell is another one
+        **({} if samples == SAMPLES else {"samples": samples}),
     }
     if is_finished_corpus(output, recipe, _WORK_VERSION, ["names"]):
         clear_up(output)
         return read_curated(output, reused=True)
     source.check_sizes()
-    work = Work(source, settings, joins, output / WORK)
+    work = Work(source, settings, joins, output / WORK, samples)
 
     def is_useless(error: BaseException) -> bool:
         return isinstance(error, _NothingLeft) or not holds_work(work.folder)
@@ -270,6 +277,8 @@ def _check(settings: Settings, *, keep: bool) -> None:
         match rule.field:
             case "min_stop_words" | "max_flagged_words":
                 getattr(context, rule.field[4:])
+            case "excluded_names":
+                _ = context.excluded_names
             case "min_language":
                 context.language("a")
             case "min_perplexity" | "max_perplexity":
@@ -318,7 +327,7 @@ def _decide(
                 _join(work, number, join, len(tasks), workers)
     counted = Counted()
     for of_task in _each(decide, "documents", work, tasks, workers, job, progress):
-        counted.merge(of_task)
+        counted.merge(of_task, work.samples)
     return tasks, counted
 
 
@@ -397,6 +406,9 @@ def _finish(
     drops = work.corpus.drops
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
+    if not work.samples:
+        drops.names.clear()
+        drops.samples.clear()
     samples = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in curated.samples)
     more = {
         REMOVED_FILE: _write_removed(work, parts, scratch),

@@ -120,6 +120,11 @@ class Holdings:
     unsafe_names: tuple[str, ...] = Field(
         default=(), description="words that a document's name (file, URL) must not have in it, in upper or lower case"
     )
+    excluded_names: str | None = Field(
+        default=None,
+        description="file with a line for each name that goes: a document's whole name, what stands in it behind the "
+        "first space (such as its URL), or a domain, of which all URLs go, also those of subdomains",
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -321,6 +326,8 @@ def _files(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "lists.stop_words", settings.lists.stop_words
     if settings.lists.flagged_words is not None:
         yield "lists.flagged_words", settings.lists.flagged_words
+    if settings.document.excluded_names is not None:
+        yield "document.excluded_names", settings.document.excluded_names
     if settings.language.model is not None:
         yield "language.model", settings.language.model
     for name, head in settings.models.heads.items():

@@ -61,3 +61,24 @@ def shuffled(key: Any, size: int, start: int, stop: int) -> np.ndarray:
                 break
         out[i - start] = np.int64(x)
     return out
+
+
+@compiled
+def places_of(key: Any, size: int, elements: np.ndarray) -> np.ndarray:
+    """Where elements stand in the permutation of `shuffled`, int64 [N]: its network and its walk, backwards."""
+    half = _U(4)
+    while (1 << (2 * int(half))) < size:
+        half += _U(1)
+    mask = (_U(1) << half) - _U(1)
+    out = np.empty(len(elements), np.int64)
+    for i in range(len(elements)):
+        x = _U(elements[i])
+        while True:
+            left, right = x >> half, x & mask
+            for turn in range(5, -1, -1):
+                left, right = right ^ (mix(_U(key) + _U(turn), left) & mask), left
+            x = (left << half) | right
+            if x < _U(size):
+                break
+        out[i] = np.int64(x)
+    return out

@@ -25,7 +25,7 @@ import errno
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -96,8 +96,12 @@ class _Entries:
     def of(self, local: int) -> np.ndarray:
         """Those of the chunk's pack number `local`."""
         self._use.renew()
-        start, stop = self._offsets.read(local, local + 2)
-        return self._entries.read(int(start), int(stop))
+        return self.between(local, local + 1)[0]
+
+    def between(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Those of the chunk's packs first … stop-1, and where those of each begin among them and the last's end."""
+        offsets = self._offsets.read(first, stop + 1)
+        return self._entries.read(int(offsets[0]), int(offsets[-1])), offsets - offsets[0]
 
 
 Left = tuple[str, int, list[int | list[int]]]
@@ -163,6 +167,27 @@ class PackIndex:
             self._builder = threading.Thread(target=self._built, args=(chunk.end, lambda _: None), daemon=True)
             self._builder.start()
         return Pack(number, sources, entries)
+
+    def chunks_until(
+        self, stop: int, wanted: Callable[[dict[str, Any], dict[str, Any]], bool]
+    ) -> Iterator[tuple[Chunk, np.ndarray, np.ndarray]]:
+        """The chunks of the packs before `stop`, in order, each with its entries and where those of each pack begin.
+
+        wanted: says of two states whether packs between them are to be seen. Others are not given, nor built where the
+        ledger knows the states.
+        """
+        number = self.segment.first_pack
+        while number < stop:
+            state = self._state_before(number)
+            following = bisect.bisect_right(self._states, number, key=_pack_of)
+            if following < len(self._states) and not wanted(state, self._states[following]):
+                number = _pack_of(self._states[following])
+                continue
+            chunk = self._chunk_of(number)
+            if wanted(chunk.begin, chunk.end):
+                entries, offsets = self._built(chunk.begin, _Entries).between(0, chunk.stop - chunk.first)
+                yield chunk, entries, offsets
+            number = chunk.stop
 
     def prepare(self, number: int) -> None:
         """Have the chunk of pack `number` built, and its corpora open, which processes that are forked then have."""
@@ -450,7 +475,7 @@ class PackIndex:
             for n, stop, need, w, mean in zip(left, stops, needs, weights, means, strict=True)
         ]
         drawn = [
-            shuffled(key(int(s.key), _SHUFFLE, p[0]), len(s.tokens), p[1], p[1] + span)
+            shuffled(order_key(s.key, p[0]), len(s.tokens), p[1], p[1] + span)
             for s, p, span in zip(sources, positions, spans, strict=True)
         ]
         starts = np.cumsum([0, *spans]).astype(np.int64)
@@ -468,6 +493,11 @@ class PackIndex:
             _Drawn(position[0], documents[: taken[c]], _whole(taken[c]), np.flatnonzero(turns == c))
             for c, (position, documents) in enumerate(zip(positions, drawn, strict=True))
         ]
+
+
+def order_key(source_key: Any, epoch: int) -> Any:
+    """What the order of a source's documents in an epoch is drawn from (`shuffled`)."""
+    return key(int(source_key), _SHUFFLE, epoch)
 
 
 def range_of(entry: Any) -> tuple[int, int]:

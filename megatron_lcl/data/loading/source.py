@@ -66,6 +66,11 @@ def key(*values: int) -> Any:
     return result
 
 
+def source_key(seed: int, fingerprint: str) -> Any:
+    """What is drawn of a corpus is drawn from this."""
+    return key(seed, int(fingerprint[:16], 16))
+
+
 # --- sources -----------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +125,7 @@ class Source:
 
     def __init__(self, corpus: Corpus, rules: Mapping[Kind, Rules], seed: int, cache: Path) -> None:
         self.corpus, self.rules, self._rules = corpus, rules["natural"], rules
-        self.key = key(seed, int(corpus.fingerprint[:16], 16))
+        self.key = source_key(seed, corpus.fingerprint)
         # caches of corpora without captions are those of releases that had no such kind
         has_captions = any(shard.get(KIND) == "captions" for shard in corpus.manifest["shards"])
         whole = {

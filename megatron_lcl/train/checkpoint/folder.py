@@ -150,24 +150,31 @@ def last_progress(run: Path) -> Progress | None:
 
 def last_ledger(run: Path) -> Ledger | None:
     """What the run's packs depend on, as its newest checkpoint knows it; None where there is none."""
+    return _ledger_of(last_progress(run))
+
+
+def _ledger_of(progress: Progress | None) -> Ledger | None:
     # its compiler takes a while to import, and `checkpoint list` has no use for it
     from megatron_lcl.data.loading.ledger import Ledger
 
-    progress = last_progress(run)
     return Ledger.from_json(progress.ledger) if progress else None
 
 
 def config_and_ledger(path: Path) -> tuple[Config, Ledger | None]:
     """The config of a run and what its packs depend on: of a run folder, one of its checkpoints, or a config file."""
-    from megatron_lcl.data.loading.ledger import Ledger
+    config, progress = config_and_progress(path)
+    return config, _ledger_of(progress)
 
+
+def config_and_progress(path: Path) -> tuple[Config, Progress | None]:
+    """The config of a run and where it stands (None: no checkpoint says it): of the same as `config_and_ledger`."""
     if not is_dir(path):
         config = load(path)
-        return config, last_ledger(Path(config.train.output))
+        return config, last_progress(Path(config.train.output))
     if is_file(path / PROGRESS):
-        return load(path / CONFIG), Ledger.from_json(read_progress(path).ledger)
+        return load(path / CONFIG), read_progress(path)
     run = run_of(path)
-    return load(run / CONFIG), last_ledger(run)
+    return load(run / CONFIG), last_progress(run)
 
 
 def newest(

@@ -1,0 +1,144 @@
+"""Protects what leaves a corpus because somebody asks for it: found by its whole name, and nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from curate.corpora_of_rules import picture, removed, write
+from data.helpers import TOKENIZER
+
+from megatron_lcl.cli import main
+from megatron_lcl.curate.run import SAMPLES_FILE, curate
+from megatron_lcl.curate.settings import read_settings
+from megatron_lcl.data.corpus.corpus_manifest import read_manifest
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.tables import read_table
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
+
+URLS = (
+    "https://site2.org/page1",
+    "https://site2.org/page10",
+    "https://www.Site2.org:8080/page1?x=1",
+    "https://mysite2.org/page1",
+    "https://other.org/?from=site2.org",
+    "https://other.org/page1",
+    "http://[odd",
+    "7",
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus with a document for each URL: `a.jsonl@BYTE URL`."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "in").mkdir()
+    lines = [{"items": [{"text": f"A text about number {n}."}], "url": url} for n, url in enumerate(URLS)]
+    (folder / "in" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    preprocess("jsonl", folder / "in", folder / "corpus", tokenizer=TOKENIZER)
+    return folder / "corpus"
+
+
+@pytest.mark.parametrize(
+    ("lines", "gone"),
+    [
+        ("https://site2.org/page1\n", [0]),
+        ("\ufeffhttps://site2.org/page1\n\n  https://other.org/page1  \r\n", [0, 5]),
+        ("a.jsonl@0 https://site2.org/page1\n", [0]),
+        ("a.jsonl@0\npage1\nhttps\nhttps://site2.org\norg2\n", []),
+        ("SITE2.org\n", [0, 1, 2]),
+        ("www.site2.org\n", [2]),
+        ("site2.org/page1\n", []),
+        ("org\n", [0, 1, 2, 3, 4, 5]),
+        ("7\n", [7]),
+    ],
+)
+def test_a_name_is_excluded_as_a_whole(source: Path, tmp_path: Path, lines: str, gone: list[int]) -> None:
+    assert open_corpus(source).name(0) == "a.jsonl@0 https://site2.org/page1"
+    (tmp_path / "names").write_text(lines, "utf-8")
+    given = read_settings(overrides={"document.excluded_names": str(tmp_path / "names")})
+    found = curate(source, tmp_path / "out", given)
+    assert removed(tmp_path / "out") == [(n, -1, "document.excluded_names") for n in gone]
+    assert next(r.documents for r in found.rules if r.rule == "document.excluded_names") == len(gone)
+
+
+def test_a_list_of_names_that_is_none(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--document\.excluded_names .*: there is no such file"):
+        read_settings(overrides={"document.excluded_names": str(tmp_path / "names")})
+    (tmp_path / "names").write_text("\n \n")
+    with pytest.raises(UserError, match="names has no line; give the names of documents to remove, one a line"):
+        curate(source, tmp_path / "out", read_settings(overrides={"document.excluded_names": str(tmp_path / "names")}))
+
+
+def _all_of(folder: Path) -> Mapping[str, bytes]:
+    """Of each file its bytes, and what a table holds."""
+    found = {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    for path in folder.glob("*.parquet"):
+        found[f"{path.name}, decoded"] = json.dumps(read_table(path).to_pylist()).encode()
+    return found
+
+
+def _curate(*words: str | Path) -> None:
+    assert main(["curate", *map(str, words)]) == 0
+
+
+def test_without_samples_nothing_is_said_of_what_was_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither of what goes now, nor of what went, or was remarked on, on the way to the source; numbers stay."""
+    documents = [
+        Document((Text("secret words"), Text("a text that is long enough for the rule"), Image(picture(k % 8))))
+        for k in range(9)
+    ]
+    documents.append(Document((Text("no picture stands in this document of ours"),)))
+    before = write(tmp_path, documents)
+    source = tmp_path / "source"
+    _curate(before, "--output", source, "--text.min_words", "3")
+    names = [open_corpus(source).name(n) for n in range(len(open_corpus(source)))]
+    (tmp_path / "names").write_text("\n".join([*names[:4], names[9]]))
+    rules = ("--document.excluded_names", tmp_path / "names")
+    capsys.readouterr()
+    assert any(b"secret" in content for content in _all_of(source).values())
+
+    _curate(source, "--output", tmp_path / "out", *rules, "--samples", "0")
+    assert verify(tmp_path / "out") == []
+    for name, content in _all_of(tmp_path / "out").items():
+        assert b"secret" not in content, name
+        if not name.startswith("names-"):  # of what stays
+            assert b"DOCUMENTS.jsonl@" not in content, name
+    assert (tmp_path / "out" / SAMPLES_FILE).read_bytes() == b""
+    assert [row[0] for row in removed(tmp_path / "out")] == [0, 1, 2, 3, 9]
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["drops"]["left_out"] == {
+        f"document: document.excluded_names {tmp_path / 'names'}": 5,
+        "text: text.min_words 3": 9,
+    }
+
+    _curate(source, "--output", tmp_path / "alike", "--duplicates.images.action", "drop-all", "--samples", "0")
+    rows = read_table(tmp_path / "alike" / "removed.parquet").to_pylist()
+    assert [(row["document"], row["matched"]) for row in rows] == [(0, ""), (8, "")]
+
+
+def test_a_finished_corpus_with_samples_is_no_corpus_without(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _curate(source, "--output", tmp_path / "out", "--document.unsafe_names", "[page]")
+    _curate(source, "--output", tmp_path / "six", "--document.unsafe_names", "[page]", "--samples", "6")
+    assert _all_of(tmp_path / "out") == _all_of(tmp_path / "six")
+    assert len((tmp_path / "out" / SAMPLES_FILE).read_bytes().splitlines()) == 5
+    assert "samples" not in read_manifest(tmp_path / "out")["recipe"]
+    assert main(
+        ["curate", str(source), "--output", str(tmp_path / "out"), "--document.unsafe_names=[page]", "--samples=0"]
+    )
+    assert "holds another corpus (its samples differ); give a new folder" in capsys.readouterr().err
+    for num, expected in ((2, 2), (20, 7)):
+        for _ in range(2):  # recognized
+            _curate(source, "--output", tmp_path / f"{num}", "--document.unsafe_names", "[http]", "--samples", f"{num}")
+        assert len((tmp_path / f"{num}" / SAMPLES_FILE).read_bytes().splitlines()) == expected
+    assert main(["curate", str(source), "--dry-run", "--samples", "-1"])
+    assert "--samples -1: give 0 or more" in capsys.readouterr().err
