@@ -47,6 +47,19 @@ _OF_FILES = {
 _OF_STORAGE = {errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.EREMOTEIO, errno.ETIMEDOUT}
 """the same where the error names a file; else it may be of a connection, or of what the program does"""
 _CONTROL = re.compile(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+# a colon that no port follows begins a password, which may have slashes
+_USER = re.compile(
+    r"(?<![\w+.-])([a-z][\w+.-]{1,20}:/+)(?:[^\s/?#]{,4096}@|[^\s/?#:\[]{,256}:(?!\d*(?:[/?#\s]|$))\S{,4096}@)", re.I
+)
+"""the user and the password of a URL, which as a Path has lost one of its slashes"""
+_CREDENTIAL = re.compile(
+    r"""([?&;\#](?:
+    x-(?:amz|goog|ms)-[\w-]+ | sig | auth | authorization | pwd | pass | key | key-pair-id | policy | googleaccessid
+    | [\w.-]*(?:signature|token|passwd|password|secret|credentials?|api[_-]?key|access[_-]?key(?:[_-]?id)?)
+    )=)[^\s&;\#'"<>]+""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""a key of a URL's query or fragment that holds a credential, and its value; libraries also quote the path alone"""
 
 
 def is_mendable(error: BaseException | None) -> bool:
@@ -95,9 +108,10 @@ def describe_os_error(error: OSError, place: str | os.PathLike[str] | None = Non
 
 
 def complain(line: str) -> None:
-    """A line on stderr, at once. Where it cannot be written, as in a log on a full disk, nothing else changes."""
+    """A line `without_secrets` on stderr, at once. Where it cannot be written, as in a log on a full disk, nothing
+    else changes."""
     with contextlib.suppress(OSError):
-        print(printable(line), file=sys.stderr, flush=True)
+        print(printable(without_secrets(line)), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -106,6 +120,12 @@ def printable(text: str) -> str:
     Names and texts of other people's data may hold sequences by which a terminal hides lines, or fills the clipboard.
     """
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def without_secrets(text: str) -> str:
+    """A text without the credentials in its URLs: user and password, and the values of the query that are such by their
+    names, as those of presigned URLs. Errors of libraries quote the URL that was asked for."""
+    return _CREDENTIAL.sub(r"\1…", _USER.sub(r"\1", text))
 
 
 def free_space(path: Path) -> str:

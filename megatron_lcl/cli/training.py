@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lcl.cli.arguments import add_input, inputs, overrides_of
 from megatron_lcl.cli.output import say
-from megatron_lcl.errors import RunError, UserError, complain
+from megatron_lcl.errors import RunError, UserError, check_on_disk, complain
 from megatron_lcl.filesystem import exists, is_file
 
 if TYPE_CHECKING:
@@ -306,6 +306,8 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
     from megatron_lcl.report import page, runs
 
+    for path in inputs(options):
+        check_on_disk(options.input_name, path)
     given, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None
     paths = [path for path in given if not is_file(path)] or given  # of `runs/*` also the page about them is one
     if options.watch:

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_lcl.config.types import STRICT, Count, Positive
-from megatron_lcl.errors import UserError, check_on_disk
+from megatron_lcl.errors import UserError, check_on_disk, without_secrets
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -56,7 +56,7 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         if self.mirror is not None and "://" not in self.mirror:
-            raise UserError(f"checkpoint.mirror is {self.mirror}; give a URL, as s3://bucket/folder")
+            raise UserError(f"checkpoint.mirror is {without_secrets(self.mirror)}; give a URL, as s3://bucket/folder")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -26,6 +26,7 @@ from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.work import BLOCK_BACKWARD, BLOCK_FORWARD
 from megatron_lcl.train.engine import keep_freed_memory
 from megatron_lcl.train.forks import forkserver
+from megatron_lcl.train.launch_store import LOOPBACK, gloo_on_loopback
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.simulate import sizes_of
 
@@ -97,6 +98,7 @@ def _of_process(
 ) -> tuple[dict[str, float], float, float]:
     torch.set_num_threads(threads)
     keep_freed_memory()
+    gloo_on_loopback(LOOPBACK)
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes)
     try:
         dist.barrier()

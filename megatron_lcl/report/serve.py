@@ -25,7 +25,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Protocol
 
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, without_secrets
 from megatron_lcl.filesystem import matching
 from megatron_lcl.report.page import RunPage
 from megatron_lcl.report.runs import RunsPage, find_runs
@@ -150,7 +150,7 @@ class Watch:
             said = str(error) if is_expected else f"a fault of the program, {type(error).__name__}: {error}"
             if not is_expected and said != before:
                 traceback.print_exc()
-            self._failing = since, said
+            self._failing = since, without_secrets(said)
         finally:
             self._ended = time.monotonic()
             self._idle.set()

@@ -35,7 +35,14 @@ from megatron_lcl.selftest.worker import run_case
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.kernels import compile_fault
 from megatron_lcl.train.launch import is_launched
-from megatron_lcl.train.launch_store import LOOPBACK, check_loopback, exchange_in_store, open_store, wait_for_keys
+from megatron_lcl.train.launch_store import (
+    LOOPBACK,
+    exchange_in_store,
+    gloo_on_loopback,
+    open_store,
+    serve_store,
+    wait_for_keys,
+)
 from megatron_lcl.units import counted, listed
 
 
@@ -322,8 +329,7 @@ def _open_store(launched: bool, timeout: float) -> dist.TCPStore:
     """The store in which processes find each other."""
     if launched:
         return open_store(timeout)
-    check_loopback(LOOPBACK)
-    return dist.TCPStore(LOOPBACK, 0, is_master=True, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+    return serve_store(LOOPBACK, 0, timeout)
 
 
 def _of_everyone(
@@ -406,6 +412,7 @@ def _child(
             results.put((rank, pickle.dumps(case.run(rank, prepare)), None))
             return
         host, port, prefix = place
+        gloo_on_loopback(host)
         whole = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
         store = dist.PrefixStore(prefix, whole)
         result, fault = run_case(case, rank, store, timeout / 2, prepare), None

@@ -30,10 +30,10 @@ from megatron_lcl.model.block import Block, Norm
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Head, layer_specs
 from megatron_lcl.model.lcl import LayerList
-from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_device
+from megatron_lcl.parallel.mesh import Axis, Mesh, join_processes, local_device
 from megatron_lcl.train.apex import fused_layer_norm
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, load_initial_weights
-from megatron_lcl.train.launch_store import LOOPBACK, check_loopback
+from megatron_lcl.train.launch_store import LOOPBACK, open_store
 from megatron_lcl.train.layout import build_mesh, build_topology
 from megatron_lcl.train.master_weights import update_log_scale
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups, rules_of
@@ -63,7 +63,6 @@ def init_processes(config: Config) -> Mesh:
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
-    check_loopback(os.environ["MASTER_ADDR"])
     if torch.cuda.is_available():
         own, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if own >= visible:
@@ -76,10 +75,11 @@ def init_processes(config: Config) -> Mesh:
         keep_freed_memory()
     quiet_deepspeed()
     import deepspeed
+    from deepspeed.constants import default_pg_timeout
 
-    connect_on_demand()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():  # before DeepSpeed, whose store would listen at all addresses of the machine
+        store = open_store(default_pg_timeout.total_seconds())
+        join_processes(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), default_pg_timeout)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return build_mesh(config)
 

@@ -21,10 +21,45 @@ def open_store(timeout: float) -> dist.TCPStore:
 
     timeout: seconds for every request of it.
     """
-    check_loopback(os.environ["MASTER_ADDR"])
-    serves = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    host, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout)
-    return dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return serve_store(host, port, timeout)
+    check_loopback(host)
+    gloo_on_loopback(host)
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+
+
+def serve_store(host: str, port: int, timeout: float) -> dist.TCPStore:
+    """A store that this process serves; port: 0 for any, which then is its `port`. timeout: as of `open_store`.
+
+    It asks nobody who he is. At the loopback address it listens only there, where torch's own would at all addresses of
+    the machine.
+    """
+    check_loopback(host)
+    gloo_on_loopback(host)
+    listening = None
+    if host == LOOPBACK:
+        try:
+            server = socket.create_server((LOOPBACK, port), backlog=socket.SOMAXCONN)
+        except OSError as error:
+            raise dist.DistNetworkError(f"{LOOPBACK}:{port}: {error.strerror}") from None
+        port, listening = server.getsockname()[1], server.detach()  # which is torch's from here on
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )
+
+
+def gloo_on_loopback(host: str) -> None:
+    """Where processes meet at the loopback address, gloo's groups made from now on listen there, too; by default at the
+    address that this machine's name resolves to."""
+    names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}  # of Linux, of BSD and macOS
+    if host == LOOPBACK and names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names.pop())
 
 
 def check_loopback(host: str) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
 
 import pytest
+import torch.distributed as dist
 
 from megatron_lcl.config import Config
 from megatron_lcl.errors import RunError
 from megatron_lcl.selftest.run import selftest
 from megatron_lcl.train import engine
-from megatron_lcl.train.launch_store import check_loopback, open_store
+from megatron_lcl.train.launch_store import check_loopback, gloo_on_loopback, open_store, serve_store
 
 
 @pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EADDRNOTAVAIL])
@@ -44,3 +46,35 @@ def test_what_else_the_system_says_is_not_of_the_address(monkeypatch: pytest.Mon
 
 def test_a_loopback_address_that_is_up() -> None:
     check_loopback("127.0.0.1")
+
+
+def test_a_store_gives_its_port_back_and_is_closed_in_programs_that_are_started() -> None:
+    def connect() -> None:
+        socket.create_connection(("127.0.0.1", port)).close()
+
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as `hold_port` does
+        port = held.getsockname()[1]
+        for _ in range(2):
+            store = serve_store("127.0.0.1", port, 9)
+            assert store.port == port
+            with pytest.raises(dist.DistNetworkError, match=f"127.0.0.1:{port}: {os.strerror(errno.EADDRINUSE)}"):
+                serve_store("127.0.0.1", port, 9)
+            with subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False) as program:
+                connect()
+                del store
+                with pytest.raises(ConnectionRefusedError):
+                    connect()
+                program.communicate(timeout=60)
+
+
+def test_gloo_listens_where_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    gloo_on_loopback("node1")
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    gloo_on_loopback("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    gloo_on_loopback("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.errors import UserError, describe_os_error
+from megatron_lcl.errors import UserError, describe_os_error, without_secrets
 from megatron_lcl.filesystem import exists
 
 
@@ -73,7 +73,7 @@ def failure(error: BaseException) -> UserError:
         said = describe_os_error(error)
     else:
         said = f"{type(error).__name__}: {error}"
-    return UserError(" ".join(said.split()), remedies)
+    return UserError(without_secrets(" ".join(said.split())), remedies)
 
 
 @contextlib.contextmanager

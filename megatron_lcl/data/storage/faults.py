@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, without_secrets
 
 KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _STATUS = re.compile(r"(?:status code|status)\W{1,3}([1-5]\d\d)\b")
@@ -73,7 +73,7 @@ def explained(error: BaseException, url: str, name: str, environment: Mapping[st
     said, kind = str(error), type(error).__name__
     coded, status = _CODE.search(said), status_of(error)
     code = coded[1] if coded else ""
-    endpoint = without_secrets(endpoint_of(url, environment))
+    endpoint = bare(endpoint_of(url, environment))
     place = f"{url}/{name}".rstrip("/")
     if kind == "InvalidPathError" or said.startswith(("Could not parse path", "Expected string path")):
         listed, parts = _LISTED.search(said), urlsplit(url)
@@ -128,9 +128,8 @@ def _reach(url: str) -> str:
     return f"check {setting} and the network"
 
 
-def without_secrets(address: str) -> str:
-    """An address without a user, a password or a query."""
-    parts = urlsplit(address)
-    if not parts.netloc:
-        return address
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+def bare(address: str) -> str:
+    """An address without a user, a password, a query or a fragment; also one that lacks its scheme."""
+    if "://" not in address:
+        address = address.rpartition("@")[2]
+    return re.split("[?#]", without_secrets(address))[0]

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_lcl.data.storage.faults import StorageError, without_secrets
+from megatron_lcl.data.storage.faults import StorageError, bare
 from megatron_lcl.errors import UserError
 from megatron_lcl.processes import make_socket_folder, same_code
 
 About = tuple[int, "str | None"]
 """bytes and ETag of an object"""
-_URL = re.compile(r"(s3|gs|az|https?):/+(.*)", re.DOTALL)
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):(/+)(.*)", re.DOTALL | re.IGNORECASE)
+_SCHEMES = ("s3", "gs", "az", "http", "https")
 _TRIES = 3
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "HTTP", "http", "NO_PROXY", "no_proxy")
 """how the environment variables begin that a request depends on"""
@@ -34,23 +35,31 @@ _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "HTTP", "http", "NO_PROXY", "no_proxy"
 def url_of(path: str | os.PathLike[str]) -> str | None:
     """The URL of a folder of objects, without a slash at its end; None: it is a path of a file system.
 
-    A Path has lost one of the two slashes. UserError where the URL has a user, a password or a query in it: it would
-    stand in configs, logs and manifests.
+    A Path has lost one of the two slashes. UserError where the URL has another scheme, or a user, a password or a query
+    in it: it would stand in configs, logs and manifests.
     """
     found = _URL.fullmatch(str(path))
     if found is None:
         return None
-    url = f"{found[1]}://{found[2]}".rstrip("/")
+    scheme = found[1].lower()
+    url = f"{scheme}://{found[3]}".rstrip("/")
+    if scheme not in _SCHEMES:
+        if found[2] == "/" and isinstance(path, str):  # hf:/models/mine
+            return None
+        raise UserError(
+            f"{bare(url)}: {scheme}:// is not known; use {', '.join(f'{known}://' for known in _SCHEMES)}, or a path "
+            "of a file system"
+        )
     try:
         parts = urlsplit(url)
-    except ValueError as error:
-        raise UserError(f"a URL that begins with {found[1]}:// is none: {error}") from None  # it may hold a password
+    except ValueError:  # whose text may hold the password
+        raise UserError(f"{bare(url)} is no URL; check the name of the host or bucket") from None
     if not parts.netloc:
-        raise UserError(f"{url} names no bucket; write {found[1]}://BUCKET/FOLDER")
+        raise UserError(f"{bare(url)} names no bucket; write {scheme}://BUCKET/FOLDER")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UserError(
-            f"{without_secrets(url)}: a URL with a user, a password or a query is not taken, as it would be written "
-            "into logs; give credentials by environment variables"
+            f"{bare(url)}: a URL with a user, a password or a query is not taken, as it would be written into logs; "
+            "give credentials by environment variables"
         )
     return url
 

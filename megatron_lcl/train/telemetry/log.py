@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
-from megatron_lcl.errors import describe_os_error
+from megatron_lcl.errors import describe_os_error, without_secrets
 from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.run_folder import METRICS
 from megatron_lcl.train.resilience.signals import Interrupted, Stopped
@@ -223,10 +223,11 @@ class Telemetry:
         return True
 
     def say(self, message: str) -> None:
-        """A line for the person who watches, above the progress bar; in a log at once."""
+        """A line `without_secrets` for the person who watches, above the progress bar; in a log at once. Trackers may
+        record the console."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # nobody reads any more, or the log's disk is full: no reason to end
-                tqdm.write(message)
+                tqdm.write(without_secrets(message))
                 sys.stdout.flush()
 
     def __enter__(self) -> Telemetry:

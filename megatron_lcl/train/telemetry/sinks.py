@@ -22,7 +22,7 @@ from urllib.request import url2pathname
 
 from megatron_lcl.config import Config, to_dict
 from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, without_secrets
 from megatron_lcl.filesystem import exists
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ class MLflow:
             if artifacts.scheme != "file" or not is_moved:
                 self._client.log_text(self._run_id, json.dumps(to_dict(config), indent=1), "config.json")
         except Exception as error:  # noqa: BLE001 of whatever the store of artifacts needs
-            logger.warning("mlflow has no config.json of this run: %s", " ".join(str(error).split()))
+            said = without_secrets(" ".join(str(error).split()))
+            logger.warning("mlflow has no config.json of this run: %s", said)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         from mlflow.entities import Metric

@@ -26,8 +26,7 @@ from s3_server import Proxy
 from megatron_lcl.data.storage import server
 from megatron_lcl.data.storage import store as module
 from megatron_lcl.data.storage.faults import StorageError
-from megatron_lcl.data.storage.store import Store, to_show, url_of
-from megatron_lcl.errors import UserError
+from megatron_lcl.data.storage.store import Store
 
 CONTENT = bytes(range(256)) * 4000
 LARGE = os.urandom(1 << 20) * 20
@@ -438,25 +437,6 @@ def test_missing_credentials_name_the_variables(s3: Proxy, place: str, monkeypat
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")  # where a cloud would have some
     with pytest.raises(StorageError, match=r"no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
         Store(place).get("object")
-
-
-def test_urls(tmp_path: Path) -> None:
-    assert url_of("s3://bucket/a/") == "s3://bucket/a"
-    assert url_of(Path("s3://bucket/a")) == "s3://bucket/a"
-    assert url_of("corpora/s3") is None
-    assert url_of(tmp_path) is None
-    for wrong in ("s3://user:planted@bucket/a", "https://host/a?X-Amz-Signature=planted"):
-        with pytest.raises(UserError, match="environment variables") as raised:
-            url_of(wrong)
-        assert "planted" not in str(raised.value)
-    with pytest.raises(UserError, match="no bucket"):
-        url_of("s3://")
-    with pytest.raises(UserError, match="begins with s3:// is none: Invalid IPv6 URL") as raised:
-        url_of("s3://user:planted@[bucket/a")
-    assert "planted" not in str(raised.value)
-    assert [to_show(place) for place in ("s3:/bucket/a/", Path("s3://bucket/a"), "a/b")] == [
-        "s3://bucket/a", "s3://bucket/a", "a/b",
-    ]  # fmt: skip
 
 
 def test_a_user_without_a_home_folder_has_no_keys_there(monkeypatch: pytest.MonkeyPatch) -> None:

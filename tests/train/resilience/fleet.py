@@ -46,14 +46,14 @@ class Fleet:
     ) -> None:
         context = forkserver()
         self._held = hold_port()
-        port = self._held.getsockname()[1]
+        self.port = self._held.getsockname()[1]
         run.parent.mkdir(parents=True, exist_ok=True)
         self.run, self.logs = run, [run.parent / f"{run.name}.{rank}.log" for rank in range(size)]
         words = list(command) or ["train", "--train.output", str(run), *arguments]
         self.processes = [
             context.Process(
                 target=_work,
-                args=(rank, size, port, words, str(self.logs[rank]), plant, planted),
+                args=(rank, size, self.port, words, str(self.logs[rank]), plant, planted),
             )
             for rank in range(size)
         ]

@@ -212,6 +212,29 @@ def test_mlflow_without_its_store_of_artifacts_has_the_numbers(
     ] * 2
 
 
+@pytest.mark.parametrize("stores", ["metrics", "artifacts"])
+def test_a_password_in_a_trackers_address_is_not_said(
+    stores: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    needs("mlflow")
+    from mlflow import MlflowClient
+
+    closed = "http://user:planted@127.0.0.1:9/x"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    if stores == "metrics":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{closed}?token=planted")
+    else:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        MlflowClient((tmp_path / "mlruns").as_uri()).create_experiment("megatron-lcl", closed)
+    steps(tmp_path, config_of("mlflow"), 0, 1)
+    said = capfd.readouterr()
+    about = "mlflow gets no more metrics" if stores == "metrics" else "mlflow has no config.json of this run"
+    assert f"{about}: " in said.out + caplog.text
+    assert "planted" not in said.out + said.err + caplog.text
+
+
 def test_a_server_that_never_answers_holds_up_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
