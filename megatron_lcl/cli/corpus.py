@@ -104,9 +104,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--tokenizer", required=True, metavar="clip|FILE|CORPUS", help="as of `preprocess`")
     add_output(sub, "a new or an empty folder")
 
-    sub = add("export-corpus", _export_corpus, "a corpus back into JSON lines and tars of images, or into WebDataset")
+    sub = add("export-corpus", _export_corpus, "a corpus back into JSON lines, WebDataset, or parquet for `datasets`")
     sub.add_argument("corpus", metavar="CORPUS")
-    sub.add_argument("--format", default="jsonl", metavar="jsonl|webdataset", help="(%(default)s)")
+    sub.add_argument("--format", default="jsonl", metavar="jsonl|webdataset|hf", help="(%(default)s)")
     add_output(sub, "a new or an empty folder")
 
     sub = add(

@@ -107,6 +107,7 @@ COMMANDS = {
     "merge": "merge corpus --output DISK/merged",
     "retokenize": "retokenize corpus --tokenizer tokenizer.json --output DISK/retokenized",
     "export-corpus": "export-corpus corpus --output DISK/exported",
+    "export-corpus hf": "export-corpus corpus --format hf --output DISK/exported",
 }
 
 

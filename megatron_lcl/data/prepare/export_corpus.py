@@ -1,30 +1,38 @@
-"""A corpus back into source formats: JSON lines with tars of images, or WebDataset tars.
+"""A corpus back into source formats: JSON lines with tars of images, WebDataset tars, or Hugging Face's parquet.
 
-`preprocess` reads both back with the corpus's own tokenizer. Of JSON lines the same documents come, with their kinds,
-similarities and names; of WebDataset tars the same texts and images.
+`preprocess` reads all of them back with the corpus's own tokenizer. Of JSON lines the same documents come, with their
+kinds, similarities and names; of the others the same texts and images.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.document import CAPTIONED
 from megatron_lcl.data.corpus.image_columns import FORMATS
 from megatron_lcl.data.corpus.scratch import whole_folder
 from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.prepare.importers.image_tables import GROUP_BYTES, GROUP_ROWS
 from megatron_lcl.errors import UserError
 
-EXPORTS = ("jsonl", "webdataset")
+EXPORTS = ("jsonl", "webdataset", "hf")
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif", "?": "img"}
 """file name extensions of formats that are not called like the format"""
+_Documents = Iterator[tuple[int, dict[str, str], list[int | str]]]
+_STRING: dict[str, Any] = {"dtype": "string", "_type": "Value"}
+_IMAGE: dict[str, Any] = {"_type": "Image"}
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,11 @@ class Exported:
     documents: int
     images: int
     without_image: int
-    """documents that were left out, as a WebDataset sample needs an image"""
+    """documents that were left out, as a pair of these formats needs an image"""
     exact: bool
     """the texts are what they were; else as a tokenizer that changes texts gives them back"""
+    lost: tuple[str, ...] = ()
+    """what the corpus says of its documents, and the files do not"""
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.documents:,} documents, {self.images:,} images"]
@@ -45,32 +55,49 @@ class Exported:
             lines.append(f"  left out  {self.without_image:,}  documents without an image")
         if not self.exact:
             lines.append("  noted  the texts are as the corpus's tokenizer gives them back, not as they were")
+        lines += [f"  noted  not in these files: {what}; --format jsonl has it" for what in self.lost]
         return "\n".join(lines)
 
 
 def export_corpus(corpus: str | Path, output: str | Path, format: str = "jsonl", progress: bool = False) -> Exported:
-    """Write `corpus` into the new folder `output`, two files a shard at most; the same corpus gives the same bytes.
+    """Write `corpus` into the new folder `output`, two files a shard at most; the same corpus gives the same bytes (of
+    parquet with the same pyarrow).
 
     jsonl: `00000.jsonl`, a document a line as the format `jsonl` reads it, and `00000.tar` of its images, named by
-    their XXH3-128. webdataset: `00000.tar`; of a corpus of pairs with image, .txt and .json under a key for each, which
-    the format `webdataset` reads; of any other with .json (lists `texts` and `images`, one of them null at each
-    position) and the images under a key for each document, like the interleaved samples in Megatron Energon's
-    documentation, which the format `mint1t` reads. UserError, leaving nothing, for another format, a folder that is not
-    empty, and a file that is missing.
+    their XXH3-128. webdataset: `00000.tar`; of a corpus of pairs and captions with image, .txt and .json (`captions`:
+    the texts after the first) under a key for each, which the format `webdataset` reads; of any other with .json (lists
+    `texts` and `images`, one of them null at each position) and the images under a key for each document, like the
+    interleaved samples in Megatron Energon's documentation, which the format `mint1t` reads. hf: `00000.parquet` with
+    the features of `datasets`, a row for each document: `image`, `text` ("" where there is none) and, if there are any,
+    `captions`; or lists `images` and `texts` as above. The format `hf` reads it. UserError, leaving nothing, for
+    another format, a folder that is not empty, and a file that is missing.
     """
     source, output = open_corpus(corpus), Path(output)
     if format not in EXPORTS:
-        raise UserError(f"--format {format}: a corpus is exported as {' or '.join(EXPORTS)}")
-    write = {"jsonl": _write_lines, "webdataset": _write_pairs if {*source.kinds} <= {"pairs"} else _write_samples}[
-        format
-    ]
+        raise UserError(f"--format {format}: a corpus is exported as {', '.join(EXPORTS[:-1])} or {EXPORTS[-1]}")
+    samples = _write_pairs if _is_captioned(source) else _write_samples
+    write = {"jsonl": _write_lines, "webdataset": samples, "hf": _write_rows}[format]
     source.check_sizes()
     documents = images = without = 0
     with whole_folder(output) as folder:
         for number in tqdm(range(source.num_shards), desc=output.name, unit="shard", disable=not progress):
             written = write(source, number, folder)
             documents, images, without = (a + b for a, b in zip((documents, images, without), written, strict=True))
-    return Exported(output, documents, images, without, source.tokenizer.is_lossless)
+    lost = () if format == "jsonl" else tuple(_lost(source))
+    return Exported(output, documents, images, without, source.tokenizer.is_lossless, lost)
+
+
+def _is_captioned(corpus: Corpus) -> bool:
+    """Whether all documents are an image with its texts, and are written as such; else all are as interleaved ones."""
+    return {*corpus.kinds} <= {*CAPTIONED}
+
+
+def _lost(corpus: Corpus) -> Iterator[str]:
+    """What only JSON lines say."""
+    if "matched" in corpus.kinds:
+        yield "which text an image is matched to, and its similarity"
+    if not _is_captioned(corpus) and (captioned := sorted({*corpus.kinds} & {*CAPTIONED})):
+        yield f"which documents are {' and '.join(captioned)}, as others are interleaved"
 
 
 def _write_lines(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
@@ -80,10 +107,9 @@ def _write_lines(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, i
             for j in range(shard.num_images):
                 _add(archive, _image_name(shard, j), bytes(shard.image(j)))
     with open(folder / f"{number:05d}.jsonl", "w", encoding="utf-8") as file:
-        for local in range(shard.num_documents):
-            start, stop = shard.document_offsets[local : local + 2].tolist()
-            items = [_item(corpus, shard, k) for k in range(start, stop)]
-            line = {**_name(shard, local), "kind": corpus.kinds[number], "items": items}
+        for local, name in enumerate(_names(shard)):
+            items = [_item(corpus, shard, k) for k in range(*shard.bounds(local))]
+            line = {**name, "kind": corpus.kinds[number], "items": items}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return shard.num_documents, shard.num_images, 0
 
@@ -106,54 +132,118 @@ def _write_samples(corpus: Corpus, number: int, folder: Path) -> tuple[int, int,
     """Documents of any kind."""
     shard, images = corpus.open_shard(number), 0
     with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-        for local in range(shard.num_documents):
+        for local, name, items in _documents(corpus, shard):
             key = f"{local:09d}"
             lists: dict[str, list[str | None]] = {"texts": [], "images": []}
-            for k in range(*shard.document_offsets[local : local + 2].tolist()):
-                value = shard.piece(k)
+            for position, item in enumerate(items):
                 text = image = None
-                if isinstance(value, int):
-                    image = f"{len(lists['images'])}.{_suffix(shard, value)}"
-                    _add(archive, f"{key}.{image}", bytes(shard.image(value)))
+                if isinstance(item, int):
+                    image = f"{position}.{_suffix(shard, item)}"
+                    _add(archive, f"{key}.{image}", bytes(shard.image(item)))
                     images += 1
                 else:
-                    text = corpus.tokenizer.decode(value)
+                    text = item
                 lists["texts"].append(text)
                 lists["images"].append(image)
-            record = {**_name(shard, local), **lists}
+            record = {**name, **lists}
             _add(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
     return shard.num_documents, images, 0
 
 
 def _write_pairs(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
-    shard, first = corpus.open_shard(number), int(corpus.document_starts[number])
-    documents = 0
+    shard, documents = corpus.open_shard(number), 0
     with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-        for local in range(shard.num_documents):
-            start, stop = shard.document_offsets[local : local + 2].tolist()
-            document: Document = corpus[first + local]
-            texts = [item.text for item in document.items if isinstance(item, Text)]
-            images = [item for item in document.items if isinstance(item, Image)]
-            if len(images) > 1 or len(texts) > 1:
-                raise UserError(
-                    f"document {first + local} of {corpus.where} has {len(images)} images and {len(texts)} texts, and "
-                    "webdataset holds pairs; export it with --format jsonl"
-                )
-            if not images:
-                continue
+        for local, name, image, texts in _pairs(corpus, shard):
             key = f"{local:09d}"
-            image = next(int(shard.pieces(k, k + 1)[0]) for k in range(start, stop) if shard.modes[k])
-            _add(archive, f"{key}.{_suffix(shard, image)}", images[0].data)
-            for text in texts:
+            _add(archive, f"{key}.{_suffix(shard, image)}", bytes(shard.image(image)))
+            for text in texts[:1]:
                 _add(archive, f"{key}.txt", text.encode())
-            _add(archive, f"{key}.json", json.dumps({"id": document.name}, ensure_ascii=False).encode())
+            record = {**name, **({"captions": texts[1:]} if texts[1:] else {})}
+            _add(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
             documents += 1
     return documents, documents, shard.num_documents - documents
 
 
-def _name(shard: Shard, local: int) -> dict[str, str]:
-    """What a document is called, as a line's `id`; empty where it has no name."""
-    return {"id": shard.names[local]} if shard.names and shard.names[local] else {}
+def _write_rows(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
+    """In row groups of GROUP_ROWS and GROUP_BYTES of texts and images, unless one document has more: so much this, and
+    a reader, has in memory."""
+    shard, schema, captioned = corpus.open_shard(number), _schema(corpus), _is_captioned(corpus)
+    pairs: _Documents = ((local, name, [image, *texts]) for local, name, image, texts in _pairs(corpus, shard))
+    rows: list[dict[str, Any]] = []
+    documents = images = size = 0
+    with (
+        open(folder / f"{number:05d}.parquet", "wb") as file,  # by Arrow itself a full disk would be said in its words
+        pq.ParquetWriter(file, schema, use_dictionary=False) as writer,
+    ):
+        for _, name, items in pairs if captioned else _documents(corpus, shard):
+            added = sum(len(i.encode()) if isinstance(i, str) else int(shard.image_sizes[i]) for i in items)
+            if len(rows) == GROUP_ROWS or (rows and size + added > GROUP_BYTES):
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                rows, size = [], 0
+            pictures = [_picture(shard, item) if isinstance(item, int) else None for item in items]
+            texts = [None if isinstance(item, int) else item for item in items]
+            row: dict[str, Any] = {"images": pictures, "texts": texts}
+            if captioned:
+                row = {"image": pictures[0], "text": (texts[1:] or [""])[0], "captions": texts[2:]}
+            rows.append({**name, **row})
+            documents, images, size = documents + 1, images + len(pictures) - pictures.count(None), size + added
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+    return documents, images, shard.num_documents - documents
+
+
+def _picture(shard: Shard, j: int) -> dict[str, Any]:
+    return {"bytes": bytes(shard.image(j)), "path": _image_name(shard, j)}
+
+
+def _schema(corpus: Corpus) -> pa.Schema:
+    """Of `_write_rows`, with the features in its metadata as `datasets` 4 and 5 write them."""
+    features = {"id": _STRING, "images": _several(_IMAGE), "texts": _several(_STRING)}
+    if _is_captioned(corpus):
+        more = {"captions": _several(_STRING)} if "captions" in corpus.kinds else {}
+        features = {"id": _STRING, "image": _IMAGE, "text": _STRING, **more}
+    columns = [(name, _arrow_type(feature)) for name, feature in features.items()]
+    return pa.schema(columns, {"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _several(feature: dict[str, Any]) -> dict[str, Any]:
+    return {"feature": feature, "_type": "List"}
+
+
+def _arrow_type(feature: dict[str, Any]) -> pa.DataType:
+    if "feature" in feature:
+        return pa.list_(_arrow_type(feature["feature"]))
+    return pa.string() if feature == _STRING else pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def _documents(corpus: Corpus, shard: Shard) -> _Documents:
+    """(its number in the shard, its name as of `_names`, its items) of each document; an item is an image's number in
+    the shard, or a text."""
+    for local, name in enumerate(_names(shard)):
+        values = (shard.piece(k) for k in range(*shard.bounds(local)))
+        yield local, name, [value if isinstance(value, int) else corpus.tokenizer.decode(value) for value in values]
+
+
+def _pairs(corpus: Corpus, shard: Shard) -> Iterator[tuple[int, dict[str, str], int, list[str]]]:
+    """(its number in the shard, its name, its image, its texts) of each document that has an image. UserError where it
+    has several, or where a pair has several texts."""
+    for local, name, items in _documents(corpus, shard):
+        images = [item for item in items if isinstance(item, int)]
+        texts = [item for item in items if isinstance(item, str)]
+        kind = corpus.kinds[shard.number]
+        if len(images) > 1 or (len(texts) > 1 and kind == "pairs"):
+            raise UserError(
+                f"document {int(corpus.document_starts[shard.number]) + local} of {corpus.where} has {len(images)} "
+                f"images and {len(texts)} texts, but is of kind {kind}; export it with --format jsonl"
+            )
+        if images:
+            yield local, name, images[0], texts
+
+
+def _names(shard: Shard) -> Iterator[dict[str, str]]:
+    """What each document is called, as a line's `id`; empty where it has no name."""
+    names = shard.names.between(0, shard.num_documents) if shard.names else itertools.repeat("", shard.num_documents)
+    return ({"id": name} if name else {} for name in names)
 
 
 def _image_name(shard: Shard, j: int) -> str:

@@ -1,4 +1,4 @@
-"""Protects a corpus's way back into JSON lines with tars, and into WebDataset: `preprocess` makes the same of it."""
+"""Protects a corpus's way back into JSON lines with tars, WebDataset and parquet: `preprocess` makes the same of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data import writers
 from data.helpers import TOKENIZER, contents, plain, spaced
@@ -17,6 +19,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
+from megatron_lcl.data.prepare import export_corpus as export_module
 from megatron_lcl.data.prepare.export_corpus import export_corpus
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.errors import UserError
@@ -29,6 +32,13 @@ MIXED = [
     Document((Text("only"),)),
     Document((Image(picture(1), "", 0.3, 1), Text("c"), Image(picture(4), "", -0.5, 0), Text("d")), kind="matched"),
 ]
+CAPTIONS = [
+    Document((Image(picture(1)), Text("first\n"), Text(" another"), Text("third é")), kind="captions"),
+    Document((Image(picture(2, format="JPEG")), Text("alone")), kind="captions"),
+]
+STRING, IMAGE = {"dtype": "string", "_type": "Value"}, {"_type": "Image"}
+STRINGS, IMAGES = {"feature": STRING, "_type": "List"}, {"feature": IMAGE, "_type": "List"}
+"""features in a file's metadata, as `to_parquet` of datasets 5.2 writes them"""
 
 
 def make(folder: Path, documents: list[Document], **options: object) -> Path:
@@ -90,6 +100,102 @@ def test_interleaved_webdataset(tmp_path: Path) -> None:
     assert open_corpus(tmp_path / "back").name(0).endswith(open_corpus(source).name(0))
 
 
+@pytest.mark.parametrize("format", ["webdataset", "hf"])
+def test_captions_stay_alternatives(tmp_path: Path, format: str) -> None:
+    source = make(tmp_path, CAPTIONS)
+    exported = export_corpus(source, tmp_path / "out", format)
+    assert (exported.documents, exported.images, exported.lost) == (2, 2, ())
+    preprocess(format, tmp_path / "out", tmp_path / "back", tokenizer=source, options={"captions": "captions"})
+    back = open_corpus(tmp_path / "back")
+    assert back.kinds == open_corpus(source).kinds == ("captions",)
+    assert plain(list(back)) == plain(CAPTIONS)
+    preprocess(format, tmp_path / "out", tmp_path / "pairs", tokenizer=source)
+    assert plain(list(open_corpus(tmp_path / "pairs"))) == [d[:2] for d in plain(CAPTIONS)]
+
+
+def test_what_other_formats_do_not_say_is_said(tmp_path: Path) -> None:
+    source = make(tmp_path, [*MIXED, *CAPTIONS])
+    assert open_corpus(source).kinds == ("natural", "pairs", "matched", "captions")
+    assert export_corpus(source, tmp_path / "jsonl").lost == ()
+    for format in ("webdataset", "hf"):
+        lines = str(export_corpus(source, tmp_path / format, format)).splitlines()[1:]
+        assert lines == [
+            "  noted  not in these files: which text an image is matched to, and its similarity; --format jsonl has it",
+            "  noted  not in these files: which documents are captions and pairs, as others are interleaved; "
+            "--format jsonl has it",
+        ]
+
+
+def features_of(table: pa.Table) -> dict[str, object]:
+    return json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]  # type: ignore[no-any-return]
+
+
+def test_pairs_as_parquet(tmp_path: Path) -> None:
+    source = make(
+        tmp_path, [*PAIRS, Document((Text("alone"),), kind="pairs"), Document((Image(picture(9)),), kind="pairs")]
+    )
+    exported = export_corpus(source, tmp_path / "out", "hf")
+    assert (exported.documents, exported.images, exported.without_image) == (8, 8, 1)
+    (file,) = (tmp_path / "out").iterdir()
+    table = pq.read_table(file, partitioning=None)
+    assert features_of(table) == {"id": STRING, "image": IMAGE, "text": STRING}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    assert table.schema.remove_metadata() == pa.schema([("id", "string"), ("image", image), ("text", "string")])
+    assert table["id"].to_pylist() == [open_corpus(source).name(i) for i in (*range(7), 8)]
+    rows = table.to_pylist()
+    assert [(row["image"]["bytes"], row["text"]) for row in rows] == [
+        *((d.images[0].data, d.texts[0].text) for d in PAIRS),
+        (picture(9), ""),
+    ]
+    suffixes = ["png", "jpg", "webp", "ppm", "tif", "gif", "png", "png"]
+    assert [row["image"]["path"].split(".")[1] for row in rows] == suffixes
+    preprocess("hf", tmp_path / "out", tmp_path / "back", tokenizer=source)
+    back = open_corpus(tmp_path / "back")
+    assert plain(list(back)) == [*plain(PAIRS), [(picture(9), None, None)]]
+    assert back.kinds == ("pairs",)
+
+
+def test_interleaved_documents_as_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row groups end before they would be larger than the bound, but for a document that alone is larger."""
+    monkeypatch.setattr(export_module, "GROUP_BYTES", 9000)
+    large, one, two = (picture(1, 80, 80), picture(2), picture(3))
+    assert len(large) > 9000 > len(one + two + b"d") > 6000
+    documents = [
+        Document((Text("a"), Image(one), Text(" b\n"), Image(two))),
+        Document((Text("c"),)),
+        Document((Image(large), Image(two), Text("d"), Text("e"))),
+        Document((Image(one), Image(two), Text("d"))),
+    ]
+    source = make(tmp_path, documents, shard_documents=3)
+    exported = export_corpus(source, tmp_path / "out", "hf")
+    assert (exported.documents, exported.images, exported.without_image, exported.lost) == (4, 6, 0, ())
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == ["00000.parquet", "00001.parquet"]
+    with pq.ParquetFile(files[0]) as first:
+        groups = [first.metadata.row_group(k).num_rows for k in range(first.num_row_groups)]
+        assert groups == [2, 1]
+    tables = [pq.read_table(file, partitioning=None) for file in files]
+    assert features_of(tables[1]) == {"id": STRING, "images": IMAGES, "texts": STRINGS}
+    rows = pa.concat_tables(tables).to_pylist()
+    assert [row["texts"] for row in rows] == [
+        ["a", None, " b\n", None],
+        ["c"],
+        [None, None, "d", "e"],
+        [None, None, "d"],
+    ]
+    assert [[image and image["bytes"] for image in row["images"]] for row in rows] == [
+        [None, one, None, two], [None], [large, two, None, None], [one, two, None],
+    ]  # fmt: skip
+    preprocess("hf", tmp_path / "out", tmp_path / "back", tokenizer=source)
+    back = open_corpus(tmp_path / "back")
+    assert plain(list(back)) == plain(spaced(documents, " "))
+    assert back.name(3).endswith(open_corpus(source).name(3))
+    with pytest.raises(UserError, match=r"--option captions: .* has lists of images in its column images"):
+        preprocess("hf", tmp_path / "out", tmp_path / "no", tokenizer=source, options={"captions": "texts"})
+    with pytest.raises(UserError, match=r"--option captions=none: .* has no such column; it has id, images, texts"):
+        preprocess("hf", tmp_path / "out", tmp_path / "no", tokenizer=source, options={"captions": "none"})
+
+
 def test_an_interleaved_webdataset_without_an_image(tmp_path: Path) -> None:
     lists = {"texts": ["a", None, None, "b"], "images": [None, "0.PNG", "__key__", None]}
     with tarfile.open(tmp_path / "in.tar", "w") as archive:
@@ -109,7 +215,8 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     several = make(tmp_path / "b", [*PAIRS, Document((Text("x"), Image(picture(1)), Text("y")), kind="pairs")])
     for corpus, format, message in (
         (several, "webdataset", "document 7 of .* has 1 images and 2 texts"),
-        (several, "parquet", "--format parquet: a corpus is exported as jsonl or webdataset"),
+        (several, "hf", "document 7 of .* has 1 images and 2 texts, but is of kind pairs"),
+        (several, "parquet", "--format parquet: a corpus is exported as jsonl, webdataset or hf"),
     ):
         with pytest.raises(UserError, match=message):
             export_corpus(corpus, tmp_path / "out", format)

@@ -1,9 +1,9 @@
 """Folders of Hugging Face's `datasets`: what `save_to_disk` wrote (Arrow streams), or parquet with Image features.
 
 An image is a struct of `bytes` and `path`, or a list of them. One image and one text of a row are a pair; of one image
-and a list of texts each text makes a pair; of two lists one of the two is not null at each position (interleaved);
-a list of images stands before a single text. Which columns hold them is said by the schema's `huggingface` metadata and
-the types, or by options.
+and a list of texts each text makes a pair, or with option `captions` all stay together; of two lists one of the two is
+not null at each position (interleaved); a list of images stands before a single text. Which columns hold them is said
+by the schema's `huggingface` metadata and the types, or by options.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_lcl.data.corpus.document import Document, Image
+from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
@@ -38,6 +38,8 @@ from megatron_lcl.data.prepare.importers.sources import (
     as_text,
     interleaved,
     its_id,
+    listed,
+    more_captions,
     text_item,
 )
 from megatron_lcl.data.storage.paths import ObjectPath
@@ -77,10 +79,15 @@ class HfImporter(ImagesByName, FilesImporter):
         text_column: Annotated[
             str, f"column of the texts; empty: the first of {', '.join(_TEXTS)}, else the only one"
         ] = "",
+        captions: Annotated[
+            str,
+            "columns, separated by commas, whose strings or lists of strings are captions, too: all of an image are "
+            "kept, and each epoch reads one; empty: each text makes a pair with its image",
+        ] = "",
     ) -> None:
         super().__init__(input)
         self.found = of_split(of_data_set(self.found), split)
-        self.image, self.text = image_column, text_column
+        self.image, self.text, self.captions = image_column, text_column, listed(captions)
         self.images = ImageSource(images)
         # earlier releases looked for no path from the root, otherwise in tars, and for names as they are given only
         self.rules += 2 * (images is not None)
@@ -91,7 +98,8 @@ class HfImporter(ImagesByName, FilesImporter):
 
     def _choose_columns(self, schema: pa.Schema) -> None:
         has = f"it has {some_columns(schema.names)}"
-        for option, name in (("image_column", self.image), ("text_column", self.text)):
+        more = [("captions", name) for name in self.captions]
+        for option, name in (("image_column", self.image), ("text_column", self.text), *more):
             if name and name not in schema.names:
                 raise UserError(f"--option {option}={name}: {self.root} has no such column; {has}")
         if not self.image:
@@ -108,6 +116,10 @@ class HfImporter(ImagesByName, FilesImporter):
                 raise UserError(f"{self.root} has {what} of texts; {has}: name one with --option text_column=NAME")
             self.text = (named or found)[0]
         self.kind = "natural" if _is_list(schema.field(self.image).type) else "pairs"
+        if self.captions:
+            if self.kind == "natural":
+                raise UserError(f"--option captions: {self.root} has lists of images in its column {self.image}")
+            self.kind, self.separator = "captions", ""
 
     def units_of_files(self) -> list[Unit]:
         """Payload of an Arrow stream: (path, 0, 0, 0); of a parquet file see `row_group_units`."""
@@ -122,7 +134,7 @@ class HfImporter(ImagesByName, FilesImporter):
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         file = unit.payload[0]
-        name, near, needed = self.found.name(file), (self.stem(file),), [self.image, self.text]
+        name, near, needed = self.found.name(file), (self.stem(file),), [self.image, self.text, *self.captions]
         rows = (
             rows_of_unit(unit, name, needed, drops, _ABOUT.__contains__, _BATCH)
             if file.suffix == ".parquet"
@@ -132,19 +144,21 @@ class HfImporter(ImagesByName, FilesImporter):
             yield from self._documents(values, near, f"{name}:{row}", drops)
 
     def _documents(self, row: dict[str, Any], near: tuple[str], name: str, drops: Drops) -> Iterator[Document]:
-        """One, or of one image with several texts one each."""
+        """One, or of one image with several texts one each, unless they are captions."""
         images, texts = row[self.image], row[self.text]
         about = its_id(row, name, drops)
         if not isinstance(images, list):
-            several = texts if isinstance(texts, list) and texts else [texts]
-            for number, text in enumerate(several):
+            several: list[list[Any]] = [[text] for text in (texts if isinstance(texts, list) and texts else [texts])]
+            if self.captions:
+                several = [[*dict.fromkeys(more_captions(row, (self.text, *self.captions), name, drops))]]
+            for number, its_texts in enumerate(several):
                 label = f"{name}#{number}" if len(several) > 1 else name
-                items = [
-                    item for item in (self._image(images, near, label, drops), text_item(text, label, drops)) if item
-                ]
-                lost = int(not isinstance(items[0], Image))
+                image = self._image(images, near, label, drops)
+                items: list[Text | Image] = [] if image is None else [image]
+                items += [text_item(text, label, drops) for text in its_texts]
                 together = {"group": name} if len(several) > 1 else {}
-                yield Document(tuple(items), name=label, metadata={**about, **together, "lost_images": lost})
+                metadata = {**about, **together, "lost_images": int(image is None)}
+                yield Document(tuple(items), name=label, metadata=metadata)
             return
         if not isinstance(texts, list):
             images = [*(image for image in images if image is not None), None]

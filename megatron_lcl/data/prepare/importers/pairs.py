@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.sources import decoded_file, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import decoded_file, its_id, listed, more_captions, text_item
 from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import is_file, matching, raise_if_passing
@@ -46,7 +46,7 @@ class WebDatasetImporter(TarImporter):
                 raise
             remedy = "`tar cf pairs.tar *` in that folder packs its images, each with its .txt"
             raise UserError(f"{error}; {remedy}") from None
-        self.captions = tuple(name.strip() for name in captions.split(",") if name.strip())
+        self.captions = listed(captions)
         if self.captions:
             self.kind = "captions"
 
@@ -61,24 +61,14 @@ class WebDatasetImporter(TarImporter):
                 items.append(Image(image, name=name))
             record = _record(sample, name, drops)
             caption = _caption(sample, record, name, drops)
-            captions = [] if caption is None else [caption]
-            captions += self._more_captions(record, name, drops)
+            captions: list[str | bytes] = [] if caption is None else [caption]
+            captions += more_captions(record, self.captions, name, drops)
             if not captions:
                 drops.note("document", "no caption", name)
             items += [text_item(text, name, drops) for text in dict.fromkeys(captions)]
             yield Document(
                 tuple(items), name=name, metadata={**its_id(record, name, drops), "lost_images": int(image is None)}
             )
-
-    def _more_captions(self, record: Any, name: str, drops: Drops) -> Iterator[str]:
-        """Those that the option `captions` names, in its order."""
-        for key in self.captions if isinstance(record, dict) else ():
-            found = record.get(key)
-            for text in found if isinstance(found, list) else [found]:
-                if isinstance(text, str):
-                    yield text
-                elif text is not None:
-                    drops.bad("text", "not a string", name)
 
 
 def _has_loose_pairs(folder: Path) -> bool:

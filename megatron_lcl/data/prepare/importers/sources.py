@@ -291,6 +291,22 @@ def its_id(record: object, name: str, drops: Drops) -> dict[str, Any]:
     return {}
 
 
+def listed(names: str) -> tuple[str, ...]:
+    """The names in an option that has several, separated by commas."""
+    return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def more_captions(record: Any, keys: Iterable[str], name: str, drops: Drops) -> Iterator[str | bytes]:
+    """The captions under some keys of a record, strings or lists of strings, in this order."""
+    for key in keys if isinstance(record, dict) else ():
+        found = record.get(key)
+        for text in found if isinstance(found, list) else [found]:
+            if isinstance(text, str | bytes):
+                yield text
+            elif text is not None:
+                drops.bad("text", "not a string", name)
+
+
 def number_or_none(value: object) -> float | None:
     """A number as float, whatever else as NaN; None stays None."""
     if value is None:
