@@ -92,6 +92,9 @@ class Importer(ABC):
     """what stands between two texts of a document where there is no white space (`separated`); empty: nothing but the
     blank texts that the source has there"""
 
+    chosen: str = ""
+    """what it takes of the input where others could be meant, in a few words for people"""
+
     def __str__(self) -> str:
         """Its class, for messages."""
         return f"{type(self).__module__}.{type(self).__qualname__}"
