@@ -147,12 +147,20 @@ def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) ->
     pairs = sorted(f"`{format}`" for format in importers.formats() if importers.importer_class(format).kind == "pairs")
     (tmp_path / "marked.csv").write_bytes("path,text\n".encode("utf-16"))
     marked = importers.create("table", tmp_path / "marked.csv", None, {}).rules - first["table"]
+    (tmp_path / "below/own").mkdir(parents=True)
+    (tmp_path / "below/own/a.csv").write_text("path,text\n")
+    below = importers.create("table", tmp_path / "below", None, {}).rules - first["table"]
+    encoded = {"image": [{"bytes": b"", "path": "a.png"}], "text": pa.array(["text"]).dictionary_encode()}
+    parquet.write_table(pa.table(encoded), tmp_path / "encoded.parquet")
+    by_dictionary = importers.create("hf", tmp_path / "encoded.parquet", None, {}).rules - first["hf"]
     (tmp_path / "tabs.csv").write_text("path\ttext\n")
     by_tabs = importers.create("table", tmp_path / "tabs.csv", None, {}).rules - first["table"]
     compared = _rules_of_curate({"duplicates.documents.action": "keep-one", "text.max_words": "9"})
     expected |= {
         "`table` with CSV whose fields are separated by tabs": f"+ {by_tabs}",
         "`table` with CSV or TSV that begins with the byte order mark of UTF-16": f"+ {marked}",
+        "`table` whose images have paths, with a table in a folder of the input and without `--images`": f"+ {below}",
+        "`hf` without `text_column`, its texts encoded by a dictionary or in views": f"+ {by_dictionary}",
         f"{', '.join(f'`{format}`' for format in separating)} {NOT_SEPARATED}": "+ 1",
         f"any format but {', '.join(pairs[:-1])} and {pairs[-1]} {NOT_SEPARATED}": "+ 1",
         "`hf` with `--images`": str(first["hf"] + more["hf"]),

@@ -24,6 +24,10 @@ class Bars:
     def __init__(self, shown: bool) -> None:
         self._shown = shown
 
+    def say(self, text: str) -> None:
+        if self._shown and text:
+            print(text, file=sys.stderr, flush=True)
+
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
         """Say the text if what is done here takes long, for which there is no bar."""

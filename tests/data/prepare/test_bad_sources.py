@@ -118,6 +118,23 @@ def test_webdataset_sample_without_captions(shared: Path, tmp_path: Path) -> Non
     assert summary.drops.noted_counts["document: no caption"] == summary.counts["documents"] > 0
 
 
+def test_a_list_of_captions_is_not_passed_over(tmp_path: Path) -> None:
+    """It is bad, with the option that reads it; a text file goes before it."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, (caption, text) in enumerate(((["one", "two"], None), (7, None), (None, None), ([], "its text"))):
+            writers._add(archive, f"{number}.png", picture(number))
+            writers._add(archive, f"{number}.json", json.dumps({"caption": caption}).encode())
+            if text is not None:
+                writers._add(archive, f"{number}.txt", text.encode())
+    found, drops = documents_of(create("webdataset", tmp_path, None, {}))
+    assert [[text.text for text in document.texts] for document in found] == [[], [], [], ["its text"]]
+    assert drops.bad_counts == {"text: caption is not a string; a list of them: --option captions=caption": 2}
+    assert drops.noted_counts == {"document: no caption": 3}
+    found, drops = documents_of(create("webdataset", tmp_path, None, {"captions": "caption"}))
+    assert [[text.text for text in document.texts] for document in found] == [["one", "two"], [], [], ["its text"]]
+    assert drops.bad_counts == {"text: not a string": 1}
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.zip", ".jsonl.gz", ".jsonl.zst"])
 def test_truncated_shards_give_what_they_hold(tmp_path: Path, suffix: str) -> None:
     rng = random.Random(0)

@@ -215,6 +215,67 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
         create("hf", tmp_path, None, {})
 
 
+CHAT = pa.list_(pa.struct([("user", pa.string()), ("assistant", pa.string())]))
+
+
+def test_a_text_column_is_known_by_its_name_alone(tmp_path: Path) -> None:
+    """The only one of strings is `source` in FineVision, `id` in LLaVA, whose texts are in lists of structs."""
+    chat = pa.array([[{"user": "q", "assistant": "a"}]], CHAT)
+    fine_vision = {"images": pa.array([[image(0)]], pa.list_(IMAGE)), "texts": chat, "source": ["chartqa"]}
+    llava = {"id": ["1"], "image": pa.array([image(0)], IMAGE), "conversations": chat}
+    for data, columns in ((fine_vision, "images, texts, source"), (llava, "id, image, conversations")):
+        pq.write_table(pa.table(data), tmp_path / "a.parquet")
+        message = f"no column of texts by a known name; it has {columns}: name one with --option text_column=NAME"
+        with pytest.raises(UserError, match=message):
+            create("hf", tmp_path, None, {})
+    with pytest.raises(UserError, match=r"column conversations holds list<.*, no texts; write one to a column of its"):
+        create("hf", tmp_path, None, {"text_column": "conversations"})
+    assert read(tmp_path, text_column="id") == [[(picture(0), None, None), "1"]]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_texts_in_a_dictionary_or_a_view(tmp_path: Path, kind: str) -> None:
+    """As Arrow's writers may have them, also around or in lists; and not another column of strings."""
+    texts = ["x", "y" * 30, "x"]
+    columns = {
+        "dictionary": pa.array(texts).dictionary_encode(),
+        "view": pa.array(texts, pa.string_view()),
+        "dictionary of large strings": pa.array(texts, pa.large_string()).dictionary_encode(),
+        "plain": pa.array(texts),
+    }
+    columns["list of a dictionary"] = pa.ListArray.from_arrays([0, 1, 2, 3], columns["dictionary"])
+    for name, column in columns.items():
+        data = pa.table({"image": pa.array([image(k) for k in range(3)], IMAGE), "text": column, "caption": ["c"] * 3})
+        if kind == "parquet":
+            pq.write_table(data, tmp_path / "a.parquet")
+        else:
+            with pa.ipc.new_stream(str(tmp_path / "a.arrow"), data.schema) as stream:
+                stream.write_table(data)
+        importer = create("hf", tmp_path, None, {})
+        found, drops = documents_of(importer)
+        assert plain(found) == [[(picture(k), None, None), text] for k, text in enumerate(texts)], name
+        assert not drops.bad_counts
+        assert importer.rules == 2 + (name != "plain")
+        assert create("hf", tmp_path, None, {"text_column": "text"}).rules == 2
+
+
+def test_a_view_that_is_not_utf8(tmp_path: Path) -> None:
+    """It is no damage of its batch."""
+    texts = pa.array([b"plain", b"caf\xe9"], pa.binary_view()).view(pa.string_view())
+    data = pa.table({"image": pa.array([image(0), image(1)], IMAGE), "text": texts})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), data.schema) as stream:
+        stream.write_table(data)
+    found, drops = documents_of(create("hf", tmp_path, None, {}))
+    assert [document.texts[0].text for document in found] == ["plain", "caf\ufffd"]
+    assert not drops.bad_counts
+
+
+def test_a_file_that_is_no_table_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "llava.json").write_text("[]")
+    with pytest.raises(UserError, match=r"llava\.json is neither parquet nor an Arrow file\. The format reads: "):
+        create("hf", tmp_path / "llava.json", None, {})
+
+
 @pytest.mark.parametrize("given", ["images", "link", "."])
 def test_paths_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     """As the library stores the files of a folder: below --images their folders count, elsewhere the name alone."""

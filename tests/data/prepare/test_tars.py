@@ -161,6 +161,11 @@ def test_pairs_that_are_in_no_tar(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no \.tar, \.tar\.gz, \.tgz files in .* The format reads: ") as raised:
             create("webdataset", tmp_path, None, {})
         assert ("`tar cf pairs.tar *` in that folder packs its images" in str(raised.value)) == packs
+    (tmp_path / "files/00000").mkdir(parents=True)  # as img2dataset's output `files` has them
+    for name in ("a.png", "a.txt"):
+        (tmp_path / name).rename(tmp_path / "files/00000" / name)
+    with pytest.raises(UserError, match=r"`tar cf pairs\.tar \*` in each folder such as 00000 packs its images"):
+        create("webdataset", tmp_path / "files", None, {})
 
 
 def test_every_cut_and_every_damaged_header_is_seen(tmp_path: Path) -> None:

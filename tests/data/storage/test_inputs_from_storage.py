@@ -229,14 +229,19 @@ def test_the_objects_that_were_listed_are_read(s3: Proxy, place: str, tmp_path: 
 
 
 def test_what_cannot_be_read_is_said(s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Store(place).put("a.html", b"<p>text</p>")
+    for folder in (place, f"{place}/pages"):
+        Store(folder).put("a.html", b"<p>text</p>")
     monkeypatch.setattr(HtmlImporter, "reads_objects", False)
     Store(f"{place}/begun").put("_uploading.json", b"{}")
     for format, url, said in (
         ("html", place, "format html reads files on a disk; copy s3://"),
         ("jsonl", f"{place}/none", f"{place}/none does not exist"),
         ("jsonl", f"{place}/begun", "is being written, or was not finished"),
-        ("jsonl", place, f"no .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.zip files in {place}"),
+        (
+            "jsonl",
+            f"{place}/pages",
+            f"no .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.zip, .ndjson, .* files in {place}/pages",
+        ),
         ("jsonl", "s3://nowhere/in", "there is no bucket 'nowhere'"),
         ("jsonl", "s3://me:planted@bucket/in", "environment variables"),
     ):

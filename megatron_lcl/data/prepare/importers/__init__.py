@@ -3,10 +3,11 @@
 Another package adds a format with an entry point in the group `megatron_lcl.importers`, whose name is the format's and
 whose object is an `Importer` class.
 
-What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `row_groups.py` (parquet),
-`tars.py` (tars, WebDataset's samples), `sources.py` (images in folders and archives), `image_tables.py` (archives in
-parquet), `urls.py` (images by their URL), `url_keys.py` (img2dataset's tables), `sorted_runs.py` (members of archives
-and URLs, by their hash). Imports data.corpus, data.prepare.sorting and data.storage.
+What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `json_rows.py` (JSON
+arrays), `row_groups.py` (parquet), `tars.py` (tars, WebDataset's samples), `sources.py` (images in folders and
+archives), `image_tables.py` (archives in parquet), `urls.py` (images by their URL), `url_keys.py` (img2dataset's
+tables), `sorted_runs.py` (members of archives and URLs, by their hash). Imports data.corpus, data.prepare.sorting and
+data.storage.
 Begin with `Importer` below, then `jsonl.py`, the simplest one.
 """
 
@@ -91,6 +92,9 @@ class Importer(ABC):
     separator: str = ""
     """what stands between two texts of a document where there is no white space (`separated`); empty: nothing but the
     blank texts that the source has there"""
+
+    chosen: str = ""
+    """what it takes of the input where others could be meant, in a few words for people"""
 
     def __str__(self) -> str:
         """Its class, for messages."""

@@ -11,7 +11,7 @@ import unicodedata
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,6 +29,7 @@ COMPRESSED = (".zst", ".gz", ".zip", ".bz2", ".xz", ".lz4", ".br")
 TWICE = "a copy of a file beside it, compressed in another way or not"
 NOT_READ = "compressed in a way that this format does not read: unpack it"
 GONE = "a link to a file that is not there"
+OTHER = "of another kind than those that are read: give it alone as --input"
 _SUFFIX = re.compile(r"\.[^.]*[^\W\d_]")
 """a dot with a letter behind it; `v1.0` has none, and is a folder's name, mostly"""
 
@@ -41,9 +42,10 @@ class TooLarge(ValueError):
 
 
 class Skipped(NamedTuple):
-    """A file that is not read: payload of a unit that counts it."""
+    """A file that is not read, or so many: payload of a unit that counts them."""
 
     reason: str
+    number: int = 1
 
 
 class Names(Sequence[str]):
@@ -111,6 +113,8 @@ class Files:
     """(file, why) of those that have a format's name and are not read"""
     objects: Mapping[str, Path] = field(default_factory=dict)
     """those of them that are objects, by name, with what was listed of each"""
+    others: Mapping[str, int] = field(default_factory=dict)
+    """the first of those of a kind that comes later, and how many there are"""
 
     @property
     def read(self) -> list[Path]:
@@ -129,20 +133,38 @@ class Files:
         return file.relative_to(self.root).as_posix()
 
     def skipped_units(self) -> list[Unit]:
-        """A unit for each skipped file."""
-        return [Unit(self.name(file), 0, Skipped(why)) for file, why in self.skipped]
+        """A unit for each skipped file, and one for the others."""
+        skipped = [Unit(self.name(file), 0, Skipped(why)) for file, why in self.skipped]
+        return [*skipped, *(Unit(first, 0, Skipped(OTHER, count)) for first, count in self.others.items())]
 
 
-def find_files(input: Path, suffixes: Sequence[str], reads: str, strict: bool = True) -> Files:
+def find_files(
+    input: Path, suffixes: Sequence[str], reads: str, strict: bool = True, later: Sequence[Sequence[str]] = ()
+) -> Files:
     """`input` itself, or all files below it that have one of the suffixes. reads: what they are, for the error.
 
     Of a file and compressed copies of it in the same folder (`a.jsonl`, `a.jsonl.gz`) one is read, the uncompressed one
     if it is there. UserError where there is nothing to read, or where a folder cannot be read or, if `strict`, is not
     there; else such a folder is among what is skipped.
+    later: other kinds of files, by their suffixes. A kind is read where there is no file of one before it, else counted
+    alone: beside tables `.json` is mostly something else, and there may be one for each image.
     """
     if is_file(input):
         return Files(input.parent, [input.name], [], {input.name: input} if isinstance(input, ObjectPath) else {})
+    kinds = [suffixes, *later]
+    skipped: list[tuple[Path, str]] = []
+    for number, kind in enumerate(kinds):
+        found = _find_kind(input, kind, tuple(itertools.chain(*kinds[number + 1 :])), strict)
+        skipped += found.skipped
+        if found.names:
+            return replace(found, skipped=sorted(set(skipped)))
+    packed = f"; {min(skipped)[0].name} is {min(skipped)[1]}" if skipped else ""
+    raise UserError(f"no {', '.join(itertools.chain(*kinds))} files in {input}{packed}. The format reads: {reads}")
+
+
+def _find_kind(input: Path, suffixes: Sequence[str], others: tuple[str, ...], strict: bool) -> Files:
     plain = {uncompressed(suffix) for suffix in suffixes}
+    first, num_others = "", 0
     read: list[str] = []
     skipped: list[tuple[Path, str]] = []
     objects: dict[str, Path] = {}
@@ -164,11 +186,11 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str, strict: bool = 
             read += [f"{folder}/{name}".lstrip("/") for name in readable[:1]]
             why = TWICE if readable else NOT_READ
             skipped += [(input / folder / name, why) for name in copies if name not in readable[:1]]
-    if not read:
-        packed = f"; {min(skipped)[0].name} is {min(skipped)[1]}" if skipped else ""
-        raise UserError(f"no {', '.join(suffixes)} files in {input}{packed}. The format reads: {reads}")
+        if passed := [f"{folder}/{name}".lstrip("/") for name in files if name.lower().endswith(others)]:
+            first, num_others = min(*passed, first or passed[0]), num_others + len(passed)
     read.sort(key=lambda name: name.replace("/", "\0"))  # as paths are ordered: a folder before what only begins alike
-    return Files(input, Names(read), sorted(skipped), {name: objects[name] for name in read if objects})
+    its_objects = {name: objects[name] for name in read if objects}
+    return Files(input, Names(read), skipped, its_objects, {first: num_others} if num_others else {})
 
 
 def _folders(input: Path, objects: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
@@ -247,13 +269,15 @@ class FilesImporter(Importer):
     """Reads the files of a folder that have one of `suffixes`, or one file."""
 
     suffixes: ClassVar[tuple[str, ...]]
+    later: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """suffixes of other kinds of files, each of which is read where there are none of those before it"""
     beside: Sequence[Path] = ()
     """other files of the input, as archives of images are: documents depend on these, too"""
     strict: ClassVar[bool] = True
     """a link to a folder that is not there is an error, else a bad document"""
 
     def __init__(self, input: Path) -> None:
-        self.found = find_files(input, self.suffixes, self.reads, self.strict)
+        self.found = find_files(input, self.suffixes, self.reads, self.strict, self.later)
 
     @property
     def root(self) -> Path:
@@ -265,7 +289,9 @@ class FilesImporter(Importer):
 
     def stem(self, file: Path) -> str:
         """A file's name without the format's suffix: an archive of its images may have it."""
-        suffixes = (suffix for suffix in self.suffixes if file.name.lower().endswith(suffix))
+        suffixes = (
+            suffix for suffix in itertools.chain(self.suffixes, *self.later) if file.name.lower().endswith(suffix)
+        )
         return file.name[: len(file.name) - len(max(suffixes, key=len, default=file.suffix))]
 
     def signature(self) -> str:
@@ -277,7 +303,7 @@ class FilesImporter(Importer):
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         if isinstance(unit.payload, Skipped):
             count = drops.bad if unit.payload.reason == GONE else drops.left_out
-            count("document", f"file that is {unit.payload.reason}", unit.name)
+            count("document", f"file that is {unit.payload.reason}", unit.name, unit.payload.number)
         else:
             yield from self.documents_of_file(unit, drops)
 

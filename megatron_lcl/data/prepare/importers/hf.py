@@ -44,7 +44,7 @@ from megatron_lcl.data.prepare.importers.sources import (
 )
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
-from megatron_lcl.filesystem import raise_if_passing
+from megatron_lcl.filesystem import is_file, raise_if_passing
 
 _TEXTS = ("text", "texts", "caption", "captions", "sentences", "alt_text", "description", "title", "prompt")
 """names of columns of texts, the likeliest first"""
@@ -77,7 +77,7 @@ class HfImporter(ImagesByName, FilesImporter):
             str, "column of the images; empty: the only one that is an Image, or a list of them"
         ] = "",
         text_column: Annotated[
-            str, f"column of the texts; empty: the first of {', '.join(_TEXTS)}, else the only one"
+            str, f"column of the texts, or of lists of them; empty: the first of {', '.join(_TEXTS)}"
         ] = "",
         captions: Annotated[
             str,
@@ -95,6 +95,8 @@ class HfImporter(ImagesByName, FilesImporter):
         schema = next((schema for file in self.files if (schema := _schema(file)) is not None), None)
         if schema is not None:
             self._choose_columns(schema)
+        elif is_file(input) and not input.name.lower().endswith(self.suffixes):
+            raise UserError(f"{input} is neither parquet nor an Arrow file. The format reads: {self.reads}")
 
     def _choose_columns(self, schema: pa.Schema) -> None:
         has = f"it has {some_columns(schema.names)}"
@@ -110,16 +112,23 @@ class HfImporter(ImagesByName, FilesImporter):
             self.image = found[0]
         if not self.text:
             found = [field.name for field in schema if _is_text(field.type)]
-            named = [name for name in _TEXTS if name in found]
-            if not named and len(found) != 1:
-                what = "several columns" if found else "no column"
-                raise UserError(f"{self.root} has {what} of texts; {has}: name one with --option text_column=NAME")
-            self.text = (named or found)[0]
+            # not the only one, whatever its name: of LLaVA's rows that is `id`, of FineVision's `source`
+            self.text = next((name for name in _TEXTS if name in found), "")
+            if not self.text:
+                what = "several columns of texts" if len(found) > 1 else "no column of texts by a known name"
+                raise UserError(f"{self.root} has {what}; {has}: name one with --option text_column=NAME")
+            self.rules += _is_encoded(schema.field(self.text).type)  # earlier releases took another column
+        if pa.types.is_struct(_value_type(kind := schema.field(self.text).type)):
+            raise UserError(
+                f"{self.root}: column {self.text} holds {str(kind)[:80]}, no texts; write one to a column of its own "
+                "(docs/data.md has lines for chats)"
+            )
         self.kind = "natural" if _is_list(schema.field(self.image).type) else "pairs"
         if self.captions:
             if self.kind == "natural":
                 raise UserError(f"--option captions: {self.root} has lists of images in its column {self.image}")
             self.kind, self.separator = "captions", ""
+        self.chosen = f"images of column {self.image}, texts of column {self.text}"
 
     def units_of_files(self) -> list[Unit]:
         """Payload of an Arrow stream: (path, 0, 0, 0); of a parquet file see `row_group_units`."""
@@ -243,6 +252,8 @@ def _without_strings(kind: pa.DataType) -> pa.DataType:
         return pa.binary()
     if pa.types.is_large_string(kind):
         return pa.large_binary()
+    if pa.types.is_string_view(kind):
+        return pa.binary_view()
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_without_strings(field.type)) for field in kind])
     if pa.types.is_dictionary(kind):
@@ -300,9 +311,22 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    """That of a column's values, or of the items of lists, be they encoded by a dictionary or not."""
+    for wraps in (pa.types.is_dictionary, _is_list, pa.types.is_dictionary):
+        kind = kind.value_type if wraps(kind) else kind
+    return kind
+
+
 def _is_text(kind: pa.DataType) -> bool:
+    kind = _value_type(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_encoded(kind: pa.DataType) -> bool:
+    """Whether texts are not plain strings, or lists of them."""
     kind = kind.value_type if _is_list(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return not (pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _is_image(field: pa.Field, schema: pa.Schema) -> bool:
@@ -315,6 +339,6 @@ def _is_image(field: pa.Field, schema: pa.Schema) -> bool:
             feature = feature[0] if isinstance(feature, list) else feature["feature"]
     except (KeyError, TypeError, ValueError, IndexError, RecursionError):
         pass
-    kind = field.type.value_type if _is_list(field.type) else field.type
+    kind = _value_type(field.type)
     # looked up: to list the names of a damaged file's fields may raise
     return pa.types.is_struct(kind) and kind.num_fields == 2 and min(map(kind.get_field_index, ("bytes", "path"))) >= 0

@@ -18,7 +18,7 @@ from megatron_lcl.data.corpus.document import KINDS, Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.lines import LinesImporter, typed_lines
+from megatron_lcl.data.prepare.importers.lines import JSON, NDJSON, LinesImporter, typed_lines
 from megatron_lcl.data.prepare.importers.sources import ImagesByName, index_or_none, its_id, number_or_none, text_item
 from megatron_lcl.errors import UserError
 
@@ -36,9 +36,11 @@ class JsonlImporter(ImagesByName, LinesImporter):
     """JSON lines, a document each: see the file's head."""
 
     reads = (
-        '.jsonl, .gz, .zst, .zip of lines {"kind": …, "items": [{"text": …}, {"image": path or URL, '
-        '"similarity": …, "matched_text_index": …}]}; images in --images, a folder or tars, else beside the input'
+        '.jsonl (.gz, .zst, .zip), else .ndjson, else .json (.gz, .zst) of lines {"kind": …, "items": [{"text": …}, '
+        '{"image": path or URL, "similarity": …, "matched_text_index": …}]}; images in --images, a folder or tars, '
+        "else beside the input"
     )
+    later = (NDJSON, JSON)
 
     def __init__(
         self,

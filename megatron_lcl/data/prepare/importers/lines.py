@@ -26,6 +26,9 @@ from megatron_lcl.data.prepare.importers.zips import DAMAGE, open_member
 from megatron_lcl.filesystem import raise_if_passing
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip")
+NDJSON = (".ndjson", ".ndjson.gz", ".ndjson.zst")
+JSON = (".json", ".json.gz", ".json.zst")
+"""may be lines (C4's are), an array, or something that only lies beside the data"""
 T = TypeVar("T", bound=msgspec.Struct)
 _DECODER = json.JSONDecoder()
 _CHUNK = 1 << 16
@@ -112,13 +115,28 @@ def text_lines(unit: Unit, drops: Drops, wide: str = "") -> Iterator[tuple[str, 
             if not is_compressed(path) and not wide:
                 yield from _range(unit.name, file, start, end, drops)
                 return
-            chunks: Iterator[bytes] = iter(lambda: file.read(_CHUNK), b"")
-            if is_compressed(path):
-                chunks = _decompressed(unit.name, path.suffix.lower(), file, drops)
+            chunks = _chunks(unit.name, path, file, drops)
             yield from _split(unit.name, _as_utf8(chunks, wide) if wide else chunks, drops)
     except OSError as error:
         raise_if_passing(error, path)
         drops.bad("document", f"file cannot be read ({error.strerror})", unit.name)
+
+
+def file_chunks(unit: Unit, drops: Drops) -> Iterator[bytes]:
+    """The bytes of a unit that is a whole file, without its compression."""
+    path = unit.payload[0]
+    try:
+        with path.open("rb", _CHUNK) as file:
+            yield from _chunks(unit.name, path, file, drops)
+    except OSError as error:
+        raise_if_passing(error, path)
+        drops.bad("document", f"file cannot be read ({error.strerror})", unit.name)
+
+
+def _chunks(name: str, path: Path, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
+    if is_compressed(path):
+        return _decompressed(name, path.suffix.lower(), file, drops)
+    return iter(lambda: file.read(_CHUNK), b"")
 
 
 def _range(name: str, file: BinaryIO, start: int, end: int, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:

@@ -17,10 +17,11 @@ from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.sources import decoded_file, its_id, listed, more_captions, text_item
 from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
 from megatron_lcl.errors import UserError
-from megatron_lcl.filesystem import is_file, matching, raise_if_passing
+from megatron_lcl.filesystem import is_dir, is_file, matching, raise_if_passing
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff", "jp2", "ppm", "ico", "img")
 _TEXTS = ("txt", "text", "caption")
+_NO_STRING = "caption is not a string; a list of them: --option captions=caption"
 
 
 class WebDatasetImporter(TarImporter):
@@ -42,9 +43,10 @@ class WebDatasetImporter(TarImporter):
         try:
             super().__init__(input, images)
         except UserError as error:
-            if images is not None or is_file(input) or not _has_loose_pairs(input):
+            if images is not None or is_file(input) or (folder := _with_loose_pairs(input)) is None:
                 raise
-            remedy = "`tar cf pairs.tar *` in that folder packs its images, each with its .txt"
+            where = "that folder" if folder == input else f"each folder such as {folder.name}"
+            remedy = f"`tar cf pairs.tar *` in {where} packs its images, each with its .txt"
             raise UserError(f"{error}; {remedy}") from None
         self.captions = listed(captions)
         if self.captions:
@@ -60,7 +62,7 @@ class WebDatasetImporter(TarImporter):
             else:
                 items.append(Image(image, name=name))
             record = _record(sample, name, drops)
-            caption = _caption(sample, record, name, drops)
+            caption = self._caption(sample, record, name, drops)
             captions: list[str | bytes] = [] if caption is None else [caption]
             captions += more_captions(record, self.captions, name, drops)
             if not captions:
@@ -70,16 +72,30 @@ class WebDatasetImporter(TarImporter):
                 tuple(items), name=name, metadata={**its_id(record, name, drops), "lost_images": int(image is None)}
             )
 
+    def _caption(self, sample: dict[str, Any], record: Any, name: str, drops: Drops) -> str | None:
+        """The text file's content, else the "caption" of the JSON file, else None."""
+        for suffix in _TEXTS:
+            if suffix in sample:
+                return decoded_file(sample[suffix], name, drops)
+        caption = record.get("caption") if isinstance(record, dict) else None
+        if caption is None or isinstance(caption, str):
+            return caption
+        if "caption" not in self.captions:
+            drops.bad("text", _NO_STRING, name, sample=str(caption))
+        return None
 
-def _has_loose_pairs(folder: Path) -> bool:
-    """Whether images, each with its text beside it, lie in the folder."""
+
+def _with_loose_pairs(folder: Path) -> Path | None:
+    """Where images, each with its text beside it, lie: the folder or, as img2dataset's, one of its folders."""
     try:
-        files = matching(folder, "*.*")
-        texts = {path.stem for path in files if path.suffix == ".txt"}
-        return any(path.stem in texts and path.suffix[1:] in _IMAGES for path in files)
+        for each in (folder, *filter(is_dir, matching(folder, "*"))):
+            files = matching(each, "*.*")
+            texts = {path.stem for path in files if path.suffix == ".txt"}
+            if any(path.stem in texts and path.suffix[1:] in _IMAGES for path in files):
+                return each
     except OSError as error:
         raise_if_passing(error, folder)
-        return False
+    return None
 
 
 def _record(sample: dict[str, Any], name: str, drops: Drops) -> Any:
@@ -88,12 +104,3 @@ def _record(sample: dict[str, Any], name: str, drops: Drops) -> Any:
         return json.loads(decoded_file(sample.get("json", b"{}"), name, drops))
     except (ValueError, RecursionError):
         return None
-
-
-def _caption(sample: dict[str, Any], record: Any, name: str, drops: Drops) -> str | None:
-    """The text file's content, else the "caption" of the JSON file, else None."""
-    for suffix in _TEXTS:
-        if suffix in sample:
-            return decoded_file(sample[suffix], name, drops)
-    caption = record.get("caption") if isinstance(record, dict) else None
-    return caption if isinstance(caption, str) else None

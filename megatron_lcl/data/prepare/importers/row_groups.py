@@ -21,8 +21,8 @@ from megatron_lcl.filesystem import raise_if_passing
 _BATCH = 64
 _BATCH_BYTES = 256 << 20
 """a batch holds no more in the mean of values that stand in a dictionary of the file"""
-_NAMED = 12
-"""columns of a table that an error names"""
+_NAMED, _NAME = 12, 40
+"""columns of a table that an error names, and characters of each: what is no table has all of its text in one"""
 _DICTIONARY_PAGE = re.compile(rb"\x15\x04\x15([\x80-\xff]*[\x00-\x7f])", re.DOTALL)
 """a page's header begins with its type and its uncompressed bytes (Apache Parquet's format, parquet.thrift): numbers in
 Thrift's compact protocol, zigzag in bytes of seven bits, the lowest first"""
@@ -225,6 +225,7 @@ def missing_columns(names: Sequence[str], needed: Sequence[str]) -> str:
 
 def some_columns(names: Sequence[str]) -> str:
     """The columns of a table, for people."""
-    shown = [name if name.isidentifier() else repr(name) for name in names[:_NAMED]]
+    short = [name if len(name) <= _NAME else name[:_NAME] + "…" for name in names[:_NAMED]]
+    shown = [name if name.isidentifier() else repr(name) for name in short]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return (", ".join(shown) or "none") + more

@@ -73,13 +73,14 @@ class ImageSource(SortedRuns):
         """Whether there is one of this name, without extension."""
         return stem in self._stems
 
-    def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
+    def read(self, names: str | Iterable[str], near: Collection[str] = (), folder: str = "") -> bytes:
         """The first of the names that there is, else of their other normal forms. BadImage says why there is none.
 
         A name that is a URL means the image that `megatron-lcl fetch` has stored of it. In archives, a member that has
         none of the names is taken if its name ends with one of them, or is the end of one (`1.png`, of `cats/1.png`),
         the longest end of them all first.
         near: names, without extension, of archives to look into before the others, as names may repeat in them.
+        folder: one below `root` whose files go before all others.
         """
         if self._root is None:
             raise BadImage("no image folder was given")
@@ -88,7 +89,7 @@ class ImageSource(SortedRuns):
         for name in candidates:
             _check_name(name)
         others = [form for name in candidates for form in normal_forms(name)[1:]]
-        if (data := self._look_for([candidates, others], near)) is not None:
+        if (data := self._look_for([candidates, others], near, folder)) is not None:
             return data
         if self._damaged:
             raise BadImage(f"file missing, and {self._damaged[0]}")
@@ -96,12 +97,14 @@ class ImageSource(SortedRuns):
             raise BadImage(f"file missing, and {self._packed} is compressed, which is not read: unpack it")
         raise BadImage("file missing")
 
-    def _look_for(self, forms: Sequence[Sequence[str]], near: Collection[str]) -> bytes | None:
+    def _look_for(self, forms: Sequence[Sequence[str]], near: Collection[str], folder: str) -> bytes | None:
         assert self._root is not None
+        places = [self._root / folder, self._root] if folder else [self._root]
         # of objects each name is a request, so beside archives there are no single ones
-        for name in itertools.chain(*forms) if not (self.archives and isinstance(self._root, ObjectPath)) else ():
-            if (data := _read_file(self._root / name)) is not None:
-                return data
+        for place in places if not (self.archives and isinstance(self._root, ObjectPath)) else ():
+            for name in itertools.chain(*forms):
+                if (data := _read_file(place / name)) is not None:
+                    return data
         if self.archives:
             keys_of = [_keys(names) for names in forms]
             for keys in (*(exact for exact, _ in keys_of), *(partial for _, partial in keys_of)):

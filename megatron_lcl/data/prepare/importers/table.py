@@ -1,8 +1,9 @@
-"""Tables of image-text pairs: CSV, TSV or parquet, a row each; the image by its path, its URL, or img2dataset's key.
+"""Tables of image-text pairs: CSV, TSV, parquet or JSON, a row each; the image by its path, URL, or img2dataset's key.
 
 CSV is RFC 4180: commas, quotes, a header; with tabs for commas too, as pandas and open_clip's users write it. TSV has
 no quotes, as CC3M and COYO come. An image's URL is looked up as the store of `fetch` has it (named by its SHA-256), and
-as img2dataset's tables say it (URL → key).
+as img2dataset's tables say it (URL → key). JSON are lines or one array, of objects whose keys are the columns; one that
+a row lacks is null. With `join=none` the rows are texts without images.
 """
 
 from __future__ import annotations
@@ -14,12 +15,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit, lines
 from megatron_lcl.data.prepare.importers.charsets import invalid, mark_of
-from megatron_lcl.data.prepare.importers.lines import LinesImporter, is_compressed, line_units, text_lines
+from megatron_lcl.data.prepare.importers.files import uncompressed
+from megatron_lcl.data.prepare.importers.json_rows import array_rows, is_array
+from megatron_lcl.data.prepare.importers.lines import (
+    JSON,
+    NDJSON,
+    SUFFIXES,
+    LinesImporter,
+    is_compressed,
+    json_lines,
+    line_units,
+    text_lines,
+)
 from megatron_lcl.data.prepare.importers.row_groups import (
     column_names,
     missing_columns,
@@ -39,19 +51,23 @@ _JOINS = {
     "url": ("url", "image_url", "img_url"),
 }
 """how an image is found, and the columns that say so by their name, whatever its case"""
+_NO_IMAGES = "none"
+_FIRST_ROWS = 100
 _MAY_BE_QUOTED = "a field of TSV in quotes, which are kept; a table of quoted fields, by tabs, has to be named .csv"
 
 
 class TableImporter(ImagesByName, LinesImporter):
-    """A table or a folder of them: CSV and TSV by 8 MiB, a compressed file as a whole, parquet by row groups."""
+    """A table or a folder of them: CSV, TSV and JSON lines by 8 MiB, parquet by row groups, other files as a whole."""
 
-    kind = "pairs"
+    kind: Kind | None = "pairs"
     rules = 4
     reads = (
-        ".csv, .tsv (also .gz, .zst), .parquet with a column of texts and one of the images' paths, URLs or "
-        "img2dataset keys; images in --images, a folder or tars, else beside the input"
+        ".csv, .tsv (also .gz, .zst), .parquet, else .jsonl, .ndjson, else .json, with a column of texts and one of "
+        "the images' paths, URLs or img2dataset keys; images in --images, a folder or tars, else beside the table or "
+        "the input"
     )
     suffixes = (".csv", ".csv.gz", ".csv.zst", ".tsv", ".tsv.gz", ".tsv.zst", ".parquet")
+    later = ((*SUFFIXES, *NDJSON), JSON)
 
     def __init__(
         self,
@@ -62,7 +78,9 @@ class TableImporter(ImagesByName, LinesImporter):
             str, "column that says which image; empty: the first named like a path, a key or a URL"
         ] = "",
         join: Annotated[
-            str, "what that column holds: path, key (of img2dataset) or url; empty: as its name says, else path"
+            str,
+            "what that column holds: path, key (of img2dataset) or url; empty: as its name says, else path; none: the "
+            "rows have no images, only texts",
         ] = "",
         columns: Annotated[str, "names of the columns, with commas, of CSV and TSV without a header"] = "",
         encoding: Annotated[
@@ -70,14 +88,18 @@ class TableImporter(ImagesByName, LinesImporter):
             "charset of CSV and TSV, as Python calls it, such as gb18030, cp932, cp1252; UTF-16 is known by its mark",
         ] = "utf-8",
     ) -> None:
-        if join not in ("", *_JOINS):
-            raise UserError(f"--option join={join}: give {', '.join(_JOINS)}")
+        if join not in ("", *_JOINS, _NO_IMAGES):
+            raise UserError(f"--option join={join}: give {', '.join(_JOINS)} or {_NO_IMAGES}")
+        if join == _NO_IMAGES and (images is not None or image_column):
+            raise UserError(f"--option join={join}: the rows are read without images; leave out --images, image_column")
         self.encoding = _known(encoding)
         super().__init__(input)
         self.given = [name.strip() for name in columns.split(",")] if columns else []
         self.text, self.image, self.join = text_column, image_column, join
-        self.look_in(images or self.root)
-        self.keys = UrlKeys(images or self.root, self.images.archives)
+        place = None if join == _NO_IMAGES else images or self.root
+        self.look_in(place)
+        self.keys = UrlKeys(place, self.images.archives)
+        self._arrays = frozenset(file for file in self.files if _is_json(file, (".json",)) and is_array(file))
         self._marked = frozenset(file for file in self.files if _begins_with_mark(file))
         self._tabs = frozenset(file for file in self.files if _is_csv(file) and self._has_tabs(file))
         self.rules += bool(self._marked) + bool(self._tabs)  # earlier releases read UTF-8 and commas
@@ -85,6 +107,10 @@ class TableImporter(ImagesByName, LinesImporter):
         found = ((file, names) for file in self.files if (names := self._header(file)) is not None)
         if (first := next(found, None)) is not None:
             self._choose_columns(*first)
+        if self.join == _NO_IMAGES:
+            self.kind = "natural"
+        self._own_folders = images is None and self.join == "path"
+        self.rules += self._own_folders and any("/" in name for name in self.found.names)  # earlier: the input's alone
 
     def prepare(self, folder: Path) -> None:
         super().prepare(folder)
@@ -103,26 +129,36 @@ class TableImporter(ImagesByName, LinesImporter):
             self.text = next((lower[name] for name in _TEXTS if name in lower), "")
             if not self.text:
                 raise UserError(f"{file} has no column of texts; {has}: name it with --option text_column=NAME")
+        if self.join == _NO_IMAGES:
+            self.chosen = f"texts of column {self.text}"
+            return
         wanted = [self.join] if self.join else list(_JOINS)
         if not self.image:
             self.image = next((lower[name] for join in wanted for name in _JOINS[join] if name in lower), "")
             if not self.image:
-                raise UserError(f"{file} has no column of images; {has}: name it with --option image_column=NAME")
+                raise UserError(
+                    f"{file} has no column of images; {has}: name it with --option image_column=NAME, or, of texts "
+                    f"alone, give --option join={_NO_IMAGES}"
+                )
         if file.suffix == ".parquet" and _holds_images(file, self.image):
             raise UserError(
                 f"{file}: column {self.image} holds images, and format table reads their paths, URLs or keys; give "
                 f"--format hf --option image_column={self.image}"
             )
         self.join = self.join or next((join for join in _JOINS if self.image.lower() in _JOINS[join]), "path")
+        self.chosen = f"images by the {self.join} in column {self.image}, texts of column {self.text}"
 
     def _header(self, file: Path) -> list[str] | None:
         """The columns of a file; None where it cannot be read."""
         if file.suffix == ".parquet":
             return column_names(file)
-        if self.given:
-            return self.given
         drops = Drops()
         unit = Unit(file.name, 0, (file, 0, file.stat().st_size))
+        if _is_json(file):
+            first = (row for _, row in itertools.islice(self._objects(unit, drops), _FIRST_ROWS))
+            return list(dict.fromkeys(itertools.chain(*first))) or None
+        if self.given:
+            return self.given
         return next((fields for _, fields, _ in self._records(unit, drops)), None)
 
     def _charset(self, file: Path) -> str:
@@ -146,13 +182,16 @@ class TableImporter(ImagesByName, LinesImporter):
         delimiter = ("\t" if file in self._tabs else ",") if _is_csv(file) else ""
         return _records(unit, delimiter, self._charset(file), drops)
 
+    def _objects(self, unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]:
+        return (array_rows if unit.payload[0] in self._arrays else json_lines)(unit, drops)
+
     def units_of_files(self) -> list[Unit]:
         units: list[Unit] = []
         for file in self.files:
             name, size = self.found.name(file), file.stat().st_size
             if file.suffix == ".parquet":
                 units += row_group_units(file, name)
-            elif _is_wide(self._charset(file)):
+            elif file in self._arrays or (_is_wide(self._charset(file)) and not _is_json(file)):
                 units.append(Unit(name, size, (file, 0, size)))
             elif _is_csv(file) and not is_compressed(file):  # a quoted field may hold line ends
                 units += [Unit(name, end - start, (file, start, end)) for start, end in self._csv_ranges(file, size)]
@@ -180,12 +219,16 @@ class TableImporter(ImagesByName, LinesImporter):
         if file.suffix == ".parquet":
             yield from self._parquet(unit, drops)
             return
+        if _is_json(file):
+            for name, row in self._objects(unit, drops):
+                yield self._document({**dict.fromkeys(self._needed), **row}, file, name, drops)
+            return
         names = self._header(file)
         if names is None:
             drops.bad("document", "no header, the file is empty or cannot be read", unit.name)
             return
         first = unit.payload[1] == 0
-        if fault := missing_columns(names, [self.text, self.image]):
+        if fault := missing_columns(names, self._needed):
             if first:
                 drops.bad("document", fault, unit.name)
             return
@@ -200,38 +243,48 @@ class TableImporter(ImagesByName, LinesImporter):
 
     def _parquet(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         file = unit.payload[0]
-        name, needed = self.found.name(file), [self.text, self.image]
+        name = self.found.name(file)
         for row, values in rows_of_unit(
-            unit, name, needed, drops, lambda column: column.lower() in ("url", "id"), 1024
+            unit, name, self._needed, drops, lambda column: column.lower() in ("url", "id"), 1024
         ):
             yield self._document(values, file, f"{name}:{row}", drops)
+
+    @property
+    def _needed(self) -> list[str]:
+        return [self.text, *([self.image] if self.join != _NO_IMAGES else [])]
 
     def _document(self, row: dict[str, Any], file: Path, name: str, drops: Drops) -> Document:
         values = {key: as_text(value, name, drops) for key, value in row.items()}
         items: list[Text | Image] = []
-        image = values[self.image]
-        try:
-            items.append(Image(self._read(image, file), name=str(image)))
-        except BadImage as error:
-            drops.bad("image", str(error), f"{name}: {str(image)[:200]}")
+        if self.join != _NO_IMAGES:
+            image = values[self.image]
+            try:
+                items.append(Image(self._read(image, file), name=str(image)))
+            except BadImage as error:
+                drops.bad("image", str(error), f"{name}: {str(image)[:200]}")
         items.append(text_item(values[self.text], name, drops))
         about = its_id({key.lower(): value for key, value in values.items()}, name, drops)
-        return Document(tuple(items), name=name, metadata={**about, "lost_images": 2 - len(items)})
+        return Document(tuple(items), name=name, metadata={**about, "lost_images": len(self._needed) - len(items)})
 
     def _read(self, value: Any, file: Path) -> bytes:
-        if value is None or value == "":
+        if value is None or value == "" or isinstance(value, bool | list | dict):
             raise BadImage("no name")
         name, near = str(value), (self.stem(file),)
         if self.join == "path":
-            return self.images.read(name, near)
+            folder, _, _ = self.found.name(file).rpartition("/") if self._own_folders else ("", "", "")
+            return self.images.read(name, near, folder)
         if self.join == "key":
             own = near if self.images.has_archive(*near) else self.keys.shards_of_key(name)
             return self.images.read(self.keys.names_of_key(name), own)
         return self.images.read([name, *self.keys.names(name)], near)
 
 
+def _is_json(file: Path, suffixes: tuple[str, ...] = (".jsonl", ".ndjson", ".json")) -> bool:
+    return uncompressed(file.name).lower().endswith(suffixes)
+
+
 def _is_csv(file: Path) -> bool:
-    return ".csv" in (suffix.lower() for suffix in file.suffixes[-2:])
+    return ".csv" in (suffix.lower() for suffix in file.suffixes[-2:]) and not _is_json(file)
 
 
 def _looks_quoted(field: str) -> bool:
@@ -258,7 +311,7 @@ def _is_wide(charset: str) -> bool:
 
 def _begins_with_mark(file: Path) -> bool:
     """Whether a file that is not compressed begins with the byte order mark of UTF-16."""
-    if is_compressed(file) or file.suffix == ".parquet":
+    if is_compressed(file) or file.suffix == ".parquet" or _is_json(file):
         return False
     try:
         with file.open("rb") as opened:

@@ -1,0 +1,96 @@
+"""Rows of a file that is one JSON array, as LLaVA's are: read a part at a time, so none needs to fit into memory."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.charsets import invalid
+from megatron_lcl.data.prepare.importers.lines import MAX_LINE, file_chunks
+
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\r\n]*")
+_BEFORE = b"\xef\xbb\xbf \t\r\n"
+"""a byte order mark, and white space"""
+_SHOWN = 1000
+
+
+def is_array(file: Path) -> bool:
+    """Whether a file begins as a JSON array does, not as lines."""
+    chunks = (chunk.lstrip(_BEFORE) for chunk in file_chunks(Unit("", 0, (file, 0, 0)), Drops()))
+    return next(filter(None, chunks), b"").startswith(b"[")
+
+
+def array_rows(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, object) of each object in the array of a unit that is a whole file; others are counted as bad documents.
+
+    The name is the file's with the object's number, from 0. What is behind a fault is lost, as JSON says nowhere that a
+    row begins.
+    """
+    parts = _text(unit, drops)
+    text, at, number, needs_comma = next(parts, ""), 0, -1, False
+    while True:
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+        if at == len(text):
+            if (part := next(parts, None)) is None:
+                drops.bad("document", "truncated file, the rows after it are lost", f"{unit.name}:{max(number, 0)}")
+                return
+            text, at = part, 0
+        elif number < 0:  # the array's own bracket
+            at, number = at + 1, 0
+        elif text[at] == "]":
+            break
+        elif needs_comma and text[at] == ",":
+            at, needs_comma = at + 1, False
+        else:
+            name = f"{unit.name}:{number}"
+            value, end = (None, -1) if needs_comma else _decode(text, at)
+            # a number may go on in the next part
+            while not needs_comma and not 0 <= end < len(text) and len(text) - at <= MAX_LINE:
+                if not (more := _more(parts, len(text) - at)):
+                    break
+                text, at = text[at:] + more, 0
+                value, end = _decode(text, at)
+            if end < 0:
+                sample = text[at : at + _SHOWN]
+                drops.bad("document", "not JSON, the rows after it are lost", name, sample=sample)
+                return
+            if "\ufffd" in text[at:end]:
+                drops.note("document", invalid("utf-8"), name)
+            if isinstance(value, dict):
+                yield name, value
+            else:
+                drops.bad("document", "not a JSON object", name, sample=text[at : min(end, at + _SHOWN)])
+            at, number, needs_comma = end, number + 1, True
+    if text[at + 1 :].strip() or any(part.strip() for part in parts):
+        drops.bad("document", "not JSON, the rows after it are lost", f"{unit.name}:{number}")
+
+
+def _decode(text: str, at: int) -> tuple[Any, int]:
+    """A value and where it ends; -1 for one that is not whole."""
+    try:
+        return _DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return None, -1
+
+
+def _more(parts: Iterator[str], size: int) -> str:
+    """At least so many characters: with less at a time a long row would be read again and again. "" at the end."""
+    found: list[str] = []
+    while size >= 0 and (part := next(parts, None)) is not None:
+        found.append(part)
+        size -= len(part)
+    return "".join(found)
+
+
+def _text(unit: Unit, drops: Drops) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    for chunk in file_chunks(unit, drops):
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", True)
