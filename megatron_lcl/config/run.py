@@ -151,6 +151,11 @@ class Average:
         "tail_0.1 … (Polyak and Juditsky 1992; arXiv 1803.05407 averages the last quarter)",
     )
 
+    def __post_init__(self) -> None:
+        for name, values in (("ema", self.ema), ("tail", self.tail)):
+            if len(set(values)) < len(values):
+                raise UserError(f"average.{name} = {list(values)}: give each once")
+
 
 @dataclass(frozen=True, config=STRICT)
 class Train:

@@ -159,7 +159,7 @@ class Case:
                 },
                 "schedule": {"phases": PHASES, "batch_doublings": [2]} if self.phases else {},
                 # no parameter is so small that ZeRO-3 leaves it whole
-                "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+                "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if self.zero == 3 else {},
             }
         )
 

@@ -28,9 +28,15 @@ where it differs from the average by less than n * 6e-8 of it: for so many 0.1 %
 
 def average_names(config: Config) -> dict[str, float]:
     """The run's averages by name, with the decay of each, or the fraction of the run."""
-    return {f"ema_{decay:g}": decay for decay in config.average.ema} | {
-        f"tail_{fraction:g}": fraction for fraction in config.average.tail
-    }
+    own = config.average
+    pairs = [("ema", decay) for decay in own.ema] + [("tail", fraction) for fraction in own.tail]
+    return {f"{kind}_{_digits(value)}": value for kind, value in pairs}
+
+
+def _digits(value: float) -> str:
+    """Of a number in a name: as many as tell it from all others, as of 0.9999999, which six digits would call 1."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def check_averages(config: Config) -> None:

@@ -46,6 +46,7 @@ from megatron_lcl.train.memory import Memory, available, largest_estimate, slots
 from megatron_lcl.train.optimizer import unfinished_warmup
 from megatron_lcl.train.resume_point import Origin, open_origin
 from megatron_lcl.train.strategy import choose_strategy
+from megatron_lcl.train.unused import unused_settings
 from megatron_lcl.units import counted, plain
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
@@ -80,6 +81,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
     lines += [*_kernels(config, elsewhere), *_memory(config, nodes, processes, elsewhere, origin)]
     if warmup := unfinished_warmup(config):
         lines.append(f"warning     {warmup}")
+    lines += [f"unused      {line}" for line in unused_settings(config)]
     lines += [*_data(config), *_packs(config, origin), *where, _software(), *_network()]
     return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
 

@@ -56,6 +56,7 @@ from megatron_lcl.train.telemetry import Telemetry
 from megatron_lcl.train.telemetry.bad_image_log import BadImageLog
 from megatron_lcl.train.telemetry.meter import StepMeter
 from megatron_lcl.train.telemetry.profile import Profile
+from megatron_lcl.train.unused import unused_settings
 
 
 @exit_if_lost()
@@ -189,6 +190,8 @@ class Training:
             telemetry.write({"step": point.progress.step, "strategy": point.choice.strategy, "retain_bytes": needs})
         for path, when in point.without_pairs.items():
             telemetry.say(f"{path} gives the contrast no pair{when}")
+        for line in unused_settings(self.config):
+            telemetry.say(line)
         if point.progress.step < self.config.train.steps and (warmup := unfinished_warmup(self.config)):
             telemetry.say(f"warning: {warmup}")
         self._go_to(point.folder, point.progress, point.changes)

@@ -24,6 +24,7 @@ from megatron_lcl.train.precision import resolve_dtype
 BUCKET = 50_000_000
 """most numbers in a sum of gradients over replicas. DeepSpeed's own are 500 million: a model of that size has one sum,
 and every process holds a buffer, or two, of 2 GB each"""
+_ON_CHECKPOINTING = "train.activation_checkpointing decides what is kept of a forward; DeepSpeed's own is not used"
 _OTHER_OPTIMIZER = "it needs an optimizer of DeepSpeed's own, which is given that of the `optimizer` section"
 _UNUSABLE: dict[str, tuple[Any, str]] = {
     "zero_optimization.round_robin_gradients": (
@@ -40,8 +41,32 @@ _UNUSABLE: dict[str, tuple[Any, str]] = {
     "tensor_parallel.autotp_size": (0, "parallel.tensor decides it"),
     "sequence_parallel_size": (1, "no layout here divides sequences among processes"),
     "gradient_allreduce_op": ("mean", "the loss is scaled for gradients that are averaged over replicas"),
+    "torch_autocast.enabled": (False, "train.dtype decides the type of weights and activations"),
+    "pipeline.stages": ("auto", "parallel.pipeline decides it"),
+    "pipeline.partition": ("best", "the times of the layers, measured at the start, decide it"),
+    "pipeline.seed_layers": (False, "train.seed decides what the layers begin with"),
+    "pipeline.activation_checkpoint_interval": (0, _ON_CHECKPOINTING),
+    "activation_checkpointing.partition_activations": (False, _ON_CHECKPOINTING),
+    "activation_checkpointing.contiguous_memory_optimization": (False, _ON_CHECKPOINTING),
+    "activation_checkpointing.cpu_checkpointing": (False, _ON_CHECKPOINTING),
+    "activation_checkpointing.number_checkpoints": (None, _ON_CHECKPOINTING),
+    "activation_checkpointing.synchronize_checkpoint_boundary": (False, _ON_CHECKPOINTING),
+    "activation_checkpointing.profile": (False, _ON_CHECKPOINTING),
+    "data_efficiency": ({}, "the section `data` decides what is read, and in which order"),
 }
 """settings of DeepSpeed that go with nothing here: the value with which each does nothing, and why not another"""
+_OF_ZERO_3 = frozenset(
+    (
+        *("sub_group_size", "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold"),
+        *("max_live_parameters", "max_reuse_distance", "gather_16bit_weights_on_model_save", "allgather_sequential"),
+        *("module_granularity_threshold", "use_all_reduce_for_fetch_params", "memory_efficient_linear"),
+        *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "leaf_module"),
+        *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+        "save_muon_momentum_buffer_in_memory",
+    )
+)
+"""what of `zero_optimization` DeepSpeed takes with ZeRO-3 only, beside the names that begin with stage3_ and those that
+may be given without effect"""
 _NOT_SCATTERED: dict[str, Any] = {"prescale_gradients": False, "gradient_predivide_factor": 1}
 """what DeepSpeed takes from ZeRO-2 on without `reduce_scatter` only, and the value with which it does nothing"""
 
@@ -148,10 +173,10 @@ def check_zero(config: Config, data_parallel: int) -> None:
                 "deepspeed.zero_optimization.reduce_scatter is false; set that, or remove it"
             )
     parts = zero.get("zero_hpz_partition_size", 1)
-    of_zero_3 = {"offload_param": "param" in offloaded(config), "zero_hpz_partition_size": parts > 1}
-    for name, used in of_zero_3.items():
-        if used and config.zero.stage < 3:
-            raise UserError(f"deepspeed.zero_optimization.{name} needs zero.stage = 3, not {config.zero.stage}")
+    of_zero_3 = [name for name in zero if name in _OF_ZERO_3 or name.startswith("stage3_")]
+    of_zero_3 += ["offload_param"] * ("param" in offloaded(config)) + ["zero_hpz_partition_size"] * (parts > 1)
+    if of_zero_3 and config.zero.stage < 3:
+        raise UserError(f"deepspeed.zero_optimization.{of_zero_3[0]} needs zero.stage = 3, not {config.zero.stage}")
     if parts > 1 and data_parallel % parts:
         nearest = min((d for d in range(1, data_parallel + 1) if data_parallel % d == 0), key=lambda d: abs(d - parts))
         raise UserError(
@@ -245,6 +270,10 @@ def _check_names(theirs: dict[str, Any], settings: dict[str, Any]) -> None:
         raise UserError(f"deepspeed: {' '.join(str(error).split())}") from None
     for path, known in _ignored(theirs, recording, "deepspeed"):
         raise UserError(_unknown(path, known))
+    for name in theirs.get("pipeline", {}):  # all are looked up there, known or not
+        if f"pipeline.{name}" not in _UNUSABLE:
+            known = {path.removeprefix("pipeline.") for path in _UNUSABLE if path.startswith("pipeline.")}
+            raise UserError(_unknown(f"deepspeed.pipeline.{name}", known))
 
 
 def _ignored(theirs: Mapping[str, Any], recording: _Recording, path: str) -> Iterator[tuple[str, set[str]]]:

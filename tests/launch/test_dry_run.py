@@ -87,7 +87,15 @@ def test_a_warmup_that_lasts_longer_than_the_run_is_said(
     more = ["--optimizer.warmup", "2000", "--train.steps", "20", "--train.output", str(tmp_path / "run")]
     code, out, _ = dry_run(capsys, "--processes", "1", *tiny, *more)
     assert code == 0, "a trial of a config"
+    assert "unused" not in out
     assert "\nwarning     optimizer.warmup = 2000 is not over before the end, train.steps = 20: " in out
+
+
+def test_settings_without_effect_are_said(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:
+    tiny = [*tiny, "--objective.name", "clip", "--objective.contrastive_weight", "0.5"]
+    code, out, _ = dry_run(capsys, "--processes", "1", *tiny, "--train.output", str(tmp_path / "run"))
+    assert code == 0, "a sweep over objectives keeps the weight"
+    assert "\nunused      objective.contrastive_weight has no effect on objective.name = clip\n" in out
 
 
 def test_on_one_machine_the_command_is_the_one_that_was_given(

@@ -60,7 +60,7 @@ class Case:
                 "activation_checkpointing": self.checkpointing,
             },
             # no parameter so small that ZeRO-3 leaves it whole
-            "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+            "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0} if self.zero == 3 else {}},
         }
         if self.offloaded:
             tree["deepspeed"]["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}  # type: ignore[index]

@@ -21,7 +21,7 @@ from megatron_lcl.convert.find import find_average
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import WEIGHTS
-from megatron_lcl.train.averages import Averages
+from megatron_lcl.train.averages import Averages, average_names
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, read_progress, step_of, verify
 
 RECIPE = """
@@ -76,7 +76,8 @@ def test_no_checkpoint_has_a_tail_that_has_not_begun(tmp_path: Path) -> None:
     """After 4 of 4 steps the run is given 12, of which the last 6 are meant: at step 6 there is none."""
     run, words = tmp_path / "run", ["--config", str(write_config(tmp_path, make_corpus(tmp_path, seed=0)))]
     words += ["--checkpoint.keep_last", "9"]
-    fleet.train(run, *words, size=1)
+    said = fleet.train(run, *words, size=1)
+    assert "evaluate.average is not measured during the run: train.evaluate_every is 0" in said
     fleet.train(run, *words, "--train.steps", "12", size=1)
     saved = {step_of(folder): folder for folder in list_checkpoints(run)}
     counts = {step: read_progress(folder).averaged.get("tail_0.5") for step, folder in saved.items()}
@@ -129,6 +130,19 @@ def test_a_tail_is_of_as_many_steps_as_it_says(fraction: float) -> None:
         number = round(fraction * steps)
         assert run.steps(1, steps, {})[f"tail_{fraction:g}"] == number
         torch.testing.assert_close(run.state[f"tail_{fraction:g}"].item(), steps - (number - 1) / 2, rtol=1e-5, atol=0)
+
+
+def test_averages_of_different_numbers_have_different_names() -> None:
+    """Usual ones the names that checkpoints have by now."""
+    usual = ("0.5", "0.9", "0.999", "0.9999", "0.99995", "0.999999")
+    close = ("0.50000001", "0.9999999")
+    config = configs.from_dict({"average": {"ema": [float(x) for x in (*usual, *close)], "tail": [0.1, 0.25, 1, 1e-5]}})
+    names = [*(f"ema_{text}" for text in (*usual, *close)), "tail_0.1", "tail_0.25", "tail_1", "tail_1e-05"]
+    assert list(average_names(config)) == names
+    assert all(float(name.split("_")[1]) == value for name, value in average_names(config).items())
+    for kind in ("ema", "tail"):
+        with pytest.raises(UserError, match=rf"average\.{kind} = \[0\.5, 0\.25, 0\.5\]: give each once$"):
+            configs.from_dict({"average": {kind: [0.5, 0.25, 0.5]}})
 
 
 def test_a_tail_of_a_short_run_is_of_its_last_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -37,7 +38,10 @@ def zero(**options: Any) -> dict[str, Any]:
         ({"prescale_gradients": True, **zero(reduce_scatter=False)}, {"zero": {"stage": 2}}),
         ({"fp16": {"initial_scale_power": 8}}, {"train": {"dtype": "float16"}}),
         ({"communication_data_type": "bf16", "wall_clock_breakdown": True}, {}),
-        ({"activation_checkpointing": {"profile": True}, "flops_profiler": {"enabled": True}}, {}),
+        ({"torch_autocast": {"enabled": False}, "flops_profiler": {"enabled": True}}, {}),
+        ({"pipeline": {"stages": "auto", "partition": "best"}}, {"parallel": {"pipeline": 2}}),
+        ({"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}}, {}),
+        (zero(sub_group_size=2000, param_persistence_threshold=0, memory_efficient_linear=False), ZERO_3),
     ],
 )
 def test_what_deepspeed_knows_is_passed_on(deepspeed: dict[str, Any], sections: dict[str, Any]) -> None:
@@ -77,6 +81,7 @@ def test_gradients_are_summed_in_float32_in_every_precision(dtype: str) -> None:
         ({"communication_data_type": "fp99"}, {}, "communication_data_type"),
         (zero(offload_param=ON_CPU), {}, "offload_param needs zero.stage = 3, not 1"),
         (zero(zero_hpz_partition_size=2), {}, "zero_hpz_partition_size needs zero.stage = 3"),
+        ({"pipeline": {"partitions": "best"}}, {}, "pipeline.partitions is no .* mean partition"),
         (zero(zero_hpz_partition_size=3), ZERO_3, "= 3 does not divide 4 data-parallel processes; .* is 2$"),
         ({"checkpoint": {"writer": {"decoupled": True}}}, {}, "checkpoint.writer is decided"),
         (zero(elastic_checkpoint=True), {}, "elastic_checkpoint is not needed"),
@@ -113,6 +118,12 @@ def test_what_would_be_ignored_is_refused(deepspeed: dict[str, Any], sections: d
         {"tensor_parallel": {"autotp_size": 2}},
         {"sequence_parallel_size": 2},
         {"gradient_allreduce_op": "sum"},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        {"pipeline": {"stages": 2}},
+        {"pipeline": {"partition": "uniform"}},
+        {"pipeline": {"seed_layers": True}},
+        {"pipeline": {"activation_checkpoint_interval": 1}},
+        {"data_efficiency": {"data_routing": {"random_ltd": {"enabled": True}}}},
     ],
 )
 def test_what_goes_with_nothing_here_is_refused(deepspeed: dict[str, Any], stage: int) -> None:
@@ -120,6 +131,38 @@ def test_what_goes_with_nothing_here_is_refused(deepspeed: dict[str, Any], stage
     config = configs.from_dict({"deepspeed": deepspeed, "zero": {"stage": stage}})
     with pytest.raises(UserError, match=r"^deepspeed\..* = .*: .*; remove it$"):
         check_zero(config, 2)
+
+
+def test_an_activation_checkpointing_of_deepspeed_s_own_is_refused() -> None:
+    """Whatever its section has: DeepSpeed reads it where its own function is called, and no layer here calls that."""
+    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+
+    for name, value in ACT_CHKPT_DEFAULT.items():
+        config = configs.from_dict({"deepspeed": {"activation_checkpointing": {name: not value}}})
+        with pytest.raises(UserError, match=rf"{name} = True: train\.activation_checkpointing decides .*; remove it$"):
+            check_zero(config, 1)
+        check_zero(configs.replace(config, deepspeed={"activation_checkpointing": {name: value}}), 1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_deepspeed_takes_with_zero_3_only_is_refused_below_it(stage: int) -> None:
+    """All names under which DeepSpeed knows it: those of its ZeRO-3 in its own words, and those that no file of the
+    optimizers of ZeRO-1 and 2 has."""
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    aliased = {name: info.alias for name, info in fields.items() if info.alias}
+    taken_by_3 = inspect.signature(stage3.DeepSpeedZeroOptimizer_Stage3.__init__).parameters.keys() & fields.keys()
+    others = "".join(map(inspect.getsource, (bf16_optimizer, stage_1_and_2)))
+    only_3 = {name for name in taken_by_3 if name not in others}
+    assert {"sub_group_size", "enable_sanity_checks", "zero_quantized_weights"} <= only_3
+    for name in {*aliased, *aliased.values(), *only_3, "memory_efficient_linear"} - {"zero_hpz_partition_size"}:
+        config = configs.from_dict({"deepspeed": zero(**{name: 1}), "zero": {"stage": stage}})
+        with pytest.raises(UserError, match=rf"\.{name} needs zero\.stage = 3, not {stage}$"):
+            check_zero(config, 2)
+        check_zero(configs.replace(config, zero__stage=3), 2)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

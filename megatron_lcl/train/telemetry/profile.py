@@ -27,13 +27,19 @@ OPERATIONS = 30
 
 
 def profiled_steps(config: Config) -> range | None:
-    """The steps that are to be traced, counted from 1. UserError where the last one comes before the first."""
+    """The steps that are to be traced, counted from 1, up to the run's last. UserError where the last one comes before
+    the first, or the first after all steps of the run."""
     if config.train.profile is None:
         return None
     first, last = map(int, config.train.profile.split(":"))
+    steps = config.train.steps
     if last < first:
         raise UserError(f"train.profile = {config.train.profile} ends before it begins; give the first step first")
-    return range(first, last + 1)
+    if first > steps:
+        raise UserError(
+            f"train.profile = {config.train.profile} begins behind train.steps = {steps}; name steps of the run"
+        )
+    return range(first, min(last, steps) + 1)
 
 
 def check_profile(config: Config, processes: int) -> None:

@@ -28,6 +28,9 @@ def profile_of(tmp_path: Path, said: list[str]) -> Profile:
 def test_steps_and_processes_that_are_not_there_are_refused() -> None:
     assert profiled_steps(config_of()) is None
     assert profiled_steps(config_of(profile="3:5")) == range(3, 6)
+    assert profiled_steps(config_of(profile="9:12")) == range(9, 10)
+    with pytest.raises(ValueError, match=r"^train\.profile = 10:12 begins behind train\.steps = 9; name steps"):
+        check_profile(config_of(profile="10:12"), 2)
     with pytest.raises(ValueError, match=r"train\.profile = 5:3 ends before it begins"):
         check_profile(config_of(profile="5:3"), 2)
     with pytest.raises(ValueError, match=r"names process 2, and the run has 0 to 1"):

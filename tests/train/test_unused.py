@@ -1,0 +1,61 @@
+"""What is said of settings that a config gives and its run does not use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_lcl import config as configs
+from megatron_lcl.train.unused import unused_settings
+
+WEIGHTS = {
+    "lcl": "contrastive generation",
+    "clip": "",
+    "siglip": "",
+    "coca": "contrastive generation",
+    "generation": "",
+    "genlip": "",
+    "emu": "generation regression",
+}
+"""of each objective: the weights that its loss has, by its docstring"""
+
+
+def said_of(**sections: Any) -> list[str]:
+    return list(unused_settings(configs.from_dict(sections)))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("weight", ["contrastive", "generation", "regression"])
+def test_a_weight_that_the_objective_does_not_have_is_said(name: str, weight: str) -> None:
+    field = f"{weight}_weight"
+    line = f"objective.{field} has no effect on objective.name = {name}"
+    assert said_of(objective={"name": name, field: 0.0}) == ([] if weight in WEIGHTS[name].split() else [line])
+    assert said_of(objective={"name": name, field: None}) == []
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_bias_is_of_the_sigmoid_loss_alone(name: str) -> None:
+    line = f"model.logit_bias has no effect on objective.name = {name}"
+    assert said_of(objective={"name": name}, model={"logit_bias": -3.0}) == ([] if name == "siglip" else [line])
+
+
+def test_a_bias_is_not_said_of_an_objective_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose terms may read it (`StepInputs.logit_bias`)."""
+    monkeypatch.setattr("megatron_lcl.objectives.package_of", lambda config: {"theirs": "1.0"})
+    assert said_of(objective={"name": "clip"}, model={"logit_bias": -3.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("corpus", "held"), ("labeled", "images"), ("tasks", ["knn"]), ("average", "ema_0.5")]
+)
+def test_what_is_not_measured_is_said(name: str, value: Any) -> None:
+    line = f"evaluate.{name} is not measured during the run: train.evaluate_every is 0"
+    assert said_of(evaluate={name: value}) == [line]
+    assert said_of(evaluate={name: value}, train={"evaluate_every": 2}) == []
+
+
+def test_a_constant_learning_rate_has_no_decay_that_is_long() -> None:
+    line = "schedule.decay_steps has no effect on schedule.learning_rate = constant"
+    assert said_of(schedule={"decay_steps": 500, "learning_rate": "constant"}) == [line]
+    assert said_of(schedule={"decay_steps": 500, "learning_rate": "linear"}) == []
