@@ -27,6 +27,9 @@ NEVER_BEGAN = (
 _LONGEST = 71
 """bytes of the path of a folder in which the path of a socket is not too long (107 bytes; macOS: 103), with the 32 that
 `multiprocessing` adds"""
+_MADE = "megatron_lcl"
+"""in what a process of `multiprocessing` hands on to those that it starts: who has made the folder of sockets, and
+which"""
 
 
 def make_socket_folder(prefix: str, who: str) -> str:
@@ -60,6 +63,15 @@ def prepare_sockets() -> None:
         folder = make_socket_folder("pymp-", "processes need")
         multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-100)
         config["tempdir"] = folder
+        config[_MADE] = os.getpid(), folder
+
+
+def remove_sockets(maker: int) -> None:
+    """Remove the folder of `prepare_sockets` if the process with this number has made it: this one, which ends at once
+    and without Python's own end, or the one that started this one, and was killed."""
+    made_by, folder = multiprocessing.current_process()._config.get(_MADE, (None, ""))  # type: ignore[attr-defined]
+    if made_by == maker:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def runs_script_again() -> bool:

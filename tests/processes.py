@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import queue
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ports import hold_port
+from stacks import register, stacks_of
 
 from megatron_lcl.train.forks import forkserver
 
@@ -20,12 +23,21 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set; the function makes its process group from them. The
     first failure, or the timeout, ends all processes and is raised here.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        return _results(function, world_size, arguments, timeout, [Path(folder, str(r)) for r in range(world_size)])
+
+
+def _results(
+    function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...], timeout: float, stacks: list[Path]
+) -> list[Any]:
     held = hold_port()
     port = held.getsockname()[1]
     context = forkserver()
     results: Any = context.Queue()
     workers = [
-        context.Process(target=_work, args=(function, rank, world_size, port, results, arguments), daemon=True)
+        context.Process(
+            target=_work, args=(function, rank, world_size, port, results, stacks[rank], arguments), daemon=True
+        )
         for rank in range(world_size)
     ]
     for worker in workers:
@@ -39,7 +51,12 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
             except queue.Empty:
                 dead = [w.pid for r, w in enumerate(workers) if r not in collected and w.exitcode not in (None, 0)]
                 assert not dead, f"processes {dead} died without a result"
-                assert time.monotonic() < deadline, f"no result after {timeout} s; have those of {sorted(collected)}"
+                assert time.monotonic() < deadline, (
+                    f"no result after {timeout} s; have those of {sorted(collected)}\n"
+                    + stacks_of(
+                        {w.pid: file for w, file in zip(workers, stacks, strict=True) if w.pid and file.exists()}
+                    )
+                )
                 continue
             assert ok, f"rank {rank}:\n{value}"
             collected[rank] = value
@@ -55,8 +72,15 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
 
 
 def _work(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, arguments: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    results: Any,
+    stacks: Path,
+    arguments: tuple[Any, ...],
 ) -> None:
+    register(stacks)
     os.environ |= {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",

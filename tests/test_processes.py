@@ -62,3 +62,25 @@ def test_where_there_is_no_place_for_sockets(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tempfile, "mkdtemp", no_folder)
     with pytest.raises(UserError, match=r"^/tmp/pymp-1: Read-only file system; processes need .* TMPDIR .* 71 bytes$"):
         prepare_sockets()
+
+
+LEAVES = """
+import os, sys
+from megatron_lcl.processes import prepare_sockets
+from megatron_lcl.train.resilience.start import leave
+
+prepare_sockets()
+assert len(os.listdir(os.environ["TMPDIR"])) == 1
+if os.fork() == 0:
+    leave(0, "")
+os.wait()
+assert len(os.listdir(os.environ["TMPDIR"])) == 1, "another process's"
+leave(3, "ends")
+"""
+
+
+def test_the_folder_of_sockets_does_not_outlive_a_process_that_ends_at_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", LEAVES], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "megatron-lcl: \nmegatron-lcl: ends\n")
+    assert list(tmp_path.iterdir()) == []

@@ -52,7 +52,7 @@ def check_all_reduce(timeout: float) -> str:
     if size == 1:
         return "all-reduce  one process: nothing to sum"
     store, nodes = _meet(rank, size, timeout)
-    with Watchdog(Axis(None, rank, size), timeout, timeout, store) as watchdog:
+    with Watchdog(Axis(None, rank, size), timeout, timeout, store, ("--timeout", "--timeout")) as watchdog:
         with watchdog.long_phase(0, "making the process group"):
             group = dist.PrefixStore("all-reduce", store)
             # the watchdog is sooner, and knows whose fault it is

@@ -29,10 +29,10 @@ from megatron_lcl.errors import UserError, complain
 from megatron_lcl.machine import num_cores, num_gpus
 from megatron_lcl.processes import same_code
 from megatron_lcl.train.resilience.start import code_of_signal, handle
-from megatron_lcl.units import counted
+from megatron_lcl.units import counted, listed
 
 GRACE_SECONDS = 30.0
-"""how long the other processes may take to end by themselves once one has failed, beside what their watchdogs take"""
+"""how long the other processes may take to end by themselves once one has ended, beside what their watchdogs take"""
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """variables that every launcher sets"""
 WATCHED = "MEGATRON_LCL_WATCHED"
@@ -141,7 +141,8 @@ def start_local(arguments: Sequence[str], processes: int, told: list[int] | None
     SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on; before the processes watch each other, where nothing has begun,
     they end all at once. SIGTSTP (Ctrl-Z) stops them, until this process goes on. When one process has ended with a
     failure, the others notice that by themselves (`watchdog`); those that do not, or have not even begun to watch, are
-    killed after a while. None outlives this process (on Linux).
+    killed after a while. So are those that do not end when one has without a failure: it has waited for all before
+    (`Checkpointer.wait_for_all`), and nothing of the run is left to do. None outlives this process (on Linux).
     told: is given the signals that came, for a caller that has more to start.
     """
     threads = max(1, num_cores() // processes)
@@ -226,9 +227,10 @@ class _Heard:
 def _wait(command: str, children: list[subprocess.Popen[bytes]], heard: _Heard, came: list[int]) -> int:
     """command: for messages. came: signals in the order in which they came. Their handler only adds to it: it may run
     at any point of this."""
-    failed: int | None = None
-    stopped, since = 0, 0.0
+    failed = stopped = 0
+    since: float | None = None  # when the first process ended
     running = children
+    killed: list[subprocess.Popen[bytes]] = []
     while running:
         time.sleep(0.1)
         running = [child for child in children if child.poll() is None]
@@ -238,22 +240,25 @@ def _wait(command: str, children: list[subprocess.Popen[bytes]], heard: _Heard, 
             stopped = stopped or (0 if timeouts else signum)
             for child in running:
                 child.send_signal(signal.SIGKILL if stopped else signum)
-        grace = GRACE_SECONDS + max(timeouts, default=0.0)
+        if len(running) < len(children) and since is None:
+            since = time.monotonic()
         failures = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
-        if failures and failed is None:
-            since, (rank, failed) = time.monotonic(), failures[0]
+        if failures and not failed and not killed:
+            rank, failed = failures[0]
             if failed < 0 and not stopped:
                 name = signal.Signals(-failed).name
                 complain(f"{command}: process {rank} was killed by {name}")
-        if failed is not None and time.monotonic() - since > grace:
-            for child in running:
+        grace = GRACE_SECONDS + max(timeouts, default=0.0)
+        if running and not killed and since is not None and time.monotonic() - since > grace:
+            killed = running
+            for child in killed:
                 child.kill()
+            late = listed([rank for rank, child in enumerate(children) if child in killed], "process")
+            complain(f"{command}: {late} had not ended {grace:.0f} s after the others: killed")
     if stopped:
         complain(f"{command}: {signal.Signals(stopped).name}: stopped; the same command goes on")
         return code_of_signal(stopped)
-    codes = [child.returncode for child in children if child.returncode]
-    code = failed if failed is not None else codes[0] if codes else 0
-    return 128 - code if code < 0 else code
+    return 128 - failed if failed < 0 else failed
 
 
 def hold_port() -> socket.socket:

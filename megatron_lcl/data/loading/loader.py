@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
 
+import PIL.Image
 import torch
 from torch.utils.data import DataLoader
 
@@ -156,6 +157,7 @@ class PackedLoader(Iterable[PackedBatch]):
             return
         prepare_sockets()
         self.reader.progress = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
+        PIL.Image.preinit()  # else each worker imports the decoders, a tenth of a second
         main, end = os.getpid(), None
         batches: Any = None
         try:

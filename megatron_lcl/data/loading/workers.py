@@ -15,6 +15,8 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
+from megatron_lcl.processes import remove_sockets
+
 _IGNORED = {signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 _HELD = {signal.SIGTERM, signal.SIGCHLD, *_IGNORED}
 _KILLED_SECONDS = 5.0
@@ -103,4 +105,6 @@ def _end_with(main: int) -> None:
         said = signal.sigtimedwait({signal.SIGTERM}, _ORPHAN_SECONDS)
         if said is not None and said.si_pid == main:
             break
+    else:  # it was killed, and leaves this to us
+        remove_sockets(main)
     os._exit(0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torch.utils.serialization.config  # `torch.save` does, in a thread; a process forked meanwhile would hang in it
 import xxhash
 
 from megatron_lcl.config import Model

@@ -80,6 +80,8 @@ def leave(code: int, message: str) -> NoReturn:
         child.kill()
     for child in children:
         child.join(1.0)  # leaves no zombie, even where process 1 of a container reaps none
+    if (processes := sys.modules.get("megatron_lcl.processes")) is not None:  # else there is no folder of sockets
+        within(WRITE_SECONDS, lambda: processes.remove_sockets(os.getpid()))
     os._exit(code)
 
 

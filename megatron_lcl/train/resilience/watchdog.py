@@ -120,12 +120,21 @@ class Watchdog:
     that dies there is noticed within `timeout` all the same.
     """
 
-    def __init__(self, world: Axis, timeout: float, long_timeout: float, store: dist.Store | None = None) -> None:
-        """store: in place of that of the process group, which may then still have to be made."""
+    def __init__(
+        self,
+        world: Axis,
+        timeout: float,
+        long_timeout: float,
+        store: dist.Store | None = None,
+        settings: tuple[str, str] = ("guard.timeout", "guard.long_timeout"),
+    ) -> None:
+        """store: in place of that of the process group, which may then still have to be made. settings: that the two
+        timeouts are set by, for messages."""
         self.rank = world.rank
         self.size = world.size
         self._store: Any = store
         self.timeout = timeout
+        self._settings = f"{settings[0]} = {timeout:g} s", f"{settings[1]} = {long_timeout:g} s"
         self.period = min(PERIOD_SECONDS, timeout / 20)
         # one server answers them all; but seeing a fault, everywhere, may take half of the time at most
         self.publish_period = min(self.period * max(1.0, self.size / 64), timeout / 14)
@@ -306,19 +315,22 @@ class Watchdog:
         if not late:
             return None
         seconds = max(state.waiting for state in late.values())
+        is_long = min(state.limit for state in late.values()) > self.limit
+        remedy = f"({self._settings[is_long]}; raise it if this is only slow)"
         # the process that is the cause may not be late yet by the state that was last read of it
         causes = [rank for rank, state in states.items() if state.location and not state.with_others]
         if not causes or len(causes) == len(states):  # all wait, or wait for their devices
             causes = suspects({rank: state.sequences for rank, state in states.items()})
         if causes and len(causes) < len(states):
             names = "; ".join(f"process {rank} hangs while {states[rank].at()}" for rank in causes)
-            return Fault(f"{names}. The others have waited for {seconds:.0f} s", [states[rank].host for rank in causes])
+            said = f"{names}. The others have waited for {seconds:.0f} s {remedy}"
+            return Fault(said, [states[rank].host for rank in causes])
         if dead := self._silent(others, now):  # it waited with the others when it was last heard of
             return dead
         rank, state = next(iter(late.items()))
         return Fault(
             f"no progress for {seconds:.0f} s in {counted(len(late), 'process')}, and none is behind the others: is "
-            f"the network or the storage down? Process {rank} is {state.at()}",
+            f"the network or the storage down? Process {rank} is {state.at()} {remedy}",
             [],
         )
 
@@ -359,9 +371,13 @@ def _sequences(left_out: dist.ProcessGroup | None) -> dict[str, int]:
 
 
 def _location() -> tuple[str, bool]:
-    """Where the main thread is, by the innermost function of this package, and whether it waits for other processes."""
-    main = threading.main_thread().ident
-    frames = list(traceback.walk_stack(sys._current_frames().get(main or 0)))
+    """Where the main thread is, or the thread for which it waits there, by the innermost function of this package, and
+    whether that waits for other processes."""
+    stacks = sys._current_frames()
+    frames = list(traceback.walk_stack(stacks.get(threading.main_thread().ident or 0)))
+    joins = (frame.f_locals["self"] for frame, _ in frames if frame.f_code is threading.Thread.join.__code__)
+    if (thread := next(joins, None)) is not None and thread.ident in stacks:  # it writes a checkpoint, say
+        frames = [*traceback.walk_stack(stacks[thread.ident]), *frames]
     # what has been started is waited for in torch's own code, without a frame, and in ours where collectives are
     waits = any(name in frame.f_code.co_filename for frame, _ in frames[:8] for name in _WAITING)
     ours = [(f, line) for f, line in frames if f"{os.sep}megatron_lcl{os.sep}" in f.f_code.co_filename]

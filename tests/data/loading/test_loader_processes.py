@@ -200,12 +200,15 @@ def outlive():
 os.register_at_fork(after_in_child=outlive)
 next(iter(loader_of(__import__("pathlib").Path({str(corpus.path)!r}), data={{"workers": 1}})))
 """
-    process = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=120)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    process = subprocess.run(command, check=False, capture_output=True, timeout=120, env=environment)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     worker, deadline = (tmp_path / "worker"), time.monotonic() + 60
     while not worker.exists() or not worker.read_text() or fleet.alive([int(worker.read_text())]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("pymp-")], "of the main process"
 
 
 def test_a_fork_of_the_main_process_leaves_its_workers_to_it(make_corpus: MakeCorpus) -> None:

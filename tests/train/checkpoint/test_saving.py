@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -175,9 +176,11 @@ def life(rank: int, folder: str) -> dict[str, Any]:
         saver = Saver(checkpoints, config.checkpoint, log, Audit(run, mesh.is_first))  # type: ignore[arg-type]
         seed(rank)
         draw()
+        before = set(sys.modules)
         saver.save(Progress(1, 6, {}))
         drawn = draw()
         saver.finish_pending()
+        imported = set(sys.modules) - before
         seed(99)
         draw()
         checkpoints.load(checkpoint.step_folder(run, 1))
@@ -201,7 +204,7 @@ def life(rank: int, folder: str) -> dict[str, Any]:
     dist.destroy_process_group()
     stalls = {line["step"]: line["checkpoint_stall_seconds"] for line in log.lines}
     values = {"held": held, "drawn": drawn, "again": again, "waited": waited, "stalls": stalls, "audited": audited}
-    values["synced"] = synced
+    values |= {"synced": synced, "imported": imported}
     return {**values, "fault": saver.fault, "step": saver.step, "failures": saver.failures}
 
 
@@ -217,6 +220,13 @@ def test_generators_go_on_where_they_were(lives: tuple[Path, list[dict[str, Any]
     first, second = lives[1]
     assert (first["again"], second["again"]) == (first["drawn"], second["drawn"])
     assert not set(first["drawn"]) & set(second["drawn"])
+
+
+@pytest.mark.slow
+def test_a_save_imports_nothing(lives: tuple[Path, list[dict[str, Any]]]) -> None:
+    """A process that is forked while a thread imports a module waits for ever where it imports that, too."""
+    for own in lives[1]:
+        assert own["imported"] == set()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from ports import hold_port
+from stacks import descendants, register, stacks_of
 
 from megatron_lcl.train.forks import forkserver
 
@@ -67,6 +68,9 @@ class Fleet:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if value is not None and self.is_alive():  # a process hangs, say
+            logs = zip(self.processes, self.logs, strict=True)
+            value.add_note(stacks_of({process.pid: log for process, log in logs if process.pid}))
         self.kill()
         self._held.close()
         if kind is not None:
@@ -127,6 +131,7 @@ def train(run: Path, *arguments: str, code: int = 0, timeout: float = 180.0, **o
 def _work(
     rank: int, size: int, port: int, words: Sequence[str], log: str, plant: Callable[..., None] | None, planted: Any
 ) -> None:
+    register(Path(log))
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -147,15 +152,6 @@ def line_of(said: str) -> str:
         found = [line for line in found if line.startswith("megatron-lcl")]
     (line,) = found
     return line
-
-
-def descendants(pid: int | None) -> list[int]:
-    """Processes that a process has started, and those they have, as Linux lists them."""
-    try:
-        children = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
 
 
 def alive(pids: Sequence[int]) -> list[int]:

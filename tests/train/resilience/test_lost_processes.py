@@ -451,8 +451,28 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
     codes = [child.returncode for child in children]
     assert codes == [-signal.SIGKILL] * 3 + [LOST if watched else -signal.SIGKILL]
     assert clock.now > (3.5 if watched else 0.5)
-    assert "process 1 was killed by SIGKILL" in capfd.readouterr().err
+    said = capfd.readouterr().err.splitlines()
+    late = "processes 0, 2" if watched else "processes 0, 2, 3"
+    assert said[0] == "megatron-lcl train: process 1 was killed by SIGKILL"
+    assert re.fullmatch(rf"megatron-lcl train: {late} had not ended \d s after the others: killed", said[1])
+    assert len(said) == 2
     os.close(reader)
     os.close(writer)
     for child in children:
         child.communicate()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_launcher_does_not_wait_for_one_that_does_not_end(
+    code: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the others have, also where nothing has failed: then all is done, and the code says so."""
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.2)
+    reader, writer = os.pipe()
+    children = [subprocess.Popen(["bash", "-c", command]) for command in (f"exit {code}", "exec sleep 9")]
+    assert launch._wait("megatron-lcl train", children, launch._Heard(reader), []) == code
+    assert [child.wait() for child in children] == [code, -signal.SIGKILL]
+    said = capfd.readouterr().err
+    assert said == "megatron-lcl train: process 1 had not ended 0 s after the others: killed\n"
+    os.close(reader)
+    os.close(writer)

@@ -8,8 +8,14 @@ import json
 import math
 import os
 import re
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +25,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.parallel.mesh import Axis, Pending
 from megatron_lcl.train.launch import WATCHED
 from megatron_lcl.train.resilience import watchdog as watchdogs
@@ -116,6 +123,38 @@ def test_who_waits_in_a_collective_waits_for_others() -> None:
     assert with_others
 
 
+@pytest.mark.parametrize("with_others", [False, True])
+def test_who_waits_for_a_thread_is_where_that_is(
+    with_others: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a save in the background that takes long is told from one that waits for another process's."""
+    there, found, go_on = threading.Event(), [], threading.Event()
+
+    def slow(_file: int = 0) -> None:
+        there.set()
+        assert go_on.wait(60.0)
+
+    def ask() -> None:
+        there.wait(60.0)
+        main = threading.main_thread().ident or 0
+        while "join" not in [frame.name for frame in traceback.extract_stack(sys._current_frames()[main])]:
+            time.sleep(0.001)
+        found.append(watchdogs._location())
+        go_on.set()
+
+    monkeypatch.setattr(os, "fsync", slow)
+    pending = Pending(torch.ones(1), SimpleNamespace(wait=slow))
+    asking = threading.Thread(target=ask)
+    asking.start()
+    writing = threading.Thread(target=pending.wait if with_others else partial(sync, tmp_path))
+    writing.start()
+    writing.join()
+    asking.join()
+    ((location, waits),) = found
+    assert re.fullmatch(r"mesh\.py:\d+ in wait" if with_others else r"files\.py:\d+ in sync", location)
+    assert waits is with_others
+
+
 def test_the_launcher_hears_that_a_run_of_one_process_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """It killed it at a signal, and nothing was saved."""
     heard, say = os.pipe()
@@ -165,6 +204,32 @@ def test_of_two_that_wait_the_silent_one_is_named(monkeypatch: pytest.MonkeyPatc
     assert fault is not None
     assert said in fault.message
     assert fault.nodes == (["gpu8"] if silent > 3 else [])
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+@pytest.mark.parametrize(
+    ("phase", "settings", "named"),
+    [
+        ("saving", {}, "(guard.long_timeout = 90 s; raise it if this is only slow)"),
+        ("computing", {}, "(guard.timeout = 60 s; raise it if this is only slow)"),
+        ("saving", {"long_timeout": 30.0}, "(guard.timeout = 60 s; raise it if this is only slow)"),
+        ("saving", {"settings": ("--timeout", "--wait")}, "(--wait = 90 s; raise it if this is only slow)"),
+    ],
+)
+def test_a_hang_says_which_setting_is_its_limit(
+    phase: str, settings: dict[str, Any], named: str, with_others: bool
+) -> None:
+    """What is only slow looks the same. with_others: both wait, else one for a file."""
+    watchdog = Watchdog(Axis(rank=0, size=2), **{"timeout": 60.0, "long_timeout": 90.0, **settings})
+    limit = watchdog.long_limit if phase == "saving" else watchdog.limit
+    own = {"doing": phase, "location": "mesh.py:1 in wait", "with_others": True, "waiting": limit + 1.0, "limit": limit}
+    watchdog._state = watchdogs.State(**own)
+    other = watchdogs.State(**{**own, "with_others": with_others})
+    now = watchdog._now()
+    fault = watchdog._hang({1: (other, now)}, now)
+    assert fault is not None
+    assert fault.message.endswith(named)
+    assert ("process 1 hangs" in fault.message) is not with_others
 
 
 class Process:
