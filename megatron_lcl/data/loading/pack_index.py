@@ -25,8 +25,8 @@ import errno
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,6 +38,7 @@ from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading import cache, packing
 from megatron_lcl.data.loading.cache import fingerprint
+from megatron_lcl.data.loading.chunks import ENTRY, RANGED, Chunk, Entries, Pack, record_in
 from megatron_lcl.data.loading.hashes import shuffled
 from megatron_lcl.data.loading.ledger import Ledger, Segment, kept_states
 from megatron_lcl.data.loading.rules import Sequences
@@ -52,56 +53,12 @@ MIN_CHUNK = CHUNK // 2
 lie before it; an epoch of over CHUNK documents has no smaller window"""
 FIRST_CHUNK = 512
 """packs of the first chunk at least, or so many documents: a short run reads no more of a small corpus"""
-ENTRY = np.dtype([("document", np.int64), ("corpus", np.int32), ("epoch", np.int32), ("part", np.int32)])
-"""one sequence: the part'th of a document in an epoch; corpus counts the chunk's corpora"""
-RANGED = np.dtype([*ENTRY.descr, ("begin", np.int32), ("until", np.int32)])
-"""the part'th of what stands between two positions of a document (`sequence.arrange`)"""
-
 _SHUFFLE = 1 << 62
 _T = TypeVar("_T")
 _BEGIN: dict[str, Any] = {"pack": 0, "blend": -1, "positions": {}, "served": {}}
 
 
 # --- packs -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pack:
-    """The sequences of one pack: sources, and ENTRY rows whose `corpus` counts them."""
-
-    number: int
-    sources: Sequence[Source]
-    entries: np.ndarray
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Packs first … stop-1, in `folder`, unless that was deleted; from state `begin` to `end`, the next one's."""
-
-    first: int
-    stop: int
-    folder: Path
-    corpora: tuple[str, ...]
-    begin: dict[str, Any]
-    end: dict[str, Any]
-
-
-class _Entries:
-    """The entries of a chunk, from files that stay open."""
-
-    def __init__(self, folder: Path) -> None:
-        self._use = cache.using(folder, cache.RECORD)
-        self._entries, self._offsets = (cache.Rows(folder / f"{name}.npy") for name in ("entries", "offsets"))
-
-    def of(self, local: int) -> np.ndarray:
-        """Those of the chunk's pack number `local`."""
-        self._use.renew()
-        return self.between(local, local + 1)[0]
-
-    def between(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Those of the chunk's packs first … stop-1, and where those of each begin among them and the last's end."""
-        offsets = self._offsets.read(first, stop + 1)
-        return self._entries.read(int(offsets[0]), int(offsets[-1])), offsets - offsets[0]
 
 
 Left = tuple[str, int, list[int | list[int]]]
@@ -145,7 +102,7 @@ class PackIndex:
         self._corpora: dict[str, Corpus] = {}
         """by their paths: a manifest of thousands of shards takes a while to read"""
         self._sources: dict[str, Source] = {}
-        self._opened: dict[Path, _Entries] = {}
+        self._opened: dict[Path, Entries] = {}
         self._ahead = 0
         self._builder: threading.Thread | None = None
 
@@ -185,7 +142,7 @@ class PackIndex:
                 continue
             chunk = self._chunk_of(number)
             if wanted(chunk.begin, chunk.end):
-                entries, offsets = self._built(chunk.begin, _Entries).between(0, chunk.stop - chunk.first)
+                entries, offsets = self._built(chunk.begin, Entries).between(0, chunk.stop - chunk.first)
                 yield chunk, entries, offsets
             number = chunk.stop
 
@@ -267,7 +224,7 @@ class PackIndex:
             if chunk.folder not in self._opened:
                 while len(self._opened) > 1:
                     self._opened.pop(next(iter(self._opened)))
-                self._opened[chunk.folder] = self._built(chunk.begin, _Entries)
+                self._opened[chunk.folder] = self._built(chunk.begin, Entries)
             try:
                 return self._opened[chunk.folder].of(local)
             except OSError as error:
@@ -280,7 +237,7 @@ class PackIndex:
             return self._last
         state = self._state_before(number)
         while True:
-            chunk = self._recorded(state) or self._note(state, self._built(state, _record_in))
+            chunk = self._recorded(state) or self._note(state, self._built(state, record_in))
             if number < chunk.stop:
                 self._last = chunk
                 return chunk
@@ -500,11 +457,6 @@ def order_key(source_key: Any, epoch: int) -> Any:
     return key(int(source_key), _SHUFFLE, epoch)
 
 
-def range_of(entry: Any) -> tuple[int, int]:
-    """The positions of its document that an entry is cut from: begin and until."""
-    return (int(entry["begin"]), int(entry["until"])) if "begin" in entry.dtype.names else (0, END)
-
-
 def _whole(num: int) -> np.ndarray:
     """The ranges of so many whole documents."""
     return np.broadcast_to(np.array([0, END]), (num, 2))
@@ -523,8 +475,3 @@ def _sequences(settings: Mapping[str, Any]) -> Sequences:
 
 def _pack_of(state: dict[str, Any]) -> int:
     return int(state["pack"])
-
-
-def _record_in(folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((folder / cache.RECORD).read_text(encoding="utf-8"))
-    return record

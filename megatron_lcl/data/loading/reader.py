@@ -13,10 +13,11 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.loading.batch import RUNS, PackedBatch, integer_sizes, max_runs
+from megatron_lcl.data.loading.chunks import Pack, range_of
 from megatron_lcl.data.loading.crops import decode_train
 from megatron_lcl.data.loading.hashes import shuffled, uniform
 from megatron_lcl.data.loading.images import decode_eval
-from megatron_lcl.data.loading.pack_index import Pack, PackIndex, range_of
+from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.data.loading.sequence import IMAGE_ROW, PIECE, SEQUENCE, START, STOP
 from megatron_lcl.data.loading.sequential_index import SequentialIndex

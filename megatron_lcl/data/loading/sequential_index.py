@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_lcl.data.loading import packing
-from megatron_lcl.data.loading.pack_index import ENTRY, Pack
+from megatron_lcl.data.loading.chunks import ENTRY, Pack
 from megatron_lcl.data.loading.source import Source
 
 

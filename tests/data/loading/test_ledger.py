@@ -22,9 +22,10 @@ from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index, packing
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.chunks import range_of
 from megatron_lcl.data.loading.ledger import Ledger, open_ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import loader_of
-from megatron_lcl.data.loading.pack_index import PackIndex, range_of
+from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.reader import draw_patches
 from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, INTERLEAVED, PAIRS
 from megatron_lcl.data.loading.source import VERSION
