@@ -356,5 +356,5 @@ def _print_reads(options: argparse.Namespace) -> None:
     config, progress = config_and_progress(Path(single_input(options)))
     ledger = Ledger.from_json(progress.ledger) if progress else None
     done = progress.step if progress else 0
-    steps = options.step or done or config.train.steps
+    steps = min(options.step or done or config.train.steps, max(done, config.train.steps))
     say(found_reads(config, objectives.create(config).sequences, options.source, steps, done, ledger))

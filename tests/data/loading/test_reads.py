@@ -154,7 +154,10 @@ def test_the_command(blend: list[Corpus], tmp_path: Path, capsys: pytest.Capture
     file.write_text(configs.to_yaml(config))
     words = ["replay", str(file), "--source", blend[0].name(17)]
     assert main(words) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("steps 0 to 59, of which 0 are made: read ")
+    of_all = capsys.readouterr().out
+    assert of_all.splitlines()[-1].startswith("steps 0 to 59, of which 0 are made: read ")
+    assert main([*words, "--step", "1000"]) == 0
+    assert capsys.readouterr().out == of_all, "no steps behind the end"
     with patch("megatron_lcl.train.checkpoint.folder.last_progress") as progress:
         progress.return_value = Progress(7, 14, open_run_ledger(config).to_json())
         assert main(words) == 0
