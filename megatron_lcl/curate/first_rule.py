@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from megatron_lcl.curate.measures import MEASURES, Measured, has_any, is_listed
+from megatron_lcl.curate.measures import MEASURES, Measured, has_any
 from megatron_lcl.curate.settings import PERPLEXITY, Rule
 
 LOOK_AHEAD, LOOK_AHEAD_CHARACTERS = 1024, 1 << 20
@@ -65,7 +65,7 @@ def _first(rules: Sequence[Rule], text: Measured) -> Removal | None:
         if rule.field == "unsafe_names":
             value, breaks = 1.0, has_any(text.name, rule.threshold)
         elif rule.field == "excluded_names":
-            value, breaks = 1.0, is_listed(text.name, text.context.excluded_names)
+            value, breaks = 1.0, text.context.excluded_names.has(text.name)
         else:
             value = MEASURES[rule.field[4:]](text)  # without min_ or max_
             breaks = rule.breaks(value)

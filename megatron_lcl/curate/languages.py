@@ -9,6 +9,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_lcl.curate.measures import Listed
 from megatron_lcl.curate.perplexity import perplexity_scores
 from megatron_lcl.curate.settings import PERPLEXITY, Language, Lists, Settings, names_file
 from megatron_lcl.errors import UserError
@@ -35,7 +36,7 @@ class Context:
         return read_words(self._settings.lists.flagged_words)
 
     @cached_property
-    def excluded_names(self) -> frozenset[str]:
+    def excluded_names(self) -> Listed:
         assert self._settings.document.excluded_names is not None  # the rule is on
         return read_names(self._settings.document.excluded_names)
 
@@ -130,19 +131,18 @@ def read_words(path: str | Path) -> frozenset[str]:
     return frozenset(line.lower() for line in _lines(path))
 
 
-def read_names(path: str | Path) -> frozenset[str]:
-    """A file with a name or a domain a line: each line, and as `//site.org` what may be a domain. UserError where there
-    is none in it."""
-    names = [name.removeprefix("\ufeff") for name in _lines(path)]  # a byte order mark
+def read_names(path: str | Path) -> Listed:
+    """A file with a name or a domain a line. UserError where there is none in it."""
+    names = _lines(path)
     if not names:
         raise UserError(f"{path} has no line; give the names of documents to remove, one a line")
-    return frozenset([*names, *(f"//{name.lower()}" for name in names if "/" not in name)])
+    return Listed(names)
 
 
 def _lines(path: str | Path) -> list[str]:
-    """Of a file, without those that are empty, and without white space around them."""
+    """Of a file, without those that are empty, white space around them, and a byte order mark before the first."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text in UTF-8") from None
     return [word for line in lines if (word := line.strip())]

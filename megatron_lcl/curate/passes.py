@@ -28,7 +28,7 @@ from megatron_lcl.curate.joins import Join, Places
 from megatron_lcl.curate.languages import context_of
 from megatron_lcl.curate.measures import Measured
 from megatron_lcl.curate.models.rules import Matched
-from megatron_lcl.curate.settings import Rule, Settings, rules_of
+from megatron_lcl.curate.settings import Rule, Settings, files_of, rules_of
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.image_columns import FORMATS
 from megatron_lcl.data.corpus.indexed import write_file
@@ -347,13 +347,15 @@ def _repeated(document: Source, rule: Rule) -> dict[int, Removal]:
 
 
 def thresholds_of(settings: Settings, joins: Sequence[Join]) -> dict[str, Any]:
-    """Of all rules that are on, in the order in which they are tried, by name; None: it has none."""
+    """Of all rules that are on, in the order in which they are tried, by name; None: it has none, or is a file, of
+    which the recipe has the hash, and whose path may say something of what is in it."""
     found: dict[str, Any] = {}
     for section in ("image", "text"):
         found |= {rule.name: rule.threshold for rule in rules_of(settings, section)}
     found |= {join.rule: join.threshold for join in joins}
     found |= {UNMATCHED: None, EMPTY: None}
-    return found | {rule.name: rule.threshold for rule in rules_of(settings, "document")}
+    found |= {rule.name: rule.threshold for rule in rules_of(settings, "document")}
+    return found | {name: None for name, _ in files_of(settings) if name in found}
 
 
 def threshold_text(threshold: Any) -> str:

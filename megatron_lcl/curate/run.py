@@ -166,6 +166,7 @@ def curate(
         raise UserError(f"--samples {samples}: give 0 or more")
     settings = _resolved(settings)
     source = open_corpus(corpus)
+    _check_names(source, settings)
     joins = (*_joins_of(settings), *joins)
     _check(settings, keep=workers == 1)
     encoder = models.check(settings.models, keep=workers == 1)
@@ -285,6 +286,19 @@ def _check(settings: Settings, *, keep: bool) -> None:
                 context.perplexities(["a"])
     if not keep:
         context_of.cache_clear()
+
+
+def _check_names(corpus: Corpus, settings: Settings) -> None:
+    """UserError where names are excluded and a shard has none."""
+    if settings.document.excluded_names is None:
+        return
+    for shard in corpus.shards:
+        # all empty: curated from a corpus of an earlier release
+        if shard.names is None or not any(shard.names.between(0, shard.num_documents)):
+            raise UserError(
+                f"document.excluded_names: {corpus.where} does not know where the documents of shard {shard.number} "
+                "came from, as those of earlier releases, so that none would be found; `preprocess` its source again"
+            )
 
 
 def _rules_version(settings: Settings) -> int:
@@ -443,8 +457,9 @@ def _curated(path: Path | None, source: Corpus, work: Work, counted: Counted) ->
 def _nothing_left(curated: Curated) -> _NothingLeft:
     most = max(curated.rules, key=lambda r: (r.texts + r.images, -r.documents))
     items, all_items = most.texts + most.images, curated.before["texts"] + curated.before["images"]
+    rule = f"{most.rule} = {most.threshold}" if most.threshold else most.rule
     return _NothingLeft(
-        f"none of {curated.before['documents']:,} documents is left; {most.rule} = {most.threshold} removed most, "
+        f"none of {curated.before['documents']:,} documents is left; {rule} removed most, "
         f"{items:,} of {all_items:,} texts and images; choose another threshold"
     )
 

@@ -122,8 +122,8 @@ class Holdings:
     )
     excluded_names: str | None = Field(
         default=None,
-        description="file with a line for each name that goes: a document's whole name, what stands in it behind the "
-        "first space (such as its URL), or a domain, of which all URLs go, also those of subdomains",
+        description="file with a line for each name that goes: a document's whole name, what stands in it behind a "
+        "space (such as its URL), or a domain, of which all URLs go, also those of subdomains",
     )
 
 
@@ -258,7 +258,7 @@ def read_settings(
     for key, text in (overrides or {}).items():
         fields.put(Settings, tree, key.replace("-", "_"), text)
     settings = fields.build(Settings, fields.without_null(Settings, tree), "--{}".format)
-    for name, path in _files(settings):
+    for name, path in files_of(settings):
         if not is_file(Path(path)):
             raise UserError(f"--{name} {path}: there is no such file")
     if settings.perplexity.model is not None and not is_dir(Path(settings.perplexity.model)):
@@ -282,7 +282,7 @@ def as_recipe(settings: Settings) -> dict[str, Any]:
     Of an encoder its name (`models.rules.check` knows its weights).
     """
     recipe = _not_default(settings)
-    for name, path in _files(settings):
+    for name, path in files_of(settings):
         recipe[name] = hash_file(Path(path))
     if settings.perplexity.model is not None:
         recipe["perplexity.model"] = _hash_folder(settings.perplexity.model)
@@ -320,7 +320,7 @@ def names_file(text: str) -> bool:
     return not text.isalpha()
 
 
-def _files(settings: Settings) -> Iterator[tuple[str, str]]:
+def files_of(settings: Settings) -> Iterator[tuple[str, str]]:
     """The settings that are files."""
     if names_file(settings.lists.stop_words):
         yield "lists.stop_words", settings.lists.stop_words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from data.helpers import TOKENIZER
 from megatron_lcl.cli import main
 from megatron_lcl.curate.run import SAMPLES_FILE, curate
 from megatron_lcl.curate.settings import read_settings
-from megatron_lcl.data.corpus.corpus_manifest import read_manifest
+from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tables import read_table
+from megatron_lcl.data.prepare.export_corpus import export_corpus
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
@@ -30,36 +32,70 @@ URLS = (
     "https://other.org/page1",
     "http://[odd",
     "7",
+    "HTTPS://site3.org./page1",
+    "https://other.org/?q=a site2.org",
+    "",
 )
+LONG = f"https://site4.org/{'é' * 490}"
+"""cut in a name, within a character"""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus with a document for each URL: `a.jsonl@BYTE URL`."""
+    """A corpus with a document for each URL: `a.jsonl@BYTE URL`; then of a file with spaces in its path, and of one
+    with a long URL."""
     folder = tmp_path_factory.mktemp("source")
-    (folder / "in").mkdir()
-    lines = [{"items": [{"text": f"A text about number {n}."}], "url": url} for n, url in enumerate(URLS)]
-    (folder / "in" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for file, urls in (("a", URLS), ("my dir/b c", ["https://site3.org/page2"]), ("zz", [LONG + "1/2"])):
+        lines = [{"items": [{"text": f"A text about number {n}."}], "url": url} for n, url in enumerate(urls)]
+        (folder / "in" / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "in" / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     preprocess("jsonl", folder / "in", folder / "corpus", tokenizer=TOKENIZER)
     return folder / "corpus"
 
 
+@pytest.fixture(scope="module")
+def exported(source: Path) -> Path:
+    """The same documents, `00000.jsonl@BYTE a.jsonl@BYTE URL`."""
+    export_corpus(source, source.parent / "exported")
+    preprocess("jsonl", source.parent / "exported", source.parent / "again", tokenizer=TOKENIZER)
+    return source.parent / "again"
+
+
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(
     ("lines", "gone"),
     [
         ("https://site2.org/page1\n", [0]),
         ("\ufeffhttps://site2.org/page1\n\n  https://other.org/page1  \r\n", [0, 5]),
         ("a.jsonl@0 https://site2.org/page1\n", [0]),
-        ("a.jsonl@0\npage1\nhttps\nhttps://site2.org\norg2\n", []),
+        ("\ufeff\nhttps://site2.org/page1\n", [0]),
+        ("page1\nc.jsonl\nhttps\nhttps://site2.org\norg2\n", []),
         ("SITE2.org\n", [0, 1, 2]),
+        ("site2.org\n", [0, 1, 2]),
+        ("site2.org/\n*.site2.org\nsite2.org:8080\n", []),
         ("www.site2.org\n", [2]),
         ("site2.org/page1\n", []),
-        ("org\n", [0, 1, 2, 3, 4, 5]),
+        ("org\n", [0, 1, 2, 3, 4, 5, 8, 9, 11, 12]),
         ("7\n", [7]),
+        ("site3.org\n", [8, 11]),
+        ("https://site3.org/page2\n", [11]),
+        ("my dir/b c.jsonl@0 https://site3.org/page2\n", [11]),
+        ("https://other.org/?q=a site2.org\n", [9]),
+        (f"{LONG}1/2\n", [12]),
+        (f"{LONG[:-40]}\n{LONG[:-40]}1/2\n{LONG[:450]}x1/2\n", []),
     ],
 )
-def test_a_name_is_excluded_as_a_whole(source: Path, tmp_path: Path, lines: str, gone: list[int]) -> None:
-    assert open_corpus(source).name(0) == "a.jsonl@0 https://site2.org/page1"
+def test_a_name_is_excluded_as_a_whole(
+    source: Path, exported: Path, tmp_path: Path, lines: str, gone: list[int], again: bool
+) -> None:
+    corpus = open_corpus(source)
+    assert corpus.name(0) == "a.jsonl@0 https://site2.org/page1"
+    assert corpus.name(11) == "my dir/b c.jsonl@0 https://site3.org/page2"
+    assert len(corpus.name(12).encode()) == 999
+    if again:
+        source = exported
+        assert open_corpus(source).name(0) == "00000.jsonl@0 a.jsonl@0 https://site2.org/page1"
+        assert open_corpus(source).name(11).endswith(" my dir/b c.jsonl@0 https://site3.org/page2")
     (tmp_path / "names").write_text(lines, "utf-8")
     given = read_settings(overrides={"document.excluded_names": str(tmp_path / "names")})
     found = curate(source, tmp_path / "out", given)
@@ -73,6 +109,24 @@ def test_a_list_of_names_that_is_none(source: Path, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("\n \n")
     with pytest.raises(UserError, match="names has no line; give the names of documents to remove, one a line"):
         curate(source, tmp_path / "out", read_settings(overrides={"document.excluded_names": str(tmp_path / "names")}))
+
+
+def test_names_are_excluded_from_no_corpus_that_has_none(source: Path, tmp_path: Path) -> None:
+    """As of an earlier release, and what was curated from one."""
+    old = tmp_path / "old"
+    shutil.copytree(source, old)
+    manifest = {key: value for key, value in read_manifest(old).items() if key != "fingerprint"}
+    manifest["files"] = {name: info for name, info in manifest["files"].items() if not name.startswith("names-")}
+    for file in old.glob("names-*"):
+        file.unlink()
+    write_manifest(old, manifest)
+    curate(old, tmp_path / "new", read_settings(overrides={"text.min_words": "1"}))
+    (tmp_path / "names").write_text("https://site2.org/page1\n")
+    given = read_settings(overrides={"document.excluded_names": str(tmp_path / "names")})
+    for corpus in (old, tmp_path / "new"):
+        with pytest.raises(UserError, match=r"does not know where the documents of shard 0 came from.*`preprocess`"):
+            curate(corpus, tmp_path / "out", given)
+    assert not (tmp_path / "out").exists()
 
 
 def _all_of(folder: Path) -> Mapping[str, bytes]:
@@ -100,7 +154,8 @@ def test_without_samples_nothing_is_said_of_what_was_removed(
     source = tmp_path / "source"
     _curate(before, "--output", source, "--text.min_words", "3")
     names = [open_corpus(source).name(n) for n in range(len(open_corpus(source)))]
-    (tmp_path / "names").write_text("\n".join([*names[:4], names[9]]))
+    for file in ("names", "other"):
+        (tmp_path / file).write_text("\n".join([*names[:4], names[9]]))
     rules = ("--document.excluded_names", tmp_path / "names")
     capsys.readouterr()
     assert any(b"secret" in content for content in _all_of(source).values())
@@ -115,9 +170,11 @@ def test_without_samples_nothing_is_said_of_what_was_removed(
     assert [row[0] for row in removed(tmp_path / "out")] == [0, 1, 2, 3, 9]
     manifest = read_manifest(tmp_path / "out")
     assert manifest["drops"]["left_out"] == {
-        f"document: document.excluded_names {tmp_path / 'names'}": 5,
+        "document: document.excluded_names": 5,
         "text: text.min_words 3": 9,
     }
+    _curate(source, "--output", tmp_path / "same", rules[0], tmp_path / "other", "--samples", "0")
+    assert _all_of(tmp_path / "same") == _all_of(tmp_path / "out"), "nor where the list was"
 
     _curate(source, "--output", tmp_path / "alike", "--duplicates.images.action", "drop-all", "--samples", "0")
     rows = read_table(tmp_path / "alike" / "removed.parquet").to_pylist()
@@ -130,13 +187,13 @@ def test_a_finished_corpus_with_samples_is_no_corpus_without(
     _curate(source, "--output", tmp_path / "out", "--document.unsafe_names", "[page]")
     _curate(source, "--output", tmp_path / "six", "--document.unsafe_names", "[page]", "--samples", "6")
     assert _all_of(tmp_path / "out") == _all_of(tmp_path / "six")
-    assert len((tmp_path / "out" / SAMPLES_FILE).read_bytes().splitlines()) == 5
+    assert len((tmp_path / "out" / SAMPLES_FILE).read_bytes().splitlines()) == 6
     assert "samples" not in read_manifest(tmp_path / "out")["recipe"]
     assert main(
         ["curate", str(source), "--output", str(tmp_path / "out"), "--document.unsafe_names=[page]", "--samples=0"]
     )
     assert "holds another corpus (its samples differ); give a new folder" in capsys.readouterr().err
-    for num, expected in ((2, 2), (20, 7)):
+    for num, expected in ((2, 2), (20, 11)):
         for _ in range(2):  # recognized
             _curate(source, "--output", tmp_path / f"{num}", "--document.unsafe_names", "[http]", "--samples", f"{num}")
         assert len((tmp_path / f"{num}" / SAMPLES_FILE).read_bytes().splitlines()) == expected

@@ -71,6 +71,11 @@ def _encoded(name: str) -> bytes:
     return raw if len(raw) <= MAX_BYTES else raw[:MAX_BYTES].decode(errors="ignore").encode()
 
 
+def as_stored(name: str) -> str:
+    """A name as it is read again: on one line, in Unicode, and cut where it is too long."""
+    return _encoded(name).decode()
+
+
 def _num_shared(a: bytes, b: bytes) -> int:
     """Bytes at the start that are the same, by bisection: a comparison of slices is much faster than a loop."""
     low, high = 0, min(len(a), len(b), _MAX_SHARED)
