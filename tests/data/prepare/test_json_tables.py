@@ -245,6 +245,33 @@ def test_one_kind_of_files_of_a_folder(tmp_path: Path) -> None:
     assert documents_of(second)[1].left_out_counts == {OTHERS: 1, not_read: 1}
 
 
+def test_other_files_do_not_matter_to_begun_work(tmp_path: Path) -> None:
+    """They may come while it is unfinished, which work of earlier releases, that knew none, may be; and are counted
+    once, whatever number of jobs and of halves there are."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for part in range(3):
+        rows = "".join(f"{k}.png,text {k}\n" for k in range(4 * part, 4 * part + 4))
+        (folder / f"{part:05}.csv").write_text("path,text\n" + rows)
+    for k in range(12):
+        (folder / f"{k}.png").write_bytes(picture(k))
+    out, held = tmp_path / "out", tmp_path / "held"
+    arguments: Any = {"held_out": held, "tokenizer": TOKENIZER, "task_bytes": 1, "held_out_fraction": 0.4}
+    preprocess("table", folder, out, job=(0, 2), **arguments)
+    assert not (out / "corpus.json").exists()
+    (folder / "00000_stats.json").write_text("{}")
+    (folder / "note.json").write_text("{}")
+    preprocess("table", folder, out, job=(1, 2), **arguments)
+    summary = preprocess("table", folder, out, job=(0, 2), **arguments)
+    assert summary.drops.left_out_counts == {OTHERS: 2}
+    assert summary.drops.names[OTHERS] == ["00000_stats.json"]
+    assert summary.held_out is not None
+    assert summary.counts["documents"] + summary.held_out.counts["documents"] == 12
+    assert OTHERS not in summary.held_out.drops.left_out_counts
+    trial = preprocess("table", folder, tmp_path / "trial", tokenizer=TOKENIZER, limit=3)
+    assert (trial.counts["documents"], trial.drops.left_out_counts) == (3, {OTHERS: 2})
+
+
 def test_lines_of_documents_by_other_names(tmp_path: Path) -> None:
     """`.ndjson`, `.json.gz`: read where there is no `.jsonl`, else counted."""
     raw = b'{"items": [{"text": "a"}]}\n'
