@@ -297,7 +297,11 @@ def test_what_is_taken_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "0.png").write_bytes(picture(0))
     (tmp_path / "a.jsonl").write_bytes(LINES[: LINES.index(b"\n")])
     preprocess("table", tmp_path / "a.jsonl", tmp_path / "out", tokenizer=TOKENIZER, progress=True)
-    assert "a.jsonl: images by the path in column file_name, texts of column text\n" in capsys.readouterr().err
+    said = "images by the path in column file_name, texts of column text\n"
+    assert f"a.jsonl: {said}" in capsys.readouterr().err
+    preprocess(create("table", tmp_path / "a.jsonl", None, {}), None, tmp_path / "out2", tokenizer=TOKENIZER,
+               progress=True)  # fmt: skip
+    assert said in capsys.readouterr().err.splitlines(keepends=True)
 
 
 def test_names_of_columns_that_are_a_file(tmp_path: Path) -> None:
