@@ -175,6 +175,7 @@ def documents_of(importer: Importer) -> tuple[list[Document], Drops]:
     total = Drops()
     for _, drops in reversed(parts):
         total.add(drops)
+    importer.count_others(total)
     return [document for documents, _ in reversed(parts) for document in documents], total
 
 

@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 
 from megatron_lcl.data.corpus.corpus_manifest import total
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare.importers import json_rows
 from megatron_lcl.errors import UserError
 
 _ENOUGH = 1000
 """items after which the fraction of bad ones is judged before the end"""
+_UNKNOWN = tuple(f"document: {reason}" for reason in (json_rows.NOT_JSON, json_rows.CUT))
+"""reasons of which each may stand for most of the input, as one JSON array may be all of it"""
 
 
 class Unusable(UserError):
@@ -46,6 +49,13 @@ class Budget:
             "document": self._counts.get("documents", 0),
             "text": self._counts.get("pieces", 0) - self._counts.get("placements", 0),
         }
+        if self._limit < 1 and (lost := [reason for reason in _UNKNOWN if self._drops.bad_counts[reason]]):
+            self._drops.rename(self._place)
+            raise Unusable(
+                f"{self._drops.names[lost[0]][0]}: {lost[0]}, and nothing says how many these are; mend the file",
+                self._drops,
+                {"--max-bad-fraction": ", or do without them, whatever else is bad, with --max-bad-fraction 1"},
+            )
         for kind in ("image", "document", "text"):
             bad = self._drops.num_bad(kind)  # type: ignore[arg-type]
             seen = bad + good[kind]

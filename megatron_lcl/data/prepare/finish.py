@@ -74,6 +74,8 @@ def finish(
     drops = Drops()
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
+    if not settings.is_held_out:  # once, as what the importer drops
+        settings.importer.count_others(drops)
     drops.rename(settings.importer.place)
     counts = total(part.counts for part in parts)
     budget = Budget(max_bad_fraction)

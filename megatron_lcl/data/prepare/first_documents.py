@@ -46,6 +46,9 @@ class FirstDocuments(Importer):
     def place(self, name: str) -> str:
         return self._importer.place(name)
 
+    def count_others(self, drops: Drops) -> None:
+        self._importer.count_others(drops)
+
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         inner, count = unit.payload
         yield from itertools.islice(self._importer.documents(inner, drops), count)

@@ -179,7 +179,7 @@ def preprocess(
     _check_numbers(max_bad_fraction, held_out_fraction, workers, max_image_side, limit, shard_bytes, shard_documents)
     bars = Bars(progress)
     importer, format = _importer_of(format, input, images, options, bars)
-    bars.say(importer.chosen and f"{input}: {importer.chosen}")
+    bars.say(f"{input}: {importer.chosen}" if importer.chosen and input is not None else importer.chosen)
     _check_folders(output, held_out, input)
     given = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     recipe: dict[str, Any] = {

@@ -218,7 +218,7 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
 CHAT = pa.list_(pa.struct([("user", pa.string()), ("assistant", pa.string())]))
 
 
-def test_a_text_column_is_known_by_its_name_alone(tmp_path: Path) -> None:
+def test_the_only_column_of_strings_is_no_text_where_there_are_chats(tmp_path: Path) -> None:
     """The only one of strings is `source` in FineVision, `id` in LLaVA, whose texts are in lists of structs."""
     chat = pa.array([[{"user": "q", "assistant": "a"}]], CHAT)
     fine_vision = {"images": pa.array([[image(0)]], pa.list_(IMAGE)), "texts": chat, "source": ["chartqa"]}
@@ -231,6 +231,60 @@ def test_a_text_column_is_known_by_its_name_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"column conversations holds list<.*, no texts; write one to a column of its"):
         create("hf", tmp_path, None, {"text_column": "conversations"})
     assert read(tmp_path, text_column="id") == [[(picture(0), None, None), "1"]]
+    named_else = {"image": pa.array([image(0)], IMAGE), "label": ["a"], "conversations": chat}
+    pq.write_table(pa.table(named_else), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="no column of texts by a known name; it has image, label, conversations"):
+        create("hf", tmp_path, None, {})
+
+
+@pytest.mark.parametrize("name", ["utterance", "bildtext", "id", "Source", "file_name"])
+def test_the_only_column_of_strings(tmp_path: Path, name: str) -> None:
+    """It is the text, as it was in earlier releases, whose recipes said no name; but not by a name of ids and places.
+    Lists of structs without strings, and lists of images, are no chats."""
+    boxes = pa.array([[{"x": 1, "y": 2}]], pa.list_(pa.struct([("x", pa.int64()), ("y", pa.int64())])))
+    more = pa.array([[image(1)]], pa.list_(IMAGE))
+    data = {"image": pa.array([image(0)], IMAGE), name: ["some"], "boxes": boxes, "more": more, "year": [1]}
+    pq.write_table(pa.table({**data, "split": pa.array(["a"]).dictionary_encode()}), tmp_path / "a.parquet")
+    if name in ("utterance", "bildtext"):
+        assert read(tmp_path, image_column="image") == [[(picture(0), None, None), "some"]]
+        importer = create("hf", tmp_path, None, {"image_column": "image"})
+        assert (importer.rules, importer.chosen) == (2, f"images of column image, texts of column {name}")
+        pq.write_table(pa.table(data).drop_columns(["more"]), tmp_path / "a.parquet")
+        assert read(tmp_path) == [[(picture(0), None, None), "some"]]
+    else:
+        with pytest.raises(UserError, match="name one with --option text_column=NAME"):
+            create("hf", tmp_path, None, {"image_column": "image"})
+        assert read(tmp_path, image_column="image", text_column=name) == [[(picture(0), None, None), "some"]]
+
+
+def test_columns_that_hold_no_texts_are_refused(tmp_path: Path) -> None:
+    columns = {
+        "image": pa.array([image(0)], IMAGE),
+        "text": ["a"],
+        "number": [1],
+        "chat": pa.array([[{"user": "q", "assistant": "a"}]], CHAT),
+        "numbers": [[1.5]],
+        "nothing": pa.nulls(1),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    for name in ("image", "number", "chat", "numbers"):
+        for options in ({"captions": f"text,{name}"}, {"text_column": name, "image_column": "image"}):
+            with pytest.raises(UserError, match=f"column {name} holds .*, no texts; write one to a column of its own"):
+                create("hf", tmp_path, None, options)
+    assert read(tmp_path, captions="nothing") == [[(picture(0), None, None), "a"]]
+    chosen = create("hf", tmp_path, None, {"captions": "text,nothing"}).chosen
+    assert chosen == "images of column image, texts of column text, captions of text, nothing, too"
+
+
+def test_captions_that_are_not_utf8(tmp_path: Path) -> None:
+    """Bytes, or strings that are none, are decoded as texts are."""
+    raw = [b"plain", b"caf\xe9"]
+    for more in (pa.array(raw), pa.array(raw).view(pa.string()), pa.array([[text] for text in raw])):
+        data = pa.table({"image": pa.array([image(0), image(1)], IMAGE), "text": ["a", "b"], "more": more})
+        pq.write_table(data, tmp_path / "a.parquet")
+        found, drops = documents_of(create("hf", tmp_path, None, {"captions": "more"}))
+        assert plain(found) == [[(picture(0), None, None), "a", "plain"], [(picture(1), None, None), "b", "caf\ufffd"]]
+        assert (drops.bad_counts, drops.noted_counts) == ({}, {"document: invalid UTF-8 replaced": 1})
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -143,9 +143,82 @@ def test_faults_in_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             drops = Drops()
             assert len(list(array_rows(array_file(tmp_path, raw), drops))) == num_rows
             assert drops.bad_counts == ({fault: 1} if fault else {})
-    drops = Drops()
-    assert list(array_rows(array_file(tmp_path, b'[{"a": "caf\xe9"}]'), drops)) == [("a.json:0", {"a": "caf\ufffd"})]
-    assert drops.noted_counts == {"document: invalid UTF-8 replaced": 1}
+
+
+@pytest.mark.parametrize("size", [2, 7, 1 << 16])
+def test_what_is_not_utf8_is_noted_as_in_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """And U+FFFD itself, and escaped surrogates, are no fault."""
+    monkeypatch.setattr(lines, "_CHUNK", size)
+    texts = (b"caf\xe9", b"plain", "\ufffd".encode(), b"\\udc80", b"cut \xf0\x9f\x98", "\U0001f600 é".encode())
+    rows = [b'{"text": "%s", "n": %d}' % (text, k) for k, text in enumerate(texts)] + [b'["\xe9"]']
+    (tmp_path / "a.json").write_bytes(b"[" + b",\n".join(rows) + b"]")
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join(rows))
+    found, drops = {}, {}
+    for name in ("a.json", "b.jsonl"):
+        importer = create("table", tmp_path / name, None, {"join": "none"})
+        found[name], drops[name] = documents_of(importer)
+    assert plain(found["a.json"]) == plain(found["b.jsonl"])
+    assert [row[0] for row in plain(found["a.json"])] == [
+        "caf\ufffd", "plain", "\ufffd", "\udc80", "cut \ufffd", "\U0001f600 é",
+    ]  # fmt: skip
+    noted = drops["a.json"].noted_counts
+    assert noted == drops["b.jsonl"].noted_counts == {"document: invalid UTF-8 replaced": 3}
+    assert drops["a.json"].bad_counts == drops["b.jsonl"].bad_counts == {"document: not a JSON object": 1}
+    samples = [[text for text, _ in found.samples["document: not a JSON object"]] for found in drops.values()]
+    assert samples == [['["\ufffd"]']] * 2
+
+
+DEEP = '{"text": "deep", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("number", "row", "reason"),
+    [(3, DEEP, LOST), (990, DEEP, LOST), (990, '{"text" "b"}', LOST), (990, None, CUT)],
+    ids=["deep", "deep at the end", "not JSON", "cut"],
+)
+def test_the_rest_of_an_array_is_not_lost_for_one_bad_document(
+    tmp_path: Path, number: int, row: str | None, reason: str
+) -> None:
+    rows = [json.dumps({"text": f"text {k}"}) for k in range(1000)]
+    whole = "[" + ", ".join([*rows[:number], row or "", *rows[number + 1 :]]) + "]"
+    (tmp_path / "a.json").write_text(whole if row else whole[: whole.index(", ,")])
+    options: Any = {"tokenizer": TOKENIZER, "options": {"join": "none"}}
+    said = rf"a\.json:{number}: {reason}, and nothing says how many .*drops\.jsonl.* with --max-bad-fraction 1$"
+    for fraction in (0.2, 0.99):
+        with pytest.raises(UserError, match=said):
+            preprocess("table", tmp_path / "a.json", tmp_path / "out", max_bad_fraction=fraction, **options)
+    summary = preprocess("table", tmp_path / "a.json", tmp_path / "out", max_bad_fraction=1, **options)
+    assert (summary.counts["documents"], summary.drops.bad_counts) == (number, {reason: 1})
+
+
+def test_an_integer_that_python_refuses(tmp_path: Path) -> None:
+    """As a float, which its row's text does not depend on; nothing else is lost."""
+    rows = [json.dumps({"text": f"text {k}", "n": k}) for k in range(1000)]
+    rows[3] = rows[3].replace("3}", "9" * 5000 + "}")
+    found = list(array_rows(array_file(tmp_path, "[" + ",".join(rows) + "]"), drops := Drops()))
+    assert [row["text"] for _, row in found] == [f"text {k}" for k in range(1000)]
+    assert [row["n"] for _, row in found] == [0, 1, 2, float("inf"), *range(4, 1000)]
+    assert drops == Drops()
+
+
+@pytest.mark.parametrize("indent", [None, 0, 1])
+def test_an_array_by_the_name_of_lines(tmp_path: Path, indent: int | None) -> None:
+    for name in ("a.jsonl", "a.ndjson"):
+        (tmp_path / name).write_text(json.dumps(ROWS, indent=indent))
+        found, drops = documents_of(create("table", tmp_path / name, None, {"join": "none"}))
+        assert plain(found) == [[row["text"]] for row in ROWS]
+        assert drops == Drops()
+
+
+@pytest.mark.parametrize("content", ["", "{}\n" * 200, "[1]\n[2]\n", "[" + "{}," * 200 + "{}]", "[]", "text\n"])
+def test_json_without_columns_is_refused(tmp_path: Path, content: str) -> None:
+    """None would be taken, and each row be bad."""
+    (tmp_path / "a.jsonl").write_text(content)
+    for options in ({}, {"join": "none"}, {"text_column": "text", "image_column": "image"}):
+        with pytest.raises(UserError, match=r"a\.jsonl: no row that is a JSON object with keys is among its first 100"):
+            create("table", tmp_path, None, options)
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    assert create("table", tmp_path, None, {}).chosen
 
 
 def test_an_array_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
@@ -245,6 +318,33 @@ def test_one_kind_of_files_of_a_folder(tmp_path: Path) -> None:
     assert documents_of(second)[1].left_out_counts == {OTHERS: 1, not_read: 1}
 
 
+def test_other_files_do_not_matter_to_begun_work(tmp_path: Path) -> None:
+    """They may come while it is unfinished, which work of earlier releases, that knew none, may be; and are counted
+    once, whatever number of jobs and of halves there are."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for part in range(3):
+        rows = "".join(f"{k}.png,text {k}\n" for k in range(4 * part, 4 * part + 4))
+        (folder / f"{part:05}.csv").write_text("path,text\n" + rows)
+    for k in range(12):
+        (folder / f"{k}.png").write_bytes(picture(k))
+    out, held = tmp_path / "out", tmp_path / "held"
+    arguments: Any = {"held_out": held, "tokenizer": TOKENIZER, "task_bytes": 1, "held_out_fraction": 0.4}
+    preprocess("table", folder, out, job=(0, 2), **arguments)
+    assert not (out / "corpus.json").exists()
+    (folder / "00000_stats.json").write_text("{}")
+    (folder / "note.json").write_text("{}")
+    preprocess("table", folder, out, job=(1, 2), **arguments)
+    summary = preprocess("table", folder, out, job=(0, 2), **arguments)
+    assert summary.drops.left_out_counts == {OTHERS: 2}
+    assert summary.drops.names[OTHERS] == ["00000_stats.json"]
+    assert summary.held_out is not None
+    assert summary.counts["documents"] + summary.held_out.counts["documents"] == 12
+    assert OTHERS not in summary.held_out.drops.left_out_counts
+    trial = preprocess("table", folder, tmp_path / "trial", tokenizer=TOKENIZER, limit=3)
+    assert (trial.counts["documents"], trial.drops.left_out_counts) == (3, {OTHERS: 2})
+
+
 def test_lines_of_documents_by_other_names(tmp_path: Path) -> None:
     """`.ndjson`, `.json.gz`: read where there is no `.jsonl`, else counted."""
     raw = b'{"items": [{"text": "a"}]}\n'
@@ -270,7 +370,11 @@ def test_what_is_taken_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "0.png").write_bytes(picture(0))
     (tmp_path / "a.jsonl").write_bytes(LINES[: LINES.index(b"\n")])
     preprocess("table", tmp_path / "a.jsonl", tmp_path / "out", tokenizer=TOKENIZER, progress=True)
-    assert "a.jsonl: images by the path in column file_name, texts of column text\n" in capsys.readouterr().err
+    said = "images by the path in column file_name, texts of column text\n"
+    assert f"a.jsonl: {said}" in capsys.readouterr().err
+    preprocess(create("table", tmp_path / "a.jsonl", None, {}), None, tmp_path / "out2", tokenizer=TOKENIZER,
+               progress=True)  # fmt: skip
+    assert said in capsys.readouterr().err.splitlines(keepends=True)
 
 
 def test_names_of_columns_that_are_a_file(tmp_path: Path) -> None:

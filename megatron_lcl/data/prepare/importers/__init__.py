@@ -126,6 +126,10 @@ class Importer(ABC):
         """Where something that `documents` counted stands, from the name that it gave, as people read it."""
         return name
 
+    def count_others(self, drops: Drops) -> None:  # noqa: B027 - few inputs have others
+        """Once, at the end: count what the input holds besides its units, which may have changed since the work began,
+        as no document depends on it."""
+
     @abstractmethod
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         """The unit's documents in order; what cannot be read is counted in `drops`, never raised.

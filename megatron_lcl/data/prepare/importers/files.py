@@ -42,10 +42,9 @@ class TooLarge(ValueError):
 
 
 class Skipped(NamedTuple):
-    """A file that is not read, or so many: payload of a unit that counts them."""
+    """A file that is not read: payload of a unit that counts it."""
 
     reason: str
-    number: int = 1
 
 
 class Names(Sequence[str]):
@@ -133,9 +132,8 @@ class Files:
         return file.relative_to(self.root).as_posix()
 
     def skipped_units(self) -> list[Unit]:
-        """A unit for each skipped file, and one for the others."""
-        skipped = [Unit(self.name(file), 0, Skipped(why)) for file, why in self.skipped]
-        return [*skipped, *(Unit(first, 0, Skipped(OTHER, count)) for first, count in self.others.items())]
+        """One for each skipped file."""
+        return [Unit(self.name(file), 0, Skipped(why)) for file, why in self.skipped]
 
 
 def find_files(
@@ -303,9 +301,13 @@ class FilesImporter(Importer):
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         if isinstance(unit.payload, Skipped):
             count = drops.bad if unit.payload.reason == GONE else drops.left_out
-            count("document", f"file that is {unit.payload.reason}", unit.name, unit.payload.number)
+            count("document", f"file that is {unit.payload.reason}", unit.name)
         else:
             yield from self.documents_of_file(unit, drops)
+
+    def count_others(self, drops: Drops) -> None:
+        for first, count in self.found.others.items():
+            drops.left_out("document", f"file that is {OTHER}", first, count)
 
     @abstractmethod
     def units_of_files(self) -> list[Unit]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +48,11 @@ from megatron_lcl.filesystem import is_file, raise_if_passing
 
 _TEXTS = ("text", "texts", "caption", "captions", "sentences", "alt_text", "description", "title", "prompt")
 """names of columns of texts, the likeliest first"""
+_NO_TEXTS = (
+    "id", "uid", "image_id", "key", "__key__", "sha256", "source", "url", "image_url", "path", "image_path",
+    "file_name", "filename",
+)  # fmt: skip
+"""names of columns of strings that are no texts, whatever their case"""
 _ABOUT = ("url", "id")
 """columns that say what a row is called"""
 _BATCH = 16
@@ -77,7 +82,9 @@ class HfImporter(ImagesByName, FilesImporter):
             str, "column of the images; empty: the only one that is an Image, or a list of them"
         ] = "",
         text_column: Annotated[
-            str, f"column of the texts, or of lists of them; empty: the first of {', '.join(_TEXTS)}"
+            str,
+            f"column of the texts, or of lists of them; empty: the first of {', '.join(_TEXTS)}, else the only one of "
+            "strings, unless its name says that it holds ids or places, or another column holds chats",
         ] = "",
         captions: Annotated[
             str,
@@ -112,23 +119,38 @@ class HfImporter(ImagesByName, FilesImporter):
             self.image = found[0]
         if not self.text:
             found = [field.name for field in schema if _is_text(field.type)]
-            # not the only one, whatever its name: of LLaVA's rows that is `id`, of FineVision's `source`
-            self.text = next((name for name in _TEXTS if name in found), "")
+            only = self._only_text(found, schema)
+            self.text = next((name for name in _TEXTS if name in found), only)
             if not self.text:
                 what = "several columns of texts" if len(found) > 1 else "no column of texts by a known name"
                 raise UserError(f"{self.root} has {what}; {has}: name one with --option text_column=NAME")
             self.rules += _is_encoded(schema.field(self.text).type)  # earlier releases took another column
-        if pa.types.is_struct(_value_type(kind := schema.field(self.text).type)):
-            raise UserError(
-                f"{self.root}: column {self.text} holds {str(kind)[:80]}, no texts; write one to a column of its own "
-                "(docs/data.md has lines for chats)"
-            )
+        for name in (self.text, *self.captions):
+            if _holds_no_texts(kind := schema.field(name).type):
+                raise UserError(
+                    f"{self.root}: column {name} holds {str(kind)[:80]}, no texts; write one to a column of its own "
+                    "(docs/data.md has lines for chats)"
+                )
         self.kind = "natural" if _is_list(schema.field(self.image).type) else "pairs"
         if self.captions:
             if self.kind == "natural":
                 raise UserError(f"--option captions: {self.root} has lists of images in its column {self.image}")
             self.kind, self.separator = "captions", ""
         self.chosen = f"images of column {self.image}, texts of column {self.text}"
+        if self.captions:
+            self.chosen += f", captions of {', '.join(self.captions)}, too"
+
+    def _only_text(self, found: Sequence[str], schema: pa.Schema) -> str:
+        """The one of the columns of strings that are `found`, where it may be the text; else "".
+
+        Of LLaVA's rows the only one is `id`, of FineVision's `source`, as the texts are chats, lists of structs.
+        """
+        plain = [name for name in found if not _is_encoded(schema.field(name).type)]  # all that earlier releases knew
+        only = plain or found
+        chats = (field for field in schema if field.name != self.image and not _is_image(field, schema))
+        if len(only) != 1 or only[0].lower() in _NO_TEXTS or any(_is_chat(field.type) for field in chats):
+            return ""
+        return only[0]
 
     def units_of_files(self) -> list[Unit]:
         """Payload of an Arrow stream: (path, 0, 0, 0); of a parquet file see `row_group_units`."""
@@ -321,6 +343,18 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
 def _is_text(kind: pa.DataType) -> bool:
     kind = _value_type(kind)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _holds_no_texts(kind: pa.DataType) -> bool:
+    """Of a column that is named; one of bytes, or of a type that wraps another, may hold some."""
+    kind = _value_type(kind)
+    return any(holds(kind) for holds in (pa.types.is_struct, pa.types.is_map, pa.types.is_primitive))
+
+
+def _is_chat(kind: pa.DataType) -> bool:
+    """Whether it is of lists of structs in which there are strings."""
+    item = _value_type(kind)
+    return _is_list(kind) and pa.types.is_struct(item) and any(_is_text(field.type) for field in item)
 
 
 def _is_encoded(kind: pa.DataType) -> bool:

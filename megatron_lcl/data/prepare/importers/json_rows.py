@@ -14,11 +14,26 @@ from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.charsets import invalid
 from megatron_lcl.data.prepare.importers.lines import MAX_LINE, file_chunks
 
-_DECODER = json.JSONDecoder()
+NOT_JSON = "not JSON, the rows after it are lost"
+CUT = "truncated file, the rows after it are lost"
+"""reasons of which nothing says how many rows are lost"""
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BEFORE = b"\xef\xbb\xbf \t\r\n"
 """a byte order mark, and white space"""
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
+"""bytes that are none, in a text decoded with `surrogateescape`"""
 _SHOWN = 1000
+
+
+def _number(digits: str) -> int | float:
+    """Python makes no int of more than 4,300 digits."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_number)
 
 
 def is_array(file: Path) -> bool:
@@ -39,7 +54,7 @@ def array_rows(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]
         at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
         if at == len(text):
             if (part := next(parts, None)) is None:
-                drops.bad("document", "truncated file, the rows after it are lost", f"{unit.name}:{max(number, 0)}")
+                drops.bad("document", CUT, f"{unit.name}:{max(number, 0)}")
                 return
             text, at = part, 0
         elif number < 0:  # the array's own bracket
@@ -58,18 +73,19 @@ def array_rows(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]
                 text, at = text[at:] + more, 0
                 value, end = _decode(text, at)
             if end < 0:
-                sample = text[at : at + _SHOWN]
-                drops.bad("document", "not JSON, the rows after it are lost", name, sample=sample)
+                drops.bad("document", NOT_JSON, name, sample=_replaced(text[at : at + _SHOWN]))
                 return
-            if "\ufffd" in text[at:end]:
+            if _NO_UTF8.search(text, at, end):
                 drops.note("document", invalid("utf-8"), name)
+                value, _ = _decode(_replaced(text[at:end]), 0)
             if isinstance(value, dict):
                 yield name, value
             else:
-                drops.bad("document", "not a JSON object", name, sample=text[at : min(end, at + _SHOWN)])
+                sample = _replaced(text[at : min(end, at + _SHOWN)])
+                drops.bad("document", "not a JSON object", name, sample=sample)
             at, number, needs_comma = end, number + 1, True
     if text[at + 1 :].strip() or any(part.strip() for part in parts):
-        drops.bad("document", "not JSON, the rows after it are lost", f"{unit.name}:{number}")
+        drops.bad("document", NOT_JSON, f"{unit.name}:{number}")
 
 
 def _decode(text: str, at: int) -> tuple[Any, int]:
@@ -89,8 +105,13 @@ def _more(parts: Iterator[str], size: int) -> str:
     return "".join(found)
 
 
+def _replaced(text: str) -> str:
+    """With U+FFFD for what is no UTF-8, as where lines are decoded."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def _text(unit: Unit, drops: Drops) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     for chunk in file_chunks(unit, drops):
         yield decoder.decode(chunk)
     yield decoder.decode(b"", True)

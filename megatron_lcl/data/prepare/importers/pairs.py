@@ -88,7 +88,8 @@ class WebDatasetImporter(TarImporter):
 def _with_loose_pairs(folder: Path) -> Path | None:
     """Where images, each with its text beside it, lie: the folder or, as img2dataset's, one of its folders."""
     try:
-        for each in (folder, *filter(is_dir, matching(folder, "*"))):
+        inside = (path for path in matching(folder, "*") if path.suffix[1:] not in (*_IMAGES, "txt", "json"))
+        for each in (folder, *filter(is_dir, inside)):
             files = matching(each, "*.*")
             texts = {path.stem for path in files if path.suffix == ".txt"}
             if any(path.stem in texts and path.suffix[1:] in _IMAGES for path in files):

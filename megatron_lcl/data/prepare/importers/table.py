@@ -99,7 +99,7 @@ class TableImporter(ImagesByName, LinesImporter):
         place = None if join == _NO_IMAGES else images or self.root
         self.look_in(place)
         self.keys = UrlKeys(place, self.images.archives)
-        self._arrays = frozenset(file for file in self.files if _is_json(file, (".json",)) and is_array(file))
+        self._arrays = frozenset(file for file in self.files if _is_json(file) and is_array(file))
         self._marked = frozenset(file for file in self.files if _begins_with_mark(file))
         self._tabs = frozenset(file for file in self.files if _is_csv(file) and self._has_tabs(file))
         self.rules += bool(self._marked) + bool(self._tabs)  # earlier releases read UTF-8 and commas
@@ -107,6 +107,8 @@ class TableImporter(ImagesByName, LinesImporter):
         found = ((file, names) for file in self.files if (names := self._header(file)) is not None)
         if (first := next(found, None)) is not None:
             self._choose_columns(*first)
+        elif empty := [file for file in self.files if _is_json(file)]:
+            raise UserError(f"{empty[0]}: no row that is a JSON object with keys is among its first {_FIRST_ROWS}")
         if self.join == _NO_IMAGES:
             self.kind = "natural"
         self._own_folders = images is None and self.join == "path"
@@ -279,8 +281,8 @@ class TableImporter(ImagesByName, LinesImporter):
         return self.images.read([name, *self.keys.names(name)], near)
 
 
-def _is_json(file: Path, suffixes: tuple[str, ...] = (".jsonl", ".ndjson", ".json")) -> bool:
-    return uncompressed(file.name).lower().endswith(suffixes)
+def _is_json(file: Path) -> bool:
+    return uncompressed(file.name).lower().endswith((".jsonl", ".ndjson", ".json"))
 
 
 def _is_csv(file: Path) -> bool:
