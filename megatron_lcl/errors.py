@@ -49,7 +49,9 @@ _OF_STORAGE = {errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.EREMOTEIO, errno.
 _CONTROL = re.compile(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 # a colon that no port follows begins a password, which may have slashes
 _USER = re.compile(
-    r"(?<![\w+.-])([a-z][\w+.-]{1,20}:/+)(?:[^\s/?#]{,4096}@|[^\s/?#:\[]{,256}:(?!\d*(?:[/?#\s]|$))\S{,4096}@)", re.I
+    r"""(?<![\w+.-])((?:[a-z][\w+.-]{1,20}://+|(?:s3|gs|az|https?|ftp):/))
+    (?:[^\s/?#"'<>{},]{,4096}@ | [^\s/?#:\["'<>{},]{,256}:(?!\d*(?:[/?#\s"'<>{},]|$))\S{,4096}@)""",
+    re.IGNORECASE | re.VERBOSE,
 )
 """the user and the password of a URL, which as a Path has lost one of its slashes"""
 _CREDENTIAL = re.compile(

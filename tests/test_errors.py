@@ -41,6 +41,9 @@ def test_secrets_of_urls_are_left_out(text: str, left: str, capsys: pytest.Captu
         "http://[::1]:80/a@b",
         "PATH=/a:/b@c/bin, gpu01:/export/a@b; write to a@b.c",
         "s3://bucket/folder/step-00000010: see #section, --key=value",
+        '{"url":"https://host","email":"x@y.z"}',
+        "https://h1:8080,a@b",
+        "nfs1:/vol@snap/x, PATH=/usr/bin:/b@c/bin",
     ],
 )
 def test_all_else_stays(text: str) -> None:

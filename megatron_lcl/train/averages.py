@@ -27,16 +27,15 @@ where it differs from the average by less than n * 6e-8 of it: for so many 0.1 %
 
 
 def average_names(config: Config) -> dict[str, float]:
-    """The run's averages by name, with the decay of each, or the fraction of the run."""
+    """The run's averages by name, with the decay of each, or the fraction of the run: its six digits, or all of them
+    where two have the same six."""
     own = config.average
     pairs = [("ema", decay) for decay in own.ema] + [("tail", fraction) for fraction in own.tail]
-    return {f"{kind}_{_digits(value)}": value for kind, value in pairs}
-
-
-def _digits(value: float) -> str:
-    """Of a number in a name: as many as tell it from all others, as of 0.9999999, which six digits would call 1."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
+    short = [f"{kind}_{value:g}" for kind, value in pairs]
+    return {
+        name if short.count(name) == 1 else f"{kind}_{value!r}": value
+        for name, (kind, value) in zip(short, pairs, strict=True)
+    }
 
 
 def check_averages(config: Config) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import gc
 import io
+import itertools
 import logging
 import os
 import re
@@ -50,6 +51,8 @@ from megatron_lcl.units import counted
 
 KEPT = 32 << 20
 """bytes of the largest tensor whose memory a process on a CPU keeps when it is freed"""
+_RUNS = itertools.count()
+"""runs of this process, as torch counts its groups"""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -78,7 +81,8 @@ def init_processes(config: Config) -> Mesh:
     from deepspeed.constants import default_pg_timeout
 
     if not dist.is_initialized():  # before DeepSpeed, whose store would listen at all addresses of the machine
-        store = open_store(default_pg_timeout.total_seconds())
+        # a second run of the same processes would find the first one's keys, where that one's store goes on
+        store = dist.PrefixStore(f"run {next(_RUNS)}", open_store(default_pg_timeout.total_seconds()))
         join_processes(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), default_pg_timeout)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return build_mesh(config)

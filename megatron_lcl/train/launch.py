@@ -33,6 +33,8 @@ from megatron_lcl.units import counted, listed
 
 GRACE_SECONDS = 30.0
 """how long the other processes may take to end by themselves once one has ended, beside what their watchdogs take"""
+END_SECONDS = 120.0
+"""how much longer where none has failed: two trackers may each have 60 s for what was not sent (telemetry/feed.py)"""
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """variables that every launcher sets"""
 WATCHED = "MEGATRON_LCL_WATCHED"
@@ -248,7 +250,7 @@ def _wait(command: str, children: list[subprocess.Popen[bytes]], heard: _Heard, 
             if failed < 0 and not stopped:
                 name = signal.Signals(-failed).name
                 complain(f"{command}: process {rank} was killed by {name}")
-        grace = GRACE_SECONDS + max(timeouts, default=0.0)
+        grace = GRACE_SECONDS + max(timeouts, default=0.0) + (0 if failures else END_SECONDS)
         if running and not killed and since is not None and time.monotonic() - since > grace:
             killed = running
             for child in killed:

@@ -33,7 +33,7 @@ def serve_store(host: str, port: int, timeout: float) -> dist.TCPStore:
     """A store that this process serves; port: 0 for any, which then is its `port`. timeout: as of `open_store`.
 
     It asks nobody who he is. At the loopback address it listens only there, where torch's own would at all addresses of
-    the machine.
+    the machine. A second run of this process shares the first one's server, while parts of that one's groups are left.
     """
     check_loopback(host)
     gloo_on_loopback(host)
@@ -41,15 +41,18 @@ def serve_store(host: str, port: int, timeout: float) -> dist.TCPStore:
     if host == LOOPBACK:
         try:
             server = socket.create_server((LOOPBACK, port), backlog=socket.SOMAXCONN)
+            port, listening = server.getsockname()[1], server.detach()  # which is torch's from here on
         except OSError as error:
-            raise dist.DistNetworkError(f"{LOOPBACK}:{port}: {error.strerror}") from None
-        port, listening = server.getsockname()[1], server.detach()  # which is torch's from here on
+            if error.errno != errno.EADDRINUSE:
+                raise dist.DistNetworkError(f"{LOOPBACK}:{port}: {error.strerror}") from None
+            # by a server of this process, which torch knows, or by somebody else, of whom torch says it
     return dist.TCPStore(
         host,
         port,
         is_master=True,
         timeout=timedelta(seconds=timeout),
         wait_for_workers=False,
+        multi_tenant=True,
         master_listen_fd=listening,
     )
 

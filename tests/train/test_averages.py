@@ -133,13 +133,14 @@ def test_a_tail_is_of_as_many_steps_as_it_says(fraction: float) -> None:
 
 
 def test_averages_of_different_numbers_have_different_names() -> None:
-    """Usual ones the names that checkpoints have by now."""
-    usual = ("0.5", "0.9", "0.999", "0.9999", "0.99995", "0.999999")
-    close = ("0.50000001", "0.9999999")
-    config = configs.from_dict({"average": {"ema": [float(x) for x in (*usual, *close)], "tail": [0.1, 0.25, 1, 1e-5]}})
-    names = [*(f"ema_{text}" for text in (*usual, *close)), "tail_0.1", "tail_0.25", "tail_1", "tail_1e-05"]
-    assert list(average_names(config)) == names
-    assert all(float(name.split("_")[1]) == value for name, value in average_names(config).items())
+    """Those of the others are as checkpoints have them: of six digits."""
+    alone, close = (0.9, 0.9999, 1 - 1 / 32_000), (0.5, 0.50000001, 0.50000002)
+    config = configs.from_dict({"average": {"ema": [*alone, *close], "tail": [0.25, 1 / 3, 1, 1e-5]}})
+    assert average_names(config) == {
+        **{"ema_0.9": 0.9, "ema_0.9999": 0.9999, "ema_0.999969": alone[2]},
+        **{f"ema_{value!r}": value for value in close},
+        **{"tail_0.25": 0.25, "tail_0.333333": 1 / 3, "tail_1": 1, "tail_1e-05": 1e-5},
+    }
     for kind in ("ema", "tail"):
         with pytest.raises(UserError, match=rf"average\.{kind} = \[0\.5, 0\.25, 0\.5\]: give each once$"):
             configs.from_dict({"average": {kind: [0.5, 0.25, 0.5]}})

@@ -59,14 +59,19 @@ def test_a_store_gives_its_port_back_and_is_closed_in_programs_that_are_started(
         for _ in range(2):
             store = serve_store("127.0.0.1", port, 9)
             assert store.port == port
-            with pytest.raises(dist.DistNetworkError, match=f"127.0.0.1:{port}: {os.strerror(errno.EADDRINUSE)}"):
-                serve_store("127.0.0.1", port, 9)
+            store.set("of", "the first")
+            assert serve_store("127.0.0.1", port, 9).get("of") == b"the first", "one server of a process"
             with subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False) as program:
                 connect()
                 del store
                 with pytest.raises(ConnectionRefusedError):
                     connect()
                 program.communicate(timeout=60)
+
+
+def test_a_port_that_somebody_else_has() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(dist.DistNetworkError, match="EADDRINUSE"):
+        serve_store("127.0.0.1", other.getsockname()[1], 9)
 
 
 def test_gloo_listens_where_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:

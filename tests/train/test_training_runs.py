@@ -464,14 +464,16 @@ def train_twice(rank: int, file: str, folder: str) -> list[str]:
     """As a loop over learning rates in a script; the final checkpoints."""
     from megatron_lcl.train.run import train as train_here
 
-    os.environ["MASTER_PORT"] = "0"  # as without a launcher
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ["MASTER_PORT"] = "0"  # as without a launcher
     given = {"data.workers": "0", "train.steps": "1", "train.dtype": "float32"}
     runs = {rate: {**given, "optimizer.lr": rate, "train.output": f"{folder}/{rate}"} for rate in ("1e-2", "1e-3")}
     return [str(train_here(configs.load(file, run))) for run in runs.values()]
 
 
 @pytest.mark.slow
-def test_a_process_may_train_more_than_once(config_file: Path, tmp_path: Path) -> None:
-    (made,) = run_processes(train_twice, 1, str(config_file), str(tmp_path))
-    assert made == [str(checkpoint.step_folder(tmp_path / rate, 1)) for rate in ("1e-2", "1e-3")]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_may_train_more_than_once(processes: int, config_file: Path, tmp_path: Path) -> None:
+    made = run_processes(train_twice, processes, str(config_file), str(tmp_path))
+    assert made == [[str(checkpoint.step_folder(tmp_path / rate, 1)) for rate in ("1e-2", "1e-3")]] * processes
     assert [step for rate in ("1e-2", "1e-3") for step, *_ in losses(tmp_path / rate)] == [1, 1]

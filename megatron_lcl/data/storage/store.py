@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from megatron_lcl.data.storage.faults import StorageError, bare
 from megatron_lcl.errors import UserError
+from megatron_lcl.filesystem import exists
 from megatron_lcl.processes import make_socket_folder, same_code
 
 About = tuple[int, "str | None"]
@@ -44,7 +45,8 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
     scheme = found[1].lower()
     url = f"{scheme}://{found[3]}".rstrip("/")
     if scheme not in _SCHEMES:
-        if found[2] == "/" and isinstance(path, str):  # hf:/models/mine
+        # hf:/models/mine, which a Path also has of hf://models/mine
+        if found[2] == "/" and (isinstance(path, str) or exists(Path(f"{found[1]}:"))):
             return None
         raise UserError(
             f"{bare(url)}: {scheme}:// is not known; use {', '.join(f'{known}://' for known in _SCHEMES)}, or a path "

@@ -45,8 +45,11 @@ def test_other_schemes_are_refused(place: str, kind: type) -> None:
     assert "planted" not in str(raised.value)
 
 
-def test_what_is_no_url() -> None:
-    """A model of a library by its path, and a file of another machine."""
+def test_what_is_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a library by its path, a file of another machine, and a folder here whose name ends in a colon."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data:").mkdir()
+    assert url_of(Path("data:/a")) is None
     assert [url_of(place) for place in ("hf:/models/a", "gpu01:/export/a", Path("c:/a"), "a/b://c")] == [None] * 4
 
 
