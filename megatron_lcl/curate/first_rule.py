@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from megatron_lcl.curate.measures import MEASURES, Measured, has_any
+from megatron_lcl.curate.measures import MEASURES, Measured
+from megatron_lcl.curate.names import has_any
 from megatron_lcl.curate.settings import PERPLEXITY, Rule
 
 LOOK_AHEAD, LOOK_AHEAD_CHARACTERS = 1024, 1 << 20

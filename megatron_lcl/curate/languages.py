@@ -9,7 +9,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from megatron_lcl.curate.measures import Listed
+from megatron_lcl.curate.names import Listed
 from megatron_lcl.curate.perplexity import perplexity_scores
 from megatron_lcl.curate.settings import PERPLEXITY, Language, Lists, Settings, names_file
 from megatron_lcl.errors import UserError

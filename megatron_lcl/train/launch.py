@@ -144,7 +144,8 @@ def start_local(arguments: Sequence[str], processes: int, told: list[int] | None
     they end all at once. SIGTSTP (Ctrl-Z) stops them, until this process goes on. When one process has ended with a
     failure, the others notice that by themselves (`watchdog`); those that do not, or have not even begun to watch, are
     killed after a while. So are those that do not end when one has without a failure: it has waited for all before
-    (`Checkpointer.wait_for_all`), and nothing of the run is left to do. None outlives this process (on Linux).
+    (`Checkpointer.wait_for_all`), and only trackers may have something left to send. None outlives this process (on
+    Linux).
     told: is given the signals that came, for a caller that has more to start.
     """
     threads = max(1, num_cores() // processes)

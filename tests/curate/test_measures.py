@@ -14,13 +14,13 @@ from megatron_lcl.curate.measures import (
     MEASURES,
     Measured,
     character_repetition_ratio,
-    has_any,
     listed_ratio,
     punctuation_ratio,
     special_ratio,
     word_repetition_ratio,
     words_of,
 )
+from megatron_lcl.curate.names import has_any
 from megatron_lcl.curate.settings import Settings, fields, rules_of
 
 CHARACTERS = st.characters(max_codepoint=0x2FFF, exclude_categories=["Cn", "Cs"])  # Unicode's versions differ above
