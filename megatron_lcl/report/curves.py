@@ -204,7 +204,12 @@ CHANCE_OF = {
     for n, name in enumerate(spec.names)
 }
 """of shares, which are shown in percent: the metric of what chance has, then what earlier versions called it"""
-FAMILIES = {"grad_norm": "gradient norm by part", "update_norm": "update norm by part", "lr": "learning rate by part"}
+FAMILIES = {
+    "grad_norm": "gradient norm by part",
+    "update_norm": "update norm by part",
+    "max_attention_logit": "largest attention logit by part",
+    "lr": "learning rate by part",
+}
 """prefixes whose metrics have one unit and are drawn together"""
 MAX_LINES = 8
 """in a chart"""
