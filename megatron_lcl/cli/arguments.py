@@ -32,7 +32,9 @@ Imported = Callable[[argparse.ArgumentParser], None]
 def add_input(sub: argparse.ArgumentParser, metavar: str, help: str, *flags: str) -> None:
     """An argument that may also be given as one of the flags."""
     sub.add_argument("inputs", nargs="*", metavar=metavar, help=help)
-    sub.add_argument(*flags, dest="flagged", action="append", default=[], metavar=metavar, help="the same")
+    sub.add_argument(
+        *flags, dest="flagged", action="append", default=[], metavar=metavar, help=f"the same as {metavar} above"
+    )
     sub.set_defaults(input_name=metavar)
 
 
@@ -64,8 +66,10 @@ def add_jobs(sub: argparse.ArgumentParser, workers: str) -> None:
         "--executor", choices=["local", "slurm", "ray"], default="local",
         help="slurm, ray: runs all --jobs there; jobs that fail or are lost are run again (docs/engines.md)",
     )  # fmt: skip
-    sub.add_argument("--jobs", type=int, metavar="N", help="of --executor slurm and ray (8)")
-    sub.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit's parameters")
+    sub.add_argument("--jobs", type=int, metavar="N", help="number of jobs with --executor slurm or ray (8)")
+    sub.add_argument(
+        "--slurm", action="append", default=[], metavar="KEY=VALUE", help="a parameter of submitit; may be repeated"
+    )
     sub.add_argument(
         "--ray", action="append", default=[], metavar="ADDRESS|KEY=VALUE",
         help="host:port, auto or local (default: RAY_ADDRESS, else a cluster that runs here, else one for this "
@@ -101,8 +105,8 @@ def add_output(sub: argparse.ArgumentParser, help: str, *others: str, required: 
     output = sub.add_argument("--output", required=required, metavar="DIR|URL", help=help)
     sub.add_argument(
         "--work", metavar="DIR",
-        help="of an output s3://bucket/folder: where it is made, whole, before it is uploaded (default: outputs in the "
-        "user's cache folder; with --job and --executor one that all machines see)",
+        help="with an output s3://bucket/folder: the folder where it is written before it is uploaded (default: "
+        "outputs in the user's cache folder; with --job and --executor give one that all machines see)",
     )  # fmt: skip
     sub.set_defaults(at_urls=("output", *others))
     return output

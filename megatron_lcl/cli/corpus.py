@@ -18,7 +18,7 @@ from megatron_lcl.errors import UserError
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parsers of these commands."""
-    sub = add("demo", _demo, "data to learn from, made of packages that anybody can fetch: documents and corpora")
+    sub = add("demo", _demo, "make a demo data set, documents and corpora, from public packages")
     sub.add_argument("name", choices=["emoji", "things", "manual"], metavar="emoji|things|manual")
     sub.add_argument("--output", required=True, metavar="DIR", help="where everything goes")
     sub.add_argument(
@@ -36,7 +36,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add(
         "preprocess",
         _preprocess,
-        "documents in any of the known formats into a corpus",
+        "convert documents of a known format into a corpus",
         add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -59,13 +59,14 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="clip|FILE|CORPUS",
         help="a SentencePiece .model, a tokenizer.json, or a corpus's (default: train one)",
     )
-    sub.add_argument("--vocab-size", type=int, metavar="N", help="of a tokenizer trained here (4096)")
+    sub.add_argument("--vocab-size", type=int, metavar="N", help="token ids, if a tokenizer is trained (4096)")
     sub.add_argument("--held-out", metavar="DIR|URL", help="hold whole documents out, into a corpus of their own")
-    sub.add_argument("--held-out-fraction", type=float, metavar="X", help="share of documents (0.13)")
-    sub.add_argument("--held-out-seed", type=int, metavar="N", help="which documents these are (0)")
+    sub.add_argument("--held-out-fraction", type=float, metavar="X", help="share of documents to hold out (0.13)")
+    sub.add_argument("--held-out-seed", type=int, metavar="N", help="seed that chooses these documents (0)")
     sub.add_argument(
-        "--max-bad-fraction", type=float, default=0.2, help="stop when more than this is bad (%(default)s)"
-    )
+        "--max-bad-fraction", type=float, default=0.2,
+        help="stop if a larger share of images, texts or documents is bad (%(default)s)",
+    )  # fmt: skip
     sub.add_argument("--max-image-side", type=int, metavar="PIXELS", help="scale larger images down")
     sub.add_argument("--limit", type=int, metavar="N", help="only the first N documents of the input, for a trial")
     sub.add_argument(
@@ -99,12 +100,16 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_output(sub, "a new or an empty folder")
     sub.add_argument("--move", action="store_true", help="move the shards (default: link them)")
 
-    sub = add("retokenize", _retokenize, "a corpus under another tokenizer; its images are linked, not read")
+    sub = add("retokenize", _retokenize, "write a corpus with another tokenizer; its images are linked, not read")
     sub.add_argument("corpus", metavar="CORPUS")
     sub.add_argument("--tokenizer", required=True, metavar="clip|FILE|CORPUS", help="as of `preprocess`")
     add_output(sub, "a new or an empty folder")
 
-    sub = add("export-corpus", _export_corpus, "a corpus back into JSON lines, WebDataset, or parquet for `datasets`")
+    sub = add(
+        "export-corpus",
+        _export_corpus,
+        "convert a corpus back into JSON lines, WebDataset, or parquet for `datasets`",
+    )
     sub.add_argument("corpus", metavar="CORPUS")
     sub.add_argument("--format", default="jsonl", metavar="jsonl|webdataset|hf", help="(%(default)s)")
     add_output(sub, "a new or an empty folder")
@@ -112,7 +117,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add(
         "replay",
         _replay,
-        "the batch of a step as a page, on any machine; or the steps that read a document",
+        "show the batch of a step as a page, on any machine; or list the steps that read a document",
     )
     add_input(sub, "RUN", "the run folder (train.output), one of its checkpoints, or a config file", "--config")
     sub.add_argument(

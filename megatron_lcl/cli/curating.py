@@ -23,7 +23,7 @@ from megatron_lcl.filesystem import is_dir
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parsers of these commands."""
     sub = add(
-        "curate", _curate, "a corpus by rules into another one; --section.key VALUE sets a rule",
+        "curate", _curate, "filter a corpus by rules into a new one; --section.key VALUE sets a rule",
         _add_rules, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_input(sub, "CORPUS", "a folder that `preprocess` or `curate` wrote", "--corpus")

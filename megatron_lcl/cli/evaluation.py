@@ -55,13 +55,13 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     ]  # fmt: skip
     sub.set_defaults(of_data={flag.dest: flag.option_strings[0] for flag in flags})
 
-    sub = add("import", _import, "a checkpoint in the reference's format into ours")
+    sub = add("import", _import, "convert a checkpoint in the format of the published LCL models into ours")
     add_input(sub, "MODEL", f"{MODEL} (.pt, .pth, .bin, .safetensors)", "--input")
     sub.add_argument("--format", default="open_clip", choices=["open_clip"], help="of a file (%(default)s)")
     sub.add_argument("--model-config", metavar="FILE.json", help="one of the reference's model_configs")
     sub.add_argument("--output", required=True, metavar="DIR")
 
-    sub = add("export", _export, "a checkpoint into another library's format")
+    sub = add("export", _export, "convert a checkpoint into another library's format")
     add_input(sub, "MODEL", MODEL, "--checkpoint")
     sub.add_argument("--format", required=True, choices=["hf", "timm", "open_clip"])
     add_output(sub, "a new folder, or an export of the same format, which is replaced")

@@ -14,7 +14,7 @@ from megatron_lcl.errors import UserError
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parsers of these commands."""
-    sub = add("fetch", _fetch, "images from their URLs into a store, which `preprocess --images` reads")
+    sub = add("fetch", _fetch, "download images by their URLs into a store, which `preprocess --images` reads")
     add_input(
         sub, "PATH",
         "a file or folder with image URLs: MMC4, OBELICS, OmniCorpus, MINT-1T, LAION, DataComp (.parquet, .jsonl), "

@@ -16,22 +16,22 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parsers of these commands."""
     sub = add(
         "plan", _plan,
-        "memory, time and network of a run, and the layouts that fit, fastest first; --section.key VALUE overrides the "
-        "config",
+        "predict memory, time and network traffic of a run, and list the layouts that fit, fastest first; "
+        "--section.key VALUE overrides the config",
     )  # fmt: skip
     sub.add_argument("--config", required=True, metavar="FILE", help="as `train` takes it; corpora need not be there")
-    sub.add_argument("--gpus", required=True, type=int, metavar="N", help="in all; of a CPU, processes")
+    sub.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs in all; with --gpu cpu, processes")
     sub.add_argument(
         "--gpu", default="h100", metavar="NAME",
         help="h100, h200, b200, a100, a100-40gb, mi300x, l40s, a6000, rtx4090, rtx3090, by their data sheets, or cpu: "
         "this machine, measured (%(default)s)",
     )  # fmt: skip
     sub.add_argument("--nodes", type=int, metavar="N", help="machines that share the GPUs (default: 8 GPUs each)")
-    sub.add_argument("--images", type=float, metavar="N", help="that the run sees (default: as the config's steps do)")
+    sub.add_argument("--images", type=float, metavar="N", help="images that the run reads (default: by its steps)")
     sub.add_argument(
         "--images-per-pack", type=int, metavar="N",
-        help="where data.images_per_pack leaves them to the corpora (default: as a run would choose with 100 tokens "
-        "of text an image)",
+        help="image slots of a pack, where data.images_per_pack leaves them to the corpora (default: as a run would "
+        "choose with 100 tokens of text an image)",
     )  # fmt: skip
     sub.add_argument("--write", metavar="FILE", help="the config in the best layout, whole, as YAML")
     sub.add_argument(

@@ -25,7 +25,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add(
         "quickstart",
         _quickstart,
-        "from real documents to a pre-trained encoder in Hugging Face format, on this machine",
+        "fetch real documents, pre-train a small encoder on them, export it in Hugging Face format, on this machine",
     )
     sub.add_argument("--html", metavar="DIR", help="a folder of HTML pages with images (default: the GIMP manual)")
     sub.add_argument(
@@ -35,14 +35,14 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--steps", type=int, help="optimizer steps (default: what the quickstart config says)")
 
     sub = add(
-        "train", _train, "pre-train; --section.key VALUE overrides the config",
+        "train", _train, "pre-train a model; --section.key VALUE overrides the config",
         _add_fields, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     sub.add_argument("--config", metavar="FILE", help="YAML; a field that it does not name has the default below")
     sub.add_argument(
         "--processes",
         type=int,
-        help="on this machine, where no launcher started them (default: one a GPU; on CPUs two, or one on one core)",
+        help="number of processes, if no launcher starts them (default: one per GPU; on CPUs two, or one on one core)",
     )
     sub.add_argument("--print-config", action="store_true", help="print the whole config and stop")
     sub.add_argument("--dry-run", action="store_true", help="check everything, print what would be launched, and stop")
@@ -66,7 +66,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--fail-fast", action="store_true", help="with --sweep: the first run that fails ends the sweep")
 
     sub = add(
-        "claim", _claim, "the paper's comparison at this machine's size; --section.key VALUE overrides the config"
+        "claim", _claim, "repeat the paper's comparisons at a small scale; --section.key VALUE overrides the config"
     )
     sub.add_argument("--output", required=True, metavar="DIR", help="runs and tables; the same command goes on there")
     sub.add_argument(
@@ -92,7 +92,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--keep-every", type=int, metavar="N", help="prune: also those at multiples of N steps (likewise)")
     sub.add_argument("--dry-run", action="store_true", help="prune: only say what would be deleted")
 
-    sub = add("report", _report, "one self-contained page about a run, or about several runs together")
+    sub = add("report", _report, "make one self-contained page about a run, or about several runs together")
     what = "run folders (train.output) or checkpoints of them, or folders of runs such as `train --sweep` makes; "
     what += "several runs are one picture, seeds as bands; or a corpus that `curate` wrote: what was removed"
     add_input(sub, "RUN", what, "--run")
@@ -108,7 +108,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add(
         "selftest",
         _selftest,
-        "train a tiny model in 15 layouts (--all: 39), as far as there are processes, and compare with one process",
+        "train a tiny model in 15 layouts (--all: 39), if there are enough processes, and compare with one process",
     )
     sub.add_argument("--timeout", type=float, default=120.0, help="seconds for one layout (%(default)s)")
     sub.add_argument("--all", action="store_true", help="39 layouts, with more of the options in each, in minutes")

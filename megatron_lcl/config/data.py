@@ -61,8 +61,8 @@ class Data:
     )
     contrast_leading_images: bool = Field(
         default=False,
-        description="contrast also an image that no text of its sequence precedes (reference: true, except where <soi> "
-        "comes first)",
+        description="contrast images without a text before them in their sequence, too (reference: true, except where "
+        "<soi> comes first)",
     )
     crop_scale: tuple[Fraction, Fraction] = Field(
         default=(0.9, 1.0),

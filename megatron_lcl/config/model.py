@@ -13,8 +13,8 @@ LayerScale = Annotated[float, Field(gt=0)] | None
 DropPath = Annotated[float, Field(ge=0, lt=1)]
 _LAYER_SCALE = Field(
     default=None,
-    description="LayerScale: initial value of learned factors, one a feature, of what each block's attention and "
-    "feed-forward network add (arXiv 2103.17239: 0.1 to 1e-6; DINOv2: 1e-5); null: none",
+    description="LayerScale: initial value of the learned factors, one per feature, of the outputs of each block's "
+    "attention and feed-forward network (arXiv 2103.17239: 0.1 to 1e-6; DINOv2: 1e-5); null: none",
 )
 _QK_NORM = Field(
     default=False,

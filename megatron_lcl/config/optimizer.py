@@ -53,8 +53,8 @@ class Parts:
 class Muon:
     """Momentum orthogonalized by Newton-Schulz, matrix by matrix; with `optimizer.name: muon`."""
 
-    momentum: Decay = Field(default=0.95, description="of Nesterov's kind (published: 0.95)")
-    newton_schulz_steps: Positive = Field(default=5, description="iterations of an update (published: 5)")
+    momentum: Decay = Field(default=0.95, description="Nesterov momentum (published: 0.95)")
+    newton_schulz_steps: Positive = Field(default=5, description="Newton-Schulz iterations per update (published: 5)")
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="type in which the iterations are computed (published: bfloat16)"
     )

@@ -142,8 +142,8 @@ class Average:
     ema: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         default=(),
         description="decays of exponential moving averages, each an average of its own, called ema_0.999 …; unbiased "
-        "as Adam's moments are (arXiv 1412.6980, section 3), so that what a run begins with has no part in them; d has "
-        "sum_i d^(n - i) w_i / sum_i d^(n - i) after n steps",
+        "as Adam's moments are (arXiv 1412.6980, section 3), so that the initial weights have no part in them; decay d "
+        "gives sum_i d^(n - i) w_i / sum_i d^(n - i) after n steps",
     )
     tail: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         default=(),
@@ -238,8 +238,8 @@ class Train:
     )
     peak_flops: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="dense peak of a device in operations per second, of which mfu is the part that is used; null: by "
-        "the device's name (docs/metrics.md), and no mfu where it is not known or a CPU",
+        description="dense peak of a device in operations per second; mfu is the share of it that is used; null: by "
+        "the device's name (docs/metrics.md), and no mfu for a CPU or an unknown device",
     )
     profile: str | None = Field(
         default=None,

@@ -48,8 +48,9 @@ class EarlyPhase:
     contrastive_weight: Weight | None = Field(default=None, description="weight of the contrastive loss")
     contrastive_weight_change: Literal["linear", "cosine"] | None = Field(
         default=None,
-        description="how that weight goes over the phase, from its own value in the first step to the value behind the "
-        "phase, which the first step there has: linear, or half a cosine; null: it stays, and then jumps",
+        description="how contrastive_weight changes, from its own value in the first step of the phase to the value "
+        "that follows the phase, in the first step after it: linear, or half a cosine; null: it is constant in the "
+        "phase",
     )
 
 
@@ -59,11 +60,12 @@ class Schedule:
 
     phases: tuple[EarlyPhase, ...] = Field(
         default=(),
-        description="what the run begins with: a list of {steps, image_size, context_length, patch_dropout, "
+        description="early phases of the run: a list of {steps, image_size, context_length, patch_dropout, "
         "tokens_per_pack, images_per_pack, global_batch, micro_batch, contrastive_weight, contrastive_weight_change}, "
-        "one after another, each with steps and what is otherwise in it; contrastive_weight_change, linear or cosine: "
-        "over the phase that weight goes to the value behind it; after the last phase all is as the rest of the config "
-        "says, to the end of the run (small images first: CLIPA, arXiv 2305.07017)",
+        "one after another, each with its number of steps and the settings that differ in it; with "
+        "contrastive_weight_change, linear or cosine, that weight changes over the phase to the value that follows it; "
+        "after the last phase the rest of the config holds, to the end of the run (small images first: CLIPA, arXiv "
+        "2305.07017)",
     )
     batch_doublings: tuple[Positive, ...] = Field(
         default=(),
@@ -83,14 +85,14 @@ class Schedule:
     )
     cooldown: Count = Field(
         default=0,
-        description="the learning rate falls to optimizer.min_lr in the last so many steps, from where it is then (of "
-        "WSD typically 10-20 % of the steps, arXiv 2405.18392; 2508.01483); 0: no cooldown",
+        description="number of last steps in which the learning rate falls to optimizer.min_lr, from its value at "
+        "their beginning (with WSD typically 10-20 % of the steps, arXiv 2405.18392; 2508.01483); 0: no cooldown",
     )
     cooldown_shape: Literal["sqrt", "linear", "cosine", "square"] = Field(
         default="sqrt",
-        description="part of the learning rate's height that is left after a part t of the cooldown: sqrt 1 - sqrt(t) "
-        "(arXiv 2405.18392), linear 1 - t, cosine (1 + cos(pi t)) / 2, square 1 - t^2 (shapes compared: arXiv "
-        "2508.01483)",
+        description="fraction that is left, after a fraction t of the cooldown, of the learning rate above "
+        "optimizer.min_lr: sqrt 1 - sqrt(t) (arXiv 2405.18392), linear 1 - t, cosine (1 + cos(pi t)) / 2, square "
+        "1 - t^2 (shapes compared: arXiv 2508.01483)",
     )
 
     def __post_init__(self) -> None:

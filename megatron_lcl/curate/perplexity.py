@@ -36,7 +36,7 @@ def perplexity_scores(settings: Perplexity) -> Callable[[Sequence[str]], list[fl
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model, report = library.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     if report["missing_keys"]:
-        raise UserError(f"{folder} lacks {min(report['missing_keys'])}; transformers would make it up")
+        raise UserError(f"{folder} lacks {min(report['missing_keys'])}; transformers would initialize it at random")
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise UserError(f"{folder}: the tokenizer has {len(tokenizer):,} tokens, the model {known:,}")

@@ -97,8 +97,8 @@ class CaptioningSettings:
     def __post_init__(self) -> None:
         if self.temperature != 1 and self.top_p == 0:
             raise UserError(
-                f"captioning.temperature = {self.temperature:g} says nothing to greedy decoding; give captioning.top-p "
-                "too (1: all tokens)"
+                f"captioning.temperature = {self.temperature:g} has no effect on greedy decoding; give "
+                "captioning.top-p too (1: all tokens)"
             )
 
 

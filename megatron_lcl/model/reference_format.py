@@ -146,7 +146,9 @@ def published_config(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str,
     except KeyError as error:
         raise UserError(f"{path} is not an LCL checkpoint in open_clip's format: it lacks {error}") from None
     except (ValueError, IndexError):  # of other dimensions
-        raise UserError(f"{path} is not an LCL checkpoint in open_clip's format: its shapes are others'") from None
+        raise UserError(
+            f"{path} is not an LCL checkpoint in open_clip's format: its tensors have other shapes"
+        ) from None
     layers = tuple(_count_blocks(state, tower) for tower in towers)
     sizes = {"patch": patch, "positions": positions, "layers": layers, "widths": (vision_width, width)}
     sizes |= {"context": context, "vocabulary": vocabulary}

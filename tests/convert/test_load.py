@@ -297,9 +297,9 @@ def test_tensors_that_are_no_weights(model: LCL, tmp_path: Path) -> None:
     for shape in ((), (3,), (2, 2, 2)):
         wrong = {**state, "visual.positional_embedding": torch.ones(shape)}
         torch.save(wrong, tmp_path / "shape.pt")
-        refused(tmp_path / "shape.pt", "its shapes are others'")
+        refused(tmp_path / "shape.pt", "its tensors have other shapes")
     torch.save({**state, name: torch.tensor(1.0)}, tmp_path / "scalar.pt")
-    refused(tmp_path / "scalar.pt", "its shapes are others'")
+    refused(tmp_path / "scalar.pt", "its tensors have other shapes")
 
 
 def test_our_folder_with_the_wrong_tensors(model: LCL, ours: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_types_decide_what_a_text_means() -> None:
         ("knn.k", "many", ["knn"], "--knn.k = 'many': input should be a valid integer"),
         ("knn.temperature", "0", ["knn"], "--knn.temperature = 0.0: input should be greater than 0"),
         ("captioning.top-p", "1.5", ["captioning"], "--captioning.top-p = 1.5: input should be less than"),
-        ("captioning.temperature", "0.5", ["captioning"], "says nothing to greedy decoding; give captioning.top-p"),
+        ("captioning.temperature", "0.5", ["captioning"], "has no effect on greedy decoding; give captioning.top-p"),
         ("captioning.max-tokens", "0", ["captioning"], "--captioning.max-tokens = 0: "),
         ("zero-shot.prompts", "a photo", ["zero-shot"], "the prompt 'a photo' has no {c}"),
         ("linear-probe.strengths", "[]", ["linear-probe"], "--linear-probe.strengths = []: "),

@@ -65,7 +65,7 @@ class HfEncoder(Encoder):
         # a classifier's checkpoint has no pooler, which some architectures put behind the class token
         self._has_pooler = not any("pooler." in name for name in missing)
         if missing := [name for name in missing if "pooler." not in name]:
-            raise UserError(f"{spec.text} lacks {some(missing)}; transformers would make them up")
+            raise UserError(f"{spec.text} lacks {some(missing)}; transformers would initialize them at random")
         # names, in transformers 5 with their shapes
         if wrong := sorted(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]):
             raise UserError(f"{spec.text} has {some(wrong)} of another shape than its config says")
