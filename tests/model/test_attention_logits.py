@@ -83,10 +83,10 @@ def test_of_a_pack_those_inside_of_its_sequences(lengths: list[list[int]], seed:
     assert read(logits, "language") == pytest.approx(max(expected) if expected else math.nan, nan_ok=True)
 
 
-def test_no_number_is_told_as_infinite() -> None:
+def test_of_the_pool_all_and_what_is_no_number_is_infinite() -> None:
     logits, used = AttentionLogits(), torch.tensor([True])
     q, k = rows(1, 0)[None].transpose(1, 2), rows(4, 1)[None].transpose(1, 2)
-    logits.of_pool(q, k, used)
+    logits.of_pool(torch.cat([q, 100 * q]), torch.cat([k, k.abs()]), torch.tensor([True, False]))
     assert read(logits, "pool") == pytest.approx(max(logit(q[0, :, 0], k[0, :, n]) for n in range(4)))
     q[0, 1, 0, 2] = math.nan
     logits.of_pool(q, k, used)
