@@ -178,6 +178,8 @@ class Training:
         """of the phase, where this process reads"""
         self.unread: list[Unread] = []
         """the steps since those that were recorded last"""
+        self.save_due = False
+        """a checkpoint is to be saved after the next step that is not bad"""
         self._begin()
 
     def _begin(self) -> None:
@@ -327,7 +329,8 @@ class Training:
         logged step; those after too many bad ones are then made in vain, and nothing of them stays."""
         config, step = self.config, self.progress.step
         every = (config.checkpoint.every, config.guard.every, config.train.evaluate_every if self.heldout else 0)
-        return self.telemetry.is_logged(step) or step == self.phase.stop or any(n and step % n == 0 for n in every)
+        due = self.save_due or any(n and step % n == 0 for n in every)
+        return due or self.telemetry.is_logged(step) or step == self.phase.stop
 
     def _record(self, results: Sequence[tuple[Unread, StepResult | None]]) -> None:
         """Count the steps, and log them; up to the one after which the run must go back, if there is one."""
@@ -354,8 +357,8 @@ class Training:
     def _after_step(self) -> None:
         step, every, compare = self.progress.step, self.config.checkpoint.every, self.config.guard.every
         last = step == self.config.train.steps
-        due = every and step % every == 0 and not self.bad.consecutive  # between bad steps the state may not be good
-        if last or due:
+        self.save_due |= bool(every and step % every == 0)
+        if last or (self.save_due and not self.bad.consecutive):  # between bad steps the state may not be good
             self._save()
         elif compare and step % compare == 0:
             self._compare_replicas()
@@ -373,6 +376,7 @@ class Training:
             self.saver.finish_pending()
 
     def _save(self) -> None:
+        self.save_due = False
         self.bad_images.write(self.progress.step)
         with self.meter.waiting():
             self._compare_replicas()
@@ -471,6 +475,7 @@ class Training:
         changes: since it was written.
         """
         self.batches = None  # the loader processes end
+        self.save_due = False
         self.progress = progress
         self.ledger = Ledger.from_json(progress.ledger)
         for message in self.checkpoints.load(folder) if folder else ():

@@ -255,7 +255,7 @@ def test_consecutive_bad_steps_are_counted() -> None:
 def test_bad_steps_are_left_out_together_and_audited(
     config_file: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    """Steps 7 and 8, each because of one pack of one process; step 8 was to be saved."""
+    """Steps 7 and 8, each because of one pack of one process; step 8 was to be saved, and step 9 is in its place."""
     run = tmp_path / "run"
     said = train(run, "--config", config_file, plant=poison, planted=([26, 31], "nan"))
     assert "step 7 skipped: loss is nan" in said
@@ -266,9 +266,12 @@ def test_bad_steps_are_left_out_together_and_audited(
         ("step skipped", 7, "loss is nan", [[24, 28]]),
         ("step skipped", 8, "loss is nan", [[28, 32]]),
     ]
-    assert saved_steps(run) == [4, 12], "no good state is saved between bad steps"
+    assert saved_steps(run) == [4, 9, 12], "no good state is saved between bad steps"
     for text in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    rarely = tmp_path / "rarely"
+    train(rarely, "--config", config_file, "--train.log_every", "5", plant=poison, planted=([26, 31], "nan"))
+    assert saved_steps(rarely) == saved_steps(run)
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def test_after_which_steps_a_run_must_know_whether_they_were_applied(
     run = Training.__new__(Training)
     run.config = configs.load(None, {"checkpoint.every": "0", "guard.every": "0", **overrides})
     run.phase = SimpleNamespace(stop=10)  # type: ignore[assignment]
-    run.heldout = SimpleNamespace()  # type: ignore[assignment]
+    run.heldout, run.save_due = SimpleNamespace(), False  # type: ignore[assignment]
     run.telemetry = SimpleNamespace(is_logged=lambda step: step % 12 == 0)  # type: ignore[assignment]
     found = []
     for step in range(1, 13):
@@ -126,6 +126,8 @@ def test_after_which_steps_a_run_must_know_whether_they_were_applied(
         if run._must_know():
             found.append(step)
     assert found == expected
+    run.save_due, run.progress = True, Progress(1, 4, {})
+    assert run._must_know(), "after each step until the state may be saved"
 
 
 @pytest.mark.parametrize("saved", [4, 7])
