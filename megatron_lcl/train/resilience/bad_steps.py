@@ -35,6 +35,9 @@ class BadSteps:
         """steps done and packs consumed before the first of them"""
         self.rewinds: int = state.get("rewinds", 0)
         """since the last step that was saved and counted"""
+        self.too_many = False
+        """whether the run must go back to a checkpoint from before them; by a step that was recorded, not by those of
+        the checkpoint alone, whose run may have allowed more"""
         # not those from before a time in which they were not watched
         losses = state.get("losses", ()) if self.watches_losses else ()
         self.losses = deque[float](losses, maxlen=config.spike_window)
@@ -68,6 +71,7 @@ class BadSteps:
         loss_scale: that of float16 before the step, if it can be lower (`precision.lowerable_scale`). A gradient too
         large for float16 is then no bad step: the scale is being looked for.
         """
+        self.too_many = False
         if applied:
             self.consecutive = 0
             if self.watches_losses:
@@ -80,14 +84,10 @@ class BadSteps:
             return f"gradient too large for float16 at loss scale {loss_scale:g}"
         self.began = self.began if self.consecutive else at
         self.consecutive += 1
+        self.too_many = self.consecutive >= self.config.max_bad_steps
         if not math.isfinite(loss):
             return f"loss is {loss}"
         return f"loss {loss:.6g} is a spike, above {limit:.6g}" if loss > limit else "gradient is not finite"
-
-    @property
-    def too_many(self) -> bool:
-        """Whether the run must go back to a checkpoint from before them."""
-        return self.consecutive >= self.config.max_bad_steps
 
     def rewind(self, state: dict[str, Any] | None, step: int) -> None:
         """Take up the state of the checkpoint that the run goes back to. RunError after too many times.

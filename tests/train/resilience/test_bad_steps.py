@@ -7,13 +7,14 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from audit_lines import read_audit
-from bad_packs import poison, saved_steps, without_packs
+from bad_packs import poison, poison_and_stop, saved_steps, without_packs
 from fleet import lines, losses, train
 from processes import run_processes
 
@@ -230,6 +231,21 @@ def test_what_the_device_takes_for_a_spike_the_host_does(window: int) -> None:
     assert SpikeLimit(Guard(), device).limit() == math.inf
 
 
+def test_a_lower_limit_counts_from_the_next_bad_step_on() -> None:
+    """After a resume between bad steps, of which the run before allowed more."""
+    state = {"consecutive": 3, "began": [5, 20]}
+    guard = BadSteps(Guard(max_bad_steps=2), state)
+    assert not guard.too_many, "a step may be good of which nobody knows yet"
+    assert guard.record((8, 32), 3.0, False, 65536.0) == "gradient too large for float16 at loss scale 65536"
+    assert not guard.too_many
+    assert guard.record((9, 36), 3.0, True, None) is None
+    assert not guard.too_many
+    guard = BadSteps(Guard(max_bad_steps=2), state)
+    guard.record((8, 32), math.nan, False, None)
+    assert guard.too_many
+    assert guard.began == (5, 20)
+
+
 def test_consecutive_bad_steps_are_counted() -> None:
     guard = BadSteps(Guard(max_bad_steps=2, max_rewinds=1))
     assert guard.record((0, 0), math.nan, False, None) == "loss is nan"
@@ -300,6 +316,23 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
     progress = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1])
     assert (progress.step, progress.packs) == (12, 48)
     assert progress.ledger["entries"][-1] == skip
+
+
+@pytest.mark.slow
+def test_a_lower_limit_at_a_resume_counts_alike_however_often_steps_are_logged(
+    config_file: str, tmp_path: Path
+) -> None:
+    """Stopped after the bad steps 7 and 8; step 9, the first after the resume, is good."""
+    words, planted, ends = ["--config", config_file], ([26, 31], "nan"), []
+    options: dict[str, Any] = {"plant": poison_and_stop, "planted": ([26, 31], 8, {}), "size": 1}
+    train(tmp_path / "1", *words, code=75, **options)
+    shutil.copytree(tmp_path / "1", tmp_path / "5")
+    for every in ("1", "5"):
+        run, limit = tmp_path / every, ["--guard.max_bad_steps", "2", "--train.log_every", every]
+        train(run, *words, *limit, plant=poison, planted=planted, size=1)
+        assert not [line for line in read_audit(run) if line["event"] == "rewind"]
+        ends.append(checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1]))
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.slow
