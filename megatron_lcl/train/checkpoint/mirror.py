@@ -175,8 +175,11 @@ class Mirror:
         it has left. Later copies are not this process's, and stay.
         """
         if not self.has(folder):
+            files = read_manifest(folder)
             self.store.delete([f"{folder.name}/{MANIFEST}"])  # of the same step, saved again after a rewind or a resume
-            put_files(self.store, folder, read_manifest(folder), MANIFEST, f"{folder.name}/")
+            new = {f"{folder.name}/{name}" for name in files}
+            self.store.delete([name for name, _ in self.store.list(folder.name) if name not in new])
+            put_files(self.store, folder, files, MANIFEST, f"{folder.name}/")
         own, copies = step_of(folder), self._copies()
         complete = [Path(name) for name in self._whole(copies) if step_of(Path(name)) <= own]
         kept = {copy.name for copy in complete} - {old.name for old in (superseded(complete, keep) if keep else ())}

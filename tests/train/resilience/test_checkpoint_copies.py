@@ -178,6 +178,19 @@ def test_a_copy_is_complete_or_not_there(place: str, tmp_path: Path, monkeypatch
     assert not (tmp_path / "run" / CHECKPOINTS / "step-00000013").exists()
 
 
+def test_a_copy_that_is_replaced_leaves_no_file(place: str, tmp_path: Path) -> None:
+    """As after a rewind at another layout, whose state has other files."""
+    earlier, other = saved(tmp_path / "earlier", 4), saved(tmp_path, 14)
+    (earlier / "state" / "b.pt").write_bytes(b"of another process")
+    files = {**read_manifest(earlier), "state/b.pt": fingerprint(earlier / "state" / "b.pt")}
+    (earlier / MANIFEST).write_text(manifest_text(files))
+    for folder in (earlier, other, saved(tmp_path, 4)):
+        Mirror(place).upload(folder, None)
+    there = {f"{step}/{name}" for step in ("step-00000004", "step-00000014") for name in read_manifest(other)}
+    there |= {f"{step}/{MANIFEST}" for step in ("step-00000004", "step-00000014")}
+    assert {name for name, _ in Store(place).list()} == there
+
+
 @pytest.mark.parametrize("absolute", [True, False])
 def test_a_copy_writes_nothing_outside_of_its_folder(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
@@ -271,7 +284,7 @@ def test_what_is_kept_is_not_listed(place: str, tmp_path: Path, monkeypatch: pyt
         mirror.upload(saved(tmp_path, step), keep, step)
     monkeypatch.setattr(Store, "_ask", counting)
     mirror.upload(saved(tmp_path, 40), keep, 40)
-    assert listed == [("", 5), ("step-00000035", 3)]
+    assert listed == [("step-00000040", 0), ("", 5), ("step-00000035", 3)]
     listed.clear()
     assert mirror.restore(tmp_path / "run") is not None
     assert listed == [("", 4)]
