@@ -27,6 +27,7 @@ from megatron_lcl.train.changes import PHASES, Changes, changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
 from megatron_lcl.train.checkpoint.folder import Progress
+from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checkpoint.saver import Saver
 from megatron_lcl.train.determinism import determinism
 from megatron_lcl.train.engine import (
@@ -434,14 +435,18 @@ class Training:
             self.saver.finish_pending()
             found: tuple[Path | None, dict[Path, list[str]], Changes] = (None, {}, Changes())
             if self.mesh.is_first:
-                folder, faults = checkpoint.go_back(run, step, self.point.folder)
+                mirror = self.config.checkpoint.mirror
+                repair = Mirror(mirror).repair if mirror is not None else None
+                folder, faults = checkpoint.go_back(run, step, self.point.folder, repair)
                 found = folder, faults, changes_since(folder, self.config) if folder else Changes()
             folder, faults, changes = self.mesh.world.broadcast_object(found)
             self._log_rejected(faults)
             if folder is None:
+                rejected = "; ".join(f"{path.name}: {'; '.join(wrong[:3])}" for path, wrong in faults.items())
+                there = "no checkpoint before them to go back to" + f" ({rejected})" * bool(rejected)
                 raise RunError(
-                    f"steps {step + 1} to {at} were bad, and there is no checkpoint before them to go back to; "
-                    "audit.jsonl says why. Lower optimizer.lr, or look at the packs with `replay`"
+                    f"steps {step + 1} to {at} were bad, and there is {there}; audit.jsonl says why. Lower "
+                    "optimizer.lr, or look at the packs with `replay`"
                 )
             before = checkpoint.read_progress(folder)
             packs = max(packs, before.packs)  # saved between bad steps, it is behind the packs of some
@@ -459,8 +464,7 @@ class Training:
             self._go_to(folder, replace(before, ledger=ledger.to_json()), changes)
             self.telemetry.rewind(before.step)
             self.meter.reset()
-            self.saver.step = before.step
-            self.saver.folder = folder
+            self.saver.go_back_to(folder, before.step)
             # whatever ends the run before its next checkpoint, it knows which packs it skips, and of the rewind
             self.saver.save(replace(self.progress, guard=self.bad.state()))
 

@@ -112,6 +112,8 @@ class Checkpointer:
         self._parts = objectives.parts_of(config)
         self._reached = 0
         """the last step that was loaded or saved"""
+        self.back_to: int | None = None
+        """the step to which the run has gone back since the last save that is complete"""
 
     # --- saving --------------------------------------------------------------------------------------------------
 
@@ -259,7 +261,18 @@ class Checkpointer:
             sync(self.run / METRICS)  # else a run that goes on from here may lack lines of steps before
         checkpoint.give_name(temporary, final)  # the same step is saved again after a rewind, or a resume
         sync(final.parent)
-        return checkpoint.tidy(self.run, self._kept(progress), progress.step)
+        return self._tidy(progress)
+
+    def _tidy(self, progress: Progress) -> list[str]:
+        """As `tidy`, after the save of where the run stood; the first process's."""
+        (back_to, self.back_to), url = (self.back_to, None), self.config.checkpoint.mirror
+        if back_to is not None and url is not None:
+            # first: a start refuses a copy that is later than the folder's checkpoints
+            with contextlib.suppress(UserError, OSError):  # the log says so of the copy that comes next
+                mirror = Mirror(url)
+                mirror.check_owner(self.config.train.output)
+                mirror.delete_later(back_to)
+        return checkpoint.tidy(self.run, self._kept(progress), progress.step, back_to)
 
     def _on_all(self, action: Callable[[], T]) -> list[T]:
         """Every process's result; SaveError on all where one fails, so that none waits for it."""

@@ -244,23 +244,28 @@ def _check_named_is_newest(run: Path, resume: str, folder: Path | None) -> None:
         )
 
 
-def go_back(run: Path, step: int, begun_with: Path | None) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The checkpoint to which a run goes back whose steps after `step` were bad, as `newest`; later ones are deleted.
+def go_back(
+    run: Path, step: int, begun_with: Path | None, repair: Callable[[Path], str] | None = None
+) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The checkpoint to which a run goes back whose steps after `step` were bad, as `newest`.
 
-    Where none from before them is whole, one that was saved between them will do: they have changed nothing. Where
-    there is none at all, nothing is deleted. begun_with: the checkpoint with which this process began, which may be
-    another run's.
+    Where none from before them is whole, one that was saved between them will do: they have changed nothing. Nothing is
+    deleted before the run has saved again (`tidy`). begun_with: the checkpoint with which this process began, which may
+    be another run's. repair: as in `newest`, for the run's own; where it fails, an earlier one will do.
     """
+
+    def repaired(folder: Path) -> str:
+        if repair is not None and folder in own:
+            with contextlib.suppress(UserError, OSError):
+                return repair(folder)
+        return ""
+
     with contextlib.suppress(OSError):
         put_back(run / CHECKPOINTS)  # after a save that failed
     own = list_checkpoints(run)
     before, between = ([f for f in own if (step_of(f) <= step) is wanted] for wanted in (True, False))
     others = [f for f in [begun_with] if f is not None and f not in own and is_dir(f)]
-    folder, faults = newest([*between, *others, *before])
-    for later in between if folder is not None else ():
-        if folder not in between or step_of(later) > step_of(folder):
-            delete(later)
-    return folder, faults
+    return newest([*between, *others, *before], repair=repaired)
 
 
 def resumable(resume: str) -> list[Path]:
@@ -288,15 +293,19 @@ def superseded(folders: list[Path], keep: Checkpoint) -> list[Path]:
     return [f for f in older if not (keep.keep_every and step_of(f) % keep.keep_every == 0)]
 
 
-def tidy(run: Path, keep: Checkpoint | None, step: int) -> list[str]:
+def tidy(run: Path, keep: Checkpoint | None, step: int, back_to: int | None = None) -> list[str]:
     """Delete what is not kept of a run's checkpoints, as far as that can be; what could not be deleted, and why.
 
     keep: None: all are kept, and only what was interrupted is removed. step: of the checkpoint that was just saved;
-    later ones are damaged, or of steps from which the run has gone back: they stay, and do not count.
+    later ones are damaged: they stay, and do not count. back_to: the step to which the run has gone back since the save
+    before. Checkpoints of the steps from which it has gone back are deleted, also those that were rejected: they may be
+    whole at the next start.
     """
     faults: list[str] = []
-    up_to_step = [folder for folder in list_checkpoints(run) if step_of(folder) <= step]
-    for folder in superseded(up_to_step, keep) if keep else ():
+    own = list_checkpoints(run)
+    left = [f for f in own if back_to is not None and step_of(f) > back_to and step_of(f) != step]
+    up_to_step = [folder for folder in own if step_of(folder) <= step and folder not in left]
+    for folder in (*left, *(superseded(up_to_step, keep) if keep else ())):
         try:
             set_aside(folder)
         except OSError as error:

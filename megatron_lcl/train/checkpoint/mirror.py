@@ -183,15 +183,21 @@ class Mirror:
         own, copies = step_of(folder), self._copies()
         complete = [Path(name) for name in self._whole(copies) if step_of(Path(name)) <= own]
         kept = {copy.name for copy in complete} - {old.name for old in (superseded(complete, keep) if keep else ())}
-        gone = [name for name in copies if step_of(Path(name)) <= max(own, reached) and name not in kept]
-        stale = [name for copy in gone for name, _ in self.store.list(copy)]
-        self.store.delete(sorted(stale, key=lambda name: Path(name).name != MANIFEST))
+        self._delete([name for name in copies if step_of(Path(name)) <= max(own, reached) and name not in kept])
+
+    def delete_later(self, step: int) -> None:
+        """Delete copies of later steps, from which the run has gone back."""
+        self._delete([name for name in self._copies() if step_of(Path(name)) > step])
+
+    def _delete(self, copies: list[str]) -> None:
+        objects = [name for copy in copies for name, _ in self.store.list(copy)]
+        self.store.delete(sorted(objects, key=lambda name: Path(name).name != MANIFEST))
 
     def newest_for(self, run: Path) -> str | None:
         """The name of the copy that a run folder goes on from; None: there is none, or the folder has a checkpoint.
 
-        UserError where the newest copy is later than all that the folder has: the run went on elsewhere, or was ended
-        in a rewind before that was copied, and which of the two is meant is not known.
+        UserError where the newest copy is later than all that the folder has: the run went on elsewhere, or the copy
+        could not be deleted in a rewind, and which of the two is meant is not known.
         """
         complete, own = self.complete(), list_checkpoints(run)
         if own and complete and step_of(Path(complete[-1])) > step_of(own[-1]):

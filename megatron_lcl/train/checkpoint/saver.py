@@ -36,6 +36,10 @@ class Saver:
         self.step, self.folder = progress.step, folder
         self._say_if_not_copied(progress.step, self.checkpoints.make_up_copy(folder, progress))
 
+    def go_back_to(self, folder: Path, step: int) -> None:
+        """The run has gone back to a checkpoint; those of the steps in between go with the next save."""
+        self.step, self.folder, self.checkpoints.back_to = step, folder, step
+
     def save(self, progress: Progress) -> None:
         """Save, in the background if the config says so; RunError after `max_failures` in a row that failed."""
         since = time.perf_counter()

@@ -365,20 +365,22 @@ def test_prune_removes_what_an_interrupted_one_has_left(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("there", "saved", "keep_last", "kept"),
+    ("there", "saved", "keep_last", "back_to", "kept"),
     [
-        ((10, 11, 12), 11, 1, (11, 12)),  # 12 was rejected when the run went on from 10; a signal came after a step
-        ((8, 10), 8, 1, (8, 10)),  # saved again after a rewind, which rejected 10
-        ((9, 10, 11, 12, 14), 11, 2, (10, 11, 12, 14)),
-        ((8, 10, 12), 12, 2, (10, 12)),
+        ((10, 11, 12), 11, 1, None, (11, 12)),  # 12 was rejected when the run went on from 10; a signal came after 11
+        ((9, 10, 11, 12, 14), 11, 2, None, (10, 11, 12, 14)),
+        ((8, 10, 12), 12, 2, None, (10, 12)),
+        ((4, 8, 10, 12), 8, 2, 8, (4, 8)),  # saved again after a rewind, which rejected 10 and 12
+        ((4, 8, 10, 12), 10, 2, 8, (8, 10)),  # the save of the rewind had failed
+        ((4, 8, 10, 12), 12, 2, 8, (8, 12)),
     ],
 )
 def test_later_checkpoints_do_not_count(
-    there: tuple[int, ...], saved: int, keep_last: int, kept: tuple[int, ...], tmp_path: Path
+    there: tuple[int, ...], saved: int, keep_last: int, back_to: int | None, kept: tuple[int, ...], tmp_path: Path
 ) -> None:
     for step in there:
         checkpoint.step_folder(tmp_path, step).mkdir(parents=True)
-    assert checkpoint.tidy(tmp_path, Checkpoint(keep_last=keep_last), saved) == []
+    assert checkpoint.tidy(tmp_path, Checkpoint(keep_last=keep_last), saved, back_to) == []
     assert tuple(checkpoint.step_of(f) for f in checkpoint.list_checkpoints(tmp_path)) == kept
 
 

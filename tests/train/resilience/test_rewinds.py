@@ -19,11 +19,12 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Checkpoint, Guard
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.loading.ledger import PLANNED, Ledger
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.run_folder import CHECKPOINTS, PROGRESS
 from megatron_lcl.train import resume_point
 from megatron_lcl.train.changes import Changes
 from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.memory import Memory
@@ -77,28 +78,101 @@ def test_a_series_of_bad_steps_goes_on_after_a_resume(
 
 
 def test_the_checkpoint_that_a_run_goes_back_to(tmp_path: Path) -> None:
-    """Steps 7 and 8 are bad; those from between go, but only where there is another."""
+    """Steps 7 and 8 are bad; nothing is deleted before the run has saved again."""
     four, six, seven = (save(tmp_path, step) for step in (4, 6, 7))
     assert checkpoint.go_back(tmp_path, 6, seven) == (six, {})
-    assert saved_steps(tmp_path) == [4, 6]
-    assert checkpoint.go_back(tmp_path / "none", 6, seven) == (None, {}), "what it began with is gone, and no fault"
-    seven = save(tmp_path, 7)
+    for gone in (seven, tmp_path / "gone"):
+        assert checkpoint.go_back(tmp_path / "none", 6, gone) == ((gone, {}) if gone == seven else (None, {}))
     for folder in (four, six):
         (folder / PROGRESS).write_text("damaged")
     eight = save(tmp_path, 8)
     folder, faults = checkpoint.go_back(tmp_path, 6, seven)
     assert (folder, [*faults]) == (eight, [six, four])
-    assert saved_steps(tmp_path) == [4, 6, 7, 8]
     (eight / PROGRESS).write_text("damaged")
     assert checkpoint.go_back(tmp_path, 6, None)[0] == seven
-    assert saved_steps(tmp_path) == [4, 6, 7]
     (seven / PROGRESS).write_text("damaged")
     folder, faults = checkpoint.go_back(tmp_path, 6, None)
-    assert (folder, [*faults]) == (None, [six, four, seven])
-    assert saved_steps(tmp_path) == [4, 6, 7]
-    other, _ = save(tmp_path / "other", 5), save(tmp_path, 8)
+    assert (folder, [*faults]) == (None, [six, four, eight, seven])
+    other = save(tmp_path / "other", 5)
     assert checkpoint.go_back(tmp_path, 6, other)[0] == other, "of another run, but from before them"
-    assert saved_steps(tmp_path) == [4, 6]
+    assert saved_steps(tmp_path) == [4, 6, 7, 8]
+
+
+def rewinding(run: Path, bad: BadSteps, mirror: str | None = None) -> Any:
+    """A run of 9 steps in its rewind, as far as that asks which checkpoint it goes back to."""
+    training: Any = Training.__new__(Training)
+    settings = SimpleNamespace(mirror=mirror, resume="auto")
+    training.config = SimpleNamespace(train=SimpleNamespace(output=str(run)), checkpoint=settings)
+    training.progress, training.ledger, training.bad = Progress(9, 36, {}), Ledger(SETTINGS), bad
+    training.watchdog = SimpleNamespace(long_phase=lambda *_: contextlib.nullcontext())
+    training.mesh = SimpleNamespace(is_first=True, world=SimpleNamespace(broadcast_object=lambda value: value))
+    training.point = SimpleNamespace(folder=None)
+    training.profile = SimpleNamespace(finish=lambda: None)
+    training.bad_images = SimpleNamespace(write=lambda _: None)
+    training.saver = SimpleNamespace(finish_pending=lambda: None)
+    training.telemetry = training.audit = SimpleNamespace(say=lambda _: None, write=lambda *_, **__: None)
+    return training
+
+
+def test_a_run_goes_back_to_the_copy_of_a_damaged_checkpoint(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is none, to an earlier one; where that is damaged too, the run ends, and says of each why."""
+
+    class Reached(Exception):
+        pass
+
+    def back(folder: Path) -> None:
+        raise Reached(folder)
+
+    four, six = save(tmp_path, 4), save(tmp_path, 6)
+    Mirror(place).upload(six, None)
+    bad = BadSteps(Guard(), {"consecutive": 3, "began": [6, 24]})
+    monkeypatch.setattr("megatron_lcl.train.run.changes_since", lambda *_: Changes())
+    monkeypatch.setattr(checkpoint, "read_progress", back)
+    (six / PROGRESS).write_text("damaged")
+    with pytest.raises(Reached, match=six.name):
+        rewinding(tmp_path, bad, place)._rewind()
+    assert checkpoint.verify(six) == []
+    (six / PROGRESS).write_text("damaged")
+    for mirror in (None, f"{place}/nothing", "s3://no-such-bucket/run"):
+        with pytest.raises(Reached, match=four.name):
+            rewinding(tmp_path, bad, mirror)._rewind()
+    (four / PROGRESS).write_text("damaged")
+    said = rf"no checkpoint before them to go back to \({six.name}: {PROGRESS}: .*; {four.name}: {PROGRESS}: .*\); a"
+    with pytest.raises(RunError, match=said):
+        rewinding(tmp_path, bad)._rewind()
+    assert Mirror(place).complete() == [six.name]
+
+
+def test_copies_of_what_a_run_goes_back_from_are_deleted_before_the_others(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two, the run goes on from the later one, and back again; no copy is later than all."""
+    Path(tmp_path / "run").mkdir()
+    mirror, there = Mirror(place), []
+    for step in (4, 7, 8):
+        mirror.upload(save(tmp_path / "run", step), None, reached=step)
+    checkpointer: Any = Checkpointer.__new__(Checkpointer)
+    checkpointer.config = configs.from_dict(
+        {"train": {"output": str(tmp_path / "run")}, "checkpoint": {"mirror": place, "keep_last": 1}}
+    )
+    mirror.claim(str(tmp_path / "run"))
+    checkpointer.run, checkpointer.back_to = tmp_path / "run", 4
+    tidy = checkpoint.tidy
+
+    def watched(*arguments: Any) -> list[str]:
+        there.append((saved_steps(tmp_path / "run"), mirror.complete()))
+        return tidy(*arguments)
+
+    monkeypatch.setattr(checkpoint, "tidy", watched)
+    for guard in ({}, {"consecutive": 1}):
+        checkpointer._tidy(Progress(4, 16, {}, guard))
+    assert there[0] == ([4, 7, 8], ["step-00000004"])
+    assert there[1] == ([4], ["step-00000004"])
+    save(tmp_path / "run", 5)
+    checkpointer._tidy(Progress(4, 16, {}))
+    assert saved_steps(tmp_path / "run") == [4, 5], "of a rewind one save is the first"
 
 
 @pytest.mark.parametrize(
@@ -140,19 +214,11 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
         bad.record((step, 4 * step), math.nan, False, None)
     if saved == 4:
         save(tmp_path, saved)
-    run, kept, ended = Training.__new__(Training), [], []
-    run.config = SimpleNamespace(train=SimpleNamespace(output=str(tmp_path)))  # type: ignore[assignment]
-    run.progress, run.ledger, run.bad = Progress(9, 36, {}), Ledger(SETTINGS), bad
-    run.watchdog = SimpleNamespace(long_phase=lambda *_: contextlib.nullcontext())  # type: ignore[assignment]
-    run.saver = SimpleNamespace(finish_pending=lambda: None, save=kept.append)  # type: ignore[assignment]
-    world = SimpleNamespace(broadcast_object=lambda value: value)
-    run.mesh = SimpleNamespace(is_first=True, world=world)  # type: ignore[assignment]
-    run.point = SimpleNamespace(folder=None)  # type: ignore[assignment]
-    run.profile = SimpleNamespace(finish=lambda: ended.append("profile"))  # type: ignore[assignment]
-    run.meter = SimpleNamespace(reset=lambda: ended.append("meter"))  # type: ignore[assignment]
-    said = SimpleNamespace(say=lambda _: None, rewind=lambda _: None, write=lambda *_, **__: None)
-    run.telemetry = run.audit = said  # type: ignore[assignment]
-    run.bad_images = SimpleNamespace(write=lambda _: None)  # type: ignore[assignment]
+    run, kept, ended = rewinding(tmp_path, bad), [], []
+    run.saver.save, run.saver.go_back_to = kept.append, lambda *back: ended.append(back)
+    run.profile = SimpleNamespace(finish=lambda: ended.append("profile"))
+    run.meter = SimpleNamespace(reset=lambda: ended.append("meter"))
+    run.telemetry.rewind = lambda _: None
 
     changes = Changes(new_loss=True)
     monkeypatch.setattr("megatron_lcl.train.run.changes_since", lambda *_: changes)
@@ -164,7 +230,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(run, "_go_to", go_to)
     run._rewind()
-    assert ended == ["profile", "meter"]
+    assert ended == ["profile", "meter", (checkpoint.step_folder(tmp_path, saved), saved)]
     (progress,) = kept
     assert (progress.step, progress.packs) == (saved, 4 * saved)
     assert (progress.guard["consecutive"], progress.guard["rewinds"]) == (0, 1)

@@ -80,7 +80,7 @@ def test_none_is_lost_or_counted_twice_at_a_save_and_a_rewind(training: Any, tmp
     run.Training._save(training)
     for _ in range(3):
         step(training, 2)
-    training.bad.began = (4, 16)
+    training.bad.began, training.config.checkpoint.mirror = (4, 16), None
     with mock.patch.object(run.checkpoint, "go_back", return_value=(None, {})), pytest.raises(run.RunError):
         run.Training._rewind(training)
     training.telemetry.rewind(4)
