@@ -435,9 +435,9 @@ class Training:
             self.saver.finish_pending()
             found: tuple[Path | None, dict[Path, list[str]], Changes] = (None, {}, Changes())
             if self.mesh.is_first:
-                mirror = self.config.checkpoint.mirror
-                repair = Mirror(mirror).repair if mirror is not None else None
-                folder, faults = checkpoint.go_back(run, step, self.point.folder, repair)
+                own = self.config.checkpoint
+                repair = Mirror(own.mirror).repair if own.mirror is not None else None
+                folder, faults = checkpoint.go_back(run, step, self.point.folder, own.resume, repair)
                 found = folder, faults, changes_since(folder, self.config) if folder else Changes()
             folder, faults, changes = self.mesh.world.broadcast_object(found)
             self._log_rejected(faults)

@@ -245,13 +245,18 @@ def _check_named_is_newest(run: Path, resume: str, folder: Path | None) -> None:
 
 
 def go_back(
-    run: Path, step: int, begun_with: Path | None, repair: Callable[[Path], str] | None = None
+    run: Path,
+    step: int,
+    begun_with: Path | None,
+    resume: str = "auto",
+    repair: Callable[[Path], str] | None = None,
 ) -> tuple[Path | None, dict[Path, list[str]]]:
     """The checkpoint to which a run goes back whose steps after `step` were bad, as `newest`.
 
     Where none from before them is whole, one that was saved between them will do: they have changed nothing. Nothing is
     deleted before the run has saved again (`tidy`). begun_with: the checkpoint with which this process began, which may
-    be another run's. repair: as in `newest`, for the run's own; where it fails, an earlier one will do.
+    be another run's. resume: the config's, which names that of another run with which a process before this one began.
+    repair: as in `newest`, for the run's own; where it fails, an earlier one will do.
     """
 
     def repaired(folder: Path) -> str:
@@ -264,8 +269,24 @@ def go_back(
         put_back(run / CHECKPOINTS)  # after a save that failed
     own = list_checkpoints(run)
     before, between = ([f for f in own if (step_of(f) <= step) is wanted] for wanted in (True, False))
+    if begun_with in own:
+        begun_with = _branched_from(own[0], resume, step)
     others = [f for f in [begun_with] if f is not None and f not in own and is_dir(f)]
     return newest([*between, *others, *before], repair=repaired)
+
+
+def _branched_from(oldest: Path, resume: str, step: int) -> Path | None:
+    """The checkpoint with which a run began that is a branch of another one, if `checkpoint.resume` names it, and it is
+    there, from `step` or before. oldest: of the run's own.
+
+    None where `resume` names a run: that may have others by now. And where it has been given since: the run's own say
+    with which one it began.
+    """
+    named = Path(resume)
+    if not is_file(named / MANIFEST) or any(verify(folder, only=SMALL) for folder in (named, oldest)):
+        return None
+    began = load(oldest / CONFIG).checkpoint.resume == resume and read_progress(named).step <= step
+    return named if began else None
 
 
 def resumable(resume: str) -> list[Path]:

@@ -6,13 +6,14 @@ import contextlib
 import errno
 import math
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from audit_lines import read_audit
-from bad_packs import poison_and_stop, saved_steps
+from bad_packs import poison, poison_and_stop, saved_steps
 from fleet import losses, train
 
 from megatron_lcl import config as configs
@@ -20,7 +21,7 @@ from megatron_lcl.config import Checkpoint, Guard
 from megatron_lcl.convert.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.loading.ledger import PLANNED, Ledger
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.run_folder import CHECKPOINTS, PROGRESS
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 from megatron_lcl.train import resume_point
 from megatron_lcl.train.changes import Changes
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -75,6 +76,46 @@ def test_a_series_of_bad_steps_goes_on_after_a_resume(
     events = [(line["event"], line["step"]) for line in read_audit(run)]
     back = [("step skipped", 8), ("rewind", 8), ("stopped", 4)]
     assert events == [("step skipped", 7), ("stopped", 7), *back]
+
+
+@pytest.mark.slow
+def test_a_branch_that_was_stopped_between_bad_steps_goes_back_to_where_it_began(
+    config_file: str, without: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """It begins with step 4 of another run; steps 7 and 8 are bad, and it is stopped after step 7."""
+    words, trunk, run = ["--config", config_file], tmp_path / "trunk", tmp_path / "run"
+    train(trunk, *words, code=75, plant=poison_and_stop, planted=([], 4, {}))
+    began = checkpoint.step_folder(trunk, 4)
+    words += ["--guard.max_bad_steps", "2", "--checkpoint.resume", str(began)]
+    train(run, *words, code=75, plant=poison_and_stop, planted=([26, 31], 3, {}))
+    assert saved_steps(run) == [7]
+    said = train(run, *words, plant=poison, planted=([26, 31], "nan"))
+    assert f"steps 7 to 8 were bad: back to {began}" in said
+    assert losses(run) == without[4:]
+    assert saved_steps(run) == [4, 8, 12]
+    assert saved_steps(trunk) == [4]
+
+
+def test_where_a_branch_began(tmp_path: Path) -> None:
+    """Only with what `checkpoint.resume` named from the beginning, and from before the bad steps, 7 and 8."""
+    trunk, later, seven = save(tmp_path / "trunk", 4), save(tmp_path / "trunk", 7), save(tmp_path / "run", 7)
+
+    def back(resume: Path, written: Path) -> Path | None:
+        (seven / CONFIG).write_text(configs.to_yaml(configs.load(None, {"checkpoint.resume": str(written)})))
+        files = {name: fingerprint(seven / name) for name in (PROGRESS, CONFIG)}
+        (seven / MANIFEST).write_text(manifest_text(files))
+        return checkpoint.go_back(tmp_path / "run", 6, seven, str(resume))[0]
+
+    assert back(trunk, trunk) == trunk
+    assert back(trunk, Path("auto")) == seven, "it began with nothing"
+    assert back(later, later) == seven
+    assert back(trunk.parents[1], trunk.parents[1]) == seven, "which of that run's is not known"
+    five = save(tmp_path / "run", 5)
+    shutil.copy(seven / CONFIG, five)
+    assert back(trunk, trunk) == five
+    (trunk / PROGRESS).write_text("damaged")
+    shutil.rmtree(five)
+    assert back(trunk, trunk) == seven
 
 
 def test_the_checkpoint_that_a_run_goes_back_to(tmp_path: Path) -> None:
