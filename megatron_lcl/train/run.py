@@ -381,7 +381,7 @@ class Training:
         self.bad_images.write(self.progress.step)
         with self.meter.waiting():
             self._compare_replicas()
-        if not self.bad.consecutive:
+        if not self.bad.consecutive and self.progress.step != self.saver.step:
             self.bad.rewinds = 0
         if self.loader:
             self.ledger = self.loader.ledger_after(self.progress.packs)
@@ -419,7 +419,7 @@ class Training:
         step = self.progress.step
         with self.watchdog.long_phase(step, "saving before the end"):
             self._finish_saving()
-            if self.saver.step != step:
+            if self.saver.step != step or self.saver.failures:  # that of a rewind has failed, say
                 self._save()
             self._finish_saving()
             self.checkpoints.wait_for_all()

@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +26,13 @@ from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 from megatron_lcl.train import resume_point
 from megatron_lcl.train.changes import Changes
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
+from megatron_lcl.train.checkpoint.checkpointer import Checkpointer, SaveError
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
+from megatron_lcl.train.checkpoint.saver import Saver
 from megatron_lcl.train.memory import Memory
 from megatron_lcl.train.resilience.bad_steps import BadSteps
+from megatron_lcl.train.resilience.signals import Stopped
 from megatron_lcl.train.run import Training
 
 SETTINGS = dict.fromkeys(PLANNED, 1)
@@ -278,6 +281,33 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
     first = max(24, 4 * saved)
     (skip,) = Ledger.from_json(progress.ledger).entries
     assert (skip["from_pack"], skip["from_pack"] + skip["skip"]) == (first, 36)
+
+
+def test_a_stop_saves_what_a_rewind_could_not(tmp_path: Path) -> None:
+    """Which packs it skips, and how many rewinds there were: no step has counted since."""
+    run, there, saved = rewinding(tmp_path, BadSteps(Guard(), {"rewinds": 1})), save(tmp_path, 4), []
+
+    def write(progress: Progress, _since: float) -> Path:
+        saved.append(progress)
+        if len(saved) == 1:
+            raise SaveError("no space")
+        return there
+
+    checkpoints: Any = SimpleNamespace(save=write, wait=lambda: None, finished=lambda: [], wait_for_all=lambda: None)
+    run.saver, run.checkpoints = Saver(checkpoints, Checkpoint(), run.telemetry, run.audit), checkpoints
+    run.progress, run.loader, run.signals = Progress(4, 16, {}), None, SimpleNamespace()
+    run.meter = SimpleNamespace(waiting=contextlib.nullcontext)
+    run._stop_requested, run._compare_replicas, run.unread = lambda: 15, lambda: None, []
+    run.saver.go_back_to(there, 4)
+    assert checkpoints.back_to == 4
+    run.saver.save(replace(run.progress, guard=run.bad.state()))
+    run.saver.finish_pending()
+    with pytest.raises(Stopped):
+        run._stop_if_requested()
+    assert [(progress.step, progress.guard["rewinds"]) for progress in saved] == [(4, 1), (4, 1)]
+    with pytest.raises(Stopped):
+        run._stop_if_requested()
+    assert len(saved) == 2, "it is saved now"
 
 
 def test_a_copy_of_what_was_gone_back_from_is_not_restored(place: str, tmp_path: Path) -> None:
