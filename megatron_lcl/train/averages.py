@@ -70,6 +70,8 @@ class Averages:
         """over how many steps each is, where the masters lie"""
         self._frozen: Averaged = []
         """what was trained before and is not now"""
+        self._said: dict[str, int] = {}
+        """of how many steps each mean is, as was said last"""
 
     def begin(self, averaged: Mapping[str, int], steps: int) -> dict[str, int]:
         """Go on from a checkpoint that a run of `steps` steps wrote, with each average over so many steps
@@ -95,17 +97,21 @@ class Averages:
 
     def short_tails(self, averaged: Mapping[str, int], step: int) -> Iterator[str]:
         """Lines that say which mean of the last steps will be of fewer than it is meant to be, as the run goes on after
-        `step` steps with what `begin` gave."""
+        `step` steps with what `begin` gave; where another number was said before, as after a rewind, this one."""
         last = self._config.train.steps
         for name in self._names:
-            if name.startswith("tail_"):
-                before, left = self._before(name), last - step
-                number = averaged.get(name, 0) + left
-                if before < step < last and number < last - before:
-                    yield (
-                        f"{name} is the mean of {number} steps, not of the last {last - before}: the weights of the "
-                        "others were not kept, or their steps were skipped"
-                    )
+            if name.startswith("tail_") and step < last:
+                before = self._before(name)
+                meant = last - before
+                number = min(averaged.get(name, 0) + last - step, meant) if before < step else meant
+                if number == self._said.get(name, meant):
+                    continue
+                self._said[name] = number
+                yield f"{name} is the mean of {number} steps" + (
+                    f", not of the last {meant}: the weights of the others were not kept, or their steps were skipped"
+                    if number < meant
+                    else ", all that it is meant to be of"
+                )
 
     @torch.no_grad()
     def update(self, step: int, skipped: torch.Tensor | bool) -> None:

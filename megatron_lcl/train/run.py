@@ -462,6 +462,8 @@ class Training:
             self.audit.write("rewind", at, to=before.step, folder=str(folder), skip=skipped)
             self.telemetry.say(f"steps {step + 1} to {at} were bad: back to {folder}, without their packs")
             self._go_to(folder, replace(before, ledger=ledger.to_json()), changes)
+            for line in self.averages.short_tails(self.progress.averaged, before.step):
+                self.telemetry.say(line)
             self.telemetry.rewind(before.step)
             self.meter.reset()
             self.saver.go_back_to(folder, before.step)

@@ -190,6 +190,22 @@ def test_a_tail_that_will_be_too_short_is_said(before: int, at: int, now: int, h
             assert list(again.short_tails(again.begin(then.steps(at + 1, at + 1, averaged), now), at + 1)) == said
 
 
+def test_after_a_rewind_a_tail_is_said_to_be_of_as_many_steps_as_it_is() -> None:
+    """Of 20 steps the last 10 are meant; the run goes on after 14 without their average, and goes back twice."""
+    run = OneNumber(20, 0.5)
+
+    def said(step: int, averaged: dict[str, int]) -> list[str]:
+        return [line.partition(" of ")[2].partition(":")[0] for line in run.short_tails(averaged, step)]
+
+    assert said(14, {}) == ["6 steps, not of the last 10"]
+    assert said(14, {}) == [], "once"
+    assert said(12, {}) == ["8 steps, not of the last 10"]
+    assert said(16, {"tail_0.5": 4}) == []
+    assert said(8, {}) == ["10 steps, all that it is meant to be of"]
+    assert said(13, {"tail_0.5": 3}) == []
+    assert said(13, {"tail_0.5": 2}) == ["9 steps, not of the last 10"]
+
+
 def test_after_a_rewind_an_average_is_again_of_as_many_steps_as_the_checkpoint_says() -> None:
     """From step 16 back to step 12 of 20, of which the last 10 are meant."""
     run = OneNumber(20, 0.5)

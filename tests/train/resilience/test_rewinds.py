@@ -154,6 +154,7 @@ def rewinding(run: Path, bad: BadSteps, mirror: str | None = None) -> Any:
     training.profile = SimpleNamespace(finish=lambda: None)
     training.bad_images = SimpleNamespace(write=lambda _: None)
     training.saver = SimpleNamespace(finish_pending=lambda: None)
+    training.averages = SimpleNamespace(short_tails=lambda averaged, step: [f"{step}: {averaged}"])
     training.telemetry = training.audit = SimpleNamespace(say=lambda _: None, write=lambda *_, **__: None)
     return training
 
@@ -262,7 +263,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
     run.saver.save, run.saver.go_back_to = kept.append, lambda *back: ended.append(back)
     run.profile = SimpleNamespace(finish=lambda: ended.append("profile"))
     run.meter = SimpleNamespace(reset=lambda: ended.append("meter"))
-    run.telemetry.rewind = lambda _: None
+    run.telemetry.rewind, run.telemetry.say = lambda _: None, ended.append
 
     changes = Changes(new_loss=True)
     monkeypatch.setattr("megatron_lcl.train.run.changes_since", lambda *_: changes)
@@ -274,7 +275,8 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(run, "_go_to", go_to)
     run._rewind()
-    assert ended == ["profile", "meter", (checkpoint.step_folder(tmp_path, saved), saved)]
+    assert ended.pop(1).startswith("steps 7 to 9 were bad: back to")
+    assert ended == ["profile", f"{saved}: {{}}", "meter", (checkpoint.step_folder(tmp_path, saved), saved)]
     (progress,) = kept
     assert (progress.step, progress.packs) == (saved, 4 * saved)
     assert (progress.guard["consecutive"], progress.guard["rewinds"]) == (0, 1)
