@@ -25,7 +25,7 @@ from megatron_lcl.parallel.mesh import Axis, Mesh
 COUNTS = ("num_pairs", "num_targets", "num_images", "num_tokens", "num_bad_images")
 OF_THE_RUN = frozenset(
     (
-        *("step", "time", "clock", "loss", "log_scale", "grad_norm", "lr", "contrastive_weight", *COUNTS),
+        *("step", "time", "clock", "loss", "log_scale", "grad_norm", "lr", "contrastive_weight", "loss_scale", *COUNTS),
         *("chance_accuracy", "negatives_per_anchor", "image_slots_padded", "token_slots_padded"),
         *("images_per_second", "tokens_per_second", "step_seconds", "data_wait", "data_wait_max"),
         *("flops_per_second", "mfu", "memory_peak_bytes", "skipped_steps", "steps_without_pairs"),

@@ -154,6 +154,7 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
         (
             Spec("learning rate", ("lr",)),
             Spec("gradient norm", ("grad_norm",)),
+            Spec("loss scale of float16", ("loss_scale",)),
             Spec("log of the contrast's scale", ("log_scale",)),
             Spec("bias of the contrast's logits", ("logit_bias",)),
         ),

@@ -22,6 +22,11 @@ def lowerable_scale(optimizer: Any) -> float | None:
     return float(scaler.cur_scale)
 
 
+def loss_scale(engine: Any) -> float | None:
+    """The scale of float16's loss, which the host knows; None with other dtypes."""
+    return float(engine.optimizer.loss_scaler.cur_scale) if engine.fp16_enabled() else None
+
+
 def resolve_dtype(config: Config) -> str:
     """`train.dtype` with `auto` decided."""
     if config.train.dtype != "auto":

@@ -43,7 +43,7 @@ from megatron_lcl.train.heldout import HeldOutMeter
 from megatron_lcl.train.kernels import choose_kernels, compile_fault, describe
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.optimizer import learning_rate, unfinished_warmup
-from megatron_lcl.train.precision import lowerable_scale
+from megatron_lcl.train.precision import loss_scale, lowerable_scale
 from megatron_lcl.train.prefetch import Prefetcher
 from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.resilience.bad_steps import BadSteps, SpikeLimit
@@ -126,6 +126,8 @@ class Unread:
     lr: float
     scale: float | None
     """of float16's loss before the step, if it can be lower"""
+    loss_scale: float | None
+    """of float16's loss in the step; for the log"""
     contrastive_weight: float | None
     """of the step, where phases give it; for the log"""
     pending: PendingResult
@@ -281,13 +283,13 @@ class Training:
         self.meter.read(own and own.read, self.phase.config, self.stepper.objective)
         self.watchdog.heartbeat(step, "computing")
         lr = learning_rate(step, config)
-        scale = lowerable_scale(self.engine.optimizer)
+        scale, scaled_by = lowerable_scale(self.engine.optimizer), loss_scale(self.engine)
         shared = broadcast_batches(own and own.copies, micro_batches, micro_batch, mesh, self.engine.device)
         pending = self.stepper.start(shared, lr, self.spikes.limit(), self.telemetry.is_logged(step + 1))
         self.averages.update(step + 1, pending.skipped)
         self.spikes.add(pending.loss, pending.skipped)
         weight = self.stepper.objective.weights["contrastive_weight"] if self.logs_weight else None
-        self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, weight, pending))
+        self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, scaled_by, weight, pending))
         self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + global_batch)
         if self.batches and self.batches.reads_ahead:
             self.watchdog.heartbeat(step, "reading data")
@@ -350,6 +352,8 @@ class Training:
                     more = self.meter.line(number, result, lr)
                     if step.contrastive_weight is not None:
                         more["contrastive_weight"] = step.contrastive_weight
+                    if step.loss_scale is not None:
+                        more["loss_scale"] = step.loss_scale
                     self.telemetry.step(number, result, lr, more)
             if self.bad.too_many:
                 self.progress = replace(self.progress, step=number, packs=step.packs + step.global_batch)

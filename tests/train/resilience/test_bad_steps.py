@@ -452,6 +452,9 @@ def test_a_gradient_that_overflows_is_bad_where_the_loss_scale_is_fixed(config_f
     reasons = [line["reason"] for line in read_audit(run)]
     assert reasons == [f"gradient too large for float16 at loss scale {2.0 ** (40 - n):g}" for n in range(3)]
     (last,) = checkpoint.list_checkpoints(run)
+    rising = "{fp16: {initial_scale_power: 8, loss_scale_window: 1}}"
+    train(tmp_path / "rising", *words, "--deepspeed", rising, **options)
+    assert [line["loss_scale"] for line in lines(tmp_path / "rising") if "loss" in line] == [256, 256, 512]
     assert checkpoint.read_progress(last).guard["consecutive"] == 0
     assert checkpoint.verify(last) == []
 
