@@ -345,15 +345,15 @@ def _decide(
     return tasks, counted
 
 
-def _tell_idle_cores(settings: Settings, workers: int, num_ranges: int) -> None:
-    """Models compute in one thread of a process, so that a machine works as far as there are processes with a range."""
+def _tell_idle_cores(settings: Settings, workers: int, num_tasks: int) -> None:
+    """Models compute in one thread of a process, so that a machine works as far as there are processes with a task."""
     fields = {rule.field for section in ("text", "document") for rule in rules_of(settings, section)}
-    used, cores = min(workers, num_ranges), num_cores()
+    used, cores = min(workers, num_tasks), num_cores()
     if (settings.models.asks or fields & {*PERPLEXITY}) and used < cores:
-        remedy = f"; --workers {min(cores, num_ranges)} uses more" if used < min(cores, num_ranges) else ""
+        remedy = f"; --workers {min(cores, num_tasks)} uses more" if used < min(cores, num_tasks) else ""
         logger.warning(
             "models compute on %d of %d cores, in one thread of each process: --workers %d, %s of documents%s",
-            *(used, cores, workers, counted(num_ranges, "range"), remedy),
+            *(used, cores, workers, counted(num_tasks, "task"), remedy),
         )
 
 
