@@ -36,7 +36,6 @@ from megatron_lcl.report.charts import short
 from megatron_lcl.report.curves import groups
 from megatron_lcl.report.events import NAMES, newest, numbers
 from megatron_lcl.report.files import read_json
-from megatron_lcl.report.gallery import read_gallery, read_others
 from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.retrieval import with_images
 from megatron_lcl.report.series import Metrics
@@ -102,7 +101,7 @@ class RunPage:
         profile, planned = list(_profile(run, folder)), read_json(run / PLAN, "plan --json") or self._plan()
         examples, is_other = with_images(read_json(run / EXAMPLES), evaluation, config.data.cache)
         has = {
-            "names": gallery if (gallery := read_gallery(run)) else None,
+            "names": (gallery := read_json(run / GALLERY)),
             "heldout": evaluation,
             "labeled": (labeled := read_json(run / LABELED)),
             "curves": (drawn := groups(metrics.series, metrics.last_step, events)),
@@ -124,7 +123,7 @@ class RunPage:
             config_yaml=configs.to_yaml(config),
             changed=list(changed_settings(config)),
             gallery=gallery,
-            others=read_others(run),
+            others=_others(run),
             speed=speed,
             groups=drawn,
             planned=planned,
@@ -297,6 +296,16 @@ def _heldout_tiles(found: Mapping[str, Any]) -> Iterator[Tile]:
         yield from _share(found, name, title, "chance_in_document", f"{found[rivals]} {what}")
     if found.get("targets") and _has(found, "bits_per_token"):
         yield f"{found['bits_per_token']:.2f}", "bits a token, generation", f"{found['targets']} targets"
+
+
+def _others(run: Path) -> list[dict[str, Any]]:
+    """Zero-shot results of evaluations in folders of the run folder, each with `folder`, its name."""
+    return [
+        {**result, "folder": file.parent.name}
+        for file in results_inside(run)
+        for result in read_json(file)
+        if result.get("task") == "zero-shot classification"
+    ]
 
 
 def _labeled_tiles(found: Mapping[str, Any]) -> Iterator[Tile]:
