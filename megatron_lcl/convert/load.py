@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_lcl.config import Model
 from megatron_lcl.convert import hf, timm
-from megatron_lcl.convert.find import average_of, export_kind, find_checkpoint, one_line, read_config
+from megatron_lcl.convert.find import export_kind, find_checkpoint, one_line, read_config, without_average
 from megatron_lcl.convert.folder import CERTIFICATE, IMPORT, read_record
 from megatron_lcl.convert.libraries import usual_defaults
 from megatron_lcl.convert.manifest import verify
@@ -25,7 +25,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import is_dir, is_file
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, published_config, some
-from megatron_lcl.run_folder import AVERAGES, CONFIG, PROGRESS, WEIGHTS
+from megatron_lcl.run_folder import CONFIG, PROGRESS, WEIGHTS
 
 
 def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> LCL:
@@ -92,10 +92,10 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 def check_whole(checkpoint: Path) -> None:
     """UserError where a folder's weights are not those that a run or `import` wrote into it."""
-    average = average_of(checkpoint)
-    of_run, inside = (checkpoint.parent.parent, f"{AVERAGES}/{average}/") if average else (checkpoint, "")
+    of_run = without_average(checkpoint)
     if is_file(of_run / PROGRESS):
-        damage = verify(of_run, only=(f"{inside}{WEIGHTS}", f"{inside}{CONFIG}"))
+        inside = checkpoint.relative_to(of_run)
+        damage = verify(of_run, only=[(inside / name).as_posix() for name in (WEIGHTS, CONFIG)])
         if damage:
             raise UserError(f"{checkpoint} is damaged ({'; '.join(damage)}); name another of the run's checkpoints")
     record = read_record(checkpoint, IMPORT)
