@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron_lcl.config import Model
 from megatron_lcl.convert import hf, timm
 from megatron_lcl.convert.find import export_kind, find_checkpoint, one_line, read_config, without_average
 from megatron_lcl.convert.folder import CERTIFICATE, IMPORT, read_record
-from megatron_lcl.convert.libraries import usual_defaults
+from megatron_lcl.convert.libraries import foreign_objects, usual_defaults
 from megatron_lcl.convert.manifest import verify
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.errors import UserError
@@ -138,7 +137,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
-        held = _foreign_objects(path, error)
+        held = foreign_objects(path, error)
         if held:
             raise UserError(
                 f"{path} is refused: a checkpoint is data, and this pickle wants to build {some(held)}; "
@@ -147,14 +146,6 @@ def _read_pickle(path: Path) -> Any:
         raise UserError(f"{path} is not a PyTorch checkpoint") from None  # torch would advise to run what is in it
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a PyTorch checkpoint: {one_line(error)}") from None  # a damaged file
-
-
-def _foreign_objects(path: Path, error: UnpicklingError) -> list[str]:
-    """What a pickle names that is no tensor, read without running any of it."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
-        return sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))  # older than the zip format: the first one
 
 
 def open_clip_sizes(
