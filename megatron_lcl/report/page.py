@@ -40,7 +40,7 @@ from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.retrieval import with_images
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, EXAMPLES, GALLERY, HELDOUT, LABELED, PLAN, PROFILE
-from megatron_lcl.train.checkpoint.folder import last_ledger
+from megatron_lcl.train.checkpoint.folder import last_progress, ledger_of
 from megatron_lcl.train.telemetry.lines import results_inside
 from megatron_lcl.units import in_bytes, plain
 
@@ -161,7 +161,7 @@ class RunPage:
     @functools.cached_property
     def _ledger(self) -> Ledger | None:
         """What the packs so far depend on; None where there is no checkpoint yet."""
-        return last_ledger(self.run)
+        return ledger_of(last_progress(self.run))
 
     @property
     def first_batch(self) -> int:
