@@ -349,15 +349,11 @@ def changed_settings(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def text_of(value: Any) -> str:
     """A setting's value as it is read."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(text_of, value)) or "none"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {text_of(part)}" for key, part in value.items()) or "none"
-    return str(value)
+    return fields.plain_text(value)
 
 
 def _profile(run: Path, folder: Path | None) -> Iterator[tuple[str, str | None, str]]:
