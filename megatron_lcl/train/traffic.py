@@ -224,14 +224,10 @@ def _layer(
     vision, language = config.model.vision, config.model.language
     v, d, length = vision.width, language.width, vision.num_prefix + batch.num_patches
     has, given = gradients.has, gradients.given
-
-    def padded(rows: int) -> int:
-        return -(-rows // tensor) * tensor
-
     images, tokens, latents = (
-        padded(len(batch.image_soi) * length) * v * a,
-        padded(len(batch.tokens)) * d * a,
-        padded(len(batch.image_soi)) * d * a,
+        _round_up(len(batch.image_soi) * length, tensor) * v * a,
+        _round_up(len(batch.tokens), tensor) * d * a,
+        _round_up(len(batch.image_soi), tensor) * d * a,
     )
     kind, _ = layer_kinds(config.model)[layer]
     if kind == "patches":
@@ -250,7 +246,7 @@ def _layer(
     if kind in ("vision", "language"):
         rows = images if kind == "vision" else tokens
         return [rows] * 4, [rows] * _in_backward_of_block(gradients)
-    float_latents = padded(len(batch.image_soi)) * d * FLOAT
+    float_latents = _round_up(len(batch.image_soi), tensor) * d * FLOAT
     statistics = 3 * batch.num_targets * FLOAT * tensor
     return [tokens, statistics, float_latents, float_latents], [tokens] * gradients.received
 

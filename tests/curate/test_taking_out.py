@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,13 @@ from curate.corpora_of_rules import picture, removed, write
 from data.helpers import TOKENIZER
 
 from megatron_lcl.cli import main
-from megatron_lcl.curate.run import SAMPLES_FILE, curate
+from megatron_lcl.curate.run import SAMPLES_FILE, curate, curate_in_jobs
 from megatron_lcl.curate.settings import read_settings
-from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
+from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, read_manifest, write_manifest
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tables import read_table
+from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.prepare.export_corpus import export_corpus
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -111,6 +113,14 @@ def test_a_list_of_names_that_is_none(source: Path, tmp_path: Path) -> None:
         curate(source, tmp_path / "out", read_settings(overrides={"document.excluded_names": str(tmp_path / "names")}))
 
 
+def test_no_job_begins_for_a_list_that_is_none(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_lcl.curate.run.run_jobs", lambda *_, **__: pytest.fail("a job begins"))
+    (tmp_path / "names").write_text("\n")
+    given = read_settings(overrides={"document.excluded_names": str(tmp_path / "names")})
+    with pytest.raises(UserError, match="names has no line"):
+        curate_in_jobs(source, tmp_path / "out", Engine("ray"), given)
+
+
 def test_names_are_excluded_from_no_corpus_that_has_none(source: Path, tmp_path: Path) -> None:
     """As of an earlier release, and what was curated from one."""
     old = tmp_path / "old"
@@ -179,6 +189,20 @@ def test_without_samples_nothing_is_said_of_what_was_removed(
     _curate(source, "--output", tmp_path / "alike", "--duplicates.images.action", "drop-all", "--samples", "0")
     rows = read_table(tmp_path / "alike" / "removed.parquet").to_pylist()
     assert [(row["document"], row["matched"]) for row in rows] == [(0, ""), (8, "")]
+
+
+def test_without_samples_no_fault_of_the_source_is_named(tmp_path: Path) -> None:
+    """It may be one of a document that goes; how many there were stays."""
+    lines = [{"items": [{"text": f"text {n}"}, {"image": f"gone-{n}.png"}]} for n in range(3)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    preprocess("jsonl", tmp_path / "in.jsonl", tmp_path / "source", tokenizer=TOKENIZER, max_bad_fraction=1)
+    (tmp_path / "names").write_text(open_corpus(tmp_path / "source").name(1))
+    rules = ("--document.excluded_names", tmp_path / "names")
+    for samples, names in ((1, ["gone-0.png", "gone-1.png", "gone-2.png"]), (0, [])):
+        out = tmp_path / f"out{samples}"
+        _curate(tmp_path / "source", "--output", out, *rules, "--samples", f"{samples}")
+        assert sorted(set(re.findall(r"gone-\d.png", (out / MANIFEST).read_text()))) == names
+        assert read_manifest(out)["drops"]["bad"] == read_manifest(tmp_path / "source")["drops"]["bad"] != {}
 
 
 def test_a_finished_corpus_with_samples_is_no_corpus_without(

@@ -35,9 +35,10 @@ def test_a_weight_that_the_objective_does_not_have_is_said(name: str, weight: st
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_bias_is_of_the_sigmoid_loss_alone(name: str) -> None:
+@pytest.mark.parametrize("bias", [-3.0, 0.0])
+def test_a_bias_is_of_the_sigmoid_loss_alone(name: str, bias: float) -> None:
     line = f"model.logit_bias has no effect on objective.name = {name}"
-    assert said_of(objective={"name": name}, model={"logit_bias": -3.0}) == ([] if name == "siglip" else [line])
+    assert said_of(objective={"name": name}, model={"logit_bias": bias}) == ([] if name == "siglip" else [line])
 
 
 def test_a_bias_is_not_said_of_an_objective_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,4 +59,5 @@ def test_what_is_not_measured_is_said(name: str, value: Any) -> None:
 def test_a_constant_learning_rate_has_no_decay_that_is_long() -> None:
     line = "schedule.decay_steps has no effect on schedule.learning_rate = constant"
     assert said_of(schedule={"decay_steps": 500, "learning_rate": "constant"}) == [line]
-    assert said_of(schedule={"decay_steps": 500, "learning_rate": "linear"}) == []
+    for other in ("linear", "cosine"):
+        assert said_of(schedule={"decay_steps": 500, "learning_rate": other}) == []

@@ -20,7 +20,7 @@ import pyarrow as pa
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers.files import Files, find_files
 from megatron_lcl.data.prepare.importers.lines import SUFFIXES, json_lines, line_units
-from megatron_lcl.data.prepare.importers.row_groups import batches, open_parquet
+from megatron_lcl.data.prepare.importers.row_groups import DAMAGE, batches, open_parquet
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import exists, is_file, raise_if_passing
@@ -86,7 +86,7 @@ def _of_parquet(file: Path, name: str, wanted: str | None, drops: Drops) -> Iter
                 yield values.cast(pa.large_binary()).to_pylist()  # a string need not be valid UTF-8
     except UserError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except DAMAGE as error:
         raise_if_passing(error, file)
         drops.bad("document", "damaged parquet file", name)
 

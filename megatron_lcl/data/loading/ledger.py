@@ -217,7 +217,7 @@ class Ledger:
     @cached_property
     def phases(self) -> tuple[dict[str, Any], ...]:
         """The entries of phases, in order; none where the run has but one and leaves out no patch."""
-        return tuple(sorted((e for e in self.entries if "phase" in e), key=_consumed))
+        return tuple(sorted((e for e in self.entries if "phase" in e), key=lambda e: e["consumed"]))
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -309,10 +309,6 @@ def kept_states(states: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         if (state["pack"] - kept[-1]["pack"]) * limit >= last["pack"] * 2:
             kept.append(state)
     return [*kept, last]
-
-
-def _consumed(entry: Mapping[str, Any]) -> int:
-    return int(entry["consumed"])
 
 
 # --- opening -----------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float, 
 
 def plant(engine: Any, fault: str) -> None:
     """Every forward of the engine's module from now on has this fault."""
-    from megatron_lcl.model.layers import Outputs
+    from megatron_lcl.model.activations import Outputs
 
     module = engine.module
     if not fault:

@@ -440,7 +440,7 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
     reader, writer = os.pipe()
     monkeypatch.setenv(launch.WATCHED, str(writer))
     if watched:
-        launch.say_watched(3.0)
+        launch.say_watched(1.0)
         launch.say_watched(3.0)
     commands = ("sleep 60", "kill -9 $$", "trap '' TERM; exec sleep 60", "read; exit 71")
     children = [subprocess.Popen(["bash", "-c", command], stdin=subprocess.PIPE) for command in commands]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +39,11 @@ from megatron_lcl.train.telemetry.stragglers import Place
 MESH, CPU = Mesh(ALONE, ALONE), torch.device("cpu")
 FROZEN = ("vision.*",)
 NORMS = dict.fromkeys(PARTS, 0.5)
+LOGITS = {"vision": 5.0, "pool": 0.5, "language": 999.0, "head": math.nan}
 
 
 def measured(latents: torch.Tensor, contexts: torch.Tensor) -> Measured:
-    return Measured(NORMS, NORMS, latents, contexts)
+    return Measured(NORMS, NORMS, LOGITS, latents, contexts)
 
 
 def one_line(
@@ -83,6 +85,28 @@ def test_a_planted_collapse_is_noticed_and_written(tmp_path: Path, capsys: pytes
         5,
         {"latent_effective_rank", "latent_spread", "latent_dead_features", "uniformity"},
     )
+
+
+def test_large_attention_logits_are_noticed_whatever_there_is_to_contrast(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = torch.zeros(0, 24)
+    with Telemetry(tmp_path, config_of(), True, 0) as telemetry:
+        meter = StepMeter(config_of(), MESH, Clock(CPU), telemetry)
+        line = one_line(meter, 5, measured(nothing, nothing))
+        found = {name: value for name, value in line.items() if name.startswith("max_attention_logit/")}
+        assert found == {f"max_attention_logit/{part}": LOGITS[part] for part in ("vision", "pool", "language")}
+        assert "attention" not in capsys.readouterr().out
+        for step, logit in ((6, 1001.0), (7, math.inf), (8, 3.0)):
+            logits = {**LOGITS, "language": logit}
+            one_line(meter, step, dataclasses.replace(measured(nothing, nothing), attention_logits=logits))
+        said = capsys.readouterr().out
+    name = "max_attention_logit/language"
+    assert f"step 6: attention logits of the language model are very large: {name} 1001 is above 1000" in said
+    assert "step 7" not in said, "said once"
+    assert f"step 8: {name} 3 is within its bound again" in said
+    lines = [line for line in read_metrics(tmp_path) if "health" in line]
+    assert [(line["step"], line["health"]["metric"]) for line in lines] == [(6, name), (8, name)]
 
 
 def test_operations_are_those_of_the_batches_and_mfu_their_part_of_the_peak(tmp_path: Path) -> None:
