@@ -130,7 +130,7 @@ def _rules_of_curate(overrides: dict[str, str]) -> int:
 def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) -> None:
     """Every row of the table, and every format that is not in it."""
     table = dict(
-        re.findall(r"^\| (.+?) \| ((?:\+ )?\d+) \|$", PAGE.split("### Versions of rules")[1].split("\n## ")[0], re.M)
+        re.findall(r"^\| (.+?) \| ((?:\+ )?\d+) \|$", PAGE.split("### Versions of the import rules")[1].split("\n## ")[0], re.M)
     )
     first = {format: rules(format, False) for format in importers.formats()}
     by_version: dict[int, list[str]] = {}
