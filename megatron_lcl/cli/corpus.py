@@ -29,7 +29,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--train",
         action="store_true",
-        help="emoji, things: also train on it, name the held-out artist's pictures, and write a report",
+        help="emoji, things: also train on it, name the held-out artist's images, and write a report",
     )
     sub.add_argument("--steps", type=int, help="with --train: optimizer steps (default: what its config says)")
 
