@@ -36,6 +36,7 @@ from megatron_lcl.curate.passes import (
     Work,
     decide,
     judge,
+    matched_lines,
     once,
     recorded,
     threshold_text,
@@ -73,7 +74,9 @@ from megatron_lcl.units import counted
 SAMPLES_FILE = "removed-samples.jsonl"
 """of the corpus: a few removals of each rule, with what was removed"""
 CURATED = "curated"
-"""key of the manifest: what the corpus had before, what each rule removed"""
+"""key of the manifest: what the corpus had before, what each rule removed, which lines of a list matched nothing"""
+_LINES = 5
+"""of a list that are named"""
 _ROWS = 1 << 15
 _RULES = 4
 """version of what is written for the same corpus and thresholds (`_rules_version`)"""
@@ -102,6 +105,25 @@ class Removed:
 
 
 @dataclass(frozen=True)
+class Unmatched:
+    """What of the list `document.excluded_names` is no document's name, as where it is misspelled."""
+
+    lines: int
+    """of the list, repeated ones once"""
+    unmatched: int
+    first: Sequence[str]
+    """a few of those that match nothing; none where the corpus is to name nothing that somebody wants removed"""
+
+    def __str__(self) -> str:
+        if not self.unmatched:
+            return f"document.excluded_names: every one of {counted(self.lines, 'line')} matched a document"
+        more = self.unmatched - len(self.first)
+        named = [*map(repr, self.first), *([f"and {more:,} more"] if self.first and more else [])]
+        lines = f"{self.unmatched:,} of {counted(self.lines, 'line')} matched no document"
+        return f"document.excluded_names: {lines}: {', '.join(named) or '`--dry-run` names them'}"
+
+
+@dataclass(frozen=True)
 class Curated:
     """What came of it."""
 
@@ -112,6 +134,8 @@ class Curated:
     rules: list[Removed]
     samples: list[dict[str, Any]]
     """as the rows of `removed.parquet`, and `parts`: what was removed, `text` or `image` (a data: URL) each"""
+    unmatched: Unmatched | None = None
+    """None: names are not excluded, or were by an earlier release"""
     reused: bool = False
 
     @property
@@ -130,6 +154,8 @@ class Curated:
         for row in rows:
             cells = [*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]
             lines.append("  ".join(cells).rstrip())
+        if self.unmatched is not None:
+            lines.append(str(self.unmatched))
         return "\n".join(lines)
 
 
@@ -177,8 +203,8 @@ def curate(
                 folder = made.enter_context(temporary_folder("megatron-lcl-curate-"))
             with clear_errors(folder, remedy):
                 work = Work(source, settings, joins, folder, samples)
-                _, counted = _decide(work, task_bytes, workers, None, progress)
-                return _curated(None, source, work, counted)
+                tasks, counted = _decide(work, task_bytes, workers, None, progress)
+                return _curated(None, work, counted, tasks, workers)
     output = Path(output)
     inside, outside = output.resolve(), source.path.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
@@ -251,7 +277,10 @@ def read_curated(folder: str | Path, reused: bool = False) -> Curated:
     except FileNotFoundError:
         lines = []  # a page can do without
     said = manifest[CURATED]
-    return Curated(folder, said["before"], [Removed(**r) for r in said["rules"]], list(map(json.loads, lines)), reused)
+    rules, unmatched = [Removed(**r) for r in said["rules"]], said.get("unmatched")
+    return Curated(
+        folder, said["before"], rules, list(map(json.loads, lines)), unmatched and Unmatched(**unmatched), reused
+    )
 
 
 def _resolved(settings: Settings | None) -> Settings:
@@ -413,7 +442,7 @@ def _finish(
 ) -> None:
     parts = [recorded(work.folder, task.number) for task in tasks]
     written = sorted(written, key=lambda part: part.task)
-    curated = _curated(output, work.corpus, work, counted)
+    curated = _curated(output, work, counted, tasks, workers)
     shards = [shard for part in written for shard in part.shards]
     if not shards:
         raise _nothing_left(curated)
@@ -433,14 +462,18 @@ def _finish(
         "shards": [{**shard["counts"], KIND: shard["kind"]} for shard in shards],
         "recipe": recipe,
         PARENTS: [as_parent(work.corpus.manifest)],
-        CURATED: {"before": curated.before, "rules": [vars(removed) for removed in curated.rules]},
+        CURATED: {
+            "before": curated.before,
+            "rules": [vars(removed) for removed in curated.rules],
+            **({"unmatched": vars(curated.unmatched)} if curated.unmatched else {}),
+        },
     }
     assemble(output, shards_folder(work), written, work.corpus.tokenizer, drops, scratch, workers, manifest, more)
 
 
-def _curated(path: Path | None, source: Corpus, work: Work, counted: Counted) -> Curated:
+def _curated(path: Path | None, work: Work, counted: Counted, tasks: Sequence[Range], workers: int) -> Curated:
     thresholds = thresholds_of(work.settings, work.joins)
-    counts = source.manifest["counts"]
+    counts = work.corpus.manifest["counts"]
     before = {
         "texts": counts["pieces"] - counts["placements"],
         "images": counts["placements"],
@@ -451,7 +484,18 @@ def _curated(path: Path | None, source: Corpus, work: Work, counted: Counted) ->
         for rule, threshold in thresholds.items()
     ]
     samples = [sample for rule in thresholds for _, sample in counted.samples.get(rule, ())]
-    return Curated(path, before, rules, samples)
+    unmatched = _unmatched(work, tasks, workers, named=path is None or work.samples > 0)
+    return Curated(path, before, rules, samples, unmatched)
+
+
+def _unmatched(work: Work, tasks: Sequence[Range], workers: int, *, named: bool) -> Unmatched | None:
+    """By the names of the source alone, so that it does not depend on who did which task, nor when."""
+    if work.settings.document.excluded_names is None:
+        return None
+    lines = context_of(work.settings).excluded_names.lines
+    matched = set().union(*_each(matched_lines, "names", work, tasks, workers, None, False))
+    left = [line for line in lines if line not in matched]
+    return Unmatched(len(lines), len(left), left[: _LINES * named])
 
 
 def _nothing_left(curated: Curated) -> _NothingLeft:
