@@ -8,13 +8,12 @@ import socket
 import subprocess
 
 import pytest
-import torch.distributed as dist
 
 from megatron_lcl.config import Config
 from megatron_lcl.errors import RunError
 from megatron_lcl.selftest.run import selftest
 from megatron_lcl.train import engine
-from megatron_lcl.train.launch_store import check_loopback, gloo_on_loopback, open_store, serve_store
+from megatron_lcl.train.launch_store import PortTaken, check_loopback, gloo_on_loopback, open_store, serve_store
 
 
 @pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EADDRNOTAVAIL])
@@ -69,9 +68,15 @@ def test_a_store_gives_its_port_back_and_is_closed_in_programs_that_are_started(
                 program.communicate(timeout=60)
 
 
-def test_a_port_that_somebody_else_has() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(dist.DistNetworkError, match="EADDRINUSE"):
-        serve_store("127.0.0.1", other.getsockname()[1], 9)
+@pytest.mark.parametrize(("host", "address"), [("127.0.0.1", "127.0.0.1"), ("localhost", "")])
+def test_a_port_that_somebody_else_has(host: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", host)
+    with socket.create_server((address, 0)) as other:
+        port = other.getsockname()[1]
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(PortTaken, match=rf"^MASTER_PORT = {port}: another program .* of {host}.*; set MASTER_PORT"):
+            engine.init_processes(Config())
 
 
 def test_gloo_listens_where_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
