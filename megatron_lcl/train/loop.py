@@ -106,6 +106,8 @@ class Training:
             stop, device = self._stop_requested, engine.device
             self.heldout = HeldOutMeter(config, mesh, self.stepper, device, telemetry, self.audit, stop)
         self.progress = point.progress
+        self.applied = point.progress.step
+        """the last step that was not skipped, as far as they are read"""
         self.phase = phase_at(config, point.progress.step)
         self.logs_weight = any(phase.contrastive_weight is not None for phase in config.schedule.phases)
         self.ledger = Ledger.from_json(point.progress.ledger)
@@ -188,6 +190,12 @@ class Training:
             self.checkpoints.wait_for_all()  # else a launcher may end the first one while it copies
         if self.saver.step != self.progress.step:
             raise RunError(f"{self.saver.fault}; all steps are done, but {self.saver.last}")
+        if skipped := self.progress.step - self.applied:
+            last = f"last {skipped:,} steps were" if skipped > 1 else "last step was"
+            self.telemetry.say(
+                f"warning: the {last} skipped (audit.jsonl says why): {self.saver.folder} has the weights of step "
+                f"{self.applied}"
+            )
         return self.saver.folder
 
     def close(self) -> None:
@@ -279,6 +287,7 @@ class Training:
                 packs = self.ledger.ranges(step.packs, step.global_batch)
                 self.audit.write("step skipped", number, reason=skipped, packs=packs)
             else:
+                self.applied = number
                 averaged = self.averages.count(number, self.progress.averaged)
                 self.progress = replace(self.progress, averaged=averaged)
                 if result and self.telemetry.is_logged(number):
@@ -411,6 +420,7 @@ class Training:
         """
         self.batches = None  # the loader processes end
         self.progress = progress
+        self.applied = self.bad.began[0] if self.bad.consecutive else progress.step
         self.ledger = Ledger.from_json(progress.ledger)
         for message in self.checkpoints.load(folder) if folder else ():
             self.telemetry.say(message)
