@@ -12,7 +12,8 @@ from curate.corpora_of_rules import picture, removed, write
 from data.helpers import TOKENIZER
 
 from megatron_lcl.cli import main
-from megatron_lcl.curate.run import SAMPLES_FILE, Unmatched, curate
+from megatron_lcl.curate.result import Unmatched
+from megatron_lcl.curate.run import SAMPLES_FILE, curate
 from megatron_lcl.curate.settings import read_settings
 from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
 from megatron_lcl.data.corpus.document import Document, Image, Text
