@@ -31,7 +31,7 @@ from megatron_lcl.train.optimizers.muon import MatrixExchange
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
-from megatron_lcl.train.settings import sums_apart
+from megatron_lcl.train.settings import sums_apart, zero_options
 
 FLOAT, LONG = 4, 8
 SMALL = 256
@@ -181,9 +181,13 @@ def zero3(
     forward and its backward.
     """
     sent: Sent = defaultdict(float)
-    settings = config.deepspeed.get("zero_optimization", {})
-    threshold = settings.get("stage3_param_persistence_threshold", 100_000)
-    stay = forwards == 1 and sum(sizes.values()) <= settings.get("stage3_max_reuse_distance", 1_000_000_000)
+    options = zero_options(config)
+
+    def option(name: str, default: int) -> Any:
+        return options.get(f"stage3_{name}", options.get(name, default))  # DeepSpeed takes both names
+
+    threshold = option("param_persistence_threshold", 100_000)
+    stay = forwards == 1 and sum(sizes.values()) <= option("max_reuse_distance", 1_000_000_000)
     size = mesh.data.size
     for name, number in sizes.items():
         for_backward = 0 if stay or name in idle else 1

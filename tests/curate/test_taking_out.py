@@ -13,6 +13,7 @@ from curate.corpora_of_rules import picture, removed, write
 from data.helpers import TOKENIZER
 
 from megatron_lcl.cli import main
+from megatron_lcl.curate.result import Unmatched
 from megatron_lcl.curate.run import SAMPLES_FILE, curate, curate_in_jobs
 from megatron_lcl.curate.settings import read_settings
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, read_manifest, write_manifest
@@ -223,3 +224,42 @@ def test_a_finished_corpus_with_samples_is_no_corpus_without(
         assert len((tmp_path / f"{num}" / SAMPLES_FILE).read_bytes().splitlines()) == expected
     assert main(["curate", str(source), "--dry-run", "--samples", "-1"])
     assert "--samples -1: give 0 or more" in capsys.readouterr().err
+
+
+def test_lines_that_match_nothing_are_said(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where other rules remove the documents, in several processes, after a run that was killed, and of two lines
+    that match one document; by name only where the corpus may name what somebody wants removed."""
+    wrong = [f"https://site2.org/pgae{n}" for n in range(6)]
+    right = ["other.org", "https://other.org/page1", "Site2.ORG", "www.site2.org", f"{LONG}1/2", "a.jsonl@0 " + URLS[0]]
+    (tmp_path / "names").write_text("\n".join([wrong[0], *right, *wrong, "7"]), "utf-8")
+    rules = {"document.unsafe_names": "[site4]", "document.excluded_names": str(tmp_path / "names")}
+    said = "6 of 13 lines matched no document: "
+    first = ", ".join(map(repr, wrong[:5])) + ", and 1 more"
+
+    def printed(*words: str | Path) -> str:
+        capsys.readouterr()
+        assert (
+            main(["curate", str(source), *map(str, words), "--document.excluded_names", f"{tmp_path / 'names'}"]) == 0
+        )
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert printed("--dry-run", "--samples", "0") == f"document.excluded_names: {said}{first}"
+    for _ in range(2):  # recognized
+        assert printed("--output", tmp_path / "out") == f"document.excluded_names: {said}{first}"
+    recorded = {"lines": 13, "unmatched": 6, "first": wrong[:5]}
+    assert read_manifest(tmp_path / "out")["curated"]["unmatched"] == recorded
+    assert printed("--output", tmp_path / "0", "--samples", "0").endswith(f"{said}`--dry-run` names them")
+    assert read_manifest(tmp_path / "0")["curated"]["unmatched"] == {**recorded, "first": []}
+
+    given = read_settings(overrides=rules)
+    options = {"task_bytes": 100, "workers": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_lcl.curate.run._finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curate(source, tmp_path / "resumed", given, **options)  # type: ignore[arg-type]
+    found = curate(source, tmp_path / "resumed", given, **options).unmatched  # type: ignore[arg-type]
+    assert found == Unmatched(**recorded)  # type: ignore[arg-type]
+    (tmp_path / "names").write_text("other.org\n7\n")
+    assert printed("--dry-run") == "document.excluded_names: every one of 2 lines matched a document"

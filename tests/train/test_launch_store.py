@@ -17,7 +17,14 @@ from megatron_lcl.config import Config
 from megatron_lcl.errors import RunError
 from megatron_lcl.selftest.run import selftest
 from megatron_lcl.train import engine
-from megatron_lcl.train.launch_store import check_loopback, gloo_on_loopback, open_store, serve_store, wait_for_keys
+from megatron_lcl.train.launch_store import (
+    PortTaken,
+    check_loopback,
+    gloo_on_loopback,
+    open_store,
+    serve_store,
+    wait_for_keys,
+)
 
 
 @pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EADDRNOTAVAIL])
@@ -126,9 +133,15 @@ def test_a_wait_for_keys_ends() -> None:
     assert wait_for_keys(lambda keys: next(answers), ["a"], 60.0)
 
 
-def test_a_port_that_somebody_else_has() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(dist.DistNetworkError, match="EADDRINUSE"):
-        serve_store("127.0.0.1", other.getsockname()[1], 9)
+@pytest.mark.parametrize(("host", "address"), [("127.0.0.1", "127.0.0.1"), ("localhost", "")])
+def test_a_port_that_somebody_else_has(host: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", host)
+    with socket.create_server((address, 0)) as other:
+        port = other.getsockname()[1]
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(PortTaken, match=rf"^MASTER_PORT = {port}: another program .* of {host}.*; set MASTER_PORT"):
+            engine.init_processes(Config())
 
 
 def test_gloo_listens_where_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
