@@ -84,19 +84,15 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
     (
         "Evaluations",
         (
-            Spec(
-                "held-out recall@10 (%)",
-                ("heldout/image_to_context_recall_at_10", "heldout/context_to_image_recall_at_10"),
-                ("image to context", "context to image"),
-                {"heldout/chance_at_10": "chance", "heldout/context_to_image_chance_at_10": "chance"},
-                in_percent=True,
-            ),
-            Spec(
-                "held-out recall@1 (%)",
-                ("heldout/image_to_context_recall_at_1", "heldout/context_to_image_recall_at_1"),
-                ("image to context", "context to image"),
-                {"heldout/chance_at_1": "chance", "heldout/context_to_image_chance_at_1": "chance"},
-                in_percent=True,
+            *(
+                Spec(
+                    f"held-out recall@{k} (%)",
+                    (f"heldout/image_to_context_recall_at_{k}", f"heldout/context_to_image_recall_at_{k}"),
+                    ("image to context", "context to image"),
+                    {f"heldout/chance_at_{k}": "chance", f"heldout/context_to_image_chance_at_{k}": "chance"},
+                    in_percent=True,
+                )
+                for k in (10, 1)
             ),
             Spec(
                 "held out, the image among its document's (%)",

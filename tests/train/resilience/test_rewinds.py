@@ -30,10 +30,10 @@ from megatron_lcl.train.checkpoint.checkpointer import Checkpointer, SaveError
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checkpoint.saver import Saver
+from megatron_lcl.train.loop import Training
 from megatron_lcl.train.memory import Memory
 from megatron_lcl.train.resilience.bad_steps import BadSteps
 from megatron_lcl.train.resilience.signals import Stopped
-from megatron_lcl.train.run import Training
 
 SETTINGS = dict.fromkeys(PLANNED, 1)
 
@@ -173,7 +173,7 @@ def test_a_run_goes_back_to_the_copy_of_a_damaged_checkpoint(
     four, six = save(tmp_path, 4), save(tmp_path, 6)
     Mirror(place).upload(six, None)
     bad = BadSteps(Guard(), {"consecutive": 3, "began": [6, 24]})
-    monkeypatch.setattr("megatron_lcl.train.run.changes_since", lambda *_: Changes())
+    monkeypatch.setattr("megatron_lcl.train.loop.changes_since", lambda *_: Changes())
     monkeypatch.setattr(checkpoint, "read_progress", back)
     (six / PROGRESS).write_text("damaged")
     with pytest.raises(Reached, match=six.name):
@@ -266,8 +266,8 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
     run.telemetry.rewind, run.telemetry.say = lambda _: None, ended.append
 
     changes = Changes(new_loss=True)
-    monkeypatch.setattr("megatron_lcl.train.run.changes_since", lambda *_: changes)
-    monkeypatch.setattr("megatron_lcl.train.run.ledger_from", lambda _config, _before, ledger: ledger)
+    monkeypatch.setattr("megatron_lcl.train.loop.changes_since", lambda *_: changes)
+    monkeypatch.setattr("megatron_lcl.train.loop.ledger_from", lambda _config, _before, ledger: ledger)
 
     def go_to(folder: Path, progress: Progress, since: Changes) -> None:
         assert (folder, since) == (checkpoint.step_folder(tmp_path, saved), changes)

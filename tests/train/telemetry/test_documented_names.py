@@ -32,7 +32,7 @@ def written() -> set[str]:
     """Keys of the lines that the package writes, as its source has them; what is computed, from where it is."""
     found: set[str] = set()
     root = Path(telemetry.__file__).parents[1]
-    for name in ("telemetry/log.py", "telemetry/meter.py", "checkpoint/saver.py", "kernels.py", "run.py"):
+    for name in ("telemetry/log.py", "telemetry/meter.py", "checkpoint/saver.py", "kernels.py", "loop.py"):
         for node in ast.walk(ast.parse((root / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Dict):
                 found |= {

@@ -23,12 +23,12 @@ from megatron_lcl.model import flops
 from megatron_lcl.model.layers import PARTS
 from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
-from megatron_lcl.train import run
+from megatron_lcl.train import loop
 from megatron_lcl.train.changes import Changes
 from megatron_lcl.train.checkpoint.folder import Progress
+from megatron_lcl.train.loop import Training
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.result import Measured
-from megatron_lcl.train.run import Training
 from megatron_lcl.train.telemetry import Telemetry, read_metrics
 from megatron_lcl.train.telemetry import clock as clocks
 from megatron_lcl.train.telemetry import meter as meters
@@ -146,12 +146,12 @@ def test_the_memory_of_a_cpu_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch) -
 def test_a_line_has_the_rates_of_the_steps_since_the_last_one_or_since_the_run_went_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "ledger_from", mock.Mock())
-    monkeypatch.setattr(run, "begins_other_blend", lambda *_: False)
-    monkeypatch.setattr(run, "changes_since", lambda *_: Changes())
-    monkeypatch.setattr(run.checkpoint, "go_back", lambda *_: (tmp_path, {}))
+    monkeypatch.setattr(loop, "ledger_from", mock.Mock())
+    monkeypatch.setattr(loop, "begins_other_blend", lambda *_: False)
+    monkeypatch.setattr(loop, "changes_since", lambda *_: Changes())
+    monkeypatch.setattr(loop.checkpoint, "go_back", lambda *_: (tmp_path, {}))
     progress = Progress(1, 4, Ledger({}).to_json())
-    monkeypatch.setattr(run.checkpoint, "read_progress", lambda _: progress)
+    monkeypatch.setattr(loop.checkpoint, "read_progress", lambda _: progress)
     rates = ("images_per_second", "tokens_per_second", "step_seconds", "flops_per_second", "data_wait")
     config, clock = config_of(), Clock(CPU)
     with Telemetry(tmp_path, config, True, 0) as telemetry:
