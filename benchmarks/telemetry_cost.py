@@ -2,12 +2,12 @@
 
     python benchmarks/telemetry_cost.py [--rounds 12] [--every 10]
 
-A turn is `every` steps. With: as a run makes them, phases timed, operations counted, the last step measured (norms by
-part, a sample of features), read and written to metrics.jsonl and TensorBoard. Without: the steps alone, and nothing is
-read. Printed are medians over the turns, by the clock and in the process's own CPU time, which other work disturbs
-less, and the median of what the turns with telemetry took more than their neighbors. On a machine with other work that
-differs by more than what is looked for; so also the CPU time spent inside of telemetry's own functions; and last, what
-a look at the largest sample of features takes, whose batch here is small.
+A turn is `every` steps. With: as a run makes them, phases timed, operations counted, the last step measured (norms and
+attention logits by part, a sample of features), read and written to metrics.jsonl and TensorBoard. Without: the steps
+alone, and nothing is read. Printed are medians over the turns, by the clock and in the process's own CPU time, which
+other work disturbs less, and the median of what the turns with telemetry took more than their neighbors. On a machine
+with other work that differs by more than what is looked for; so also the CPU time spent inside of telemetry's own
+functions; and last, what a look at the largest sample of features takes, whose batch here is small.
 
 Claim: under 1 % of a step, by both: turns with telemetry beside their neighbors, and the time inside of its functions;
 on a GPU by the clock, where only the first counts. Exit code 1 if it does not hold.
@@ -33,6 +33,7 @@ from claims import exit_unless, exit_with
 
 from megatron_lcl import config as configs
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.model.attention_logits import AttentionLogits
 from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
@@ -103,6 +104,7 @@ def main() -> None:
 
         for owner, names in (
             (PartNorms, ("_before_step", "_after_step", "over_all_processes")),
+            (AttentionLogits, ("of_images", "of_pool", "of_packs", "over_all_processes")),
             (FeatureSample, ("__init__", "take", "gather")),
             (StepMeter, ("read", "step", "line")),
             (Telemetry, ("count", "step")),

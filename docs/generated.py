@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from typing import Any
 
 from megatron_lcl import config as configs
@@ -13,8 +12,7 @@ from megatron_lcl.cli.command import add_commands
 def config() -> str:
     """A table for each section of the config."""
     lines = []
-    described = configs.describe(items=True)  # with `data.corpora[].path` in the section of `data.corpora`
-    for section, fields in itertools.groupby(described, lambda field: field[0].partition("[")[0].rpartition(".")[0]):
+    for section, fields in configs.describe_sections():  # with `data.corpora[].path` in that of `data.corpora`
         lines += ["", f"## `{section}`" if section else "## At the top", ""]
         lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
         for name, kind, default, about in fields:

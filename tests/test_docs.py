@@ -92,7 +92,7 @@ def test_corpora_are_made_with_the_tokenizer_of_the_configs() -> None:
     for page, line in commands:
         words = shlex.split(line)
         corpus = words[words.index("--output") + 1]
-        sized = rf"megatron-lcl train .* --data\.corpora {corpus} --model\.language\.vocab_size N "
+        sized = rf"megatron-lcl train .* --data\.corpora {corpus} --model\.language\.vocab_size \$N "
         tokenizer = words[words.index("--tokenizer") + 1] if "--tokenizer" in words else None
         assert tokenizer == "clip" or (tokenizer is None and re.search(sized, page.read_text("utf-8"))), (page, line)
         if re.match(r"--format (mmc4|obelics|omnicorpus|table) ", line):

@@ -25,13 +25,30 @@ PRESIGNED = "https://b.s3.amazonaws.com/k?X-Amz-Credential=SECRET%2F1&X-Amz-Sign
         ("https://h/k?password=SECRET&client_secret=SECRET", "https://h/k?password=…&client_secret=…"),
         ("FTP://user:SECRET@h/x and s3:/user:SECRET@b", "FTP://h/x and s3:/b"),  # a Path has one slash
         ("http://user:SEC/RET@h/x, http://user:SEC#RET@h/x", "http://h/x, http://h/x"),  # not escaped
-        ("http://user:SEC@RET@h/x", "http://h/x"),
+        ("http://user:SEC@RET@h/x, http://user:SE/C@RET@h/x", "http://h/x, http://h/x"),
+        ("s3:///user:SECRET@b/x and ftp:/user:SECRET@h", "s3:///b/x and ftp:/h"),
+        ("https://h/k;token=SECRET;page=2", "https://h/k;token=…;page=2"),
     ],
 )
 def test_secrets_of_urls_are_left_out(text: str, left: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert without_secrets(text) == left
     complain(text)
     assert capsys.readouterr().err == f"{left}\n"
+
+
+def test_a_complaint_has_no_sequences_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    complain("a \x1b]52;c;aGk=\x07 b\rc")
+    assert capsys.readouterr().err == "a \\x1b]52;c;aGk=\\x07 b\\x0dc\n"
+
+
+KEYS = """x-amz-security-token x-goog-credential x-ms-copy-source-authorization sig auth authorization pwd pass key
+GoogleAccessId passwd db_password refresh_token credential credentials api_key api-key apikey accessKey access_key_id
+secretAccessKey"""
+
+
+@pytest.mark.parametrize("key", KEYS.split())
+def test_the_value_of_a_key_that_is_a_credential_is_left_out(key: str) -> None:
+    assert without_secrets(f"https://h/k?a=1&{key}=SECRET&page=2") == f"https://h/k?a=1&{key}=…&page=2"
 
 
 @pytest.mark.parametrize(
@@ -43,6 +60,8 @@ def test_secrets_of_urls_are_left_out(text: str, left: str, capsys: pytest.Captu
         "s3://bucket/folder/step-00000010: see #section, --key=value",
         '{"url":"https://host","email":"x@y.z"}',
         "https://h1:8080,a@b",
+        "https://host:/a@b",
+        "nas-s3:/vol@snap/x",
         "nfs1:/vol@snap/x, PATH=/usr/bin:/b@c/bin",
     ],
 )

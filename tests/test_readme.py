@@ -19,7 +19,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Corpus, Data, Language, Model, Vision, load, replace
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.document import Document, Image, Text
-from megatron_lcl.model.layers import unit_norm
+from megatron_lcl.model.activations import unit_norm
 from megatron_lcl.train import checks, dryrun
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import Memory, estimate

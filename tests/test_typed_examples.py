@@ -26,7 +26,7 @@ TYPES = {  # the pages leave them out
 IMPORTS = """\
 from collections.abc import Iterator
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.objectives.base import StepInputs
 """
 REST = """\

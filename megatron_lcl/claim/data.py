@@ -3,7 +3,7 @@
 OUTPUT/corpora/emoji-{labels,contexts,pairs}   what is trained on
 OUTPUT/corpora/emoji-heldout                   documents of held-out pictures, none of them of the validation split
 OUTPUT/evaluate/SET-kinds                      train, validation, test: kinds as classes
-OUTPUT/evaluate/SET-names                      test: pictures of the held-out vendor or artist, names as classes
+OUTPUT/evaluate/SET-names                      test: pictures of the held-out artist, names as classes
 OUTPUT/evaluate/digits                         train, test: handwritten digits, of scikit-learn
 OUTPUT/sources.json                            of the sets, written last
 

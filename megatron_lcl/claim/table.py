@@ -124,7 +124,7 @@ def markdown(title: str, numbers: Mapping[str, Any]) -> str:
     """The table to read."""
     rows, seeds = numbers["rows"], numbers["seeds"]
     names, beside = [row["name"] for row in rows], numbers["beside"]
-    said = [f"# {title}", "", _said(seeds), "", *_facts(rows), "", "## Measured, frozen", ""]
+    said = [f"# {title}", "", _said(seeds), "", *_facts(rows), "", "## What the frozen encoders reach", ""]
     shown = [line for line in numbers["measures"] if line["metric"] in _SHOWN]
     said += _grid(
         ["", "chance", *names],

@@ -29,7 +29,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--train",
         action="store_true",
-        help="emoji, things: also train on it, name the held-out artist's pictures, and write a report",
+        help="emoji, things: also train on it, name the held-out artist's images, and write a report",
     )
     sub.add_argument("--steps", type=int, help="with --train: optimizer steps (default: what its config says)")
 
@@ -326,7 +326,7 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl import objectives
     from megatron_lcl.data.corpus.files import replace_text
     from megatron_lcl.data.pages.replay import replay_html
-    from megatron_lcl.train.checkpoint.folder import config_and_ledger
+    from megatron_lcl.train.checkpoint.folder import config_and_progress, ledger_of
 
     packs = None
     if options.packs is not None:
@@ -338,8 +338,8 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
         return _print_reads(options)
     if options.step is None:
         raise UserError("give --step N for a page of its batch, or --source NAME for the steps that read a document")
-    config, ledger = config_and_ledger(Path(single_input(options)))
-    sequences = objectives.create(config).sequences
+    config, progress = config_and_progress(Path(single_input(options)))
+    sequences, ledger = objectives.create(config).sequences, ledger_of(progress)
     page = replay_html(config, sequences, options.step, options.rank, options.world_size, ledger, packs=packs, say=say)
     file = Path(options.output or f"replay-{options.step}.html")
     replace_text(file, page)
@@ -348,9 +348,8 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
 
 def _print_reads(options: argparse.Namespace) -> None:
     from megatron_lcl import objectives
-    from megatron_lcl.data.loading.ledger import Ledger
     from megatron_lcl.data.pages.reads import found_reads
-    from megatron_lcl.train.checkpoint.folder import config_and_progress
+    from megatron_lcl.train.checkpoint.folder import config_and_progress, ledger_of
 
     others = {"--rank": options.rank, "--world-size": options.world_size, "--packs": options.packs}
     others["--output"] = options.output
@@ -359,7 +358,6 @@ def _print_reads(options: argparse.Namespace) -> None:
     if options.step is not None and options.step < 1:
         raise UserError(f"--step {options.step}: --source looks at the steps before it; give 1 or more")
     config, progress = config_and_progress(Path(single_input(options)))
-    ledger = Ledger.from_json(progress.ledger) if progress else None
     done = progress.step if progress else 0
     steps = min(options.step or done or config.train.steps, max(done, config.train.steps))
-    say(found_reads(config, objectives.create(config).sequences, options.source, steps, done, ledger))
+    say(found_reads(config, objectives.create(config).sequences, options.source, steps, done, ledger_of(progress)))

@@ -33,8 +33,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     rules.add_argument("--config", metavar="FILE", help="YAML of rules; a field that it does not name is as below")
     add_jobs(
         sub,
-        "processes, each with a range of documents and its own copy of a model that rules ask, which computes in one "
-        "thread; any number writes the same bytes",
+        "processes, each with a task of documents at a time and its own copy of a model that rules ask, which computes "
+        "in one thread; any number writes the same bytes",
     )
     sub.add_argument("--dry-run", action="store_true", help="only print what would be removed, without --output")
     sub.add_argument("--sample", metavar="FILE", help="also write an HTML page with samples of what was removed")

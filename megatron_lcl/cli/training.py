@@ -357,7 +357,9 @@ def _add_fields(sub: argparse.ArgumentParser) -> None:
     from megatron_lcl import config as configs
 
     lines = ["config fields (type, default); of several values of one field the last counts:"]
-    for name, kind, default, help in configs.describe(items=True):
-        indent, flag = ("      ", "") if "[]" in name else ("  ", "--")  # what stands in a list is no flag
-        lines += [f"{indent}{flag}{name}  ({kind}, {default})", f"{indent}    {help}"]
+    for section, fields in configs.describe_sections():
+        lines += ["", f"{section or 'at the top'}:"]
+        for name, kind, default, help in fields:
+            indent, flag = ("      ", "") if "[]" in name else ("  ", "--")  # what stands in a list is no flag
+            lines += [f"{indent}{flag}{name}  ({kind}, {default})", f"{indent}    {help}"]
     sub.epilog = "\n".join(lines)

@@ -10,6 +10,7 @@ Imports no other package. Begin with `Config` below; `phases.py` is what it mean
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -171,3 +172,9 @@ def replace(config: Config, **dotted: Any) -> Config:
 def describe(items: bool = False) -> Iterator[tuple[str, str, str, str]]:
     """Every field as (dotted name, type, default, help), in order; items: as `fields.describe` has them."""
     return fields.describe(Config, items=items)
+
+
+def describe_sections() -> Iterator[tuple[str, list[tuple[str, str, str, str]]]]:
+    """Every section, "" for what is in none, with its fields as `describe(items=True)` has them."""
+    for section, found in itertools.groupby(describe(items=True), lambda f: f[0].partition("[")[0].rpartition(".")[0]):
+        yield section, list(found)

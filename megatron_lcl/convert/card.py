@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_lcl.config import Config, Corpus, Model, to_dict
-from megatron_lcl.convert.find import average_of, find_checkpoint, known_config, step_of
+from megatron_lcl.convert.find import average_of, find_checkpoint, known_config, step_of, without_average
 from megatron_lcl.data.corpus.corpus_manifest import filters_of, source_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.blend import CorpusRead, corpora_read
@@ -121,9 +121,8 @@ def card_of(path: Path) -> Card:
 
 def _progress(checkpoint: Path) -> dict[str, Any]:
     """Where the run stood that wrote a checkpoint; empty where that is not known, as of an import."""
-    of_run = checkpoint.parent.parent if average_of(checkpoint) else checkpoint
     try:
-        progress: dict[str, Any] = json.loads((of_run / PROGRESS).read_text(encoding="utf-8"))
+        progress: dict[str, Any] = json.loads((without_average(checkpoint) / PROGRESS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return progress
@@ -163,15 +162,14 @@ def _quoted(manifest: Mapping[str, Any]) -> str:
 
 def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
     """Numbers of the run's held-out evaluation, if they were measured on this checkpoint."""
-    average = average_of(checkpoint)
-    of_run = checkpoint.parent.parent if average else checkpoint
+    of_run = without_average(checkpoint)
     if of_run.parent.name != CHECKPOINTS:
         return ()
     try:
         numbers = json.loads((of_run.parent.parent / HELDOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ()
-    if (numbers.pop("step", None), numbers.pop("average", None)) != (step_of(checkpoint), average):
+    if (numbers.pop("step", None), numbers.pop("average", None)) != (step_of(checkpoint), average_of(checkpoint)):
         return ()
     counts = ", ".join(f"{numbers[what]:,} {what}" for what in ("documents", "images") if numbers.get(what))
     data = Path(str(numbers.get("corpus", ""))).name + (f" ({counts})" if counts else "")

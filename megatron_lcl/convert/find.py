@@ -76,6 +76,11 @@ def average_of(checkpoint: Path) -> str | None:
     return checkpoint.name if checkpoint.parent.name == AVERAGES else None
 
 
+def without_average(checkpoint: Path) -> Path:
+    """The checkpoint folder that an average of the weights lies in; any other folder or file as it is."""
+    return checkpoint.parent.parent if average_of(checkpoint) else checkpoint
+
+
 def export_kind(path: Path) -> str | None:
     """The format of a folder that `export` wrote; None for another folder."""
     return next((kind for kind in EXPORTS if read_record(path, kind)), None)
@@ -113,14 +118,13 @@ def run_of(path: Path) -> Path:
 
 def step_of(checkpoint: Path) -> int | None:
     """Steps that a run had made when it wrote this checkpoint folder; None for a folder that no run wrote."""
-    of_run = checkpoint.parent.parent if average_of(checkpoint) else checkpoint
-    match = re.fullmatch(r"step-(\d+)", of_run.resolve().name)
+    match = re.fullmatch(r"step-(\d+)", without_average(checkpoint).resolve().name)
     return int(match[1]) if match else None
 
 
 def step_in_run(folder: Path, checkpoint: Path) -> int | None:
     """`step_of` a checkpoint of the run that `folder` is, or lies in; None for any other model."""
-    of_run = (checkpoint.parent.parent if average_of(checkpoint) else checkpoint).absolute()
+    of_run = without_average(checkpoint).absolute()
     run, inside = of_run.parent.parent.resolve(), folder.resolve()
     return step_of(checkpoint) if of_run.parent.name == CHECKPOINTS and run in (inside, *inside.parents) else None
 

@@ -6,9 +6,12 @@ import contextlib
 import importlib
 import importlib.metadata
 import logging
+import re
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -64,6 +67,14 @@ def only_weights() -> Iterator[None]:
     `torch.serialization.safe_globals` allows, whatever its caller asks for. Otherwise: pickle.UnpicklingError."""
     with SETTINGS, variables({_FORCE: "1", _NEVER: None}):
         yield
+
+
+def foreign_objects(file: Path, error: UnpicklingError) -> list[str]:
+    """What a pickle that was refused names and `torch.load` may not build, read without running any of it."""
+    found: list[str] = []
+    with contextlib.suppress(OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    return sorted(found or set(re.findall(r"GLOBAL (\S+)", str(error))))  # older than the zip format: the first one
 
 
 @contextlib.contextmanager

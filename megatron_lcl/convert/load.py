@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +15,16 @@ from safetensors.torch import load_file
 
 from megatron_lcl.config import Model
 from megatron_lcl.convert import hf, timm
-from megatron_lcl.convert.find import average_of, export_kind, find_checkpoint, one_line, read_config
+from megatron_lcl.convert.find import export_kind, find_checkpoint, one_line, read_config, without_average
 from megatron_lcl.convert.folder import CERTIFICATE, IMPORT, read_record
-from megatron_lcl.convert.libraries import usual_defaults
+from megatron_lcl.convert.libraries import foreign_objects, usual_defaults
 from megatron_lcl.convert.manifest import verify
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import is_dir, is_file
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, published_config, some
-from megatron_lcl.run_folder import AVERAGES, CONFIG, PROGRESS, WEIGHTS
+from megatron_lcl.run_folder import CONFIG, PROGRESS, WEIGHTS
 
 
 def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> LCL:
@@ -92,10 +91,10 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 def check_whole(checkpoint: Path) -> None:
     """UserError where a folder's weights are not those that a run or `import` wrote into it."""
-    average = average_of(checkpoint)
-    of_run, inside = (checkpoint.parent.parent, f"{AVERAGES}/{average}/") if average else (checkpoint, "")
+    of_run = without_average(checkpoint)
     if is_file(of_run / PROGRESS):
-        damage = verify(of_run, only=(f"{inside}{WEIGHTS}", f"{inside}{CONFIG}"))
+        inside = checkpoint.relative_to(of_run)
+        damage = verify(of_run, only=[(inside / name).as_posix() for name in (WEIGHTS, CONFIG)])
         if damage:
             raise UserError(f"{checkpoint} is damaged ({'; '.join(damage)}); name another of the run's checkpoints")
     record = read_record(checkpoint, IMPORT)
@@ -138,7 +137,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
-        held = _foreign_objects(path, error)
+        held = foreign_objects(path, error)
         if held:
             raise UserError(
                 f"{path} is refused: a checkpoint is data, and this pickle wants to build {some(held)}; "
@@ -147,14 +146,6 @@ def _read_pickle(path: Path) -> Any:
         raise UserError(f"{path} is not a PyTorch checkpoint") from None  # torch would advise to run what is in it
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a PyTorch checkpoint: {one_line(error)}") from None  # a damaged file
-
-
-def _foreign_objects(path: Path, error: UnpicklingError) -> list[str]:
-    """What a pickle names that is no tensor, read without running any of it."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
-        return sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))  # older than the zip format: the first one
 
 
 def open_clip_sizes(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from megatron_lcl.curate.run import Curated
+from megatron_lcl.curate.result import Curated
 from megatron_lcl.data.corpus.files import replace_text
 
 PAGE = "removed.html"

@@ -227,6 +227,13 @@ def decide(work: Work, task: Range) -> Counted:
     return Counted(**json.loads((folder / COUNTED_FILE).read_bytes()))
 
 
+def matched_lines(work: Work, task: Range) -> set[str]:
+    """The lines of the list of excluded names that match a document of a range, also one that other rules remove."""
+    listed, names = context_of(work.settings).excluded_names, work.corpus.shard(task.shard).names
+    assert names is not None  # `curate` checks it
+    return {line for name in names.between(task.first, task.last) for line in listed.matching(name)}
+
+
 def recorded(folder: Path, number: int) -> Part:
     """The record of a range, or a group of them. FileNotFoundError where there is none, as where another job has
     finished the corpus and deletes it."""

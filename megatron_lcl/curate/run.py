@@ -13,7 +13,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,11 +36,13 @@ from megatron_lcl.curate.passes import (
     Work,
     decide,
     judge,
+    matched_lines,
     once,
     recorded,
     threshold_text,
     thresholds_of,
 )
+from megatron_lcl.curate.result import Curated, Removed, Unmatched
 from megatron_lcl.curate.settings import PERPLEXITY, WORD_COUNTS, Settings, as_recipe, rules_of
 from megatron_lcl.curate.write import groups, shards_folder, write
 from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, PARENTS, as_parent, names_of, read_manifest
@@ -73,7 +75,9 @@ from megatron_lcl.units import counted
 SAMPLES_FILE = "removed-samples.jsonl"
 """of the corpus: a few removals of each rule, with what was removed"""
 CURATED = "curated"
-"""key of the manifest: what the corpus had before, what each rule removed"""
+"""key of the manifest: what the corpus had before, what each rule removed, which lines of a list matched nothing"""
+_LINES = 5
+"""of a list that are named"""
 _ROWS = 1 << 15
 _RULES = 4
 """version of what is written for the same corpus and thresholds (`_rules_version`)"""
@@ -82,55 +86,6 @@ _WORK_VERSION = 3
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Removed:
-    """What a rule removed."""
-
-    rule: str
-    threshold: str
-    texts: int
-    images: int
-    """placements; of documents that were removed whole, as with texts, those that other rules had left in them"""
-    documents: int
-
-    def share(self, before: dict[str, int]) -> float:
-        """Of what the rule is about (texts, images or documents) in the corpus before."""
-        about = {"text": "texts", "image": "images", "document": "documents"}[self.rule.partition(".")[0]]
-        return getattr(self, about) / before[about] if before[about] else 0.0
-
-
-@dataclass(frozen=True)
-class Curated:
-    """What came of it."""
-
-    path: Path | None
-    """None: only looked at"""
-    before: dict[str, int]
-    """texts, images, documents of the source"""
-    rules: list[Removed]
-    samples: list[dict[str, Any]]
-    """as the rows of `removed.parquet`, and `parts`: what was removed, `text` or `image` (a data: URL) each"""
-    reused: bool = False
-
-    @property
-    def after(self) -> dict[str, int]:
-        return {name: count - sum(getattr(r, name) for r in self.rules) for name, count in self.before.items()}
-
-    def __str__(self) -> str:
-        rows = [["rule", "threshold", "texts", "images", "documents", "share"]]
-        for r in self.rules:
-            counts = [f"{count:,}" if count else "" for count in (r.texts, r.images, r.documents)]
-            rows.append([r.rule, r.threshold, *counts, f"{r.share(self.before):.2%}"])
-        for title, sums in (("before", self.before), ("after", self.after)):
-            rows.append([title, "", *(f"{sums[name]:,}" for name in ("texts", "images", "documents")), ""])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            cells = [*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
 
 
 class _NothingLeft(UserError):
@@ -177,8 +132,8 @@ def curate(
                 folder = made.enter_context(temporary_folder("megatron-lcl-curate-"))
             with clear_errors(folder, remedy):
                 work = Work(source, settings, joins, folder, samples)
-                _, counted = _decide(work, task_bytes, workers, None, progress)
-                return _curated(None, source, work, counted)
+                tasks, counted = _decide(work, task_bytes, workers, None, progress)
+                return _curated(None, work, counted, tasks, workers)
     output = Path(output)
     inside, outside = output.resolve(), source.path.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
@@ -251,7 +206,10 @@ def read_curated(folder: str | Path, reused: bool = False) -> Curated:
     except FileNotFoundError:
         lines = []  # a page can do without
     said = manifest[CURATED]
-    return Curated(folder, said["before"], [Removed(**r) for r in said["rules"]], list(map(json.loads, lines)), reused)
+    rules, unmatched = [Removed(**r) for r in said["rules"]], said.get("unmatched")
+    return Curated(
+        folder, said["before"], rules, list(map(json.loads, lines)), unmatched and Unmatched(**unmatched), reused
+    )
 
 
 def _resolved(settings: Settings | None) -> Settings:
@@ -345,15 +303,15 @@ def _decide(
     return tasks, counted
 
 
-def _tell_idle_cores(settings: Settings, workers: int, num_ranges: int) -> None:
-    """Models compute in one thread of a process, so that a machine works as far as there are processes with a range."""
+def _tell_idle_cores(settings: Settings, workers: int, num_tasks: int) -> None:
+    """Models compute in one thread of a process, so that a machine works as far as there are processes with a task."""
     fields = {rule.field for section in ("text", "document") for rule in rules_of(settings, section)}
-    used, cores = min(workers, num_ranges), num_cores()
+    used, cores = min(workers, num_tasks), num_cores()
     if (settings.models.asks or fields & {*PERPLEXITY}) and used < cores:
-        remedy = f"; --workers {min(cores, num_ranges)} uses more" if used < min(cores, num_ranges) else ""
+        remedy = f"; --workers {min(cores, num_tasks)} uses more" if used < min(cores, num_tasks) else ""
         logger.warning(
             "models compute on %d of %d cores, in one thread of each process: --workers %d, %s of documents%s",
-            *(used, cores, workers, counted(num_ranges, "range"), remedy),
+            *(used, cores, workers, counted(num_tasks, "task"), remedy),
         )
 
 
@@ -413,7 +371,7 @@ def _finish(
 ) -> None:
     parts = [recorded(work.folder, task.number) for task in tasks]
     written = sorted(written, key=lambda part: part.task)
-    curated = _curated(output, work.corpus, work, counted)
+    curated = _curated(output, work, counted, tasks, workers)
     shards = [shard for part in written for shard in part.shards]
     if not shards:
         raise _nothing_left(curated)
@@ -433,14 +391,18 @@ def _finish(
         "shards": [{**shard["counts"], KIND: shard["kind"]} for shard in shards],
         "recipe": recipe,
         PARENTS: [as_parent(work.corpus.manifest)],
-        CURATED: {"before": curated.before, "rules": [vars(removed) for removed in curated.rules]},
+        CURATED: {
+            "before": curated.before,
+            "rules": [vars(removed) for removed in curated.rules],
+            **({"unmatched": vars(curated.unmatched)} if curated.unmatched else {}),
+        },
     }
     assemble(output, shards_folder(work), written, work.corpus.tokenizer, drops, scratch, workers, manifest, more)
 
 
-def _curated(path: Path | None, source: Corpus, work: Work, counted: Counted) -> Curated:
+def _curated(path: Path | None, work: Work, counted: Counted, tasks: Sequence[Range], workers: int) -> Curated:
     thresholds = thresholds_of(work.settings, work.joins)
-    counts = source.manifest["counts"]
+    counts = work.corpus.manifest["counts"]
     before = {
         "texts": counts["pieces"] - counts["placements"],
         "images": counts["placements"],
@@ -451,7 +413,18 @@ def _curated(path: Path | None, source: Corpus, work: Work, counted: Counted) ->
         for rule, threshold in thresholds.items()
     ]
     samples = [sample for rule in thresholds for _, sample in counted.samples.get(rule, ())]
-    return Curated(path, before, rules, samples)
+    unmatched = _unmatched(work, tasks, workers, named=path is None or work.samples > 0)
+    return Curated(path, before, rules, samples, unmatched)
+
+
+def _unmatched(work: Work, tasks: Sequence[Range], workers: int, *, named: bool) -> Unmatched | None:
+    """By the names of the source alone, so that it does not depend on who did which task, nor when."""
+    if work.settings.document.excluded_names is None:
+        return None
+    lines = context_of(work.settings).excluded_names.lines
+    matched = set().union(*_each(matched_lines, "names", work, tasks, workers, None, False))
+    left = [line for line in lines if line not in matched]
+    return Unmatched(len(lines), len(left), left[: _LINES * named])
 
 
 def _nothing_left(curated: Curated) -> _NothingLeft:

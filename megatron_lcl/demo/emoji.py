@@ -1,8 +1,8 @@
-"""Emoji: one name drawn by eight vendors, from packages of npm.
+"""Emoji: one name drawn by eight artists, from packages of npm.
 
 The drawings are SVG bodies in Iconify's JSON format (`icons.json`: `icons`, `aliases`, sizes; `chars.json`: hexadecimal
 code points → icon); labels, tags, groups and order are Unicode's, as emojibase-data has them (`en/data.json`). Skin
-tones, hair, regional indicators are left out: an emoji is drawn once by a vendor.
+tones, hair, regional indicators are left out: an emoji is drawn once by an artist.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_lcl.errors import UserError
 SIDE = 72
 """pixels"""
 NAMES = Package("npm", "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
-_VENDORS = {
+_ARTISTS = {
     "emojione": ("1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
     "emojione-v1": ("1.2.3", "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3"),
     "fluent-emoji-flat": ("1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
@@ -36,10 +36,10 @@ _VENDORS = {
     "twemoji": ("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
 }
 DRAWINGS = {
-    vendor: Package("npm", f"@iconify-json/{vendor}", version, sha256) for vendor, (version, sha256) in _VENDORS.items()
+    artist: Package("npm", f"@iconify-json/{artist}", version, sha256) for artist, (version, sha256) in _ARTISTS.items()
 }
 PACKAGES = (NAMES, *DRAWINGS.values())
-HELD_OUT_VENDOR, HELD_OUT_NAMES = "twemoji", 0.1
+HELD_OUT_ARTIST, HELD_OUT_NAMES = "twemoji", 0.1
 _DATA, _GROUPS, _UNICODE = "en/data.json", "en/messages.json", "meta/unicode-names.json"
 _SHORTCODES = tuple(f"en/shortcodes/{name}.json" for name in ("emojibase", "cldr", "github", "iamcal", "joypixels"))
 _FEW = 512
@@ -68,36 +68,36 @@ def data_set(fetched: Sequence[Fetched], folder: Path, workers: int) -> DataSet:
     icons: dict[str, dict[str, Any]] = {}
     chars: dict[str, dict[str, str]] = {}
     licenses = [License(_title(packages[NAMES.name]), "MIT", "Labels and tags.", names["LICENSE"].decode())]
-    for vendor, package in DRAWINGS.items():
+    for artist, package in DRAWINGS.items():
         entry = packages[package.name]
         files = read_npm(entry.file, ["icons.json", "chars.json", "info.json"])
-        icons[vendor], chars[vendor] = json.loads(files["icons.json"]), json.loads(files["chars.json"])
+        icons[artist], chars[artist] = json.loads(files["icons.json"]), json.loads(files["chars.json"])
         licenses.append(_license(entry, json.loads(files["info.json"])))
     aliases = Aliases(emoji, icons, chars, names)
     drawings = [
-        (vendor, emoji[code], svg(icons[vendor], icon))
-        for vendor in DRAWINGS
-        for code, icon in aliases.icons_of(vendor).items()
+        (artist, emoji[code], svg(icons[artist], icon))
+        for artist in DRAWINGS
+        for code, icon in aliases.icons_of(artist).items()
     ]
     drawings.sort(key=lambda drawing: (drawing[0], drawing[1].code))
     images = rasterize([body for _, _, body in drawings], workers)
     pictures = [
         Picture(
-            vendor,
+            artist,
             entry.label,
             ", ".join(entry.tags),
             entry.group,
             f"{entry.group}: {entry.subgroup}",
-            f"pictures/{vendor}/{entry.code}.png",
+            f"pictures/{artist}/{entry.code}.png",
             image,
         )
-        for (vendor, entry, _), image in zip(drawings, images, strict=True)
+        for (artist, entry, _), image in zip(drawings, images, strict=True)
     ]
     return DataSet(
         "emoji",
         pictures,
         licenses,
-        held_out_artist=HELD_OUT_VENDOR,
+        held_out_artist=HELD_OUT_ARTIST,
         held_out_names=HELD_OUT_NAMES,
         vocab_size=2048,
         max_words=10**9,
@@ -129,10 +129,10 @@ def code_of(hexcode: str) -> str:
 
 
 class Aliases:
-    """Which icon of a vendor draws which emoji.
+    """Which icon of an artist draws which emoji.
 
-    By code points where the vendor's package says them (`chars.json`). Others name their icons by labels of several
-    years: today's, those of vendors whose package says code points, Unicode's names of characters, and shortcodes are
+    By code points where the artist's package says them (`chars.json`). Others name their icons by labels of several
+    years: today's, those of artists whose package says code points, Unicode's names of characters, and shortcodes are
     tried in this order, without case, spaces and punctuation; a name that stands for several emoji is not used.
     """
 
@@ -145,13 +145,13 @@ class Aliases:
     ) -> None:
         self._icons = icons
         self._by_code: dict[str, dict[str, str]] = {}
-        """vendor → code → icon"""
-        for vendor, codes in chars.items():
+        """artist → code → icon"""
+        for artist, codes in chars.items():
             found: dict[str, str] = {}
             for hexcode, icon in codes.items():
-                if (code := code_of(hexcode)) in emoji and has_icon(icons[vendor], icon):
+                if (code := code_of(hexcode)) in emoji and has_icon(icons[artist], icon):
                     found.setdefault(code, icon)
-            self._by_code[vendor] = found
+            self._by_code[artist] = found
         self._names: list[dict[str, set[str]]] = []
         """of each source: plain name → codes"""
         for pairs in (self._labels(emoji), self._others(), *self._files(emoji, files)):
@@ -161,13 +161,13 @@ class Aliases:
                     names.setdefault(plain, set()).add(code)
             self._names.append(names)
 
-    def icons_of(self, vendor: str) -> dict[str, str]:
-        """code → icon, of every emoji that the vendor has drawn."""
-        if self._by_code[vendor]:
-            return self._by_code[vendor]
+    def icons_of(self, artist: str) -> dict[str, str]:
+        """code → icon, of every emoji that the artist has drawn."""
+        if self._by_code[artist]:
+            return self._by_code[artist]
         found: dict[str, str] = {}
-        for icon in (*self._icons[vendor]["icons"], *self._icons[vendor].get("aliases", ())):
-            if (code := self._code(icon)) is not None and has_icon(self._icons[vendor], icon):
+        for icon in (*self._icons[artist]["icons"], *self._icons[artist].get("aliases", ())):
+            if (code := self._code(icon)) is not None and has_icon(self._icons[artist], icon):
                 found.setdefault(code, icon)
         return found
 
@@ -185,10 +185,10 @@ class Aliases:
                 yield f"flag for {entry.label[6:]}", code
 
     def _others(self) -> Iterator[tuple[str, str]]:
-        for vendor, codes in self._by_code.items():
+        for artist, codes in self._by_code.items():
             code_of_icon = {icon: code for code, icon in codes.items()}
             yield from code_of_icon.items()
-            for alias, entry in self._icons[vendor].get("aliases", {}).items():
+            for alias, entry in self._icons[artist].get("aliases", {}).items():
                 if entry.keys() == {"parent"} and entry["parent"] in code_of_icon:
                     yield alias, code_of_icon[entry["parent"]]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_lcl.data.corpus.files import replace_text, sync, sync_all
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
+from megatron_lcl.data.prepare.export_corpus import add_file
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.train_tokenizer import train_sentencepiece
 from megatron_lcl.demo import documents
@@ -220,9 +221,7 @@ def write_labeled(folder: Path, splits: Mapping[str, Sequence[Labeled]], classes
                     ("cls", str(picture.label).encode()),
                     ("txt", picture.caption.encode()),
                 ):
-                    member = tarfile.TarInfo(f"{picture.stem}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                    add_file(tar, f"{picture.stem}.{suffix}", data)
         _write(folder / part / "pictures.tar", content.getvalue())
 
 

@@ -21,7 +21,7 @@ from megatron_lcl.evaluate.image_set import Blob, ImageSet
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.settings import CaptioningSettings
 from megatron_lcl.evaluate.workers import map_batches
-from megatron_lcl.model.layers import Activations
+from megatron_lcl.model.activations import Activations
 from megatron_lcl.model.lcl import LCL, pack_padded
 
 ENTIRE = "entire"

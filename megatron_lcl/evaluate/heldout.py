@@ -52,7 +52,7 @@ from megatron_lcl.evaluate.retrieval import contrast_losses
 from megatron_lcl.evaluate.rules import heldout_rules
 from megatron_lcl.evaluate.trained import why_untrained
 from megatron_lcl.evaluate.workers import Advance, check_workers, default_devices, in_processes
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.parallel.mesh import Axis, Mesh
 

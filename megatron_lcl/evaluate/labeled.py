@@ -40,7 +40,7 @@ from megatron_lcl.evaluate.trained import why_untrained
 from megatron_lcl.evaluate.workers import ahead
 from megatron_lcl.evaluate.zero_shot import by_texts
 from megatron_lcl.filesystem import is_dir
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import LABELED
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_lcl.config import Language, Vision
+from megatron_lcl.model.attention_logits import AttentionLogits
 from megatron_lcl.model.drop_path import DropPath
 from megatron_lcl.model.float8 import use_float8
 from megatron_lcl.parallel.layers import ColumnLinear, RowLinear, SharedParameters, gathered_linear
@@ -73,6 +74,9 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm residual block (CLIP, Radford et al. 2021): attention, then feed-forward."""
+
+    attention_logits: AttentionLogits | None = None
+    """looks at them, in a step that is measured"""
 
     def __init__(
         self, encoder: Vision | Language, norm: Norm, axis: Axis, recompute: Recompute, drop: DropPath | None

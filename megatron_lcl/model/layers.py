@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,9 @@ from torch import nn
 
 from megatron_lcl.attention import Adaptive, PackedAttention, full_attention
 from megatron_lcl.config import Language, Model, Vision
-from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
+from megatron_lcl.model.activations import Activations, Outputs, unit_norm
+from megatron_lcl.model.attention_logits import AttentionLogits
 from megatron_lcl.model.block import Block, Norm, Recompute
 from megatron_lcl.model.drop_path import LANGUAGE, VISION, DropPath, numbers_of, rate_of
 from megatron_lcl.model.positions import positions_for
@@ -54,65 +55,6 @@ PARTS = ("vision", "pool", "language", "head")
 """of the model, in the order of its layers"""
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class Activations(NamedTuple):
-    """What one layer hands to the next: one float tensor and the token part of the batch (see PackedBatch)."""
-
-    hidden: torch.Tensor
-    """before the first layer: images [N, 3, H, W], uint8 or normalized float; in the vision encoder: the own shard of
-    N*L rows, [S, V]; from pool + interleave on: [S, D], the own shard of R token rows, then that of N image latents"""
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    cu_seqlens: torch.Tensor
-    targets: torch.Tensor
-    target_positions: torch.Tensor
-    """only the rows that have a target"""
-    image_start: torch.Tensor
-    image_soi: torch.Tensor
-    kept_patches: torch.Tensor
-    max_seqlen: int
-    num_patches: int
-    """rows of an image in the vision encoder, beside the class token's and the registers"""
-    packs: tuple[int, ...] = ()
-    """numbers of the packs, by which drop path draws; without them nothing is dropped"""
-
-    @property
-    def kept_NK(self) -> torch.Tensor | None:
-        """[N, K] the patches that stay of each slot; None: all."""
-        return self.kept_patches.view(-1, self.num_patches) if len(self.kept_patches) else None
-
-    @classmethod
-    def of(cls, batch: PackedBatch) -> Activations:
-        x = cls(batch.images, *(getattr(batch, name) for name in cls._fields[1:]))
-        return x._replace(target_positions=x.target_positions[: batch.num_targets])
-
-
-class Outputs(NamedTuple):
-    """What the head gives: the same on every tensor rank, which all do the same with it."""
-
-    generation: torch.Tensor
-    """sum of the negative log-likelihoods (nats) of all targets, float32 scalar; NaN in the first forwards of a step
-    with `contrast.strategy: recompute`, which leave the targets out"""
-    latents: torch.Tensor
-    """[N, D] float32 image latents z, of every slot, as the pool gives them"""
-    contexts: torch.Tensor
-    """[N, D] float32 context features read at each slot's `<soi>`, as the projection gives them (meaningless where
-    image_soi is -1)"""
-    log_scale: torch.Tensor
-    """[1] float32"""
-    logit_bias: torch.Tensor | None = None
-    """[1] float32; None where the model has none"""
-
-    @property
-    def image_features(self) -> torch.Tensor:
-        """[N, D] the latents, unit norm."""
-        return unit_norm(self.latents)
-
-    @property
-    def text_features(self) -> torch.Tensor:
-        """[N, D] the context features, unit norm."""
-        return unit_norm(self.contexts)
 
 
 class Patches(nn.Module):
@@ -177,7 +119,12 @@ class VisionBlock(Block):
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
         length = self.prefix + x.num_patches
-        attend = functools.partial(_attend_images, length)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if self.attention_logits is not None:
+                self.attention_logits.of_images(q, k, length, x.images_used)
+            return _attend_images(length, q, k, v)
+
         num_rows = len(x.image_start) * length
         return x._replace(hidden=self.residual(x.hidden, num_rows, attend, self._factors(x)))
 
@@ -213,6 +160,9 @@ class PoolInterleave(nn.Module):
     patches that are left out neither the pool nor a placeholder has anything.
     """
 
+    attention_logits: AttentionLogits | None = None
+    """as a block's"""
+
     def __init__(self, model: Model, norm: Norm, axis: Axis) -> None:
         super().__init__()
         v, d = model.vision.width, model.language.width
@@ -235,7 +185,8 @@ class PoolInterleave(nn.Module):
 
     def _rows(self, x: Activations) -> torch.Tensor:
         # until they are split again, all rows (latents, patches, tokens' embeddings) are to be summed over ranks
-        latents_ND, patches_NKD = self._pool(self.norm(x.hidden), len(x.image_start), self.prefix + x.num_patches)
+        length = self.prefix + x.num_patches
+        latents_ND, patches_NKD = self._pool(self.norm(x.hidden), len(x.image_start), length, x.images_used)
         tokens_RD = self.embedding(x.tokens)
         num_rows, offsets = len(tokens_RD), torch.arange(x.num_patches, device=x.hidden.device)
         if self.all_places and x.kept_NK is not None:  # places of patches left out keep their id's embedding
@@ -259,14 +210,19 @@ class PoolInterleave(nn.Module):
         """
         return self._pool(self.norm(hidden_NLV).flatten(0, 1), *hidden_NLV.shape[:2])
 
-    def _pool(self, normed_SV: torch.Tensor, num_images: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pool(
+        self, normed_SV: torch.Tensor, num_images: int, length: int, used_N: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows = num_images * length
         q = self.q(self.norm_q(self.query)).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [H, 1, K]
         inputs_SV = (self.norm_k(normed_SV), self.norm_v(normed_SV))
         k, v = gathered_linear(inputs_SV, (self.k, self.v), self.axis, num_rows)
         k, v = (x.unflatten(0, (num_images, length))[:, self.prefix :] for x in (k, v))  # the patches alone
-        heads = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
-        pooled = full_attention(q.expand(num_images, -1, -1, -1), *heads).flatten(1)  # one query: [N, H, 1, K]
+        q = q.expand(num_images, -1, -1, -1)  # one query: [N, H, 1, K]
+        heads = [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v)]
+        if self.attention_logits is not None and used_N is not None:
+            self.attention_logits.of_pool(q, heads[0], used_N)
+        pooled = full_attention(q, *heads).flatten(1)
         return self.out(pooled), self.out(v)
 
 
@@ -292,6 +248,8 @@ class LanguageBlock(Block):
         rows_SD, latents_SD = x.hidden[:size], x.hidden[size:]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if self.attention_logits is not None:
+                self.attention_logits.of_packs(q, k, max(len(x.packs), 1), x.positions)
             return self.packed_attention(q, k, v, x.cu_seqlens, x.max_seqlen)
 
         rows_SD = self.residual(rows_SD, num_rows, attend, self._factors(x, size))
@@ -387,11 +345,6 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"{said}: divide by 255, or clamp (what is normalized already is not to be, again)")
     mean, std = (from_host(c, images.device, torch.float32).view(3, 1, 1) for c in (IMAGE_MEAN, IMAGE_STD))
     return (images.float() - mean) / std
-
-
-def unit_norm(features: torch.Tensor) -> torch.Tensor:
-    """Rows scaled to length one, in float32."""
-    return F.normalize(features.float(), dim=-1)
 
 
 def layer_specs(

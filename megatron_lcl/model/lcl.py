@@ -14,19 +14,10 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.losses.sigmoid import sigmoid_loss
+from megatron_lcl.model.activations import Activations, Outputs, unit_norm
 from megatron_lcl.model.block import Norm
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import (
-    Activations,
-    Head,
-    LanguageBlock,
-    Outputs,
-    Patches,
-    PoolInterleave,
-    VisionBlock,
-    build_layers,
-    unit_norm,
-)
+from megatron_lcl.model.layers import Head, LanguageBlock, Patches, PoolInterleave, VisionBlock, build_layers
 from megatron_lcl.model.reference_format import state_dict_open_clip
 from megatron_lcl.model.special import SpecialTokens
 

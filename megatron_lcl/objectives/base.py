@@ -19,7 +19,7 @@ from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
 COUNTS = ("num_pairs", "num_targets", "num_images", "num_tokens", "num_bad_images")
@@ -39,7 +39,10 @@ OF_THE_RUN = frozenset(
     )
 )
 """names in the lines of metrics.jsonl that no term's metric may have: one would replace the other"""
-_FAMILIES = ("grad_norm/", "update_norm/", "lr/", "rank_step_seconds/", "rank_work_seconds/", "heldout/", "labeled/")
+_FAMILIES = (
+    *("grad_norm/", "update_norm/", "max_attention_logit/", "lr/"),
+    *("rank_step_seconds/", "rank_work_seconds/", "heldout/", "labeled/"),
+)
 """what other such names begin with"""
 
 Strategy = Literal["retain", "recompute", "1F1B"]

@@ -19,7 +19,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.losses.contrastive import ContrastiveOutput, finish_contrastive_loss, start_gather
 from megatron_lcl.losses.group import HEADER
 from megatron_lcl.losses.sigmoid import SUMS, SigmoidOutput, finish_sigmoid_loss
-from megatron_lcl.model.layers import Outputs, unit_norm
+from megatron_lcl.model.activations import Outputs, unit_norm
 from megatron_lcl.objectives.base import GlobalCounts, StepInputs, Term, refuse_without_features
 from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.objectives.base import StepInputs, Term
 
 METRICS = ("generation",)

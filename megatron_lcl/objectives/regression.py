@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.objectives.base import StepInputs, Term
 from megatron_lcl.parallel.mesh import Axis, Mesh
 

@@ -18,6 +18,7 @@ from torch import nn
 from megatron_lcl.parallel.mappings import (
     copy_to_tensor_parallel,
     gather_replicated,
+    local_shard,
     reduce_scatter_to_sequence_parallel,
     shard_size,
     start_gather,
@@ -50,10 +51,7 @@ def shard(full: torch.Tensor, parameter: torch.Tensor, axis: Axis) -> torch.Tens
     if not is_split(parameter):
         return full
     dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    size = shard_size(full.shape[dim], axis)
-    local = full.narrow(dim, min(axis.rank * size, full.shape[dim]), _num_real(axis.rank, size, full.shape[dim]))
-    missing = size - local.shape[dim]
-    return F.pad(local, (0, 0) * (full.dim() - 1 - dim) + (0, missing)) if missing else local
+    return local_shard(full.transpose(0, dim), axis).transpose(0, dim)
 
 
 def full_tensor(value: torch.Tensor, parameter: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -66,10 +64,6 @@ def full_tensor(value: torch.Tensor, parameter: torch.Tensor, axis: Axis) -> tor
     dim: int = parameter.partition_dim  # type: ignore[attr-defined]
     rows = value.detach().transpose(0, dim)
     return gather_replicated(rows, axis, full_shape(parameter)[dim]).transpose(0, dim).contiguous()
-
-
-def _num_real(rank: int, size: int, full_size: int) -> int:
-    return min(size, max(0, full_size - rank * size))
 
 
 class SharedParameters:

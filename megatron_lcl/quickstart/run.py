@@ -54,7 +54,7 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None,
 
     say(1, f"real documents: {html or 'the GIMP manual'}")
     pages = _Pages(output, html, given)
-    say(2, "emoji by eight vendors, and preprocess: documents → corpora")
+    say(2, "emoji by eight artists, and preprocess: documents → corpora")
     blend = _add_emoji(pages, given)
     if not blend:
         pages.write()
@@ -66,7 +66,7 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None,
     say(3, "train")
     if code := train_on_this_machine(config, output / CONFIG):
         return code
-    say(4, "evaluate on held-out documents" + ", and on the pictures of a vendor that training never saw" * blend)
+    say(4, "evaluate on held-out documents" + ", and on the images of an artist that training never saw" * blend)
     run, encoder, page = output / RUN, output / ENCODER, output / REPORT
     checkpoint = find_checkpoint(run)
     print(evaluate_checkpoint(checkpoint, output / HELD_OUT, run), flush=True)

@@ -84,19 +84,15 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
     (
         "Evaluations",
         (
-            Spec(
-                "held-out recall@10 (%)",
-                ("heldout/image_to_context_recall_at_10", "heldout/context_to_image_recall_at_10"),
-                ("image to context", "context to image"),
-                {"heldout/chance_at_10": "chance", "heldout/context_to_image_chance_at_10": "chance"},
-                in_percent=True,
-            ),
-            Spec(
-                "held-out recall@1 (%)",
-                ("heldout/image_to_context_recall_at_1", "heldout/context_to_image_recall_at_1"),
-                ("image to context", "context to image"),
-                {"heldout/chance_at_1": "chance", "heldout/context_to_image_chance_at_1": "chance"},
-                in_percent=True,
+            *(
+                Spec(
+                    f"held-out recall@{k} (%)",
+                    (f"heldout/image_to_context_recall_at_{k}", f"heldout/context_to_image_recall_at_{k}"),
+                    ("image to context", "context to image"),
+                    {f"heldout/chance_at_{k}": "chance", f"heldout/context_to_image_chance_at_{k}": "chance"},
+                    in_percent=True,
+                )
+                for k in (10, 1)
             ),
             Spec(
                 "held out, the image among its document's (%)",
@@ -204,7 +200,12 @@ CHANCE_OF = {
     for n, name in enumerate(spec.names)
 }
 """of shares, which are shown in percent: the metric of what chance has, then what earlier versions called it"""
-FAMILIES = {"grad_norm": "gradient norm by part", "update_norm": "update norm by part", "lr": "learning rate by part"}
+FAMILIES = {
+    "grad_norm": "gradient norm by part",
+    "update_norm": "update norm by part",
+    "max_attention_logit": "largest attention logit by part",
+    "lr": "learning rate by part",
+}
 """prefixes whose metrics have one unit and are drawn together"""
 MAX_LINES = 8
 """in a chart"""

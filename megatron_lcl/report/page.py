@@ -36,12 +36,11 @@ from megatron_lcl.report.charts import short
 from megatron_lcl.report.curves import groups
 from megatron_lcl.report.events import NAMES, newest, numbers
 from megatron_lcl.report.files import read_json
-from megatron_lcl.report.gallery import read_gallery, read_others
 from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.retrieval import with_images
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, EXAMPLES, GALLERY, HELDOUT, LABELED, PLAN, PROFILE
-from megatron_lcl.train.checkpoint.folder import last_ledger
+from megatron_lcl.train.checkpoint.folder import last_progress, ledger_of
 from megatron_lcl.train.telemetry.lines import results_inside
 from megatron_lcl.units import in_bytes, plain
 
@@ -102,7 +101,7 @@ class RunPage:
         profile, planned = list(_profile(run, folder)), read_json(run / PLAN, "plan --json") or self._plan()
         examples, is_other = with_images(read_json(run / EXAMPLES), evaluation, config.data.cache)
         has = {
-            "names": gallery if (gallery := read_gallery(run)) else None,
+            "names": (gallery := read_json(run / GALLERY)),
             "heldout": evaluation,
             "labeled": (labeled := read_json(run / LABELED)),
             "curves": (drawn := groups(metrics.series, metrics.last_step, events)),
@@ -124,7 +123,7 @@ class RunPage:
             config_yaml=configs.to_yaml(config),
             changed=list(changed_settings(config)),
             gallery=gallery,
-            others=read_others(run),
+            others=_others(run),
             speed=speed,
             groups=drawn,
             planned=planned,
@@ -162,7 +161,7 @@ class RunPage:
     @functools.cached_property
     def _ledger(self) -> Ledger | None:
         """What the packs so far depend on; None where there is no checkpoint yet."""
-        return last_ledger(self.run)
+        return ledger_of(last_progress(self.run))
 
     @property
     def first_batch(self) -> int:
@@ -299,6 +298,16 @@ def _heldout_tiles(found: Mapping[str, Any]) -> Iterator[Tile]:
         yield f"{found['bits_per_token']:.2f}", "bits a token, generation", f"{found['targets']} targets"
 
 
+def _others(run: Path) -> list[dict[str, Any]]:
+    """Zero-shot results of evaluations in folders of the run folder, each with `folder`, its name."""
+    return [
+        {**result, "folder": file.parent.name}
+        for file in results_inside(run)
+        for result in read_json(file)
+        if result.get("task") == "zero-shot classification"
+    ]
+
+
 def _labeled_tiles(found: Mapping[str, Any]) -> Iterator[Tile]:
     """Of an evaluation on labeled images."""
     for name, title, chance in (
@@ -340,15 +349,11 @@ def changed_settings(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def text_of(value: Any) -> str:
     """A setting's value as it is read."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(text_of, value)) or "none"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {text_of(part)}" for key, part in value.items()) or "none"
-    return str(value)
+    return fields.plain_text(value)
 
 
 def _profile(run: Path, folder: Path | None) -> Iterator[tuple[str, str | None, str]]:

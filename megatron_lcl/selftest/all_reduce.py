@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_lcl.parallel.mesh import Axis, join_processes, local_device
 from megatron_lcl.train.launch import hosts
-from megatron_lcl.train.launch_store import keys_set, open_store, wait_for_keys
+from megatron_lcl.train.launch_store import PortTaken, keys_set, open_store, wait_for_keys
 from megatron_lcl.train.resilience.faults import exit_if_lost, name_nodes, node
 from megatron_lcl.train.resilience.signals import leave
 from megatron_lcl.train.resilience.start import LOST
@@ -83,7 +83,7 @@ def _meet(rank: int, size: int, timeout: float) -> tuple[dist.Store, list[str]]:
         if rank == 0:
             store.set("missing", json.dumps(_wait_for(store, size, timeout)))
         missing = json.loads(store.get("missing"))
-    except RuntimeError as error:
+    except (RuntimeError, PortTaken) as error:  # another node may have the port free
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         _end(rank, [0], f"does not answer at {where} ({str(error).splitlines()[0]})")
     if missing and rank == 0:

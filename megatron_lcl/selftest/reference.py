@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,10 @@ from torch import nn
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.model.activations import Activations
+from megatron_lcl.model.block import Block
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import MAX_LOG_SCALE, PARTS, build_layers
+from megatron_lcl.model.layers import MAX_LOG_SCALE, PARTS, PoolInterleave, build_layers
 from megatron_lcl.model.lcl import LCL, LayerList
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.selftest.cases import EMA, STEPS, TAIL, WEIGHTS_OF_PHASES, Case, lone_images_and_texts, make_batches
@@ -38,6 +41,8 @@ class Trajectory:
     grad_norms: list[float] = field(default_factory=list)
     norms_of_parts: list[list[float]] = field(default_factory=list)
     """per step but the last: of the gradient before it is clipped, by part of the model; then of the update"""
+    attention_logits: list[list[float]] = field(default_factory=list)
+    """of the same steps: the largest of the vision encoder, the pool, the language model"""
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     """of the first step, clipped, by parameter that is trained"""
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -69,7 +74,10 @@ def reference(case: Case) -> Trajectory:
     for step in range(STEPS):
         model.zero_grad()
         other_weight = WEIGHTS_OF_PHASES[step] if case.phases else published
-        generation, other = _losses(model, make_batches(config, step), case.objective)
+        batches = make_batches(config, step)
+        if step < STEPS - 1:
+            out.attention_logits.append(_attention_logits(model, batches))
+        generation, other = _losses(model, batches, case.objective)
         (weight * generation + other_weight * other).backward()
         # DeepSpeed's gradients are zero where torch has none
         gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
@@ -124,6 +132,49 @@ def _norms_by_part(tensors: Mapping[str, torch.Tensor], config: Config) -> list[
     for name, tensor in tensors.items():
         squares[called(name, config.model).partition(".")[0]] += float(tensor.double().square().sum())
     return [math.sqrt(square) for square in squares.values()]
+
+
+@torch.no_grad()
+def _attention_logits(model: LayerList, batches: Sequence[PackedBatch]) -> list[float]:
+    """q·k/√K of the queries that docs/metrics.md names, one after another, in float64."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [
+        layer.attention.register_forward_hook(lambda _, __, qkv: kept.append((qkv[0].double(), qkv[1].double())))
+        for layer in model
+        if isinstance(layer, Block)
+    ]
+    vision = language = pool = -math.inf
+    for batch in batches:
+        kept.clear()
+        x: Any = Activations.of(batch)
+        for layer in model:
+            if isinstance(layer, PoolInterleave):
+                q = layer.q(layer.norm_q(layer.query)).unflatten(-1, (layer.heads, -1))[0].double()
+                keys = layer.k(layer.norm_k(layer.norm(x.hidden))).unflatten(-1, (layer.heads, -1)).double()
+                blocks_of_vision, first = len(kept), layer.prefix
+            x = layer(x)
+        length = len(keys) // len(batch.image_start)
+        for slot in torch.nonzero((batch.image_start >= 0) | (batch.image_soi >= 0))[:, 0].tolist():
+            own = slice(slot * length, (slot + 1) * length)
+            pool = max(pool, _largest(q, keys[own][first:]))
+            for queries, k in kept[:blocks_of_vision]:
+                vision = max(vision, *(_largest(queries[own][row], k[own]) for row in _spread(length, 16)))
+        starts, tokens = batch.cu_seqlens.tolist(), len(batch.tokens) // len(batch.packs)
+        for row in (pack * tokens + row for pack in range(len(batch.packs)) for row in _spread(tokens, 64)):
+            start = max(start for start in starts if start <= row)
+            for queries, k in kept[blocks_of_vision:] if batch.positions[row] else ():
+                language = max(language, _largest(queries[row], k[start : row + 1]))
+    for hook in hooks:
+        hook.remove()
+    return [vision, pool, language]
+
+
+def _largest(q_HK: torch.Tensor, k_LHK: torch.Tensor) -> float:
+    return float((q_HK * k_LHK).sum(-1).max()) / math.sqrt(q_HK.shape[-1])
+
+
+def _spread(number: int, most: int) -> list[int]:
+    return sorted({math.floor(i * (number - 1) / (most - 1)) for i in range(most)} if number > most else range(number))
 
 
 class _Optimizer:

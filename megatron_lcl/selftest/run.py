@@ -142,13 +142,13 @@ def compare(case: Case, ours: Trajectory, truth: Trajectory) -> Verdict:
         faults.append("losses")
     if not norm <= bounds.losses:
         faults.append("gradient norms")
-    parts = [
-        (a, b)
-        for x, y in zip(ours.norms_of_parts, truth.norms_of_parts, strict=True)
-        for a, b in zip(x, y, strict=True)
-    ]
-    if not all(_relative(a, b) <= bounds.one for a, b in parts):
-        faults.append("norms by part")
+    for what, own, expected_ones in (
+        ("norms by part", ours.norms_of_parts, truth.norms_of_parts),
+        ("attention logits", ours.attention_logits, truth.attention_logits),
+    ):
+        parts = [(a, b) for x, y in zip(own, expected_ones, strict=True) for a, b in zip(x, y, strict=True)]
+        if not all(_relative(a, b) <= bounds.one for a, b in parts):
+            faults.append(what)
     gradient, of_gradients = _distance(ours.gradients, truth.gradients, bounds.gradient, "gradients")
     parameters, of_parameters = _distance(ours.parameters, truth.parameters, bounds.parameters, "parameters")
     total = _norm(truth.gradients.values())

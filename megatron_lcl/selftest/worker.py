@@ -133,6 +133,7 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
         if result.measured is not None:
             measured = result.measured
             out.norms_of_parts.append([*measured.grad_norms.values(), *measured.update_norms.values()])
+            out.attention_logits.append([measured.attention_logits[part] for part in ("vision", "pool", "language")])
         if step == 0:  # Adam's first moment is then the gradient it was given, times 1 - beta1
             moments = read_parameters(engine, mesh, "exp_avg")
             out.gradients = {name: value / (1 - config.optimizer.betas[0]) for name, value in moments.items()}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, load
 from megatron_lcl.config.phases import phases_of
@@ -25,9 +27,18 @@ from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train.apex import check_apex
 from megatron_lcl.train.averages import average_names, check_averages
 from megatron_lcl.train.changes import Changes, changed_settings
-from megatron_lcl.train.checkpoint.folder import last_progress, leftover_bytes, list_checkpoints, resumable
+from megatron_lcl.train.checkpoint.folder import (
+    Layout,
+    last_checkpoint,
+    last_progress,
+    leftover_bytes,
+    list_checkpoints,
+    read_progress,
+    resumable,
+)
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
 from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
+from megatron_lcl.train.checkpoint.reshard import UNIVERSAL
 from megatron_lcl.train.determinism import check_determinism
 from megatron_lcl.train.fits import check_memory
 from megatron_lcl.train.heldout import check_heldout
@@ -35,8 +46,8 @@ from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import available
 from megatron_lcl.train.optimizer import check_optimizer
-from megatron_lcl.train.parts import check_freeze, check_frozen_have_weights, frozen_parameters
-from megatron_lcl.train.precision import check_dtype
+from megatron_lcl.train.parts import check_freeze, check_frozen_have_weights, frozen_parameters, frozen_patterns
+from megatron_lcl.train.precision import DTYPES, check_dtype, resolve_dtype
 from megatron_lcl.train.settings import check_quantized, deepspeed_config
 from megatron_lcl.train.telemetry.lines import has_steps
 from megatron_lcl.train.telemetry.profile import check_profile
@@ -76,7 +87,7 @@ def check(config: Config, processes: int, local: int | None = None, elsewhere: b
     run = Path(config.train.output)
     check_output(run, config)
     if not elsewhere:
-        check_space(config, leftover_bytes(run / CHECKPOINTS))
+        check_space(config, processes, leftover_bytes(run / CHECKPOINTS))
     if config.checkpoint.mirror is not None:
         Mirror(config.checkpoint.mirror).check_owner(config.train.output)
     if not list_checkpoints(run):
@@ -189,7 +200,7 @@ def _is_of_no_run(path: Path) -> bool:
     )
 
 
-def check_space(config: Config, removable: int = 0) -> None:
+def check_space(config: Config, processes: int, removable: int = 0) -> None:
     """The disk of the run folder has room for one more checkpoint, where steps are left to make.
 
     removable: bytes there that will be removed before the first save.
@@ -197,18 +208,64 @@ def check_space(config: Config, removable: int = 0) -> None:
     run = Path(config.train.output)
     if (progress := last_progress(run)) is not None and progress.step >= config.train.steps:
         return
-    averages, trained = len(average_names(config)), num_parameters(config.model, frozen_parameters(config))
-    # the weights as one file, and averages; the optimizer's float32 weights, its two moments, and averages
-    needed = 4 * ((1 + averages) * num_parameters(config.model) + (3 + averages) * trained)
+    of_checkpoint, of_universal = space_needed(config, processes)
+    needed = of_checkpoint + of_universal
     try:
         free = shutil.disk_usage(nearest_folder(run)).free
     except OSError:
         return
     if free + removable < needed:
         raise UserError(
-            f"train.output = {run}: a checkpoint of this model takes at least {in_bytes(needed)}, and "
+            f"train.output = {run}: a checkpoint of this model takes at least {in_bytes(of_checkpoint)}, "
+            + (f"the last one, converted to another layout, {in_bytes(of_universal)} more, " if of_universal else "")
+            + "and "
             f"{free_space(run)}; make room, or name another folder"
         )
+
+
+def space_needed(config: Config, processes: int) -> tuple[int, int]:
+    """Bytes that the next checkpoint of a run takes, and those of the last one's universal form, which lies beside it
+    where the run goes on at another layout and it has none yet; what is in them besides numbers is not counted.
+
+    Of a parameter that was frozen at an earlier resume, averages of its own are not counted: it may have none.
+    """
+    model, frozen = config.model, frozen_parameters(config)
+    whole, trained, averages = num_parameters(model), num_parameters(model, frozen), len(average_names(config))
+    # weights and averages as files; of the optimizer the float32 weights, two moments, and averages
+    needed = 4 * ((1 + averages) * whole + (3 + averages) * trained)
+    # the weights that the model computes with, but with ZeRO-3; and what is frozen once more from ZeRO-2 on, in
+    # DeepSpeed's own entry, and once more in half precision, in ours (checkpoint/frozen.py)
+    dtype, stage = resolve_dtype(config), config.zero.stage
+    copies = (whole if stage < 3 else 0) + (whole - trained) * ((stage > 1) + (dtype != "float32"))
+    needed += DTYPES[dtype].itemsize * copies
+    last = last_checkpoint(Path(config.train.output))
+    if last is None:
+        return needed, 0
+    before = read_progress(last)
+    frozen_before = frozen_parameters(configs.replace(config, train__freeze=before.layout.frozen))
+    frozen_since = frozen - frozen_before
+    own = before.averaged.keys() & average_names(config).keys()
+    needed += 4 * len(own) * (whole - num_parameters(model, frozen_since))
+    if not is_other_layout(before.layout, config, processes) or is_dir(last / UNIVERSAL):
+        return needed, 0
+    entries = 2 * (before.layout.zero_stage == 2)  # DeepSpeed's, in each of the two files of counts (`reshard`)
+    in_entries = entries * DTYPES[before.layout.dtype].itemsize * (whole - num_parameters(model, frozen_before))
+    return needed, 4 * (3 + len(before.averaged)) * whole + in_entries
+
+
+def is_other_layout(before: Layout, config: Config, processes: int) -> bool:
+    """Whether a run on so many processes has another layout; where its pipeline is cut is not known yet."""
+    now = replace(
+        before,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        data=check_layout(config, processes),
+        zero_stage=config.zero.stage,
+        dtype=resolve_dtype(config),
+        deepspeed=json.loads(json.dumps(config.deepspeed)),
+        frozen=frozen_patterns(config),
+    )
+    return now != before
 
 
 def check_model(saved: Path, config: Config) -> None:

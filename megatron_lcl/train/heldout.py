@@ -21,7 +21,7 @@ from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks
 from megatron_lcl.evaluate.heldout_results import write_heldout
 from megatron_lcl.evaluate.labeled import TASKS as LABELED_TASKS
 from megatron_lcl.evaluate.labeled import LabeledEvaluation, named_tasks, open_labeled, write_labeled
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.layout import num_micro_batches

@@ -231,11 +231,15 @@ def _wait(command: str, children: list[subprocess.Popen[bytes]], heard: _Heard, 
     """command: for messages. came: signals in the order in which they came. Their handler only adds to it: it may run
     at any point of this."""
     failed = stopped = 0
-    since: float | None = None  # when the first process ended
+    waited, now = 0.0, time.monotonic()
     running = children
     killed: list[subprocess.Popen[bytes]] = []
     while running:
+        before, some_ended = now, len(running) < len(children)
         time.sleep(0.1)
+        now = time.monotonic()
+        if some_ended:
+            waited += min(now - before, 1.0)  # where more has passed this process was stopped, and the others with it
         running = [child for child in children if child.poll() is None]
         timeouts = heard.timeouts()
         while came and running:
@@ -243,8 +247,6 @@ def _wait(command: str, children: list[subprocess.Popen[bytes]], heard: _Heard, 
             stopped = stopped or (0 if timeouts else signum)
             for child in running:
                 child.send_signal(signal.SIGKILL if stopped else signum)
-        if len(running) < len(children) and since is None:
-            since = time.monotonic()
         failures = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
         if failures and not failed and not killed:
             rank, failed = failures[0]
@@ -252,7 +254,7 @@ def _wait(command: str, children: list[subprocess.Popen[bytes]], heard: _Heard, 
                 name = signal.Signals(-failed).name
                 complain(f"{command}: process {rank} was killed by {name}")
         grace = GRACE_SECONDS + max(timeouts, default=0.0) + (0 if failures else END_SECONDS)
-        if running and not killed and since is not None and time.monotonic() - since > grace:
+        if running and not killed and waited > grace:
             killed = running
             for child in killed:
                 child.kill()

@@ -11,13 +11,18 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_lcl.errors import RunError
+from megatron_lcl.errors import RunError, UserError
 
 LOOPBACK = "127.0.0.1"
 
 
+class PortTaken(UserError):
+    """Another program listens at the port at which processes are to meet."""
+
+
 def open_store(timeout: float) -> dist.TCPStore:
-    """The launch's store, which its first process serves, or torchrun's agent. dist.DistError where none answers.
+    """The launch's store, which its first process serves, or torchrun's agent. dist.DistError where none answers,
+    PortTaken as `serve_store`.
 
     timeout: seconds for every request of it.
     """
@@ -31,6 +36,7 @@ def open_store(timeout: float) -> dist.TCPStore:
 
 def serve_store(host: str, port: int, timeout: float) -> dist.TCPStore:
     """A store that this process serves; port: 0 for any, which then is its `port`. timeout: as of `open_store`.
+    PortTaken where another program has the port.
 
     It asks nobody who he is. At the loopback address it listens only there, where torch's own would at all addresses of
     the machine. A second run of this process shares the first one's server, while parts of that one's groups are left.
@@ -46,15 +52,23 @@ def serve_store(host: str, port: int, timeout: float) -> dist.TCPStore:
             if error.errno != errno.EADDRINUSE:
                 raise dist.DistNetworkError(f"{LOOPBACK}:{port}: {error.strerror}") from None
             # by a server of this process, which torch knows, or by somebody else, of whom torch says it
-    return dist.TCPStore(
-        host,
-        port,
-        is_master=True,
-        timeout=timedelta(seconds=timeout),
-        wait_for_workers=False,
-        multi_tenant=True,
-        master_listen_fd=listening,
-    )
+    try:
+        return dist.TCPStore(
+            host,
+            port,
+            is_master=True,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=True,
+            master_listen_fd=listening,
+        )
+    except dist.DistNetworkError as error:
+        if errno.errorcode[errno.EADDRINUSE] not in str(error):
+            raise
+        raise PortTaken(
+            f"MASTER_PORT = {port}: another program has this port of {host}, where the processes are to meet; set "
+            "MASTER_PORT to a free one in all processes (DeepSpeed's launcher: --master_port)"
+        ) from None
 
 
 def gloo_on_loopback(host: str) -> None:

@@ -26,7 +26,7 @@ from megatron_lcl.data.loading.shared_memory import free_shared_memory
 from megatron_lcl.machine import control_groups
 from megatron_lcl.model.layers import layer_kinds, num_parameters
 from megatron_lcl.train.averages import average_names
-from megatron_lcl.train.checkpoint.folder import last_progress
+from megatron_lcl.train.checkpoint.folder import last_progress, ledger_of
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
@@ -127,9 +127,8 @@ def slots_of(ledger: Ledger, config: Config) -> list[int]:
 def run_slots(config: Config) -> list[int]:
     """The same before the run starts, or goes on from its own checkpoint. UserError or OSError for its corpora's."""
     progress = last_progress(Path(config.train.output))
-    previous = Ledger.from_json(progress.ledger) if progress else None
     step, consumed = (progress.step, progress.packs) if progress else (0, 0)
-    ledger = open_run_ledger(config, objectives.create(config).sequences, previous, step, consumed)
+    ledger = open_run_ledger(config, objectives.create(config).sequences, ledger_of(progress), step, consumed)
     return slots_of(ledger, config)
 
 

@@ -16,7 +16,7 @@ from megatron_lcl.train.apex import fused_adam
 from megatron_lcl.train.optimizers.pieces import ELSEWHERE, Tensor
 from megatron_lcl.train.optimizers.tensorwise import Rule, Tensorwise
 from megatron_lcl.train.parts import called, rates_of
-from megatron_lcl.train.settings import offloaded
+from megatron_lcl.train.settings import offloaded, zero_options
 from megatron_lcl.train.uncompiled import uncompiled
 
 _MATRICES = re.compile(r"(vision|language)\.blocks\..*\.weight|pool\.(q|k|v|out)\.weight")
@@ -100,7 +100,7 @@ def muon_parts(name: str, shape: torch.Size, model: Model, per_head: bool) -> in
 
 def check_optimizer(config: Config) -> None:
     """UserError for what the optimizer cannot do with the rest of the config."""
-    optimizer, zero = config.optimizer, config.deepspeed.get("zero_optimization", {})
+    optimizer, zero = config.optimizer, zero_options(config)
     if optimizer.min_lr > optimizer.lr:  # not in the section itself: checkpoints of earlier versions may have it
         raise UserError(
             f"optimizer.min_lr = {optimizer.min_lr:g} is above optimizer.lr = {optimizer.lr:g}, from which the "

@@ -20,6 +20,8 @@ class Measured:
     """of the gradient before it is clipped, by part of the model; the root of the sum of squares is the whole norm"""
     update_norms: Mapping[str, float]
     """of the change of the float32 weights, weight decay included, by part"""
+    attention_logits: Mapping[str, float]
+    """the largest, by part; NaN of a part without attention"""
     latents: torch.Tensor
     """[n, D] float32, in host memory: latents of some pairs of the global batch, as the pool gives them; [0, D] on
     processes other than the first, and where there are no pairs"""
@@ -71,10 +73,10 @@ class PendingResult:
         skipped: torch.Tensor | bool = False,
     ) -> None:
         """numbers: scalars by the names of `result_names`, where the head is, else None; what is missing is 0.
-        UserError where there are others. norms: [2, parts] of gradient and update, the same on every process.
-        features: [n, 2 D] latents and contexts, without values where the head is not; both None where nothing is
-        measured. wanted: whether this process is to have the features. skipped: whether the step has changed nothing;
-        a scalar, 1 or 0, where only the device knows it."""
+        UserError where there are others. norms: [3, parts] of gradient and update, and the largest attention logits,
+        the same on every process. features: [n, 2 D] latents and contexts, without values where the head is not; both
+        None where nothing is measured. wanted: whether this process is to have the features. skipped: whether the step
+        has changed nothing; a scalar, 1 or 0, where only the device knows it."""
         self.counts, self.pipeline, self.wanted = counts, pipeline, wanted
         self.skipped = skipped
         self.applied: bool | None = None if isinstance(skipped, torch.Tensor) else not skipped
@@ -107,8 +109,8 @@ class PendingResult:
         of_names = dict(zip(self._names, values, strict=True))
         measured = None
         if self.features is not None:
-            grads, updates = (dict(zip(PARTS, row, strict=True)) for row in norms.view(2, -1).tolist())
-            measured = Measured(grads, updates, *features.view(-1, self.features.shape[1]).chunk(2, 1))
+            grads, updates, logits = (dict(zip(PARTS, row, strict=True)) for row in norms.view(3, -1).tolist())
+            measured = Measured(grads, updates, logits, *features.view(-1, self.features.shape[1]).chunk(2, 1))
         return StepResult(
             of_names["loss"],
             of_names["log_scale"],

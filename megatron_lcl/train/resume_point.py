@@ -142,7 +142,7 @@ def resolve_resume_point(
         settings = check(config, mesh.world.size, everywhere[0].local)
         until_end.enter_context(lock_run_folder(run))
         checkpoint.clear_leftovers(run / CHECKPOINTS)  # as the first save does, for which there is to be room
-        check_space(config)  # again: it is there now, and others write too
+        check_space(config, mesh.world.size)  # again: it is there now, and others write too
         return settings, holder_of(run)
 
     settings, holder = _on_first(lock, config, mesh, signals)

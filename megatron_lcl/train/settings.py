@@ -17,6 +17,7 @@ import torch
 
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
+from megatron_lcl.fields import flat
 from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.precision import resolve_dtype
@@ -105,6 +106,20 @@ def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
     return merged
 
 
+def zero_options(config: Config) -> Mapping[str, Any]:
+    """What `deepspeed:` sets of ZeRO. UserError where that is no mapping."""
+    options = config.deepspeed.get("zero_optimization", {})
+    if isinstance(options, Mapping):
+        return options
+    if options is None:
+        raise UserError(_empty("deepspeed.zero_optimization"))
+    raise UserError(f"deepspeed.zero_optimization = {options!r}: give settings below it; zero.stage is the stage")
+
+
+def _empty(keys: str) -> str:
+    return f"{keys} is empty: give the settings of the section, indented below it, or remove the key"
+
+
 def sums_apart(config: Config, dtype: str) -> bool:
     """Whether gradients go to DeepSpeed's BF16_Optimizer: it adds them to float32 sums of all that is trained, and
     reduces these after the last backward. dtype: that of the run (`precision.resolve_dtype`)."""
@@ -116,7 +131,7 @@ def offloaded(config: Config) -> frozenset[str]:
 
     A section `offload_…` without a device, or with the device `none`, moves nothing.
     """
-    zero = config.deepspeed.get("zero_optimization", {})
+    zero = zero_options(config)
     earlier = {"optimizer": "cpu_offload", "param": "cpu_offload_param"}  # names, which DeepSpeed still takes
     sections = {what: zero.get(f"offload_{what}") for what in earlier}
     return frozenset(
@@ -134,6 +149,8 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str = "deepspeed"
             merged[key] = value
         elif isinstance(ours[key], dict) and isinstance(value, dict):
             merged[key] = _merge(ours[key], value, f"{path}.{key}")
+        elif isinstance(ours[key], dict) and value is None:
+            raise UserError(_empty(f"{path}.{key}"))
         else:
             raise UserError(f"{path}.{key} = {value!r} is decided by the rest of the config ({ours[key]!r}); remove it")
     return merged
@@ -148,7 +165,7 @@ def _check(config: Config, settings: dict[str, Any], data_parallel: int) -> None
         if name in theirs:
             raise UserError(f"deepspeed.{name} is decided by the `optimizer` section; remove it")
     _check_names(theirs, settings)
-    zero = theirs.get("zero_optimization", {})
+    zero = zero_options(config)
     _check_checkpoints(theirs.get("checkpoint", {}), zero)
     if zero.get("compute_grad_norm", True) is not True:
         raise UserError(
@@ -164,7 +181,7 @@ def check_zero(config: Config, data_parallel: int) -> None:
     for path, (without_effect, reason) in _UNUSABLE.items():
         if (value := _value(config.deepspeed, path.split("."))) not in (None, without_effect):
             raise UserError(f"deepspeed.{path} = {value!r}: {reason}; remove it")
-    zero = config.deepspeed.get("zero_optimization", {})
+    zero = zero_options(config)
     for name, without_effect in _NOT_SCATTERED.items():
         value = config.deepspeed.get(name)
         if value not in (None, without_effect) and config.zero.stage > 1 and zero.get("reduce_scatter", True):
@@ -194,7 +211,7 @@ def _value(settings: Any, path: Sequence[Any]) -> Any:
 
 def check_quantized(config: Config) -> None:
     """UserError where this machine cannot quantize what ZeRO-3 sends."""
-    for name, value in config.deepspeed.get("zero_optimization", {}).items():
+    for name, value in zero_options(config).items():
         if name.startswith("zero_quantized_") and value and not torch.cuda.is_available():
             raise UserError(
                 f"deepspeed.zero_optimization.{name} needs a GPU, for which alone it has kernels; remove it"
@@ -267,6 +284,9 @@ def _check_names(theirs: dict[str, Any], settings: dict[str, Any]) -> None:
         value = f" = {first['input']!r}" if where else ""
         raise UserError(f"{path}{value}: {first['msg']}") from None
     except Exception as error:  # noqa: BLE001 - whatever DeepSpeed objects to in its config
+        empty = [f"deepspeed.{path}" for path, value in flat(theirs).items() if value is None]
+        if empty and "NoneType" in str(error):  # of several, some may be settings that may be null
+            raise UserError(_empty(" or ".join(empty))) from None
         raise UserError(f"deepspeed: {' '.join(str(error).split())}") from None
     for path, known in _ignored(theirs, recording, "deepspeed"):
         raise UserError(_unknown(path, known))

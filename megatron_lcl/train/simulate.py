@@ -51,6 +51,7 @@ from megatron_lcl.train.memory import estimate
 from megatron_lcl.train.parts import frozen_parameters, of_layer
 from megatron_lcl.train.pipeline.partition import partition_uniform
 from megatron_lcl.train.precision import resolve_dtype
+from megatron_lcl.train.settings import zero_options
 from megatron_lcl.train.storages import Storages
 
 _SIMULATED = 3
@@ -157,7 +158,7 @@ def usage_of(config: Config, processes: int, images: int, stage: int, simulated:
     images: image slots of a pack.
     """
     data, split = check_layout(config, processes), config.parallel.tensor * config.parallel.pipeline
-    few = data if "zero_hpz_partition_size" in config.deepspeed.get("zero_optimization", {}) else min(data, REPLICAS)
+    few = data if "zero_hpz_partition_size" in zero_options(config) else min(data, REPLICAS)
     fewer = configs.replace(config, train__global_batch=config.train.global_batch // data * few)
     found = simulated(fewer, few * split, images, stage * few * config.parallel.tensor)
     if few == data:

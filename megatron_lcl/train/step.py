@@ -18,7 +18,9 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.layers import MAX_LOG_SCALE, Outputs
+from megatron_lcl.model import attention_logits
+from megatron_lcl.model.activations import Outputs
+from megatron_lcl.model.layers import MAX_LOG_SCALE, PARTS
 from megatron_lcl.objectives.base import (
     GlobalCounts,
     Objective,
@@ -158,27 +160,30 @@ class Stepper:
         In a pipeline every process of the replica has their integers. A step whose loss is not finite or above `limit`,
         or whose gradient is not finite, changes nothing: see `nan_if_rejected`, and `applied` of the result.
 
-        measure: also norms by part, and features for a look at their health (`Measured`). All processes agree on it.
+        measure: also norms and the largest attention logits by part, and features for a look at their health
+        (`Measured`). All processes agree on it.
         """
         engine, mesh, objective, clock = self.engine, self.mesh, self.objective, self.clock
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         counts = GlobalCounts.of(batches, mesh, torch.device("cpu"))
-        outputs: list[Outputs] = []
-        if objective.all_features_first:
-            clock.enter("forward")
-            retain = objective.keeps_graphs
-            with torch.set_grad_enabled(retain):
-                outputs = self._first_forwards(batches if retain else [without_targets(batch) for batch in batches])
-            if not retain:  # a term that reads it is not to train with 0 here, and otherwise where memory suffices
-                outputs = [o._replace(generation=torch.full_like(o.generation, math.nan)) for o in outputs]
-        clock.enter("loss")
-        head, loss = self._head(), None
-        sample = FeatureSample(counts, mesh.data) if measure else None
-        if head is not None:
-            inputs = StepInputs(batches, outputs, counts=counts, mesh=mesh, **read_numbers(head))
-            loss = StepLoss(objective, inputs, limit, sample)
-        with self._part_norms().measured() if measure else contextlib.nullcontext() as norms:
+        with contextlib.ExitStack() as measuring:
+            norms = measuring.enter_context(self._part_norms().measured()) if measure else None
+            logits = measuring.enter_context(attention_logits.watched(engine.module)) if measure else None
+            sample = FeatureSample(counts, mesh.data) if measure else None
+            outputs: list[Outputs] = []
+            if objective.all_features_first:
+                clock.enter("forward")
+                retain = objective.keeps_graphs
+                with torch.set_grad_enabled(retain):
+                    outputs = self._first_forwards(batches if retain else [without_targets(batch) for batch in batches])
+                if not retain:  # a term that reads it is not to train with 0 here, and otherwise where memory suffices
+                    outputs = [o._replace(generation=torch.full_like(o.generation, math.nan)) for o in outputs]
+            clock.enter("loss")
+            head, loss = self._head(), None
+            if head is not None:
+                inputs = StepInputs(batches, outputs, counts=counts, mesh=mesh, **read_numbers(head))
+                loss = StepLoss(objective, inputs, limit, sample)
             self._backwards(batches, outputs, loss)
         clock.enter("optimizer")
         if head is not None:
@@ -195,8 +200,10 @@ class Stepper:
         if head is not None and loss is not None:
             numbers = loss.numbers() | {"log_scale": read_log_scale(head.log_scale)[0], "grad_norm": grad_norm}
         by_part = features = None
-        if norms is not None and sample is not None:
-            by_part, width = norms.over_all_processes(grad_norm), self.config.model.language.width
+        if norms is not None and logits is not None and sample is not None:
+            largest = logits.over_all_processes(mesh.world, PARTS, engine.device)
+            by_part = torch.cat([norms.over_all_processes(grad_norm), largest[None]])
+            width = self.config.model.language.width
             if head is not None:
                 features = sample.gather(width, engine.device)
             else:

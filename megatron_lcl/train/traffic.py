@@ -31,7 +31,7 @@ from megatron_lcl.train.optimizers.muon import MatrixExchange
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
-from megatron_lcl.train.settings import sums_apart
+from megatron_lcl.train.settings import sums_apart, zero_options
 
 FLOAT, LONG = 4, 8
 SMALL = 256
@@ -181,9 +181,13 @@ def zero3(
     forward and its backward.
     """
     sent: Sent = defaultdict(float)
-    settings = config.deepspeed.get("zero_optimization", {})
-    threshold = settings.get("stage3_param_persistence_threshold", 100_000)
-    stay = forwards == 1 and sum(sizes.values()) <= settings.get("stage3_max_reuse_distance", 1_000_000_000)
+    options = zero_options(config)
+
+    def option(name: str, default: int) -> Any:
+        return options.get(f"stage3_{name}", options.get(name, default))  # DeepSpeed takes both names
+
+    threshold = option("param_persistence_threshold", 100_000)
+    stay = forwards == 1 and sum(sizes.values()) <= option("max_reuse_distance", 1_000_000_000)
     size = mesh.data.size
     for name, number in sizes.items():
         for_backward = 0 if stay or name in idle else 1
@@ -224,14 +228,10 @@ def _layer(
     vision, language = config.model.vision, config.model.language
     v, d, length = vision.width, language.width, vision.num_prefix + batch.num_patches
     has, given = gradients.has, gradients.given
-
-    def padded(rows: int) -> int:
-        return -(-rows // tensor) * tensor
-
     images, tokens, latents = (
-        padded(len(batch.image_soi) * length) * v * a,
-        padded(len(batch.tokens)) * d * a,
-        padded(len(batch.image_soi)) * d * a,
+        _round_up(len(batch.image_soi) * length, tensor) * v * a,
+        _round_up(len(batch.tokens), tensor) * d * a,
+        _round_up(len(batch.image_soi), tensor) * d * a,
     )
     kind, _ = layer_kinds(config.model)[layer]
     if kind == "patches":
@@ -250,7 +250,7 @@ def _layer(
     if kind in ("vision", "language"):
         rows = images if kind == "vision" else tokens
         return [rows] * 4, [rows] * _in_backward_of_block(gradients)
-    float_latents = padded(len(batch.image_soi)) * d * FLOAT
+    float_latents = _round_up(len(batch.image_soi), tensor) * d * FLOAT
     statistics = 3 * batch.num_targets * FLOAT * tensor
     return [tokens, statistics, float_latents, float_latents], [tokens] * gradients.received
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config, Evaluate
+from megatron_lcl.config import Config, Evaluate, Schedule
 from megatron_lcl.config import Objective as ObjectiveSection
-from megatron_lcl.objectives.contrast import SigmoidContrast
+from megatron_lcl.objectives.contrast import Contrast, SigmoidContrast
 
 
 def unused_settings(config: Config) -> Iterator[str]:
@@ -18,11 +18,17 @@ def unused_settings(config: Config) -> Iterator[str]:
         f"objective.{name}" for name in weights if getattr(objective, name) is not None and name not in own.published
     ]
     reads_bias = objectives.package_of(config) or any(issubclass(term, SigmoidContrast) for term, _ in own.parts)
-    if config.model.logit_bias is not None and not reads_bias:  # terms of another package may read it
+    reads_scale = objectives.package_of(config) or any(issubclass(term, Contrast) for term, _ in own.parts)
+    # terms of another package may read them
+    if config.model.logit_bias is not None and not reads_bias:
         without.append("model.logit_bias")
+    if config.contrast.initial_log_scale is not None and not reads_scale:
+        without.append("contrast.initial_log_scale")
     yield from (f"{name} has no effect on objective.name = {objective.name}" for name in without)
     if config.schedule.decay_steps is not None and config.schedule.learning_rate == "constant":
         yield "schedule.decay_steps has no effect on schedule.learning_rate = constant"
+    if config.schedule.cooldown_shape != Schedule().cooldown_shape and not config.schedule.cooldown:
+        yield "schedule.cooldown_shape has no effect on schedule.cooldown = 0"
     if not config.train.evaluate_every:
         for name in ("corpus", "labeled", "tasks", "average"):
             if getattr(config.evaluate, name) != getattr(Evaluate(), name):

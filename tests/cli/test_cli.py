@@ -49,6 +49,9 @@ def test_help_documents_every_config_field(capsys: pytest.CaptureFixture[str]) -
         assert f"--{name} " in text
         assert help in text
     assert " data.corpora[].weight  (float, 1)\n" in text
+    sections = re.findall(r"^(\S+):\n  --(\S+) ", text.partition("the last counts:\n")[2], re.M)
+    assert len(sections) == len(dict(sections)) > 15
+    assert [name.rpartition(".")[0] for _, name in sections] == [section for section, _ in sections]
 
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

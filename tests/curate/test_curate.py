@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from megatron_lcl.curate import run
 from megatron_lcl.curate import write as copying
 from megatron_lcl.curate.joins import Places
-from megatron_lcl.curate.run import Curated, curate, read_curated
+from megatron_lcl.curate.result import Curated
+from megatron_lcl.curate.run import curate, read_curated
 from megatron_lcl.curate.settings import Settings, read_settings
 from megatron_lcl.data.corpus.corpus_manifest import filters_of, read_manifest, write_manifest
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,14 @@ from curate.corpora_of_rules import picture, removed, write
 from data.helpers import TOKENIZER
 
 from megatron_lcl.cli import main
-from megatron_lcl.curate.run import SAMPLES_FILE, curate
+from megatron_lcl.curate.result import Unmatched
+from megatron_lcl.curate.run import SAMPLES_FILE, curate, curate_in_jobs
 from megatron_lcl.curate.settings import read_settings
-from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
+from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, read_manifest, write_manifest
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tables import read_table
+from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.prepare.export_corpus import export_corpus
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -111,6 +114,14 @@ def test_a_list_of_names_that_is_none(source: Path, tmp_path: Path) -> None:
         curate(source, tmp_path / "out", read_settings(overrides={"document.excluded_names": str(tmp_path / "names")}))
 
 
+def test_no_job_begins_for_a_list_that_is_none(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_lcl.curate.run.run_jobs", lambda *_, **__: pytest.fail("a job begins"))
+    (tmp_path / "names").write_text("\n")
+    given = read_settings(overrides={"document.excluded_names": str(tmp_path / "names")})
+    with pytest.raises(UserError, match="names has no line"):
+        curate_in_jobs(source, tmp_path / "out", Engine("ray"), given)
+
+
 def test_names_are_excluded_from_no_corpus_that_has_none(source: Path, tmp_path: Path) -> None:
     """As of an earlier release, and what was curated from one."""
     old = tmp_path / "old"
@@ -181,6 +192,20 @@ def test_without_samples_nothing_is_said_of_what_was_removed(
     assert [(row["document"], row["matched"]) for row in rows] == [(0, ""), (8, "")]
 
 
+def test_without_samples_no_fault_of_the_source_is_named(tmp_path: Path) -> None:
+    """It may be one of a document that goes; how many there were stays."""
+    lines = [{"items": [{"text": f"text {n}"}, {"image": f"gone-{n}.png"}]} for n in range(3)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    preprocess("jsonl", tmp_path / "in.jsonl", tmp_path / "source", tokenizer=TOKENIZER, max_bad_fraction=1)
+    (tmp_path / "names").write_text(open_corpus(tmp_path / "source").name(1))
+    rules = ("--document.excluded_names", tmp_path / "names")
+    for samples, names in ((1, ["gone-0.png", "gone-1.png", "gone-2.png"]), (0, [])):
+        out = tmp_path / f"out{samples}"
+        _curate(tmp_path / "source", "--output", out, *rules, "--samples", f"{samples}")
+        assert sorted(set(re.findall(r"gone-\d.png", (out / MANIFEST).read_text()))) == names
+        assert read_manifest(out)["drops"]["bad"] == read_manifest(tmp_path / "source")["drops"]["bad"] != {}
+
+
 def test_a_finished_corpus_with_samples_is_no_corpus_without(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,3 +224,42 @@ def test_a_finished_corpus_with_samples_is_no_corpus_without(
         assert len((tmp_path / f"{num}" / SAMPLES_FILE).read_bytes().splitlines()) == expected
     assert main(["curate", str(source), "--dry-run", "--samples", "-1"])
     assert "--samples -1: give 0 or more" in capsys.readouterr().err
+
+
+def test_lines_that_match_nothing_are_said(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where other rules remove the documents, in several processes, after a run that was killed, and of two lines
+    that match one document; by name only where the corpus may name what somebody wants removed."""
+    wrong = [f"https://site2.org/pgae{n}" for n in range(6)]
+    right = ["other.org", "https://other.org/page1", "Site2.ORG", "www.site2.org", f"{LONG}1/2", "a.jsonl@0 " + URLS[0]]
+    (tmp_path / "names").write_text("\n".join([wrong[0], *right, *wrong, "7"]), "utf-8")
+    rules = {"document.unsafe_names": "[site4]", "document.excluded_names": str(tmp_path / "names")}
+    said = "6 of 13 lines matched no document: "
+    first = ", ".join(map(repr, wrong[:5])) + ", and 1 more"
+
+    def printed(*words: str | Path) -> str:
+        capsys.readouterr()
+        assert (
+            main(["curate", str(source), *map(str, words), "--document.excluded_names", f"{tmp_path / 'names'}"]) == 0
+        )
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert printed("--dry-run", "--samples", "0") == f"document.excluded_names: {said}{first}"
+    for _ in range(2):  # recognized
+        assert printed("--output", tmp_path / "out") == f"document.excluded_names: {said}{first}"
+    recorded = {"lines": 13, "unmatched": 6, "first": wrong[:5]}
+    assert read_manifest(tmp_path / "out")["curated"]["unmatched"] == recorded
+    assert printed("--output", tmp_path / "0", "--samples", "0").endswith(f"{said}`--dry-run` names them")
+    assert read_manifest(tmp_path / "0")["curated"]["unmatched"] == {**recorded, "first": []}
+
+    given = read_settings(overrides=rules)
+    options = {"task_bytes": 100, "workers": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_lcl.curate.run._finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curate(source, tmp_path / "resumed", given, **options)  # type: ignore[arg-type]
+    found = curate(source, tmp_path / "resumed", given, **options).unmatched  # type: ignore[arg-type]
+    assert found == Unmatched(**recorded)  # type: ignore[arg-type]
+    (tmp_path / "names").write_text("other.org\n7\n")
+    assert printed("--dry-run") == "document.excluded_names: every one of 2 lines matched a document"

@@ -129,9 +129,8 @@ def _rules_of_curate(overrides: dict[str, str]) -> int:
 
 def test_versions_of_rules(rules: Callable[[str, bool], int], tmp_path: Path) -> None:
     """Every row of the table, and every format that is not in it."""
-    table = dict(
-        re.findall(r"^\| (.+?) \| ((?:\+ )?\d+) \|$", PAGE.split("### Versions of rules")[1].split("\n## ")[0], re.M)
-    )
+    section = PAGE.split("### Versions of the import rules")[1].split("\n## ")[0]
+    table = dict(re.findall(r"^\| (.+?) \| ((?:\+ )?\d+) \|$", section, re.M))
     first = {format: rules(format, False) for format in importers.formats()}
     by_version: dict[int, list[str]] = {}
     for format, version in sorted(first.items()):

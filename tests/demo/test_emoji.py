@@ -61,13 +61,13 @@ def entry(k: int) -> dict[str, Any]:
             "tags": [LABELS[k], f"tag{k}", "thing"]}  # fmt: skip
 
 
-def bits_of(vendor: int, k: int) -> int:
-    return xxhash.xxh3_64_intdigest(f"{vendor} {k}".encode())
+def bits_of(artist: int, k: int) -> int:
+    return xxhash.xxh3_64_intdigest(f"{artist} {k}".encode())
 
 
-def body(vendor: int, k: int) -> str:
-    """A drawing of 48 x 48 units, bits of vendor and emoji as squares."""
-    bits = bits_of(vendor, k)
+def body(artist: int, k: int) -> str:
+    """A drawing of 48 x 48 units, bits of artist and emoji as squares."""
+    bits = bits_of(artist, k)
     squares = (
         f'<path d="M{x * 12} {y * 12}h12v12h-12z"/>' for x in range(4) for y in range(4) if bits >> (4 * x + y) & 1
     )
@@ -90,10 +90,10 @@ def write_packages(folder: Path) -> None:
         **{"meta/unicode-names.json": json.dumps({CODES[4]: "PIG FACE"}).encode(), "LICENSE": b"Be nice.\n"},
         **shortcodes,
     )
-    for number, vendor in enumerate(emoji.DRAWINGS):
+    for number, artist in enumerate(emoji.DRAWINGS):
         names = [label.replace(" ", "-") for label in LABELS]
-        with_codes = vendor in ("noto", "twemoji")
-        icons: dict[str, Any] = {"prefix": vendor, "width": 48, "height": 48}
+        with_codes = artist in ("noto", "twemoji")
+        icons: dict[str, Any] = {"prefix": artist, "width": 48, "height": 48}
         icons["icons"] = {name: {"body": body(number, k)} for k, name in enumerate(names)}
         icons["icons"]["a-logo"] = {"body": body(number, 99)}  # of no emoji
         if not with_codes:  # names of other years
@@ -102,10 +102,10 @@ def write_packages(folder: Path) -> None:
         else:
             icons["aliases"] = {"kiwi-fruit": {"parent": "kiwi"}}
         chars = {code.lower(): name for code, name in zip(CODES, names, strict=True)} if with_codes else {}
-        info = {"name": vendor.title(), "author": {"name": f"Studio {number}", "url": "example.org/studio"},
+        info = {"name": artist.title(), "author": {"name": f"Studio {number}", "url": "example.org/studio"},
                 "license": {"spdx": "CC-BY-4.0", "url": "example.org/license"}}  # fmt: skip
         npm_package(
-            folder / f"iconify-json-{vendor}-99.0.0.tgz",
+            folder / f"iconify-json-{artist}-99.0.0.tgz",
             "99.0.0",
             **{f"{n}.json": json.dumps(c).encode() for n, c in (("icons", icons), ("chars", chars), ("info", info))},
         )
@@ -125,11 +125,11 @@ def made(once: Callable[..., Any]) -> Path:
 
 def test_a_drawing_has_its_name_in_whatever_year(made: Path) -> None:
     counts = json.loads((made / "sources.json").read_text())["counts"]
-    assert counts["artists"] == {vendor: len(LABELS) for vendor in sorted(emoji.DRAWINGS)}
-    for vendor in ("noto", "fxemoji"):  # with and without code points
-        number = list(emoji.DRAWINGS).index(vendor)
+    assert counts["artists"] == {artist: len(LABELS) for artist in sorted(emoji.DRAWINGS)}
+    for artist in ("noto", "fxemoji"):  # with and without code points
+        number = list(emoji.DRAWINGS).index(artist)
         for k, code in enumerate(CODES):
-            file = made / "documents" / "pictures" / vendor / f"{code.lower()}.png"
+            file = made / "documents" / "pictures" / artist / f"{code.lower()}.png"
             image = Pillow.open(file)
             assert image.size == (72, 72)
             drawn = [
@@ -140,7 +140,7 @@ def test_a_drawing_has_its_name_in_whatever_year(made: Path) -> None:
             assert drawn == [bool(bits_of(number, k) >> (4 * x + y) & 1) for x in range(4) for y in range(4)]
 
 
-def test_documents_hold_the_vendors_that_are_trained_on(made: Path) -> None:
+def test_documents_hold_the_artists_that_are_trained_on(made: Path) -> None:
     def lines(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (made / "documents" / f"{name}.jsonl").read_text().splitlines()]
 
@@ -155,8 +155,8 @@ def test_documents_hold_the_vendors_that_are_trained_on(made: Path) -> None:
     assert len([file for file in held_out if "twemoji" in file]) == len(LABELS)
     assert not labels.keys() & held_out.keys()
     for line in lines("labels"):
-        vendors = {item["image"].split("/")[1] for item in line["items"] if "image" in item}
-        assert len(vendors) == 1
+        artists = {item["image"].split("/")[1] for item in line["items"] if "image" in item}
+        assert len(artists) == 1
     texts = {item["text"] for line in lines("labels") for item in line["items"] if "text" in item}
     assert "animals & nature: mammals" in texts
     assert "tag1, thing" in texts  # the label itself is no tag
@@ -192,8 +192,8 @@ def open_pairs(made: Path) -> list[str]:
 
 def test_licenses_and_sources(made: Path) -> None:
     text = (made / "LICENSES").read_text()
-    for vendor in emoji.DRAWINGS:
-        assert f"@iconify-json/{vendor} 99.0.0: CC-BY-4.0" in text
+    for artist in emoji.DRAWINGS:
+        assert f"@iconify-json/{artist} 99.0.0: CC-BY-4.0" in text
     assert "Noto by Studio 4 (example.org/studio)." in text
     assert "  Be nice." in text
     sources = json.loads((made / "sources.json").read_text())
@@ -283,9 +283,9 @@ def test_real_packages(tmp_path: Path) -> None:
     assert len(known) == len([e for e in data if e.get("group", 2) != 2]) == 1914
     assert len({e.label for e in known.values()}) == 1914
     icons, chars = {}, {}
-    for vendor in ("fxemoji", "twemoji"):
-        files = read_npm(fetched[f"@iconify-json/{vendor}"].file, ["icons.json", "chars.json"])
-        icons[vendor], chars[vendor] = json.loads(files["icons.json"]), json.loads(files["chars.json"])
+    for artist in ("fxemoji", "twemoji"):
+        files = read_npm(fetched[f"@iconify-json/{artist}"].file, ["icons.json", "chars.json"])
+        icons[artist], chars[artist] = json.loads(files["icons.json"]), json.loads(files["chars.json"])
     aliases = Aliases(known, icons, chars, names)
     by_names = aliases.icons_of("fxemoji")
     assert len(aliases.icons_of("twemoji")) == 1914

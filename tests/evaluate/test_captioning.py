@@ -29,7 +29,7 @@ from megatron_lcl.evaluate.captioning import (
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.image_set import FileBlob, ImageSet
 from megatron_lcl.evaluate.settings import CaptioningSettings
-from megatron_lcl.model.layers import Activations
+from megatron_lcl.model.activations import Activations
 from megatron_lcl.model.lcl import pack_padded
 
 CONFIG = Model(Vision(16, 8, 32, 1, 2, 64), Language(20, 25, 32, 2, 2, 64), 2)

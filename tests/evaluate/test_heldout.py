@@ -471,12 +471,6 @@ def test_another_machine_than_the_runs(folder: Path, tmp_path: Path, monkeypatch
     assert (tmp_path / "user" / "megatron_lcl").is_dir()
 
 
-@pytest.mark.parametrize(("free", "workers"), [(0, 0), (1999, 0), (2000, 1), (5999, 2), (6000, 3), (math.inf, 3)])
-def test_as_many_loader_processes_as_have_room(free: float, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: free)
-    assert shared_memory.workers_with_room(3, 1000) == workers
-
-
 def test_documents_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
     model = LCL(dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, vocab_size=520)))
     save_checkpoint(model, Config(model=model.config), tmp_path)

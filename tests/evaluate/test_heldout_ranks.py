@@ -19,7 +19,7 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation
 from megatron_lcl.evaluate.heldout_ranks import Pairs, Ranked
 from megatron_lcl.evaluate.heldout_results import Example, HeldOut, num_queries
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
 TINY = Model(Vision(16, 8, 32, 1, 2, 64), Language(48, 517, 32, 1, 2, 64), 2)

@@ -36,7 +36,7 @@ from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import KnnSettings, Settings, ZeroShotSettings
 from megatron_lcl.evaluate.sources import open_images
 from megatron_lcl.evaluate.zero_shot import class_features
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.report.page import write_report

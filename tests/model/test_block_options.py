@@ -17,10 +17,11 @@ from megatron_lcl.config import Model
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.hashes import mix
 from megatron_lcl.data.loading.hashes import uniform as numba_uniform
+from megatron_lcl.model.activations import Activations
 from megatron_lcl.model.drop_path import BRANCHES, LANGUAGE, DropPath, rate_of, uniform
 from megatron_lcl.model.drop_path import _mix as torch_mix
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import Activations, build_layers
+from megatron_lcl.model.layers import build_layers
 from megatron_lcl.model.lcl import LCL, LayerList
 from megatron_lcl.selftest.cases import Case, make_batches
 

@@ -15,9 +15,10 @@ from megatron_lcl import attention
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.losses import contrastive_tiles, sigmoid_tiles
 from megatron_lcl.losses.contrastive import contrastive_loss
+from megatron_lcl.model.activations import Activations
 from megatron_lcl.model.flops import Sizes, forward, of_step
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import Activations, build_layers
+from megatron_lcl.model.layers import build_layers
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.objectives.base import without_targets

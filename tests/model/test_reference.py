@@ -111,7 +111,7 @@ def test_outputs_and_losses(model: LCL, tensors: dict[str, torch.Tensor]) -> Non
 
 
 def test_logits_and_labels(model: LCL, tensors: dict[str, torch.Tensor]) -> None:
-    from megatron_lcl.model.layers import Activations
+    from megatron_lcl.model.activations import Activations
     from megatron_lcl.model.lcl import pack_padded
 
     text = tensors["batch0/text"]

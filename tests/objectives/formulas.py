@@ -13,7 +13,8 @@ from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.model.layers import Activations, normalize
+from megatron_lcl.model.activations import Activations
+from megatron_lcl.model.layers import normalize
 from megatron_lcl.model.lcl import LCL, pack_padded
 from megatron_lcl.objectives.base import GlobalCounts, StepInputs
 from megatron_lcl.parallel.mesh import ALONE, Mesh

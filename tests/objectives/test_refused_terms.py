@@ -12,7 +12,7 @@ import torch
 from megatron_lcl import config as configs
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.objectives.base import GlobalCounts, Objective, StepInputs, Term
 from megatron_lcl.objectives.contrast import Contrast
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh

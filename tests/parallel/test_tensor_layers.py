@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from megatron_lcl import config as configs
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
+from megatron_lcl.model.activations import Activations
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import Activations, build_layers, layer_specs
+from megatron_lcl.model.layers import build_layers, layer_specs
 from megatron_lcl.model.lcl import LayerList, pack_padded
 from megatron_lcl.parallel import layers as layers_module
 from megatron_lcl.parallel import mappings

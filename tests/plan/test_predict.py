@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.losses.contrastive import contrastive_loss
+from megatron_lcl.model.activations import Activations
 from megatron_lcl.model.flops import Sizes, forward, of_step
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import Activations, build_layers, num_layers, num_parameters, parameter_shapes
+from megatron_lcl.model.layers import build_layers, num_layers, num_parameters, parameter_shapes
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.objectives import create

@@ -3,6 +3,7 @@ promises at the end; and without the emoji, where they cannot be had."""
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -112,7 +113,7 @@ def test_held_out_documents_are_measured(output: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_held_out_vendor_is_named(output: Path) -> None:
+def test_the_held_out_artist_is_named(output: Path) -> None:
     for folder in (output / "run", output / "run" / WITH_NEAR_DUPLICATES):
         (result,) = json.loads((folder / "results.json").read_text())
         assert result["num_items"] == result["settings"]["classes"] >= 8
@@ -131,6 +132,10 @@ def test_the_held_out_vendor_is_named(output: Path) -> None:
     assert config["schedule"]["cooldown"] == 1, "of 4 steps the share that it is of all"
 
 
+def page_of_first_run() -> str:
+    return (ROOT / "docs/first-run.md").read_text("utf-8")
+
+
 def markdown_commands(folder: Path) -> list[list[str]]:
     """The commands of docs/first-run.md, in order, with the documents in `folder` that they are for."""
     write_pages(folder / "papers", 8)
@@ -138,7 +143,7 @@ def markdown_commands(folder: Path) -> list[list[str]]:
         text = re.sub(r"<nav>.*?</nav>|</?(html|body)>", "", page.read_text(encoding="utf-8"))
         page.with_suffix(".md").write_text(text, encoding="utf-8")
         page.unlink()
-    commands = re.findall(r"^ {4}megatron-lcl (.*)$", (ROOT / "docs/first-run.md").read_text("utf-8"), re.M)
+    commands = re.findall(r"^ {4}megatron-lcl (.*)$", page_of_first_run(), re.M)
     assert [command.split()[0] for command in commands] == ["preprocess", "train", "evaluate", "report", "export"]
     return [shlex.split(command) for command in commands]
 
@@ -147,14 +152,21 @@ def markdown_commands(folder: Path) -> list[list[str]]:
 def test_own_documents_need_no_quickstart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands of docs/first-run.md as a newcomer types them in a checkout: N is what `preprocess` prints."""
+    """The commands of docs/first-run.md as a newcomer types them in a checkout; N is also what `preprocess` prints."""
     commands = markdown_commands(tmp_path)
+    ((inspect, program),) = re.findall(
+        r'^ {4}N=\$\(megatron-lcl (.*) \| python -c "(.*)"\)$', page_of_first_run(), re.M
+    )
     (tmp_path / "megatron_lcl").symlink_to(ROOT / "megatron_lcl")
     monkeypatch.chdir(tmp_path)
     preprocess, train, *rest = commands
     assert main(preprocess) == 0, capsys.readouterr().err
     size, _ = re.findall(r"(\d+) token ids", capsys.readouterr().out)  # of the corpus, and the same of what is held out
-    train[train.index("N")] = size
+    assert main(shlex.split(inspect)) == 0, capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO(capsys.readouterr().out))
+    exec(program, {})
+    assert capsys.readouterr().out == f"{size}\n"
+    train[train.index("$N")] = size
     short = "--train.steps 1 --train.global_batch 2 --train.micro_batch 1".split()  # noqa: SIM905
     with Fleet(Path("runs/papers"), *train[1:], *short, size=1) as fleet:
         assert fleet.wait() == [0], fleet.said()
@@ -173,7 +185,7 @@ def test_own_documents_may_take_its_config_and_its_tokenizer(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(output)
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs/first-run.md").read_text("utf-8")
+    page = page_of_first_run()
     (tokenizer,) = re.findall(r"`(--tokenizer \S+)` for `preprocess`", page)
     (config,) = re.findall(r"for `train` `--config (\S+)`", page)
     at = train.index("--model.language.vocab_size")

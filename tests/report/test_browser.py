@@ -282,7 +282,7 @@ def test_the_index_of_the_documentation_fits_a_phone(tmp_path: Path, browser: Br
     theme = Path(pytest.importorskip("furo").__file__).parent / "theme/furo/static/styles/furo.css"
     own = Path(__file__).parents[2] / "docs/_static/style.css"
     links = "".join(f'<link rel="stylesheet" href="{file.as_uri()}">' for file in (theme, own))
-    name = "contexts (megatron_lcl.model.layers.Outputs attribute)"
+    name = "contexts (megatron_lcl.model.activations.Outputs attribute)"
     cell = f'<td style="width: 33%"><ul><li><a href="#">{name}</a></li></ul>'
     (tmp_path / "index.html").write_text(
         f'<!doctype html>{links}<table style="width: 100%" class="indextable genindextable"><tr>{2 * cell}</table>'

@@ -95,6 +95,37 @@ def test_no_image_of_another_corpus_is_shown(evaluated: Path, others: str, has_f
     assert shown(evaluated) == ([], 5, True)
 
 
+def change_examples(run: Path, document: int, **pair: str) -> int:
+    """Leave those of a document, with these keys; returns how many."""
+    examples = [e for e in json.loads((run / EXAMPLES).read_text()) if e["pair"]["document"] == document]
+    (run / EXAMPLES).write_text(json.dumps([{**e, "pair": {**e["pair"], **pair}} for e in examples]))
+    return len(examples)
+
+
+def test_images_of_other_shards_are_not_shown(evaluated: Path) -> None:
+    """Of files of earlier versions, which have the numbers of images in shards."""
+    of_an_earlier_version(evaluated)
+    num = change_examples(evaluated, document=2)
+    assert shown(evaluated) == ([thumbnail(jpeg(4), MAX_THUMBNAIL)] * num, 0, False)
+    shutil.rmtree(evaluated / "heldout")
+    write_corpus(evaluated / "heldout", documents(range(5)), 3)
+    assert shown(evaluated) == ([], num, True)
+
+
+def test_all_texts_of_a_context_have_to_be_there(evaluated: Path) -> None:
+    of_an_earlier_version(evaluated)
+    num = change_examples(evaluated, document=1)
+    shutil.rmtree(evaluated / "heldout")
+    write_corpus(evaluated / "heldout", documents(range(5), ("A weir in the brook.", *TEXTS[1:])), 2)
+    assert shown(evaluated) == ([], num, True)
+
+
+def test_a_context_without_a_character_proves_nothing(evaluated: Path) -> None:
+    of_an_earlier_version(evaluated)
+    num = change_examples(evaluated, document=2, context="\ufffd\n")
+    assert shown(evaluated) == ([], num, True)
+
+
 def test_images_alone_may_be_others(evaluated: Path) -> None:
     """Which only the fingerprint tells."""
     shutil.rmtree(evaluated / "heldout")
@@ -107,3 +138,6 @@ def test_a_corpus_that_has_lost_files_is_not_there(evaluated: Path) -> None:
         file.unlink()
     assert shown(evaluated) == ([], 5, False)
     assert json.loads((evaluated / EXAMPLES).read_text())
+    shutil.rmtree(evaluated / "heldout")
+    (evaluated / "heldout").symlink_to("heldout")  # an error of the system
+    assert shown(evaluated) == ([], 5, False)

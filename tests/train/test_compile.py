@@ -33,7 +33,8 @@ def trained(_rank: int, case: Case, compiled: bool) -> tuple[list[int], list[np.
             # as where phases change it: no graph may depend on it
             weighted = configs.replace(config, objective__contrastive_weight=0.1 + 0.2 * step)
             stepper.objective = objectives.create(weighted)
-            stepper.run(make_batches(config, step)[mesh.data.rank :: mesh.data.size], case.lr(step))
+            packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
+            stepper.start(packs, case.lr(step), measure=step == 1).read()  # a look makes no graph either
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return graphs, [parameter.detach().numpy() for parameter in engine.module.parameters()]
     finally:

@@ -33,7 +33,8 @@ from megatron_lcl.attention import Adaptive, choose_attention, find_fault, flex_
 from megatron_lcl.cli import main
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses import contrastive, contrastive_tiles, generation, kernels, softmax_torch
-from megatron_lcl.model.layers import Activations, LanguageBlock
+from megatron_lcl.model.activations import Activations
+from megatron_lcl.model.layers import LanguageBlock
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
 from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.train import dryrun

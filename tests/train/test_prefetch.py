@@ -16,7 +16,7 @@ import torch
 
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.selftest.cases import Case, make_batches
-from megatron_lcl.train import run
+from megatron_lcl.train import loop
 from megatron_lcl.train.prefetch import Prefetcher
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -162,8 +162,8 @@ def test_on_a_cpu_nothing_is_read_ahead(batches: list[list[PackedBatch]]) -> Non
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_run_reads_ahead_before_it_waits_for_what_a_step_gave(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("num_micro_batches", "learning_rate", "lowerable_scale", "broadcast_batches", "Unread"):
-        monkeypatch.setattr(run, name, mock.Mock())
-    monkeypatch.setattr(run, "replace", mock.Mock())
+        monkeypatch.setattr(loop, name, mock.Mock())
+    monkeypatch.setattr(loop, "replace", mock.Mock())
     training, calls = mock.MagicMock(), mock.Mock()
     training.phase.change = None
     training.profile.ends_after.return_value = False
@@ -178,6 +178,6 @@ def test_a_run_reads_ahead_before_it_waits_for_what_a_step_gave(ahead: bool, mon
         "read": training._read,
     }.items():
         calls.attach_mock(mocked, name)
-    run.Training._step(training)
+    loop.Training._step(training)
     names = [name for name, *_ in calls.mock_calls if name in ("take", "start", "begin", "read")]
     assert names == ["take", "start", *["begin"] * ahead, "read"]

@@ -10,7 +10,8 @@ import pytest
 from megatron_lcl import config as configs
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.model.layers import num_parameters
-from megatron_lcl.train.settings import BUCKET, check_quantized, check_zero, deepspeed_config
+from megatron_lcl.train.optimizer import check_optimizer
+from megatron_lcl.train.settings import BUCKET, check_quantized, check_zero, deepspeed_config, offloaded
 
 ZERO_3 = {"zero": {"stage": 3}, "contrast": {"strategy": "recompute"}}
 ON_CPU, NOWHERE = {"device": "cpu"}, {"device": "none"}
@@ -69,6 +70,16 @@ def test_gradients_are_summed_in_float32_in_every_precision(dtype: str) -> None:
     [
         (zero(stage=3), {}, r"deepspeed.zero_optimization.stage = 3 is decided by the rest of the config \(1\)"),
         ({"train_batch_size": 4}, {}, "train_batch_size = 4 is decided"),
+        (
+            {"zero_optimization": None},
+            {},
+            "^deepspeed.zero_optimization is empty: give the settings of the section, indented below it, or remove",
+        ),
+        ({"zero_optimization": None}, {"optimizer": {"name": "muon"}}, "^deepspeed.zero_optimization is empty"),
+        ({"zero_optimization": 3}, {}, "^deepspeed.zero_optimization = 3"),
+        ({"bf16": None}, {}, "^deepspeed.bf16 is empty"),
+        ({"checkpoint": None}, {}, "^deepspeed.checkpoint is empty"),
+        ({"comms_logger": None, "wall_clock_breakdown": True}, {}, "^deepspeed.comms_logger is empty"),
         ({"bf16": True}, {}, "bf16 = True is decided"),
         ({"optimizer": {"type": "FusedAdam"}}, {}, "deepspeed.optimizer is decided by the `optimizer` section"),
         ({"scheduler": {"type": "WarmupLR"}}, {}, "deepspeed.scheduler is decided by the `optimizer` section"),
@@ -216,3 +227,11 @@ def test_what_the_engine_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(deepspeed, "initialize", ours)
     with pytest.raises(ValueError, match=r"^ours"):
         build_engine(module, given, mesh, {"settings": 1})
+
+
+def test_a_zero_section_is_looked_at_before_deepspeed_sees_it() -> None:
+    for options, said in ((None, "is empty"), (3, "= 3: give settings below it")):
+        config = configs.from_dict({"deepspeed": {"zero_optimization": options}})
+        for look in (offloaded, check_optimizer, check_quantized, lambda config: check_zero(config, 1)):
+            with pytest.raises(UserError, match=f"^deepspeed.zero_optimization {said}"):
+                look(config)

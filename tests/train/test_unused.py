@@ -35,15 +35,30 @@ def test_a_weight_that_the_objective_does_not_have_is_said(name: str, weight: st
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_bias_is_of_the_sigmoid_loss_alone(name: str) -> None:
+@pytest.mark.parametrize("bias", [-3.0, 0.0])
+def test_a_bias_is_of_the_sigmoid_loss_alone(name: str, bias: float) -> None:
     line = f"model.logit_bias has no effect on objective.name = {name}"
-    assert said_of(objective={"name": name}, model={"logit_bias": -3.0}) == ([] if name == "siglip" else [line])
+    assert said_of(objective={"name": name}, model={"logit_bias": bias}) == ([] if name == "siglip" else [line])
 
 
-def test_a_bias_is_not_said_of_an_objective_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose terms may read it (`StepInputs.logit_bias`)."""
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_scale_is_of_contrasts_alone(name: str) -> None:
+    line = f"contrast.initial_log_scale has no effect on objective.name = {name}"
+    contrasts = name in ("lcl", "clip", "siglip", "coca")
+    assert said_of(objective={"name": name}, contrast={"initial_log_scale": 2.0}) == ([] if contrasts else [line])
+    assert said_of(objective={"name": name}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [("clip", {"model": {"logit_bias": -3.0}}), ("generation", {"contrast": {"initial_log_scale": 2.0}})],
+)
+def test_what_terms_may_read_is_not_said_of_an_objective_of_another_package(
+    name: str, sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`StepInputs.logit_bias` and `log_scale`."""
     monkeypatch.setattr("megatron_lcl.objectives.package_of", lambda config: {"theirs": "1.0"})
-    assert said_of(objective={"name": "clip"}, model={"logit_bias": -3.0}) == []
+    assert said_of(objective={"name": name}, **sections) == []
 
 
 @pytest.mark.parametrize(
@@ -58,4 +73,12 @@ def test_what_is_not_measured_is_said(name: str, value: Any) -> None:
 def test_a_constant_learning_rate_has_no_decay_that_is_long() -> None:
     line = "schedule.decay_steps has no effect on schedule.learning_rate = constant"
     assert said_of(schedule={"decay_steps": 500, "learning_rate": "constant"}) == [line]
-    assert said_of(schedule={"decay_steps": 500, "learning_rate": "linear"}) == []
+    for other in ("linear", "cosine"):
+        assert said_of(schedule={"decay_steps": 500, "learning_rate": other}) == []
+
+
+def test_no_cooldown_has_no_shape() -> None:
+    line = "schedule.cooldown_shape has no effect on schedule.cooldown = 0"
+    assert said_of(schedule={"cooldown_shape": "linear"}) == [line]
+    assert said_of(schedule={"cooldown_shape": "linear", "cooldown": 5}) == []
+    assert said_of(schedule={"cooldown_shape": "sqrt"}) == []

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from megatron_lcl.data.corpus.document import Kind
+from megatron_lcl.data.corpus.shard import Shard
 
 _PAIRS = "webdataset"
 """the one format that gave pairs when manifests did not say the kinds"""
 
 
-class Arrays(Protocol):
-    """Of a shard (`shard.Shard`) what tells its kind."""
-
-    similarity: np.ndarray
-
-    @property
-    def modes(self) -> np.ndarray: ...
-
-    @property
-    def document_offsets(self) -> np.ndarray: ...
-
-
-def of_shards(manifest: Mapping[str, Any], shard: Callable[[int], Arrays]) -> tuple[Kind, ...]:
+def of_shards(manifest: Mapping[str, Any], shard: Callable[[int], Shard]) -> tuple[Kind, ...]:
     """The kind of each shard. shard: opens the one with this number, where the manifest does not say.
 
     Where the manifest does not say: pairs come from WebDataset; all else is matched if any of it has similarities. Of
@@ -58,7 +47,7 @@ def _formats(source: Mapping[str, Any]) -> Iterator[str]:
         yield from _formats(part)
 
 
-def _by_documents(shard: Arrays, may_be_pairs: bool) -> Kind:
+def _by_documents(shard: Shard, may_be_pairs: bool) -> Kind:
     """Matched if there are similarities; pairs if no document has two images or two texts, and some have one of both
     (a pair whose caption or image was unusable has one)."""
     if _has_similarities(shard):
@@ -70,5 +59,5 @@ def _by_documents(shard: Arrays, may_be_pairs: bool) -> Kind:
     return "pairs" if pairs else "natural"
 
 
-def _has_similarities(shard: Arrays) -> bool:
+def _has_similarities(shard: Shard) -> bool:
     return not np.isnan(shard.similarity).all()  # of none: False

@@ -217,7 +217,7 @@ def _reads_as_jpeg(data: bytes) -> bool:
     return True
 
 
-def downscale(data: bytes, max_side: int, quality: int = 90) -> bytes:
+def downscale(data: bytes, max_side: int) -> bytes:
     """`data`, or where a side is longer than `max_side` pixels, a smaller JPEG (PNG where it is transparent).
 
     BadImage if that is not possible.
@@ -225,12 +225,12 @@ def downscale(data: bytes, max_side: int, quality: int = 90) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _downscaled(data, max_side, quality)
+            return _downscaled(data, max_side)
         except DAMAGE:
             raise BadImage("cannot be scaled down") from None
 
 
-def _downscaled(data: bytes, max_side: int, quality: int) -> bytes:
+def _downscaled(data: bytes, max_side: int) -> bytes:
     image = open_image(data)
     if max(image.size) <= max_side:
         return data
@@ -248,7 +248,7 @@ def _downscaled(data: bytes, max_side: int, quality: int) -> bytes:
     if has_alpha:
         frame.save(out, "PNG")
     else:
-        frame.save(out, "JPEG", quality=quality)
+        frame.save(out, "JPEG", quality=90)
     return out.getvalue()
 
 

@@ -104,15 +104,16 @@ class Shard:
             at = int(np.argmax(ids.view(np.uint32) >= num))
             piece = np.broadcast_to(pieces, len(ids))[at]
             kind = "image" if self.modes[piece] == IMAGE else "token id"
-            raise self.damaged(self._document_of(piece), f"{kind} {ids[at]} is out of range, which ends at {num - 1}")
+            raise self.damaged(self.document_of(piece), f"{kind} {ids[at]} is out of range, which ends at {num - 1}")
 
     def check_modes(self, modes: np.ndarray, pieces: Sequence[int] | np.ndarray) -> None:
         """UserError where one of some modes, int8 [N], of pieces is neither TEXT nor IMAGE."""
         if len(modes) and modes.view(np.uint8).max() > IMAGE:
             at = int(np.argmax(modes.view(np.uint8)))
-            raise self.damaged(self._document_of(pieces[at]), f"a piece of mode {modes[at]}, which does not exist")
+            raise self.damaged(self.document_of(pieces[at]), f"a piece of mode {modes[at]}, which does not exist")
 
-    def _document_of(self, piece: int) -> int:
+    def document_of(self, piece: int) -> int:
+        """The document that a piece is of, by their numbers in the shard."""
         return int(np.searchsorted(self.document_offsets, piece, "right")) - 1
 
     def bounds(self, local: int) -> tuple[int, int]:

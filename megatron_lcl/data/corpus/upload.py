@@ -8,7 +8,6 @@ command goes on. Of several processes that are given one URL and one `work`, one
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from urllib.parse import quote
 
 import xxhash
 
+from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.scratch import clear_dead, locked_in, scratch_folder
 from megatron_lcl.data.storage.names import SCRATCH, UPLOADING, shortened
 from megatron_lcl.data.storage.store import Store
@@ -202,8 +202,7 @@ def _fingerprint(folder: Path, names: Iterable[str]) -> str:
     """Of the names and contents of files."""
     digest = xxhash.xxh3_128()
     for name in names:
-        with open(folder / name, "rb") as file:
-            digest.update(f"{name}\0{hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}\n".encode())
+        digest.update(f"{name}\0{hash_file(folder / name)}\n".encode())
     return digest.hexdigest()
 
 

@@ -4,13 +4,14 @@ What a file holds is seen from its columns or keys, so that one reader does for 
 
 parquet      a column `images` (lists of URLs, null where a text stands: OBELICS, OmniCorpus, MINT-1T), else one of
              `url`, `URL`, `image_url` (LAION, DataComp), or the one that is named
-JSON lines   "image_info" [{"raw_url"}] (MMC4), "items" [{"image": URL}] (ours), "images" [URL or null], else a string
-             "url", "URL" or "image_url"
+JSON         of objects, as lines or one array: "image_info" [{"raw_url"}] (MMC4), "items" [{"image": URL}] (ours),
+             "images" [URL or null], else a string "url", "URL" or "image_url"
 text         a URL a line
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,19 @@ from typing import Any
 import pyarrow as pa
 
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import Files, find_files
-from megatron_lcl.data.prepare.importers.lines import SUFFIXES, json_lines, line_units
-from megatron_lcl.data.prepare.importers.row_groups import batches, open_parquet
+from megatron_lcl.data.prepare.importers.json_rows import array_rows, is_array
+from megatron_lcl.data.prepare.importers.lines import JSON, NDJSON, SUFFIXES, json_lines, line_units
+from megatron_lcl.data.prepare.importers.row_groups import DAMAGE, batches, open_parquet
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import exists, is_file, raise_if_passing
 
-READS = ".parquet, .jsonl (.gz, .zst, .zip), .txt"
-_SUFFIXES = (".parquet", *SUFFIXES, ".txt")
+READS = ".parquet, .jsonl (.gz, .zst, .zip), .txt, else .ndjson, else .json (.gz, .zst)"
+_SUFFIXES = (".parquet", *SUFFIXES, ".txt", ".zip")
+_LATER = (NDJSON, JSON)
+"""read in a folder that has none of those before them: beside these `.json` is mostly something else"""
 _LISTS, _SINGLE = "images", ("url", "URL", "image_url")
 
 
@@ -34,15 +39,15 @@ def url_files(input: Path) -> Files:
     """The files to read. UserError where there is none."""
     if not exists(input):
         raise UserError(f"{input} does not exist")
-    if is_file(input) and not input.name.lower().endswith((*_SUFFIXES, ".zip")):
+    if is_file(input) and not input.name.lower().endswith((*_SUFFIXES, *NDJSON, *JSON)):
         raise UserError(f"{input} is none of {READS}")
-    return find_files(input, (*_SUFFIXES, ".zip"), READS)
+    return find_files(input, _SUFFIXES, READS, later=_LATER)
 
 
 def read_urls(files: Files, column: str | None, drops: Drops) -> Iterator[list[str]]:
     """All image URLs in order, some at a time; what is none, and what cannot be read, is counted in `drops`.
 
-    column: of parquet files, or the key of JSON lines, that has them. UserError where a parquet file has no such
+    column: of parquet files, or the key of JSON objects, that has them. UserError where a parquet file has no such
     column, with the columns that it has.
     """
     for file in files.read:
@@ -53,7 +58,7 @@ def read_urls(files: Files, column: str | None, drops: Drops) -> Iterator[list[s
             case ".txt":
                 found = _of_text(file)
             case _:
-                found = _of_lines(file, files, column, drops)
+                found = _of_json(file, name, column, drops)
         for values in found:
             urls = []
             for value in values:
@@ -86,7 +91,7 @@ def _of_parquet(file: Path, name: str, wanted: str | None, drops: Drops) -> Iter
                 yield values.cast(pa.large_binary()).to_pylist()  # a string need not be valid UTF-8
     except UserError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except DAMAGE as error:
         raise_if_passing(error, file)
         drops.bad("document", "damaged parquet file", name)
 
@@ -113,21 +118,24 @@ def _of_text(file: Path) -> Iterator[list[str]]:
             yield [line.strip()]
 
 
-def _of_lines(file: Path, files: Files, column: str | None, drops: Drops) -> Iterator[list[Any]]:
-    for unit in line_units([file], files.name):
-        for _, line in json_lines(unit, drops):
-            yield _in_line(line, column)
+def _of_json(file: Path, name: str, column: str | None, drops: Drops) -> Iterator[list[Any]]:
+    if is_array(file):
+        rows = array_rows(Unit(name, 0, (file, 0, 0)), drops)
+    else:
+        rows = itertools.chain.from_iterable(json_lines(unit, drops) for unit in line_units([file], lambda _: name))
+    for _, row in rows:
+        yield _in_row(row, column)
 
 
-def _in_line(line: dict[str, Any], column: str | None) -> list[Any]:
+def _in_row(row: dict[str, Any], column: str | None) -> list[Any]:
     if column is not None:
-        value = line.get(column)
+        value = row.get(column)
         return value if isinstance(value, list) else [value]
     for key, inner in (("image_info", "raw_url"), ("items", "image")):
-        if isinstance(entries := line.get(key), list):
+        if isinstance(entries := row.get(key), list):
             found = [entry.get(inner) for entry in entries if isinstance(entry, dict)]
             # paths of images that are there already are no fault
             return [value for value in found if isinstance(value, str) and is_url(value)]
-    if isinstance(entries := line.get(_LISTS), list):
+    if isinstance(entries := row.get(_LISTS), list):
         return entries
-    return [next((line[key] for key in _SINGLE if isinstance(line.get(key), str)), None)]
+    return [next((row[key] for key in _SINGLE if isinstance(row.get(key), str)), None)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import packing
 from megatron_lcl.data.loading.blend import blend_of, has_shares_of, paths_in, with_paths_of
+from megatron_lcl.data.loading.reading import Reading
 from megatron_lcl.data.loading.rules import INTERLEAVED, Sequences
 from megatron_lcl.data.loading.source import VERSION, open_source
 from megatron_lcl.errors import UserError
@@ -48,51 +48,6 @@ STATES, _FEWEST_STATES = 1000, 20
 run's, are built again where they are needed"""
 _POSITIONS = 100_000
 """of corpora, of about 100 bytes each, in all states of a ledger: each state names every corpus"""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a phase reads, and how: what is stored of it in the ledger."""
-
-    tokens_per_pack: int
-    images_per_pack: int | None
-    """None: not chosen yet"""
-    num_patches: int
-    """placeholders per image; the key that runs have stored"""
-    context_length: int
-    image_size: int
-    kept_patches: tuple[int, int] | None
-    """(K, P) where K of an image's P patches are kept; None: all are"""
-    global_batch: int
-
-    @classmethod
-    def of(cls, config: Config) -> Reading:
-        """Of a phase's config."""
-        vision, data = config.model.vision, config.data
-        return cls(
-            data.tokens_per_pack,
-            data.images_per_pack,
-            vision.num_placeholders,
-            config.model.language.context_length,
-            vision.image_size,
-            (vision.num_kept, vision.num_patches) if vision.patch_dropout else None,
-            config.train.global_batch,
-        )
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Reading:
-        """From what the ledger holds."""
-        kept = value["kept_patches"]
-        return cls(**{**value, "kept_patches": None if kept is None else tuple(kept)})
-
-    def has_slots_of(self, other: Reading) -> bool:
-        """Whether what is chosen as I for one is so for the other: I does not depend on the images' size or number."""
-        free: dict[str, Any] = {"images_per_pack": None, "image_size": 0, "kept_patches": None, "global_batch": 0}
-        return replace(self, **free) == replace(other, **free)
-
-    def data(self, data: Data) -> Data:
-        """A run's section `data` as it is in the phase."""
-        return dataclasses.replace(data, tokens_per_pack=self.tokens_per_pack, images_per_pack=self.images_per_pack)
 
 
 @dataclass(frozen=True)
@@ -217,7 +172,7 @@ class Ledger:
     @cached_property
     def phases(self) -> tuple[dict[str, Any], ...]:
         """The entries of phases, in order; none where the run has but one and leaves out no patch."""
-        return tuple(sorted((e for e in self.entries if "phase" in e), key=_consumed))
+        return tuple(sorted((e for e in self.entries if "phase" in e), key=lambda e: e["consumed"]))
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -309,10 +264,6 @@ def kept_states(states: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         if (state["pack"] - kept[-1]["pack"]) * limit >= last["pack"] * 2:
             kept.append(state)
     return [*kept, last]
-
-
-def _consumed(entry: Mapping[str, Any]) -> int:
-    return int(entry["consumed"])
 
 
 # --- opening -----------------------------------------------------------------------------------------------------

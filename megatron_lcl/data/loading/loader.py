@@ -19,9 +19,10 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ahead import Turns
 from megatron_lcl.data.loading.bad_images import BadImages
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.data.loading.ledger import Ledger, Reading, open_ledger
+from megatron_lcl.data.loading.ledger import Ledger, open_ledger
 from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.reader import PackReader, SequenceOrigin
+from megatron_lcl.data.loading.reading import Reading
 from megatron_lcl.data.loading.rules import INTERLEAVED, Sequences
 from megatron_lcl.data.loading.sequential_index import SequentialIndex
 from megatron_lcl.data.loading.shared_memory import PREFETCH

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.store import Corpus
+from megatron_lcl.data.loading.blend import corpora_read
 from megatron_lcl.data.loading.hashes import places_of
 from megatron_lcl.data.loading.ledger import Ledger, Segment, open_run_ledger
 from megatron_lcl.data.loading.pack_index import PackIndex, order_key
@@ -46,28 +47,27 @@ def found_reads(
         ledger.check(config, sequences)
     ledger = ledger or open_run_ledger(config, sequences)
     index = PackIndex(config.data, ledger)
-    fingerprints = dict.fromkeys(c["fingerprint"] for entry in ledger.blends() for c in entry["blend"])
-    corpora = {name: corpus for name in fingerprints if (corpus := index.corpus(name)) is not None}
+    read = corpora_read(ledger.entries)
+    found = ((c.fingerprint, index.corpus(c.fingerprint)) for c in read)
+    corpora = {fingerprint: corpus for fingerprint, corpus in found if corpus is not None}
     lines = [
-        f"{ledger.paths_of(name)[-1]} is not here: what it held cannot be looked up"
-        for name in fingerprints
-        if name not in corpora
+        f"{c.paths[0]} is not here: what it held cannot be looked up" for c in read if c.fingerprint not in corpora
     ]
     documents = {name: np.fromiter(corpus.find(source), np.int64) for name, corpus in corpora.items()}
     num = sum(map(len, documents.values()))
     if not num:
         raise UserError("; ".join([f"no document of this run's corpora has {source!r} in its source", *lines]))
-    found = reads_of(config, ledger, {corpora[name]: numbers for name, numbers in documents.items()}, steps)
+    reads = reads_of(config, ledger, {corpora[name]: numbers for name, numbers in documents.items()}, steps)
     of_document: dict[tuple[str, int], list[Read]] = {}
-    for read in found:
-        of_document.setdefault((read.corpus, read.document), []).append(read)
+    for each in reads:
+        of_document.setdefault((each.corpus, each.document), []).append(each)
     for name, corpus in corpora.items():
         for number in documents[name].tolist():
             lines.append(f"{corpus.where}, document {number}: {corpus.name(number)}")
             own = of_document.get((name, number), [])
-            lines += [f"  {_when(read.step, done)}, pack {read.pack}, epoch {read.epoch}" for read in own]
+            lines += [f"  {_when(each.step, done)}, pack {each.pack}, epoch {each.epoch}" for each in own]
     until = f"steps 0 to {steps - 1}" + (f", of which {done} are made" if done < steps else "")
-    return "\n".join([*lines, f"{until}: read {counted(len(found), 'time')}, of {counted(num, 'document')}"])
+    return "\n".join([*lines, f"{until}: read {counted(len(reads), 'time')}, of {counted(num, 'document')}"])
 
 
 def _when(step: int | None, done: int) -> str:

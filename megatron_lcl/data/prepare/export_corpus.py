@@ -105,7 +105,7 @@ def _write_lines(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, i
     if shard.num_images:
         with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
             for j in range(shard.num_images):
-                _add(archive, _image_name(shard, j), bytes(shard.image(j)))
+                add_file(archive, _image_name(shard, j), bytes(shard.image(j)))
     with open(folder / f"{number:05d}.jsonl", "w", encoding="utf-8") as file:
         for local, name in enumerate(_names(shard)):
             items = [_item(corpus, shard, k) for k in range(*shard.bounds(local))]
@@ -139,14 +139,14 @@ def _write_samples(corpus: Corpus, number: int, folder: Path) -> tuple[int, int,
                 text = image = None
                 if isinstance(item, int):
                     image = f"{position}.{_suffix(shard, item)}"
-                    _add(archive, f"{key}.{image}", bytes(shard.image(item)))
+                    add_file(archive, f"{key}.{image}", bytes(shard.image(item)))
                     images += 1
                 else:
                     text = item
                 lists["texts"].append(text)
                 lists["images"].append(image)
             record = {**name, **lists}
-            _add(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+            add_file(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
     return shard.num_documents, images, 0
 
 
@@ -155,11 +155,11 @@ def _write_pairs(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, i
     with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
         for local, name, image, texts in _pairs(corpus, shard):
             key = f"{local:09d}"
-            _add(archive, f"{key}.{_suffix(shard, image)}", bytes(shard.image(image)))
+            add_file(archive, f"{key}.{_suffix(shard, image)}", bytes(shard.image(image)))
             for text in texts[:1]:
-                _add(archive, f"{key}.txt", text.encode())
+                add_file(archive, f"{key}.txt", text.encode())
             record = {**name, **({"captions": texts[1:]} if texts[1:] else {})}
-            _add(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+            add_file(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
             documents += 1
     return documents, documents, shard.num_documents - documents
 
@@ -255,7 +255,8 @@ def _suffix(shard: Shard, j: int) -> str:
     return _SUFFIXES.get(format, format.lower())
 
 
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_file(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A file of a tar whose bytes follow from its name and content: without an owner, a mode of its own and a time."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     archive.addfile(info, io.BytesIO(data))

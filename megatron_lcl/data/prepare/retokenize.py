@@ -6,7 +6,7 @@ A corpus keeps no texts but their ids. So its tokenizer must give back every tex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ def _write_tokens(corpus: Corpus, number: int, folder: Path, encode: JoinedEncod
             stop = min(start + _BATCH, shard.num_pieces)
             texts = [(k, _text(corpus, shard, k)) for k in range(start, stop) if shard.modes[k] == TEXT]
             ids, lengths = encode([text for _, text in texts])
-            pieces = _pieces(ids, lengths)
+            rest = io.BytesIO(ids)
+            pieces = map(rest.read, (4 * length for length in lengths))
             for k in range(start, stop):
                 if shard.modes[k] == IMAGE:
                     writer.add(shard.pieces(k, k + 1), IMAGE)
@@ -130,14 +131,6 @@ def _text(corpus: Corpus, shard: Shard, piece: int) -> str:
     return text
 
 
-def _pieces(ids: bytes, lengths: list[int]) -> Iterator[bytes]:
-    start = 0
-    for length in lengths:
-        yield ids[start : start + 4 * length]
-        start += 4 * length
-
-
 def _name(corpus: Corpus, shard: Shard, piece: int) -> str:
-    local = int(np.searchsorted(shard.document_offsets, piece, "right")) - 1
-    document = int(corpus.document_starts[shard.number]) + local
+    document = int(corpus.document_starts[shard.number]) + shard.document_of(piece)
     return f"document {document} ({corpus.name(document) or shard.number})"

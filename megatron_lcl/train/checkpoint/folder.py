@@ -148,26 +148,17 @@ def last_progress(run: Path) -> Progress | None:
     return None if folder is None else read_progress(folder)
 
 
-def last_ledger(run: Path) -> Ledger | None:
-    """What the run's packs depend on, as its newest checkpoint knows it; None where there is none."""
-    return _ledger_of(last_progress(run))
-
-
-def _ledger_of(progress: Progress | None) -> Ledger | None:
+def ledger_of(progress: Progress | None) -> Ledger | None:
+    """What the packs of a run that stands there depend on; None where nothing says where it stands."""
     # its compiler takes a while to import, and `checkpoint list` has no use for it
     from megatron_lcl.data.loading.ledger import Ledger
 
     return Ledger.from_json(progress.ledger) if progress else None
 
 
-def config_and_ledger(path: Path) -> tuple[Config, Ledger | None]:
-    """The config of a run and what its packs depend on: of a run folder, one of its checkpoints, or a config file."""
-    config, progress = config_and_progress(path)
-    return config, _ledger_of(progress)
-
-
 def config_and_progress(path: Path) -> tuple[Config, Progress | None]:
-    """The config of a run and where it stands (None: no checkpoint says it): of the same as `config_and_ledger`."""
+    """The config of a run and where it stands (None: no checkpoint says it): of a run folder, one of its checkpoints,
+    or a config file."""
     if not is_dir(path):
         config = load(path)
         return config, last_progress(Path(config.train.output))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from megatron_lcl.config import Config, Model, to_dict
-from megatron_lcl.convert.find import average_of, export_kind, find_checkpoint, read_config
+from megatron_lcl.convert.find import export_kind, find_checkpoint, read_config, without_average
 from megatron_lcl.convert.load import (
     check_whole,
     load_model,
@@ -180,7 +180,7 @@ def load_initial_weights(weights: InitialWeights, layers: Mapping[int, nn.Module
 def _check_tokenizer(path: Path | str, folder: Path, config: Config) -> None:
     """UserError where a run's checkpoint, or an average in one, was trained with another tokenizer than that of
     `data.corpora`, as far as the checkpoint's ledger tells."""
-    of_run = folder.parent.parent if average_of(folder) else folder
+    of_run = without_average(folder)
     if not is_file(of_run / PROGRESS) or not config.data.corpora:
         return
     trained = tokenizer_of(Ledger.from_json(read_progress(of_run).ledger), config.data)

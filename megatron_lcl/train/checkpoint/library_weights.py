@@ -20,7 +20,8 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.encoders.spec import parse_spec
-from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD, layer_kinds, unit_norm
+from megatron_lcl.model.activations import unit_norm
+from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD, layer_kinds
 from megatron_lcl.model.lcl import LCL
 
 

@@ -8,7 +8,6 @@ imports and calls nothing that is not on its list.
 from __future__ import annotations
 
 import contextlib
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_lcl.convert.libraries import only_weights
+from megatron_lcl.convert.libraries import foreign_objects, only_weights
 
 _REMEDY = "go on only from a checkpoint that a run of megatron_lcl wrote; train.init_from takes weights from elsewhere"
 
@@ -61,15 +60,8 @@ def refused(files: Iterable[Path]) -> str | None:
         try:
             load_mapped(file)
         except UnpicklingError as error:
-            wanted = foreign_objects(file, error)
+            with _deepspeed_allowed():
+                wanted = foreign_objects(file, error)
             what = f"wants to build {', '.join(wanted[:3])}" if wanted else "is no checkpoint of DeepSpeed's"
             return f"{file} is refused: a checkpoint is data, and this pickle {what}; {_REMEDY}"
     return None
-
-
-def foreign_objects(file: Path, error: UnpicklingError) -> list[str]:
-    """What a pickle names that is not allowed, found without running any of it; as far as it can be told."""
-    found: list[str] = []
-    with _deepspeed_allowed(), contextlib.suppress(OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    return sorted(found) or sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))

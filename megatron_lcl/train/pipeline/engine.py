@@ -25,7 +25,7 @@ from torch import nn
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.model.layers import Activations, Outputs
+from megatron_lcl.model.activations import Activations, Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.master_weights import read_numbers
 from megatron_lcl.train.pipeline.partition import hidden_shape

@@ -27,9 +27,10 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
+from megatron_lcl.model.activations import Activations, Outputs
 from megatron_lcl.model.gradients import model_gradients
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import Activations, Outputs, num_layers
+from megatron_lcl.model.layers import num_layers
 from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train.parts import freeze, frozen_parameters, of_layer, trained_kinds

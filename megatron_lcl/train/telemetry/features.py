@@ -13,7 +13,7 @@ import torch
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.hashes import shuffled
 from megatron_lcl.data.loading.source import key
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.activations import Outputs
 from megatron_lcl.model.transfer import from_host
 from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import Axis

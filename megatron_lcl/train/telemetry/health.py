@@ -1,4 +1,5 @@
-"""Whether image latents and context features collapse: closed forms on a sample of pairs, in float64.
+"""Whether image latents and context features collapse: closed forms on a sample of pairs, in float64. And the bounds
+from which a run says so, as of attention logits.
 
 Shape legend: n pairs, D numbers of a feature. Z [n, D] are latents, or contexts, as the model gives them; x_i and y_i
 their rows at unit length.
@@ -63,6 +64,10 @@ BOUNDS = {
         "dead_features": Bound(0.5, False, "do not vary in half of their numbers"),
     }.items()
 }
+BOUNDS |= {
+    f"max_attention_logit/{part}": Bound(1000.0, False, f"attention logits of {what} are very large")
+    for part, what in (("vision", "the vision encoder"), ("pool", "the pool"), ("language", "the language model"))
+}
 BOUNDS["uniformity"] = Bound(-0.01, False, "the image latents point in nearly the same direction")
 """An effective rank of 2 is that of two directions of equal weight; a spread of 0.05 is a mean cosine of 0.9975 between
 two features.
@@ -70,7 +75,8 @@ two features.
 Uniformity is at least -4 (1 - mean cosine), by Jensen's inequality: -0.01 is the same mean cosine. Unlike the
 spread it does not depend on lengths. Alignment has no bound: it is small where the model is good, and also where all
 features are one and the same; and the softmax of the contrast is the same whatever is added to all cosines, so that it
-need not be below the 2 of unrelated features."""
+need not be below the 2 of unrelated features. Attention logits above 1000 were seen with Muon before loss spikes (Kimi
+K2, arXiv 2507.20534, section 2.1)."""
 
 
 def measure(latents: torch.Tensor, contexts: torch.Tensor) -> dict[str, float]:
@@ -116,11 +122,9 @@ class HealthWatch:
 
     def look(self, numbers: Mapping[str, float], num_pairs: int) -> list[tuple[str, str]]:
         """What there is to say of a step: the metric's name and a line. num_pairs: of the sample."""
-        if num_pairs < FEWEST:
-            return []
         said = []
         for name, bound in BOUNDS.items():
-            if name not in numbers:
+            if name not in numbers or (name in NAMES and num_pairs < FEWEST):
                 continue
             crossed, told = bound.is_crossed(numbers[name]), bound.told(numbers[name])
             if crossed and name not in self._crossed:

@@ -163,19 +163,23 @@ class StepMeter:
         return counts
 
     def _measured(self, step: int, measured: Measured) -> dict[str, float]:
-        norms = {"grad_norm": measured.grad_norms, "update_norm": measured.update_norms}
+        kinds = {
+            "grad_norm": measured.grad_norms,
+            "update_norm": measured.update_norms,
+            "max_attention_logit": measured.attention_logits,
+        }
         numbers = {
             f"{name}/{part}": value
-            for name, parts in norms.items()
+            for name, parts in kinds.items()
             for part, value in parts.items()
-            if not math.isnan(value)  # not known at this layout
+            if not math.isnan(value)  # not known at this layout, or there is none
         }
-        found = health.measure(measured.latents, measured.contexts)
+        numbers |= health.measure(measured.latents, measured.contexts)
         if step > self._config.optimizer.warmup:
-            for name, line in self._health.look(found, len(measured.latents)):
+            for name, line in self._health.look(numbers, len(measured.latents)):
                 self._telemetry.say(f"step {step}: {line}")
                 self._telemetry.write({"step": step, "health": {"metric": name, "says": line}})
-        return numbers | found
+        return numbers
 
 
 def rates_by_part(config: Config, lr: float) -> dict[str, float]:

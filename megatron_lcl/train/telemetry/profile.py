@@ -17,7 +17,8 @@ from torch import nn
 
 from megatron_lcl.config import Config, Model
 from megatron_lcl.errors import UserError, describe_os_error
-from megatron_lcl.model.layers import Activations, part_of_layer
+from megatron_lcl.model.activations import Activations
+from megatron_lcl.model.layers import part_of_layer
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import PROFILE
 from megatron_lcl.train.telemetry.clock import Clock

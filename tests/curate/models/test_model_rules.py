@@ -134,7 +134,7 @@ def test_cores_that_stay_idle_are_told(
     monkeypatch.setattr("megatron_lcl.curate.run.num_cores", lambda: 2)
     curate(source, None, read_settings(overrides={"text.min_words": "1"}))
     assert caplog.messages == [], "no rule asks a model"
-    for task_bytes, told in ((100, "3 ranges of documents; --workers 2 uses more"), (1 << 25, "1 range of documents")):
+    for task_bytes, told in ((100, "3 tasks of documents; --workers 2 uses more"), (1 << 25, "1 task of documents")):
         curate(source, None, rules(encoder, duplicates="keep-one"), task_bytes=task_bytes)
         assert caplog.messages.pop() == (
             f"models compute on 1 of 2 cores, in one thread of each process: --workers 1, {told}"

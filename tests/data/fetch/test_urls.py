@@ -82,6 +82,23 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert urls_of(folder)[0] == [A, B, C, A, A, B, A, B, A, C, C, B, A, C, A, B]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.ndjson", "a.NDJSON.gz", "a.jsonl"])
+@pytest.mark.parametrize("is_array", [False, True])
+def test_json_by_other_names(tmp_path: Path, name: str, is_array: bool) -> None:
+    """As `table` reads it: lines, or one array. In a folder where there is none of the usual kinds."""
+    file = tmp_path / "in" / name
+    file.parent.mkdir()
+    rows = [MMC4, OURS, {"url": B}, "no object"]
+    text = json.dumps(rows, indent=1) if is_array else "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    expected = [A, B, A, C, B], {"document: not a JSON object": 1}
+    assert urls_of(file) == urls_of(file.parent) == expected
+    assert urls_of(file, "url") == (["http://page.example/", B], expected[1])
+    if name != "a.jsonl":
+        (file.parent / "list.txt").write_text(A)
+        assert urls_of(file.parent) == ([A], {})
+
+
 def test_urls_that_are_no_unicode(tmp_path: Path) -> None:
     """As JSON may have them: no file of a plan could hold them."""
     odd = ["http://a.example/\ud800.jpg", "http://\udfff.example/1.jpg"]

@@ -15,31 +15,22 @@ import numpy as np
 import pytest
 import torch
 from corpora import MakeCorpus, random_documents
+from phases_of_tests import EARLY, SHORT, STEPS, batches_of, blend_of, config_of
 
-from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index, packing
-from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.chunks import range_of
 from megatron_lcl.data.loading.ledger import Ledger, open_ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.reader import draw_patches
-from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, INTERLEAVED, PAIRS
+from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.errors import UserError
 
-STEPS = 24
-EARLY = [
-    {"steps": 4, "image_size": 8, "context_length": 64, "tokens_per_pack": 128, "contrastive_weight": 0.5},
-    {"steps": 2, "image_size": 8, "context_length": 64, "tokens_per_pack": 128, "global_batch": 2},  # the same packs
-    {"steps": 5, "patch_dropout": 0.5},
-]
-SHORT = {"mean_text": 10}
-"""documents that need no cut, whatever the phase"""
 BEFORE_TURNS = "7068c13f2244242a253251fdd6cf88d47129512ca9d616c1cf422503615a5c73"
 """of what the version read that gave what a phase had left of a blend corpus by corpus"""
 BEFORE_RESTS = "41a9cc58b555c02ccd150a2cbfd9b9979fcd7ae8355e4f254ae92b1c6d8e36b1"
@@ -50,39 +41,6 @@ BEFORE_RESTS = "41a9cc58b555c02ccd150a2cbfd9b9979fcd7ae8355e4f254ae92b1c6d8e36b1
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few epochs, so that phases begin and end in several."""
     monkeypatch.setattr(pack_index, "MIN_CHUNK", 400)
-
-
-def blend_of(*corpora: tuple[Path, float]) -> str:
-    """For `data.corpora`: folders and weights."""
-    return json.dumps([{"path": str(path), "weight": weight} for path, weight in corpora])
-
-
-def config_of(path: Path | str, steps: int = STEPS, phases: Any = EARLY, **fields: Any) -> Config:
-    tree: dict[str, Any] = {
-        "model.vision.image_size": 16,
-        "model.vision.patch_size": 4,
-        "model.language.context_length": 128,
-        "data.corpora": str(path),
-        "data.tokens_per_pack": 256,
-        "data.workers": 0,
-        "train.steps": steps,
-        "train.global_batch": 4,
-        "schedule.phases": json.dumps(phases),
-    }
-    return configs.load(None, {key: str(value) for key, value in (tree | fields).items()})
-
-
-def batches_of(config: Config, ledger: Ledger, steps: range, **options: Any) -> list[PackedBatch]:
-    """One batch a step, of all its packs."""
-    found = []
-    for step in steps:
-        reading, consumed = ledger.reading_at(step, config)
-        loader = loader_of(
-            reading, config.data, INTERLEAVED, ledger=ledger, first_pack=consumed, steps=1,
-            global_batch=reading.global_batch, micro_batch=reading.global_batch, **options,
-        )  # fmt: skip
-        found += list(loader)
-    return found
 
 
 def packs_of(config: Config, ledger: Ledger, consumed: range) -> list[np.ndarray]:
@@ -483,41 +441,3 @@ def test_fewer_placeholders_make_room_for_documents(make_corpus: MakeCorpus) -> 
         assert (batch.tokens[at + run] == corpus.tokenizer.eoi).all()
     assert images["all"] == images["none"]
     assert images["kept"] > 1.5 * images["none"]
-
-
-def test_replay_shows_documents_of_a_corpus_that_the_blend_has_lost(make_corpus: MakeCorpus) -> None:
-    a, b = (make_corpus(name, random_documents(60, seed, **SHORT)) for name, seed in (("a", 14), ("b", 15)))
-    both = config_of(blend_of((a.path, 1), (b.path, 1)), phases=[])
-    one = config_of(a.path, phases=[])
-    ledger = open_run_ledger(one, INTERLEAVED, open_run_ledger(both), 5, 20)
-    page = replay_html(one, INTERLEAVED, 0, ledger=ledger)
-    assert page == replay_html(both, INTERLEAVED, 0)
-    assert all(f" of {corpus.path}, epoch 0" in page for corpus in (a, b))
-
-
-def test_replay_refuses_a_config_that_says_other_packs(make_corpus: MakeCorpus) -> None:
-    """A file whose `train.output` is a run that began with other settings."""
-    config = config_of(make_corpus("c", random_documents(60, 8, **SHORT)).path, phases=[])
-    ledger = open_run_ledger(config)
-    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=7))
-    with pytest.raises(UserError, match="seed is 7, but this run began with 0"):
-        replay_html(other, INTERLEAVED, 0, ledger=ledger)
-    said = r"^objective\.name reads other sequences .* go back to that one or start a new run"
-    with pytest.raises(UserError, match=said):
-        replay_html(config, PAIRS, 0, ledger=ledger)
-    of_pairs = dataclasses.replace(ledger, settings={**ledger.settings, "contrast_only": True})
-    of_pairs.check(config, PAIRS)
-    with pytest.raises(UserError, match=said):
-        of_pairs.check(config, CAPTIONED_PAIRS)
-
-
-def test_replay_knows_the_phase_of_a_step(make_corpus: MakeCorpus) -> None:
-    corpus = make_corpus("c", random_documents(150, 10, **SHORT))
-    config = config_of(corpus.path)
-    ledger = open_run_ledger(config)
-    for step, patches, packs in ((5, 4, [18, 19]), (8, 8, [28, 29, 30, 31]), (20, 16, [76, 77, 78, 79])):
-        for known in (ledger, None):
-            page = replay_html(config, INTERLEAVED, step, ledger=known)
-            assert f"{patches} patches" in page
-            assert all(f"Pack {number}" in page for number in packs)
-            assert f"Pack {packs[-1] + 1}" not in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import re
@@ -29,7 +30,7 @@ from small_loaders import loader_of
 from train.resilience import fleet
 
 from megatron_lcl.data.corpus import store
-from megatron_lcl.data.loading import ahead, reader
+from megatron_lcl.data.loading import ahead, reader, shared_memory
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import LoaderKilled, PackedLoader
 from megatron_lcl.data.storage.faults import StorageError
@@ -460,3 +461,9 @@ def test_groups_are_left_while_loader_processes_run(make_corpus: MakeCorpus) -> 
         held.close()
         for process in processes:
             process.kill()
+
+
+@pytest.mark.parametrize(("free", "workers"), [(0, 0), (1999, 0), (2000, 1), (5999, 2), (6000, 3), (math.inf, 3)])
+def test_as_many_loader_processes_as_have_room(free: float, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: free)
+    assert shared_memory.workers_with_room(3, 1000) == workers

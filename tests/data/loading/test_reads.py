@@ -71,12 +71,12 @@ def by_provenance(config: Config, ledger: Ledger, corpora: list[Corpus], steps: 
     return found
 
 
-@pytest.mark.parametrize("documents_of_chunk", [1, 180])
+@pytest.mark.parametrize(("documents_of_chunk", "packs"), [(1, 32), (180, 32), (1, 7)])
 def test_the_steps_of_a_document_are_those_whose_batches_hold_it(
-    blend: list[Corpus], documents_of_chunk: int, monkeypatch: pytest.MonkeyPatch
+    blend: list[Corpus], documents_of_chunk: int, packs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through epochs, phases, a rewind and a change of the blend."""
-    for name, value in (("MIN_CHUNK", documents_of_chunk), ("CHUNK", 32), ("FIRST_CHUNK", documents_of_chunk)):
+    """Through epochs, phases, a rewind and a change of the blend; also where an epoch has many chunks."""
+    for name, value in (("MIN_CHUNK", documents_of_chunk), ("CHUNK", packs), ("FIRST_CHUNK", documents_of_chunk)):
         monkeypatch.setattr(pack_index, name, value)
     both = config_of(blend, '[{"steps": 9, "context_length": 16, "tokens_per_pack": 64, "global_batch": 3}]')
     config = dataclasses.replace(both, data=config_of(blend[:1]).data)
@@ -92,6 +92,9 @@ def test_the_steps_of_a_document_are_those_whose_batches_hold_it(
     assert sorted({read.pack for read in skipped}) == [33, 34, 35, 36]
     assert set(found) - set(skipped) == expected
     assert [read.pack for read in found] == sorted(read.pack for read in found)
+    assert reads_of(config, ledger, numbers, 12) == [read for read in found if read.pack < 33], (
+        "none that is skipped next"
+    )
     for corpus in blend:
         for number in range(0, len(corpus), 2):
             own = [read for read in found if (read.corpus, read.document) == (corpus.fingerprint, number)]
@@ -117,6 +120,11 @@ def test_only_chunks_are_built_that_hold_the_document(
         found = reads_of(there, ledger, {corpus: np.array([123])}, 60)
     assert set(found) == {read for read in expected if read.document == 123}
     assert len(found) >= built.call_count - 1 > 0, "one an epoch, and the last, which no state ends"
+    for stride in (4, 9, 14):  # of a long run only some states are kept, between which an epoch may end
+        few = dataclasses.replace(ledger, states=ledger.states[::stride])
+        for number in range(0, 400, 9):
+            found = reads_of(there, few, {corpus: np.array([number])}, 60)
+            assert set(found) == {read for read in expected if read.document == number}
 
 
 def test_what_is_printed(blend: list[Corpus]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,15 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data import writers
-from data.helpers import TOKENIZER, contents, plain, spaced
+from data.helpers import TOKENIZER, contents, documents_of, plain, spaced
 from data.writers import picture
 
 from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
 from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
 from megatron_lcl.data.prepare import export_corpus as export_module
 from megatron_lcl.data.prepare.export_corpus import export_corpus
+from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.errors import UserError
 
@@ -69,6 +73,10 @@ def test_webdataset_as_its_library_reads_it(tmp_path: Path) -> None:
     )
     exported = export_corpus(source, tmp_path / "out", "webdataset")
     assert (exported.documents, exported.without_image, exported.exact) == (8, 1, True)
+    assert str(exported).splitlines() == [
+        f"{tmp_path / 'out'}: 8 documents, 8 images",
+        "  left out  1  documents without an image",
+    ]
     samples = list(webdataset.WebDataset(str(tmp_path / "out/00000.tar"), shardshuffle=False, empty_check=False))
     assert [sample.get("txt") for sample in samples] == [*(d.texts[0].text.encode() for d in PAIRS), None]
     suffixes = ["png", "jpg", "webp", "ppm", "tif", "gif", "png"]
@@ -111,6 +119,43 @@ def test_captions_stay_alternatives(tmp_path: Path, format: str) -> None:
     assert plain(list(back)) == plain(CAPTIONS)
     preprocess(format, tmp_path / "out", tmp_path / "pairs", tokenizer=source)
     assert plain(list(open_corpus(tmp_path / "pairs"))) == [d[:2] for d in plain(CAPTIONS)]
+
+
+def test_captions_in_files(tmp_path: Path) -> None:
+    source = make(tmp_path, CAPTIONS)
+    for format in ("webdataset", "hf"):
+        export_corpus(source, tmp_path / format, format)
+    with tarfile.open(tmp_path / "webdataset/00000.tar") as archive:
+        read = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
+    assert [read[f"00000000{k}.txt"] for k in (0, 1)] == [b"first\n", b"alone"]
+    first, second = (json.loads(read[f"00000000{k}.json"]) for k in (0, 1))
+    assert (first["captions"], "captions" in second) == ([" another", "third é"], False)
+    rows = pq.read_table(tmp_path / "hf/00000.parquet", partitioning=None)
+    assert features_of(rows) == {"id": STRING, "image": IMAGE, "text": STRING, "captions": STRINGS}
+    assert rows["text"].to_pylist() == ["first\n", "alone"]
+    assert rows["captions"].to_pylist() == [[" another", "third é"], []]
+
+
+@pytest.mark.parametrize(("bound", "value"), [("GROUP_ROWS", 2), ("GROUP_BYTES", 2 * (len(picture(1)) + 6) + 100)])
+def test_row_groups_of_parquet_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
+) -> None:
+    source = make(tmp_path, [Document((Image(picture(k)), Text(f"text {k}")), kind="pairs") for k in range(5)])
+    monkeypatch.setattr(export_module, bound, value)
+    export_corpus(source, tmp_path / "out", "hf")
+    with pq.ParquetFile(tmp_path / "out/00000.parquet") as file:
+        assert [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "webdataset", "hf"])
+def test_a_corpus_that_is_cut_is_not_exported(tmp_path: Path, format: str) -> None:
+    source = make(tmp_path, PAIRS)
+    (file,) = source.glob("images-*.bin")
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 9)
+    with pytest.raises(UserError, match=re.escape(file.name)):
+        export_corpus(source, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_other_formats_do_not_say_is_said(tmp_path: Path) -> None:
@@ -213,7 +258,11 @@ def test_an_interleaved_webdataset_without_an_image(tmp_path: Path) -> None:
 def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make(tmp_path / "a", MIXED)
     several = make(tmp_path / "b", [*PAIRS, Document((Text("x"), Image(picture(1)), Text("y")), kind="pairs")])
+    pair = Document((Image(picture(1)), Image(picture(2)), Text("y")), kind="pairs")
+    two = make(tmp_path / "c", [*PAIRS, pair], shard_documents=5)
     for corpus, format, message in (
+        (two, "webdataset", "document 7 of .* has 2 images and 1 texts, but is of kind pairs"),
+        (two, "hf", "document 7 of .* has 2 images and 1 texts, but is of kind pairs"),
         (several, "webdataset", "document 7 of .* has 1 images and 2 texts"),
         (several, "hf", "document 7 of .* has 1 images and 2 texts, but is of kind pairs"),
         (several, "parquet", "--format parquet: a corpus is exported as jsonl, webdataset or hf"),
@@ -224,7 +273,30 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err.splitlines() == [
         f"megatron-lcl export-corpus: {tmp_path / 'a'} is not empty; give a new folder"
     ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "webdataset", "hf"])
+def test_documents_that_have_no_names(tmp_path: Path, format: str) -> None:
+    """As of an earlier release; all are there."""
+    source = make(tmp_path, PAIRS)
+    manifest = {key: value for key, value in read_manifest(source).items() if key != "fingerprint"}
+    manifest["files"] = {name: info for name, info in manifest["files"].items() if not name.startswith("names-")}
+    for file in source.glob("names-*"):
+        file.unlink()
+    write_manifest(source, manifest)
+    assert export_corpus(source, tmp_path / "out", format).documents == len(PAIRS)
+    for file in () if format == "hf" else (tmp_path / "out").iterdir():
+        assert b'"id"' not in file.read_bytes()
+    importer = create(format, tmp_path / "out", None, {})
+    found, drops = documents_of(importer)
+    assert (plain(found), drops) == (plain(PAIRS), Drops())
+    assert [document.metadata.get("id") for document in found] == [None] * len(PAIRS)
+
+
+def test_texts_alone_are_one_file(tmp_path: Path) -> None:
+    export_corpus(make(tmp_path, [Document((Text("a"),))]), tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["00000.jsonl"]
 
 
 def test_texts_that_were_changed_are_said_to_be(tmp_path: Path) -> None:

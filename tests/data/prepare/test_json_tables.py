@@ -126,11 +126,29 @@ def test_arrays_are_read_as_json_reads_them(
         assert drops.bad_counts[CUT] + drops.bad_counts[LOST] == 1
 
 
-def test_faults_in_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", ["1.5", "-0.25", "1e5", "12E+30", "-0", "12", "0.5e-10", "Infinity", "-Infinity"])
+def test_a_number_may_be_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    """It is no row, and those after it are."""
+    unit = array_file(tmp_path, f'[{{"a": 1}},{number},{{"a": 2}} ,{number}]')
+    for size in range(2, 30):
+        monkeypatch.setattr(lines, "_CHUNK", size)
+        found = list(array_rows(unit, drops := Drops()))
+        assert found == [("a.json:0", {"a": 1}), ("a.json:2", {"a": 2})], size
+        assert drops.bad_counts == {"document: not a JSON object": 2}
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_faults_in_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     for raw, num_rows, fault in (
         ('[{"a": 1} {"a": 2}]', 1, LOST),
         ('[{"a": 1}, {"a" 2}, {"a": 3}]', 1, LOST),
         ('[{"a": 1}][{"a": 2}]', 1, LOST),
+        ('[{"a": 1},, {"a": 2}]', 1, LOST),
+        ('[, {"a": 1}]', 0, LOST),
+        ('[{"a": 1}}', 1, LOST),
+        ('[{"a": 1}] x', 1, LOST),
+        (b'[{"a": 1}] \xc3', 1, LOST),
+        ('[{"a": 1}]' + " " * 99 + "x", 1, LOST),
         ('[{"a": 1}, ' + "[" * 100_000, 1, LOST),
         ('[{"a": 1}, {"a": "' + "x" * 3000 + '"}]', 1, LOST),
         ('[{"a": 1},', 1, CUT),
@@ -138,7 +156,7 @@ def test_faults_in_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ('[{"a": NaN}, {"a": "\\ud800"}]', 2, None),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(lines, "_CHUNK", 8)
+            patch.setattr(lines, "_CHUNK", size)
             patch.setattr("megatron_lcl.data.prepare.importers.json_rows.MAX_LINE", 1000)
             drops = Drops()
             assert len(list(array_rows(array_file(tmp_path, raw), drops))) == num_rows
@@ -166,6 +184,14 @@ def test_what_is_not_utf8_is_noted_as_in_lines(tmp_path: Path, monkeypatch: pyte
     assert drops["a.json"].bad_counts == drops["b.jsonl"].bad_counts == {"document: not a JSON object": 1}
     samples = [[text for text, _ in found.samples["document: not a JSON object"]] for found in drops.values()]
     assert samples == [['["\ufffd"]']] * 2
+
+
+def test_a_sample_of_what_is_no_json_is_text(tmp_path: Path) -> None:
+    """It is written as JSON, and printed."""
+    drops = Drops()
+    assert not list(array_rows(array_file(tmp_path, b'[{"a" caf\xe9}]'), drops))
+    ((sample, _),) = drops.samples[LOST]
+    assert sample == '{"a" caf\ufffd}]'
 
 
 DEEP = '{"text": "deep", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -252,6 +278,7 @@ def test_values_that_are_none(tmp_path: Path) -> None:
     image = (picture(0), None, None)
     expected = [["no image"], [image, "pair"], [image, ""], ["struct"], ["list"], ["true"], [image, ""], [""]]
     assert plain(found) == expected
+    assert [document.metadata["lost_images"] for document in found] == [int(row[0] != image) for row in expected]
     assert drops.bad_counts == {
         "image: no name": 4,
         "image: file missing": 1,
@@ -269,9 +296,10 @@ def test_values_that_are_none(tmp_path: Path) -> None:
             create("table", tmp_path, None, {})
 
 
-def test_texts_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("url", ["url", "URL"])
+def test_texts_alone(tmp_path: Path, url: str) -> None:
     """As FineWeb has them, whose `url` is a page's; C4's in JSON."""
-    rows = [{"text": "one", "url": "http://x/1"}, {"text": "two\n", "url": "http://x/2"}]
+    rows = [{"text": "one", url: "http://x/1"}, {"text": "two\n", url: "http://x/2"}]
     (tmp_path / "parquet").mkdir()
     (tmp_path / "json").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "parquet/a.parquet")
@@ -280,14 +308,19 @@ def test_texts_alone(tmp_path: Path) -> None:
         importer = create("table", tmp_path / folder, None, {"join": "none"})
         found, drops = documents_of(importer)
         assert plain(found) == [["one"], ["two\n"]]
-        assert [document.metadata for document in found] == [{"id": row["url"], "lost_images": 0} for row in rows]
+        assert [document.metadata for document in found] == [{"id": row[url], "lost_images": 0} for row in rows]
         assert (importer.kind, drops) == ("natural", Drops())
         preprocess("table", tmp_path / folder, out := tmp_path / f"out-{folder}", tokenizer=TOKENIZER,
                    options={"join": "none"})  # fmt: skip
         assert open_corpus(out).kinds == ("natural",)
-    for images, options in ((tmp_path, {}), (None, {"image_column": "url"})):
+    signature = create("table", tmp_path / "json", None, {"join": "none"}).signature()
+    (tmp_path / "json/a.tar").write_bytes(b"no tar, and nobody needs it")
+    assert create("table", tmp_path / "json", None, {"join": "none"}).signature() == signature
+    for images, options in ((tmp_path, {}), (None, {"image_column": url})):
         with pytest.raises(UserError, match=r"--option join=none: the rows are read without images; leave out"):
             create("table", tmp_path / "parquet", images, {"join": "none", **options})
+    with pytest.raises(UserError, match=r"--option join=no: give path, key, url or none"):
+        create("table", tmp_path / "parquet", None, {"join": "no"})
 
 
 def test_one_kind_of_files_of_a_folder(tmp_path: Path) -> None:

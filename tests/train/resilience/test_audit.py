@@ -14,8 +14,8 @@ from audit_lines import read_audit
 
 from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading.ledger import Ledger
+from megatron_lcl.train.loop import Training
 from megatron_lcl.train.resilience.audit import AUDIT, Audit
-from megatron_lcl.train.run import Training
 
 
 def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

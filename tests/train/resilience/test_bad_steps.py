@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from audit_lines import read_audit
-from bad_packs import poison, saved_steps, without_packs
+from bad_packs import poison, poison_and_stop, saved_steps, without_packs
 from fleet import lines, losses, train
 from processes import run_processes
 
@@ -100,7 +100,7 @@ def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float, 
 
 def plant(engine: Any, fault: str) -> None:
     """Every forward of the engine's module from now on has this fault."""
-    from megatron_lcl.model.layers import Outputs
+    from megatron_lcl.model.activations import Outputs
 
     module = engine.module
     if not fault:
@@ -267,8 +267,21 @@ def test_bad_steps_are_left_out_together_and_audited(
         ("step skipped", 8, "loss is nan", [[28, 32]]),
     ]
     assert saved_steps(run) == [4, 12], "no good state is saved between bad steps"
+    assert "warning" not in said
     for text in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.slow
+def test_a_run_whose_last_steps_were_skipped_says_so(config_file: str, tmp_path: Path) -> None:
+    """Steps 7 and 8 are bad, the run ends with them: also where the last one is stopped for, and made after a resume,
+    and where there is nothing left to make."""
+    run, folder = tmp_path / "run", checkpoint.step_folder(tmp_path / "run", 8)
+    words = ["--config", config_file, "--train.steps", "8"]
+    said = f"warning: the last 2 steps were skipped (audit.jsonl says why): {folder} has the weights of step 6\n"
+    assert said not in train(run, *words, plant=poison_and_stop, planted=([26, 31], 7, {}), code=75)
+    assert said in train(run, *words, plant=poison, planted=([26, 31], "nan"))
+    assert said in train(run, *words)
 
 
 @pytest.mark.slow
@@ -412,9 +425,11 @@ def test_a_gradient_that_overflows_is_bad_where_the_loss_scale_is_fixed(config_f
     run, options = tmp_path / "run", {"plant": allow_float16, "size": 1}
     said = train(tmp_path / "fixed", *words, "--deepspeed", f"{{fp16: {{loss_scale: {2**40}}}}}", code=2, **options)
     assert "steps 1 to 2 were bad, and there is no checkpoint before them" in said
-    train(run, *words, "--deepspeed", "{fp16: {initial_scale_power: 40, hysteresis: 1}}", **options)
+    said = train(run, *words, "--deepspeed", "{fp16: {initial_scale_power: 40, hysteresis: 1}}", **options)
     reasons = [line["reason"] for line in read_audit(run)]
     assert reasons == [f"gradient too large for float16 at loss scale {2.0 ** (40 - n):g}" for n in range(3)]
+    folder = checkpoint.step_folder(run, 3)
+    assert f"warning: the last 3 steps were skipped (audit.jsonl says why): {folder} has the weights of step 0" in said
     (last,) = checkpoint.list_checkpoints(run)
     assert checkpoint.read_progress(last).guard["consecutive"] == 0
     assert checkpoint.verify(last) == []

@@ -440,7 +440,7 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
     reader, writer = os.pipe()
     monkeypatch.setenv(launch.WATCHED, str(writer))
     if watched:
-        launch.say_watched(3.0)
+        launch.say_watched(1.0)
         launch.say_watched(3.0)
     commands = ("sleep 60", "kill -9 $$", "trap '' TERM; exec sleep 60", "read; exit 71")
     children = [subprocess.Popen(["bash", "-c", command], stdin=subprocess.PIPE) for command in commands]
@@ -475,5 +475,24 @@ def test_the_launcher_does_not_wait_for_one_that_does_not_end(
     assert [child.wait() for child in children] == [code, -signal.SIGKILL]
     said = capfd.readouterr().err
     assert said == f"megatron-lcl train: process 1 had not ended {0 if code else 1} s after the others: killed\n"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_time_in_which_a_run_is_stopped_is_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ctrl-Z, after one of its processes has ended, for longer than the others may take."""
+
+    class StoppedClock(Clock):
+        def sleep(self, seconds: float) -> None:
+            self.now += 1000
+            if self.now > 3000:
+                self.last.communicate()
+
+    reader, writer = os.pipe()
+    children = [subprocess.Popen(command, stdin=subprocess.PIPE) for command in ("true", "cat")]
+    children[0].communicate()
+    monkeypatch.setattr(launch, "time", StoppedClock(children[1]))
+    assert launch._wait("megatron-lcl train", children, launch._Heard(reader), []) == 0
+    assert [child.returncode for child in children] == [0, 0]
     os.close(reader)
     os.close(writer)

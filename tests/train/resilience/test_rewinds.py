@@ -26,9 +26,9 @@ from megatron_lcl.train.changes import Changes
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
+from megatron_lcl.train.loop import Training
 from megatron_lcl.train.memory import Memory
 from megatron_lcl.train.resilience.bad_steps import BadSteps
-from megatron_lcl.train.run import Training
 
 SETTINGS = dict.fromkeys(PLANNED, 1)
 
@@ -153,8 +153,8 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
     run.bad_images = SimpleNamespace(write=lambda _: None)  # type: ignore[assignment]
 
     changes = Changes(new_loss=True)
-    monkeypatch.setattr("megatron_lcl.train.run.changes_since", lambda *_: changes)
-    monkeypatch.setattr("megatron_lcl.train.run.ledger_from", lambda _config, _before, ledger: ledger)
+    monkeypatch.setattr("megatron_lcl.train.loop.changes_since", lambda *_: changes)
+    monkeypatch.setattr("megatron_lcl.train.loop.ledger_from", lambda _config, _before, ledger: ledger)
 
     def go_to(folder: Path, progress: Progress, since: Changes) -> None:
         assert (folder, since) == (checkpoint.step_folder(tmp_path, saved), changes)

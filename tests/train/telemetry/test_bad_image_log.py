@@ -12,7 +12,7 @@ import torch
 
 from megatron_lcl import config as configs
 from megatron_lcl.parallel.mesh import Axis
-from megatron_lcl.train import run
+from megatron_lcl.train import loop
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.telemetry import Telemetry, read_metrics
 from megatron_lcl.train.telemetry.bad_image_log import BadImageLog
@@ -33,7 +33,7 @@ GATHERED: list[int] = []
 def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A run of two processes whose steps compute nothing, logged every 10 steps."""
     for name in ("num_micro_batches", "learning_rate", "lowerable_scale", "broadcast_batches"):
-        monkeypatch.setattr(run, name, mock.Mock())
+        monkeypatch.setattr(loop, name, mock.Mock())
     GATHERED.clear()
     training = mock.MagicMock()
     training.progress, training.loader, training.phase.change = Progress(0, 0, {}), None, None
@@ -55,7 +55,7 @@ def step(training: Any, number: int) -> None:
     training.stepper.start.return_value = SimpleNamespace(
         counts=SimpleNamespace(counts=counts), loss=torch.tensor(1.0), skipped=False
     )
-    run.Training._step(training)
+    loop.Training._step(training)
 
 
 def test_processes_tell_each_other_at_logged_steps(training: Any, tmp_path: Path) -> None:
@@ -77,12 +77,12 @@ def test_none_is_lost_or_counted_twice_at_a_save_and_a_rewind(training: Any, tmp
     """What was read since a save is dropped with the steps that a rewind makes again."""
     for _ in range(4):
         step(training, 1)
-    run.Training._save(training)
+    loop.Training._save(training)
     for _ in range(3):
         step(training, 2)
     training.bad.began = (4, 16)
-    with mock.patch.object(run.checkpoint, "go_back", return_value=(None, {})), pytest.raises(run.RunError):
-        run.Training._rewind(training)
+    with mock.patch.object(loop.checkpoint, "go_back", return_value=(None, {})), pytest.raises(loop.RunError):
+        loop.Training._rewind(training)
     training.telemetry.rewind(4)
     training.progress = Progress(4, 16, {})
     for _ in range(6):

@@ -32,7 +32,7 @@ def written() -> set[str]:
     """Keys of the lines that the package writes, as its source has them; what is computed, from where it is."""
     found: set[str] = set()
     root = Path(telemetry.__file__).parents[1]
-    for name in ("telemetry/log.py", "telemetry/meter.py", "checkpoint/saver.py", "kernels.py", "run.py"):
+    for name in ("telemetry/log.py", "telemetry/meter.py", "checkpoint/saver.py", "kernels.py", "loop.py"):
         for node in ast.walk(ast.parse((root / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Dict):
                 found |= {
@@ -50,6 +50,7 @@ def written() -> set[str]:
 def test_the_page_and_the_program_name_the_same() -> None:
     of_objectives = {name for one in objectives.names() for name in objectives.objective_class(one).metrics}
     by_part = {f"{kind}/{part}" for kind in ("grad_norm", "update_norm", "lr") for part in PARTS}
+    by_part |= {f"max_attention_logit/{part}" for part in PARTS if part != "head"}
     computed = {"loss", "log_scale", "grad_norm", *of_objectives, *COUNTS, *by_part, *health.NAMES}
     page = documented("Every logged step") | documented("Other lines")
     assert computed <= page, computed - page
@@ -57,6 +58,7 @@ def test_the_page_and_the_program_name_the_same() -> None:
     named = keys & page
     assert page - computed - named == EVALUATIONS, "the page names what nobody writes"
     internal = {"metric", "says", "grad_norm", "update_norm", "settings", "warnings", "missing", "unused"}
+    internal |= {"max_attention_logit"}
     assert keys - page - internal == set(), "the program writes what the page does not name"
 
 
@@ -79,7 +81,7 @@ def test_the_page_says_when_processes_are_listed() -> None:
 def test_the_page_has_the_bounds_of_health() -> None:
     text = PAGE.read_text(encoding="utf-8").partition("## Health\n")[2].partition("\n## ")[0]
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
-    page = {name: row[2].strip().replace("−", "-") for row in rows for name in re.findall("`(\\w+)`", row[1])}
+    page = {name: row[2].strip().replace("−", "-") for row in rows for name in re.findall("`([\\w/]+)`", row[1])}
     assert page == {
         name: f"{'below' if bound.below else 'above'} {bound.value:g}" for name, bound in health.BOUNDS.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,12 @@ from megatron_lcl.model import flops
 from megatron_lcl.model.layers import PARTS
 from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
-from megatron_lcl.train import run
+from megatron_lcl.train import loop
 from megatron_lcl.train.changes import Changes
 from megatron_lcl.train.checkpoint.folder import Progress
+from megatron_lcl.train.loop import Training
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.result import Measured
-from megatron_lcl.train.run import Training
 from megatron_lcl.train.telemetry import Telemetry, read_metrics
 from megatron_lcl.train.telemetry import clock as clocks
 from megatron_lcl.train.telemetry import meter as meters
@@ -38,10 +39,11 @@ from megatron_lcl.train.telemetry.stragglers import Place
 MESH, CPU = Mesh(ALONE, ALONE), torch.device("cpu")
 FROZEN = ("vision.*",)
 NORMS = dict.fromkeys(PARTS, 0.5)
+LOGITS = {"vision": 5.0, "pool": 0.5, "language": 999.0, "head": math.nan}
 
 
 def measured(latents: torch.Tensor, contexts: torch.Tensor) -> Measured:
-    return Measured(NORMS, NORMS, latents, contexts)
+    return Measured(NORMS, NORMS, LOGITS, latents, contexts)
 
 
 def one_line(
@@ -85,6 +87,28 @@ def test_a_planted_collapse_is_noticed_and_written(tmp_path: Path, capsys: pytes
     )
 
 
+def test_large_attention_logits_are_noticed_whatever_there_is_to_contrast(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = torch.zeros(0, 24)
+    with Telemetry(tmp_path, config_of(), True, 0) as telemetry:
+        meter = StepMeter(config_of(), MESH, Clock(CPU), telemetry)
+        line = one_line(meter, 5, measured(nothing, nothing))
+        found = {name: value for name, value in line.items() if name.startswith("max_attention_logit/")}
+        assert found == {f"max_attention_logit/{part}": LOGITS[part] for part in ("vision", "pool", "language")}
+        assert "attention" not in capsys.readouterr().out
+        for step, logit in ((6, 1001.0), (7, math.inf), (8, 3.0)):
+            logits = {**LOGITS, "language": logit}
+            one_line(meter, step, dataclasses.replace(measured(nothing, nothing), attention_logits=logits))
+        said = capsys.readouterr().out
+    name = "max_attention_logit/language"
+    assert f"step 6: attention logits of the language model are very large: {name} 1001 is above 1000" in said
+    assert "step 7" not in said, "said once"
+    assert f"step 8: {name} 3 is within its bound again" in said
+    lines = [line for line in read_metrics(tmp_path) if "health" in line]
+    assert [(line["step"], line["health"]["metric"]) for line in lines] == [(6, name), (8, name)]
+
+
 def test_operations_are_those_of_the_batches_and_mfu_their_part_of_the_peak(tmp_path: Path) -> None:
     config = config_of(peak_flops=1e9)
     own = batch(config)
@@ -122,12 +146,12 @@ def test_the_memory_of_a_cpu_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch) -
 def test_a_line_has_the_rates_of_the_steps_since_the_last_one_or_since_the_run_went_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "ledger_from", mock.Mock())
-    monkeypatch.setattr(run, "begins_other_blend", lambda *_: False)
-    monkeypatch.setattr(run, "changes_since", lambda *_: Changes())
-    monkeypatch.setattr(run.checkpoint, "go_back", lambda *_: (tmp_path, {}))
+    monkeypatch.setattr(loop, "ledger_from", mock.Mock())
+    monkeypatch.setattr(loop, "begins_other_blend", lambda *_: False)
+    monkeypatch.setattr(loop, "changes_since", lambda *_: Changes())
+    monkeypatch.setattr(loop.checkpoint, "go_back", lambda *_: (tmp_path, {}))
     progress = Progress(1, 4, Ledger({}).to_json())
-    monkeypatch.setattr(run.checkpoint, "read_progress", lambda _: progress)
+    monkeypatch.setattr(loop.checkpoint, "read_progress", lambda _: progress)
     rates = ("images_per_second", "tokens_per_second", "step_seconds", "flops_per_second", "data_wait")
     config, clock = config_of(), Clock(CPU)
     with Telemetry(tmp_path, config, True, 0) as telemetry:

@@ -15,13 +15,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_lcl.data.prepare.importers.row_groups import opened
+from megatron_lcl.data.prepare.importers import row_groups
 
 IMAGES = "bytes"
 """the column of the images, null where there is none; `key` and `size` name and measure them"""
 GROUP_BYTES, GROUP_ROWS = 32 << 20, 1000
 """a row group's images, but for the last, and its rows, are no more"""
-DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError)
+DAMAGE = (*row_groups.DAMAGE, KeyError)
 _MAX_PAGE = 1 << 30
 _SIZE = 4
 
@@ -44,7 +44,7 @@ def write_image_table(file: Path, groups: Iterable[pa.Table], schema: pa.Schema)
 
 def image_places(file: Path) -> Iterator[tuple[str, int, int]]:
     """(key, first byte, size) of the images of a file; one of DAMAGE where they do not lie as they were written."""
-    with pq.ParquetFile(opened(file)) as table, file.open("rb") as raw:
+    with pq.ParquetFile(row_groups.opened(file)) as table, file.open("rb") as raw:
         schema = table.schema_arrow
         column = schema.names.index(IMAGES)
         if schema.field("key").type != pa.string() or not pa.types.is_integer(schema.field("size").type):

@@ -66,8 +66,8 @@ def array_rows(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]
         else:
             name = f"{unit.name}:{number}"
             value, end = (None, -1) if needs_comma else _decode(text, at)
-            # a number may go on in the next part
-            while not needs_comma and not 0 <= end < len(text) and len(text) - at <= MAX_LINE:
+            # a number may go on in the next part, with `.5` or `e+5`
+            while not needs_comma and not 0 <= end < len(text) - 2 and len(text) - at <= MAX_LINE:
                 if not (more := _more(parts, len(text) - at)):
                     break
                 text, at = text[at:] + more, 0

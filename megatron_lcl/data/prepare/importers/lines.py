@@ -30,6 +30,7 @@ NDJSON = (".ndjson", ".ndjson.gz", ".ndjson.zst")
 JSON = (".json", ".json.gz", ".json.zst")
 """may be lines (C4's are), an array, or something that only lies beside the data"""
 T = TypeVar("T", bound=msgspec.Struct)
+R = TypeVar("R")
 _DECODER = json.JSONDecoder()
 _CHUNK = 1 << 16
 _COMPRESSED_CHUNK = 1 << 10
@@ -110,24 +111,27 @@ def text_lines(unit: Unit, drops: Drops, wide: str = "") -> Iterator[tuple[str, 
     and the lines, which are in UTF-8, have the names of a compressed one's.
     """
     path, start, end = unit.payload
-    try:
-        with path.open("rb", _CHUNK) as file:
-            if not is_compressed(path) and not wide:
-                yield from _range(unit.name, file, start, end, drops)
-                return
-            chunks = _chunks(unit.name, path, file, drops)
-            yield from _split(unit.name, _as_utf8(chunks, wide) if wide else chunks, drops)
-    except OSError as error:
-        raise_if_passing(error, path)
-        drops.bad("document", f"file cannot be read ({error.strerror})", unit.name)
+
+    def read(file: BinaryIO) -> Iterator[tuple[str, bytes, bool]]:
+        if not is_compressed(path) and not wide:
+            return _range(unit.name, file, start, end, drops)
+        chunks = _chunks(unit.name, path, file, drops)
+        return _split(unit.name, _as_utf8(chunks, wide) if wide else chunks, drops)
+
+    return _read_by(read, unit, drops)
 
 
 def file_chunks(unit: Unit, drops: Drops) -> Iterator[bytes]:
     """The bytes of a unit that is a whole file, without its compression."""
+    return _read_by(lambda file: _chunks(unit.name, unit.payload[0], file, drops), unit, drops)
+
+
+def _read_by(read: Callable[[BinaryIO], Iterator[R]], unit: Unit, drops: Drops) -> Iterator[R]:
+    """What `read` finds in a unit's file; one that the system does not read, or not to its end, is counted."""
     path = unit.payload[0]
     try:
         with path.open("rb", _CHUNK) as file:
-            yield from _chunks(unit.name, path, file, drops)
+            yield from read(file)
     except OSError as error:
         raise_if_passing(error, path)
         drops.bad("document", f"file cannot be read ({error.strerror})", unit.name)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from megatron_lcl.data.prepare.importers.row_groups import batches, opened
+from megatron_lcl.data.prepare.importers.row_groups import DAMAGE, batches, opened
 from megatron_lcl.data.prepare.importers.sorted_runs import SortedRuns
 from megatron_lcl.data.prepare.importers.urls import EXTENSIONS
 from megatron_lcl.filesystem import is_dir, matching, raise_if_passing
@@ -81,6 +80,6 @@ def _pairs(table: Path) -> Iterator[tuple[str, str]]:
                     there = row.get("status", "success") == "success"
                     if there and isinstance(url, str) and isinstance(key, str) and key.isdecimal() and len(key) < 15:
                         yield url, key
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except DAMAGE as error:
         raise_if_passing(error, table)
         return  # its images are missing then
