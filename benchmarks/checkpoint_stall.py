@@ -25,6 +25,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from claims import exit_with
 from measuring import versions
 
 from megatron_lcl import config as configs
@@ -139,4 +140,4 @@ def deepspeed_convert(source: Path, output: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from claims import exit_unless
+from arguments import positive
+from claims import exit_unless, exit_with
 from measuring import versions
-from open_clip.loss import ClipLoss
 
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.losses.group import exchange
@@ -34,6 +34,8 @@ PER_RANK = 4096
 
 
 def compare(rank: int, size: int, pairs: int, cuda: bool, result: Any) -> None:
+    from open_clip.loss import ClipLoss
+
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
@@ -94,8 +96,10 @@ def compare(rank: int, size: int, pairs: int, cuda: bool, result: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=positive, default=7)
     arguments = parser.parse_args()
+    import open_clip.loss  # noqa: F401 - what is lacking is said here, before processes are started
+
     cuda = torch.cuda.device_count() >= 2
     size = torch.cuda.device_count() if cuda else 2
     held = hold_port()
@@ -108,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

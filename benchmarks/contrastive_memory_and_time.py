@@ -16,7 +16,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from claims import exit_unless
+from claims import exit_unless, exit_with
 from loss_measure import Measured, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
 
 from megatron_lcl.losses import contrastive
@@ -135,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

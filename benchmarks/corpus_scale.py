@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from claims import exit_unless
+from claims import exit_unless, exit_with
 from measuring import resident
 
 from megatron_lcl.data.corpus.corpus_manifest import FORMAT_VERSION, write_manifest
@@ -177,4 +177,4 @@ def private() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

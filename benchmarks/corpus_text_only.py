@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +25,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from arguments import existing_file, positive
+from claims import exit_with
 
 from megatron_lcl.data.corpus.document import Text
 from megatron_lcl.data.corpus.indexed import IndexedWriter
@@ -38,10 +39,10 @@ CLAIM = 0.85
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--texts", type=existing_file, required=True)
     parser.add_argument("--tokenizer", help="default: both clip and a SentencePiece model trained on the texts")
     parser.add_argument("--megabytes", type=float, default=24)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     arguments = parser.parse_args()
     sentences = [json.loads(line)["text_list"] for line in arguments.texts.read_text("utf-8").splitlines()]
     names = [arguments.tokenizer] if arguments.tokenizer else ["clip", "sentencepiece"]
@@ -110,4 +111,4 @@ def measure(tokenizer: Tokenizer, documents: list[list[str]], rounds: int) -> tu
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

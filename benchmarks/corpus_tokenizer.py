@@ -10,20 +10,21 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
-from claims import exit_unless
+from arguments import existing_file, positive
+from claims import exit_unless, exit_with
 from measuring import versions
-from open_clip.tokenizer import SimpleTokenizer
 
 from megatron_lcl.data.corpus.tokenizer import load
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--texts", type=existing_file, required=True)
+    parser.add_argument("--rounds", type=positive, default=9)
     arguments = parser.parse_args()
+    from open_clip.tokenizer import SimpleTokenizer
+
     lines = arguments.texts.read_text("utf-8").splitlines()
     texts = [text for line in lines for text in json.loads(line)["text_list"]]
     size = sum(len(text.encode()) for text in texts) / 1e6
@@ -49,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

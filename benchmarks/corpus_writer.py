@@ -14,18 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from claims import exit_unless
+from arguments import positive
+from claims import exit_unless, exit_with
 from measuring import versions
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_lcl.data.corpus.store import ShardWriter
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pieces", type=int, default=200_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pieces", type=positive, default=200_000)
+    parser.add_argument("--rounds", type=positive, default=5)
     arguments = parser.parse_args()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 200, arguments.pieces)
     pieces = [rng.integers(0, 50_000, n, dtype=np.int32) for n in lengths]
@@ -71,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
+from claims import exit_with
 
 from megatron_lcl.attention import choose_attention
 from megatron_lcl.losses.generation import generation_loss
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

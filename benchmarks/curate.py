@@ -38,7 +38,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from claims import exit_unless, flat
+from arguments import interpreter
+from claims import exit_unless, exit_with, flat
 from measuring import resident, versions
 from PIL import Image as Pillow
 
@@ -217,8 +218,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="*", default=[1000, 10_000], help="with images")
     parser.add_argument("--text-documents", type=int, nargs="*", default=[1000, 10_000], help="of text only")
-    parser.add_argument("--datatrove", metavar="PYTHON")
-    parser.add_argument("--nemo-curator", metavar="PYTHON")
+    parser.add_argument("--datatrove", type=interpreter, metavar="PYTHON")
+    parser.add_argument("--nemo-curator", type=interpreter, metavar="PYTHON")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--language", nargs="+", metavar="all | four | MODEL", help="the rule of language alone")
     options = parser.parse_args()
@@ -253,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

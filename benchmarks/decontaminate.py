@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import io
 import statistics
-import sys
 import tempfile
 import time
 import zlib
@@ -30,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import existing_folder, positive
+from claims import exit_with
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_lcl.curate.duplicates.evaluation import Finder, evaluation_facts, write_index
@@ -46,13 +47,13 @@ SETTINGS = Decontamination()
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluation", type=Path, required=True)
-    parser.add_argument("--others", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--planted", type=int, default=500)
-    parser.add_argument("--tile", type=int, default=320)
+    parser.add_argument("--evaluation", type=existing_folder, required=True)
+    parser.add_argument("--others", type=existing_folder, required=True)
+    parser.add_argument("--images", type=positive, default=10_000)
+    parser.add_argument("--planted", type=positive, default=500)
+    parser.add_argument("--tile", type=positive, default=320)
     parser.add_argument("--exclude", nargs="*", default=[], help="texts of paths that are left out")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=positive, default=2)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
         folders = [Path(name) / kind for kind in ("evaluation", "others", "facts", "index")]
@@ -233,4 +234,4 @@ def report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

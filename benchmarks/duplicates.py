@@ -7,24 +7,30 @@ own (for its peak of memory, to which the peaks of what it starts are added), an
 comparison and union-find, so that all must find the same clusters. DuckDB, Polars and Ray Data, which sorts by key, may
 use all cores. Time is of grouping and joining, without the start of the process and of Ray; ratios are to ours.
 
-    pip install duckdb polars pandas "ray[data]" datasketch rensa
+    pip install -e ".[benchmarks]" pandas "ray[data]"
     python benchmarks/duplicates.py [--rows 100000 1000000] [--rounds 3]
+
+Peers that are not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
+from arguments import positive
+from claims import exit_with
 from measuring import resident, versions
 
 from megatron_lcl.curate.duplicates.clusters import equal_keys, find, unite_alike
@@ -34,15 +40,17 @@ from megatron_lcl.data.loading.hashes import mix
 
 PERMUTATIONS, THRESHOLD = 112, 0.75
 WORDS = 5
+INSTALL = 'pip install -e ".[benchmarks]" pandas "ray[data]"'
 Groups = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--documents", type=int, default=300, help="for the speed of signatures")
+    parser.add_argument("--rows", type=positive, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--documents", type=positive, default=300, help="for the speed of signatures")
     arguments = parser.parse_args()
+    engines = [name for name, (_, *needs) in ENGINES.items() if installed(name, *needs)]
     bands, per_band = choose_bands(THRESHOLD, PERMUTATIONS)
     print(f"{PERMUTATIONS} permutations, threshold {THRESHOLD}: {bands} bands of {per_band} rows")
     print(versions("numpy", "duckdb", "polars", "ray", "datasketch", "rensa"))
@@ -51,10 +59,10 @@ def main() -> int:
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), rows, bands, per_band)
-            seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
-            peaks, clusters = dict.fromkeys(ENGINES, 0.0), {}
+            seconds: dict[str, list[float]] = {name: [] for name in engines}
+            peaks, clusters = dict.fromkeys(engines, 0.0), {}
             for _ in range(arguments.rounds):
-                for name in ENGINES:  # by turns
+                for name in engines:  # by turns
                     with get_context("spawn").Pool(1) as pool:
                         spent, peak, clusters[name] = pool.apply(join, (name, Path(folder), bands))
                     seconds[name].append(spent)
@@ -80,27 +88,29 @@ def make(folder: Path, num: int, bands: int, per_band: int) -> None:
     for band in range(bands):
         keys = np.zeros(num, np.uint64)
         for column in range(band * per_band, (band + 1) * per_band):
-            keys = _mixed(keys, described[:, column].astype(np.uint64))
+            keys = _mixing()(keys, described[:, column].astype(np.uint64))
         np.save(folder / f"band-{band}.npy", keys)
 
 
-def _mixed(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+@functools.cache
+def _mixing() -> Any:
     import numba
 
-    return numba.vectorize(["uint64(uint64, uint64)"])(mix)(keys, values)
+    return numba.vectorize(["uint64(uint64, uint64)"])(mix)
 
 
 def join(name: str, folder: Path, bands: int) -> tuple[float, float, tuple[int, int]]:
     """Seconds, peak of memory in GB, and (clusters of several rows, a hash of all clusters)."""
+    group, *_ = ENGINES[name]
     described = np.load(folder / "signature.npy", mmap_mode="r")
     parent = np.arange(len(described))
     limit = int(PERMUTATIONS * (1 - THRESHOLD))
     np.save(folder / "few.npy", np.arange(4, dtype=np.uint64) // 2)
-    for rows, starts in ENGINES[name](folder / "few.npy", folder):  # imported and compiled
+    for rows, starts in group(folder / "few.npy", folder):  # imported and compiled
         unite_alike(rows, starts, described, False, 0, parent.copy())
     start = time.perf_counter()
     for band in range(bands):
-        for rows, starts in ENGINES[name](folder / f"band-{band}.npy", folder):
+        for rows, starts in group(folder / f"band-{band}.npy", folder):
             unite_alike(rows, starts, described, False, limit, parent)
     seconds = time.perf_counter() - start
     roots = np.array([find(parent, row) for row in range(len(parent))])
@@ -160,19 +170,25 @@ def _of_lists(lists: object) -> tuple[np.ndarray, np.ndarray]:
     return lists.flatten().to_numpy(), np.asarray(lists.offsets, np.int64)  # type: ignore[attr-defined]
 
 
-ENGINES: dict[str, Callable[[Path, Path], Groups]] = {
-    "numpy": by_numpy,
-    "DuckDB": by_duckdb,
-    "Polars": by_polars,
-    "Ray Data": by_ray,
+ENGINES: dict[str, tuple[Any, ...]] = {
+    "numpy": (by_numpy,),
+    "DuckDB": (by_duckdb, "duckdb"),
+    "Polars": (by_polars, "polars"),
+    "Ray Data": (by_ray, "ray", "pandas"),
 }
+"""f(keys, folder) -> Groups of each, and the modules that it needs"""
+
+
+def installed(name: str, *modules: str) -> bool:
+    """Whether a peer is; says where it is not."""
+    absent = [module for module in modules if find_spec(module) is None]
+    if absent:
+        print(f"{name} is left out, without {' and '.join(absent)}: {INSTALL}")
+    return not absent
 
 
 def signatures(num: int, rounds: int) -> None:
     """Documents a second, of 500 words each: shingles and signature."""
-    import datasketch
-    import rensa
-
     rng = np.random.default_rng(0)
     vocabulary = [f"word{k}" for k in range(5000)]
     texts = [" ".join(rng.choice(vocabulary, 500)) for _ in range(num)]
@@ -185,16 +201,21 @@ def signatures(num: int, rounds: int) -> None:
         return signature(shingle_hashes(word_hashes(text), WORDS), PERMUTATIONS)
 
     def by_datasketch(text: str) -> object:
+        import datasketch
+
         sketch = datasketch.MinHash(PERMUTATIONS)
         sketch.update_batch([shingle.encode() for shingle in shingles(text)])
         return sketch.digest()
 
     def by_rensa(text: str) -> object:
+        import rensa
+
         sketch = rensa.RMinHash(num_perm=PERMUTATIONS, seed=0)
         sketch.update(shingles(text))
         return sketch.digest()
 
-    ways = {"ours": ours, "datasketch": by_datasketch, "rensa": by_rensa}
+    ways = {"ours": ours}
+    ways |= {name: way for name, way in (("datasketch", by_datasketch), ("rensa", by_rensa)) if installed(name, name)}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way(texts[0])
@@ -211,4 +232,4 @@ def signatures(num: int, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

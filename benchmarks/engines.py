@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import local_slurm
+from claims import exit_with
 from data.helpers import TOKENIZER, contents
 from data.writers import picture, write_jsonl
 from measuring import versions
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

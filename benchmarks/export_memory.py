@@ -17,11 +17,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from claims import exit_with
 from measuring import resident
 
 from megatron_lcl.config import Config, Language, Model, Vision
 
 BOUND = 1.5
+FORMATS = ["hf", "timm", "open_clip", "import"]
 TEXT = Language(256, 49411, 512, 12, 8, 2048)
 SIZES = {
     "tiny": Model(Vision(32, 16, 64, 1, 1, 64), Language(16, 64, 64, 1, 1, 64), 1),
@@ -34,7 +36,7 @@ SIZES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES)[1:], default="b")
-    parser.add_argument("--formats", nargs="+", default=["hf", "timm", "open_clip", "import"])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--one", nargs=3, metavar=("CHECKPOINT", "FORMAT", "DTYPE"), help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, metavar=("FOLDER", "SIZE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -99,4 +101,4 @@ def convert_once(checkpoint: str, format: str, dtype: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

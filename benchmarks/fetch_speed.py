@@ -24,11 +24,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+from arguments import interpreter, positive
+from claims import exit_with
 from measuring import versions
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from data.fetch.faulty_server import serving
+from data.fetch.faulty_server import ODD_ROBOTS, serving
 
 ADDRESSES = 16
 CONCURRENCY = 64
@@ -80,10 +82,10 @@ def images_in(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--urls", type=int, nargs="+", default=[1000, 10_000, 100_000])
-    parser.add_argument("--workers", type=int, nargs="+", default=[1])
+    parser.add_argument("--urls", type=positive, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--workers", type=positive, nargs="+", default=[1])
     parser.add_argument("--max-image-side", type=int, nargs="+", default=[0], help="0: as they are")
-    parser.add_argument("--img2dataset", metavar="PYTHON")
+    parser.add_argument("--img2dataset", type=interpreter, metavar="PYTHON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -97,7 +99,8 @@ def main() -> None:
         print(
             f"{'':12} {'URLs':>8} {'side':>5} {'processes':>9} {'kept':>8} {'images/s':>9} {'per CPU s':>10} {'MB':>6}"
         )
-        with serving(folder, ADDRESSES) as (hosts, port):
+        with serving(folder, ADDRESSES + len(ODD_ROBOTS)) as (all_hosts, port):
+            hosts = [host for host in all_hosts if host not in ODD_ROBOTS]
             for number in options.urls:
                 listed = folder / "urls.txt"
                 listed.write_text("".join(f"http://{hosts[k % len(hosts)]}:{port}/photo/{k}\n" for k in range(number)))
@@ -126,7 +129,9 @@ def main() -> None:
                                 flush=True,
                             )
                             shutil.rmtree(output)
+                            if kept != number:
+                                raise SystemExit(f"{what} has kept {kept:,} of {number:,} images: not comparable")
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from claims import exit_unless
+from claims import exit_unless, exit_with
 from generation_peers import peers
 from loss_measure import Measured, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
 
@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -11,12 +11,13 @@ In float32 neither rounds anything of the kind, and all are near. Runs without a
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from claims import exit_unless
+from claims import exit_unless, exit_with
 from measuring import versions
 
 from megatron_lcl.losses.generation import generation_loss
@@ -59,6 +60,7 @@ def errors(loss_of: Callable, *arguments: torch.Tensor) -> tuple[list[float], to
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from arguments import positives
+from claims import exit_with
 
 
 def measure(rank: int, size: int, folder: Path, port: int, ours: bool) -> None:
@@ -69,13 +71,15 @@ def run(size: int, port: int, ours: bool) -> list[dict[str, float]]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", default="16,64,128", help="(%(default)s)")
+    parser.add_argument("--processes", type=positives, default="16,64,128", help="even numbers (%(default)s)")
     parser.add_argument("--port", type=int, default=29_850, help="the first of as many as there are rows (%(default)s)")
     options = parser.parse_args()
+    if odd := [size for size in options.processes if size % 2]:
+        parser.error(f"--processes {odd[0]} cannot be divided into groups of two: give even numbers")
     torch.set_num_threads(1)
     port = options.port
     print("processes           a group of all, s  its open files in a process  groups of two, s")
-    for size in map(int, options.processes.split(",")):
+    for size in options.processes:
         for ours in (False, True):
             port += 1
             notes = run(size, port, ours)
@@ -86,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -37,7 +37,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from claims import exit_unless
+from arguments import existing_folder, positive
+from claims import exit_unless, exit_with
 from lxml import etree, html
 from PIL import Image as Pillow
 
@@ -311,11 +312,13 @@ def claims(name: str, rows: dict[str, Row]) -> dict[str, bool]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", metavar="PACKAGE | FOLDER", help=f"packages: {', '.join(MANUALS)}")
-    parser.add_argument("--packages", type=Path, metavar="DIR", help="folder with .deb files")
-    parser.add_argument("--pages", type=int, default=200, help="of each, at most (%(default)s)")
+    parser.add_argument("--packages", type=existing_folder, metavar="DIR", help="folder with .deb files")
+    parser.add_argument("--pages", type=positive, default=200, help="of each, at most (%(default)s)")
     parser.add_argument("--content", metavar="XPATH", default="//main", help="of folders (%(default)s)")
     parser.add_argument("--without", metavar="XPATH", default="", help="what in the content of folders is none")
     options = parser.parse_args()
+    if absent := [name for name in options.what if name not in MANUALS and not Path(name).is_dir()]:
+        parser.error(f"{absent[0]!r} is neither a folder nor one of: {', '.join(MANUALS)}")
     packages = options.packages.resolve() if options.packages else None
     every = dict(ways())
     held: dict[str, bool] = {}
@@ -337,4 +340,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -35,7 +35,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from claims import exit_unless, flat
+from arguments import interpreter
+from claims import exit_unless, exit_with, flat
 from measuring import resident
 from PIL import Image as Pillow
 
@@ -295,7 +296,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--image-side", type=int, default=224, help="pixels (%(default)s)")
     parser.add_argument("--folder", metavar="DIR", help="for the data (default: the system's for temporary files)")
-    parser.add_argument("--datatrove", metavar="PYTHON")
+    parser.add_argument("--datatrove", type=interpreter, metavar="PYTHON")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -338,4 +339,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from arguments import one_of
+from claims import exit_with
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -121,9 +122,11 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main(capabilities: list[int]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capabilities", nargs="*", type=one_of(SHARED), help="default: all")
     fits = True
-    for capability in capabilities:
+    for capability in parser.parse_args().capabilities or SHARED:
         print(f"compute capability {capability / 10:.1f}, Triton {triton.__version__}")
         print(f"{'kernel':32} {'registers':>9} {'warps':>5} {'shared':>9} {'spilled':>7} {'tensor cores':>12} blocks")
         for found in resources(capability):
@@ -138,6 +141,4 @@ def main(capabilities: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("capabilities", nargs="*", type=int, default=list(SHARED), help="default: all")
-    sys.exit(main(parser.parse_args().capabilities))
+    exit_with(main)

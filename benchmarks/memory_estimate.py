@@ -16,10 +16,11 @@ import argparse
 import importlib
 import json
 import os
-import sys
 from functools import partial
 from typing import Any
 
+from arguments import one_of
+from claims import exit_with
 from measuring import resident
 from setting_processes import measured_by_all, those_that_fit
 
@@ -58,7 +59,9 @@ PACKS, IMAGES, ROWS = 4, 8, 4
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of: {'; '.join(SETTINGS)}. Default: all")
+    parser.add_argument(
+        "settings", nargs="*", type=one_of(SETTINGS), metavar="SETTING", help=f"of: {'; '.join(SETTINGS)}. Default: all"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -155,4 +158,4 @@ def make_batches(config: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

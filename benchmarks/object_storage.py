@@ -19,10 +19,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from arguments import interpreter, positive
+from claims import exit_with
 from measuring import versions
 from s3_server import moto, proxied
 
 OBJECT = 64 << 20
+LIBRARIES = ["obstore", "s3fs", "msc", "msc-rust"]
 READER = """
 import json, os, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -75,10 +78,10 @@ print(json.dumps({"peak MB": kib * 1.024e-3}))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default=sys.executable)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1 << 16, 1 << 20, 1 << 22])
-    parser.add_argument("--flight", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--libraries", nargs="+", default=["obstore", "s3fs", "msc", "msc-rust"])
+    parser.add_argument("--peers", type=interpreter, default=sys.executable)
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[1 << 16, 1 << 20, 1 << 22])
+    parser.add_argument("--flight", type=positive, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
     parser.add_argument("--latency", type=float, default=0.02)
     arguments = parser.parse_args()
     import obstore
@@ -118,4 +121,4 @@ def create_bucket(url: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from arguments import positive
+from claims import exit_with
 
 from megatron_lcl.config import Optimizer, from_dict
 from megatron_lcl.parallel.mesh import ALONE, Mesh
@@ -84,10 +86,10 @@ def medians(steps: Mapping[str, Callable[[], Any]], number: int) -> dict[str, fl
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numbers", type=int, default=20_000_000, help="parameters of the one tensor (%(default)s)")
-    parser.add_argument("--width", type=int, default=384, help="of the blocks (%(default)s)")
-    parser.add_argument("--blocks", type=int, default=2, help="%(default)s")
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of each (%(default)s)")
+    parser.add_argument("--numbers", type=positive, default=20_000_000, help="of the one tensor (%(default)s)")
+    parser.add_argument("--width", type=positive, default=384, help="of the blocks (%(default)s)")
+    parser.add_argument("--blocks", type=positive, default=2, help="%(default)s")
+    parser.add_argument("--steps", type=positive, default=7, help="timed steps of each (%(default)s)")
     options = parser.parse_args()
     keep_freed_memory()  # as a run does
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -121,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

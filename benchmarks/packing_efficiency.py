@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from claims import exit_unless
+from arguments import existing_file, positive
+from claims import exit_unless, exit_with
 
 from megatron_lcl.data.corpus.tokenizer import load
 from megatron_lcl.data.loading.packing import best_fit, choose_images_per_pack, max_sequences
@@ -77,8 +78,8 @@ def windowed_best_fit(tokens: np.ndarray, images: np.ndarray, capacity: int, slo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("annotations", type=Path)
-    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("annotations", type=existing_file)
+    parser.add_argument("--documents", type=positive, default=1_000_000)
     arguments = parser.parse_args()
     real = real_sizes(arguments.annotations)
     documents = {
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -15,19 +15,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claims import exit_unless
+from arguments import existing_file, positive
+from claims import exit_unless, exit_with
 from measuring import resident
 
 SHARD = 100_000
 DOCUMENTS, SECONDS, MEBIBYTES = 10_000_000, 60, 2048
+
+
+def shards(text: str) -> int:
+    """A number of documents that whole shards have."""
+    if (number := positive(text)) % SHARD:
+        raise argparse.ArgumentTypeError(f"{text} documents are no multiple of {SHARD:,}, the documents of a shard")
+    return number
 
 
 def write_corpus(folder: Path, annotations: Path, num_documents: int, image: bytes = b"-") -> None:
@@ -68,7 +77,7 @@ def write_corpus(folder: Path, annotations: Path, num_documents: int, image: byt
     })  # fmt: skip
 
 
-def build(folder: str, cache: str, num_documents: int, tokens_per_pack: int, queue: Any) -> None:
+def build(folder: str, cache: str, num_documents: int, tokens_per_pack: int) -> dict[str, Any]:
     """One epoch's index, in a process of its own so that its peak memory is its own."""
     from megatron_lcl.config import Corpus, Data
     from megatron_lcl.data.loading.ledger import open_ledger
@@ -92,22 +101,20 @@ def build(folder: str, cache: str, num_documents: int, tokens_per_pack: int, que
     resumed = time.perf_counter()
     PackIndex(fresh, index.ledger_at(packs - 1)).prepare(packs - 1)
     going_on = time.perf_counter() - resumed
-    queue.put(
-        {
-            "documents": num_documents,
-            "images_per_pack": index.images_per_pack,
-            "measure": measured - started,
-            "pack": ended - measured,
-            "peak": resident("VmHWM"),
-            "packs": packs,
-            "going_on": going_on,
-            "chunks_mb": megabytes(cache, "packs-*"),
-            "going_on_mb": megabytes(f"{cache}-again", "packs-*"),
-            "sizes_mb": megabytes(cache, "documents-*"),
-            "tokens": sum(r["tokens"] for r in records) / (packs * tokens_per_pack),
-            "images": sum(r["images"] for r in records) / slots,
-        }
-    )
+    return {
+        "documents": num_documents,
+        "images_per_pack": index.images_per_pack,
+        "measure": measured - started,
+        "pack": ended - measured,
+        "peak": resident("VmHWM"),
+        "packs": packs,
+        "going_on": going_on,
+        "chunks_mb": megabytes(cache, "packs-*"),
+        "going_on_mb": megabytes(f"{cache}-again", "packs-*"),
+        "sizes_mb": megabytes(cache, "documents-*"),
+        "tokens": sum(r["tokens"] for r in records) / (packs * tokens_per_pack),
+        "images": sum(r["images"] for r in records) / slots,
+    }
 
 
 def megabytes(cache: str, names: str) -> float:
@@ -116,20 +123,15 @@ def megabytes(cache: str, names: str) -> float:
 
 
 def run(folder: Path, cache: Path, num_documents: int, tokens_per_pack: int) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=build, args=(str(folder), str(cache), num_documents, tokens_per_pack, queue))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(build, str(folder), str(cache), num_documents, tokens_per_pack).result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("annotations", type=Path)
-    parser.add_argument("--tokens", type=int, default=2048, help="T")
-    parser.add_argument("--documents", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("annotations", type=existing_file)
+    parser.add_argument("--tokens", type=positive, default=2048, help="T")
+    parser.add_argument("--documents", type=shards, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     arguments = parser.parse_args()
     print(
         "documents      I   sizes s   packs s   total s   s per 10^6   peak MiB       packs   tokens   images"
@@ -158,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -26,13 +26,13 @@ import math
 import multiprocessing as mp
 import os
 import statistics
-import sys
 import time
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from claims import exit_with
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
@@ -221,4 +221,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -24,6 +24,8 @@ import sys
 import time
 from typing import Any
 
+from arguments import one_of
+from claims import exit_with
 from setting_processes import measured_by_all
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -64,7 +66,9 @@ STEPS, CLAIM = 5, 0.25
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of: {'; '.join(SETTINGS)}. Default: all")
+    parser.add_argument(
+        "settings", nargs="*", type=one_of(SETTINGS), metavar="SETTING", help=f"of: {'; '.join(SETTINGS)}. Default: all"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: it is the CPU that is measured
@@ -174,4 +178,4 @@ def full_pack(config: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -10,8 +10,9 @@ that there is no second pack for a replica, or that nothing fits. docs/scaling.m
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from claims import exit_with
 
 from megatron_lcl import config as configs
 from megatron_lcl.plan.devices import DEVICES, assumed_rates
@@ -86,4 +87,4 @@ def _breaks(best: Layout, replicas: int, packs: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

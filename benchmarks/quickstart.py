@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import yaml
-from claims import exit_unless
+from claims import exit_unless, exit_with
 from PIL import Image as PILImage
 
 import megatron_lcl
@@ -213,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

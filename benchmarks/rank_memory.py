@@ -24,6 +24,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from arguments import positive, positives
+from claims import exit_with
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # it is imported here, before any process group is made
@@ -161,16 +163,19 @@ def rows(processes: int, config: Config) -> list[tuple[str, int, int]]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", default="64,512,4096", help="(%(default)s)")
-    parser.add_argument("--tensor", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("--pipeline", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--processes", type=positives, default="64,512,4096", help="(%(default)s)")
+    parser.add_argument("--tensor", type=positive, default=2, help="(%(default)s)")
+    parser.add_argument("--pipeline", type=positive, default=4, help="(%(default)s)")
     options = parser.parse_args()
+    replica, sizes = options.tensor * options.pipeline, options.processes
+    if odd := [size for size in sizes if size % replica]:
+        parser.error(f"--processes {odd[0]} is no multiple of tensor times pipeline ({replica})")
     quiet_deepspeed()
-    sizes = [int(size) for size in options.processes.split(",")]
-    columns = []
-    for size in sizes:
-        parallel = {"tensor": options.tensor, "pipeline": options.pipeline}
-        columns.append(rows(size, configs.from_dict({"parallel": parallel, "train": {"global_batch": size}})))
+    parallel = {"tensor": options.tensor, "pipeline": options.pipeline}
+    _, *columns = (  # the first is there to import what is imported when it is used
+        rows(size, configs.from_dict({"parallel": parallel, "train": {"global_batch": size}}))
+        for size in (replica, *sizes)
+    )
     print("kB, kept / peak, of " + ", ".join(f"{size:,}" for size in sizes) + " processes")
     for of_sizes in zip(*columns, strict=True):
         numbers = " | ".join(f"{kept / 1e3:,.1f} / {peak / 1e3:,.1f}" for _, kept, peak in of_sizes)
@@ -178,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

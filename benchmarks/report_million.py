@@ -33,15 +33,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
 import PIL.Image
-from claims import exit_unless
+from arguments import positive
+from claims import exit_unless, exit_with
 from data.writers import write_jsonl
-from report.browser import Browser
+from report.browser import Browser, find_chromium
 
 from megatron_lcl import config as configs
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.gallery import NUM_EXAMPLES, NUM_MARKS, Gallery, Mark, Named
 from megatron_lcl.evaluate.heldout_results import Example, HeldOut, Pair
 from megatron_lcl.evaluate.results import Metric, Result
@@ -95,6 +97,11 @@ def names_of_line() -> list[str]:
     return [name for name in found if name not in {"step", "slowest_phase"} and not name.startswith("rank_")]
 
 
+def numbers_drawn() -> list[str]:
+    """Those that are drawn as curves."""
+    return [name for name in names_of_line() if name not in {"time", "clock"}]
+
+
 def make_pictures(run: Path, rng: np.random.Generator) -> Path:
     """The run's corpus, and what evaluations have written of pictures; returns the corpus."""
     words = ["".join(rng.choice([*"abcdefghijklmnop"], 6)) for _ in range(500)]
@@ -113,7 +120,7 @@ def make_pictures(run: Path, rng: np.random.Generator) -> Path:
     pairs = [Pair(d, 0, d, text()[:400]) for d in range(8)]
     examples = [Example(pair, 1 + d, tuple(pairs[:4])) for d, pair in enumerate(pairs)]
     measured = HeldOut(
-        str(corpus), 8, 8, 0,
+        str(corpus), 8, 8, 0, fingerprint=open_corpus(corpus).fingerprint,
         image_to_context_recall_at_1=0.5, image_to_context_recall_at_10=0.5,
         chance_at_1=0.1, chance_at_10=1.0, median_rank=1.0, distinct_images=8, distinct_contexts=8,
         context_to_image_chance_at_1=0.1, context_to_image_chance_at_10=1.0,
@@ -166,9 +173,11 @@ def cpu_seconds_of(first: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lines", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--loads", type=int, default=3)
+    parser.add_argument("--lines", type=positive, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--loads", type=positive, default=3)
     options = parser.parse_args()
+    if not find_chromium():
+        raise UserError("Chromium, which loads the pages, is not installed: apt-get install chromium")
     print("| lines | metrics, MB | to make, CPU s | page, kB | to load, s | to load, CPU s |", flush=True)
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     claims = {}
@@ -185,8 +194,8 @@ def main() -> None:
                 browser.open(page.as_uri())
                 spent.append(cpu_seconds_of(browser.process.pid) - before)
                 loads.append(browser.evaluate(LOADED) / 1000)
-            numbers_drawn = len(names_of_line()) - 1  # time is none
-            assert browser.evaluate("document.querySelectorAll('svg.chart path.line').length") >= numbers_drawn
+            curves = browser.evaluate("document.querySelectorAll('svg.chart path.line').length")
+            assert curves >= len(numbers_drawn())
             for shown, least in (
                 ("svg.map image", NUM_MARKS),
                 (".pictures img", 2 * NUM_EXAMPLES),
@@ -203,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

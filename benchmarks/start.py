@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from claims import exit_unless
+from claims import exit_unless, exit_with
 from PIL import Image
 
 from megatron_lcl.data.prepare.preprocess import preprocess
@@ -137,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -11,7 +11,9 @@ row at the rate that was chosen for it.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from arguments import existing_folder
+from claims import exit_with
 
 from megatron_lcl.claim.run import steps_to
 from megatron_lcl.train.telemetry import read_metrics
@@ -19,10 +21,13 @@ from megatron_lcl.train.telemetry import read_metrics
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("other", type=Path, metavar="OTHER")
+    parser.add_argument("run", type=existing_folder, metavar="RUN")
+    parser.add_argument("other", type=existing_folder, metavar="OTHER")
     options = parser.parse_args()
     goal, other = ([line for line in read_metrics(run) if "num_images" in line] for run in (options.run, options.other))
+    for run, lines in ((options.run, goal), (options.other, other)):
+        if not lines:
+            parser.error(f"{run} has no metrics.jsonl with lines of steps: give the folder of a run")
     print(f"{'':<14}{'RUN':>6}{'OTHER':>7}{'ratio':>7}")
     for key in ("loss", "generation", "contrastive"):
         if any(line.get(key) is None for line in (*goal, *other)):  # clip and siglip have no generation, for one
@@ -33,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

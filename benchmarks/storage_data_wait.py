@@ -28,7 +28,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
-from claims import exit_unless
+from claims import exit_unless, exit_with
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -151,4 +151,4 @@ def trained(config: Path, overrides: dict[str, str], run: Path) -> tuple[float, 
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -23,7 +23,8 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import torch.distributed as dist
-from claims import exit_unless
+from arguments import positive, positives
+from claims import exit_unless, exit_with
 
 from megatron_lcl.config import Guard
 from megatron_lcl.parallel.mesh import Axis
@@ -106,14 +107,14 @@ def measured(processes: int, turns: int) -> Load:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", default="64,512,2048,4096", help="(%(default)s)")
-    parser.add_argument("--turns", type=int, default=20, help="readings that are averaged (%(default)s)")
+    parser.add_argument("--processes", type=positives, default="64,512,2048,4096", help="(%(default)s)")
+    parser.add_argument("--turns", type=positive, default=20, help="readings that are averaged (%(default)s)")
     options = parser.parse_args()
     print("CPU time of the store, of one process in ms, of all in s, and the period of reading, s")
     heads = ("processes", "states", "all of them", "period", "question", "all of them", "one each", "all of them")
     print("".join(f"{head:>13}" for head in heads))
     claims = {}
-    for size in map(int, options.processes.split(",")):
+    for size in options.processes:
         load = measured(size, options.turns)
         reading, asking, each = (size * seconds for seconds in load[:3])
         print(
@@ -126,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

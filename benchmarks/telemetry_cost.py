@@ -16,6 +16,8 @@ on a GPU by the clock, where only the first counts. Exit code 1 if it does not h
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import statistics
 import tempfile
@@ -26,7 +28,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from claims import exit_unless
+from arguments import positive
+from claims import exit_unless, exit_with
 
 from megatron_lcl import config as configs
 from megatron_lcl.data.loading.batch import PackedBatch
@@ -64,8 +67,8 @@ def batch_of(config: configs.Config, seed: int) -> PackedBatch:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--rounds", type=positive, default=12)
+    parser.add_argument("--every", type=positive, default=10)
     options = parser.parse_args()
     config = configs.from_dict(
         {
@@ -84,7 +87,8 @@ def main() -> None:
     stepper = build_stepper(engine, config, mesh)
     host = [batch_of(config, seed) for seed in range(NUM_PACKS)]
     batches = [batch.to(engine.device) for batch in host]
-    with tempfile.TemporaryDirectory() as folder, Telemetry(Path(folder), config, True, 0) as telemetry:
+    quiet = contextlib.redirect_stdout(io.StringIO())  # its lines of a log
+    with tempfile.TemporaryDirectory() as folder, quiet, Telemetry(Path(folder), config, True, 0) as telemetry:
         meter = StepMeter(config, mesh, stepper.clock, telemetry)
         done, inside = 0, [0.0]
 
@@ -143,7 +147,9 @@ def main() -> None:
                 if number:  # the first turns warm up
                     wall[name].append((time.perf_counter() - since) / options.every)
                     cpu[name].append((time.process_time() - used) / options.every)
-    share = inside[0] / done
+            if not number:
+                inside[0] = 0.0
+    share = inside[0] / (options.rounds * options.every)
     pairs = torch.randn(2, 256, 1024)
     looks = []
     for _ in range(7):
@@ -171,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -59,7 +59,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from claims import exit_unless
+from arguments import existing_file, positive
+from claims import exit_unless, exit_with
 from measuring import resident, versions
 from train_step_ways import COCA, CONFIGS, ROWS, Parts, begin, num_workers, place
 
@@ -87,15 +88,15 @@ KERNELS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("annotations", type=Path, help="a shard docs_*.jsonl of MMC4")
+    parser.add_argument("annotations", type=existing_file, help="a shard docs_*.jsonl of MMC4")
     parser.add_argument(
         "ways", nargs="*", metavar="WAY", help=f"default: {'; '.join(WAYS)}; on a GPU {'; '.join(ON_GPU)}"
     )
     parser.add_argument("--model", choices=CONFIGS, default="b32")
-    parser.add_argument("--depth", type=int, help="blocks of each encoder (default: as published)")
-    parser.add_argument("--documents", type=int, default=400, help="of the corpus (%(default)s)")
-    parser.add_argument("--packs", type=int, default=1, help="of a step (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--depth", type=positive, help="blocks of each encoder (default: as published)")
+    parser.add_argument("--documents", type=positive, default=400, help="of the corpus (%(default)s)")
+    parser.add_argument("--packs", type=positive, default=1, help="of a step (%(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
@@ -324,4 +325,4 @@ def peak(dtype: str, device: Any, synchronize: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

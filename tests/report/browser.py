@@ -36,11 +36,16 @@ class Reloaded(AssertionError):
     """The page was left before it answered."""
 
 
+def find_chromium() -> str | None:
+    """The program, if it is installed."""
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
 class Browser:
     """One page in one Chromium. The test skips where there is none."""
 
     def __init__(self, profile: Path) -> None:
-        program = shutil.which("chromium") or shutil.which("chromium-browser")
+        program = find_chromium()
         if program is None:
             pytest.skip("no chromium on this machine")
         reads, self._to = os.pipe()
