@@ -79,11 +79,12 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     sync(folder)
 
 
-def damaged(where: str | Path) -> UserError:
-    """The error for a corpus at a path or URL whose manifest is not one."""
+def damaged(where: str | Path, error: Exception) -> UserError:
+    """The error for a corpus at a path or URL whose manifest is not one. error: why; a KeyError's key is named."""
+    missing = f" (it has no {error.args[0]!r})" if isinstance(error, KeyError) else ""
     return UserError(
-        f"{where}/{MANIFEST} is damaged; copy it again from where the corpus came from, or remove the folder and run "
-        "`megatron-lcl preprocess` again"
+        f"{where}/{MANIFEST} is damaged{missing}; copy it again from where the corpus came from, or remove the folder "
+        "and run `megatron-lcl preprocess` again"
     )
 
 
@@ -104,8 +105,8 @@ def read_manifest(folder: Path, where: str | None = None) -> dict[str, Any]:
         raise UserError(
             f"{folder} is not a corpus: it has no {MANIFEST}; write one with `megatron-lcl preprocess`"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        raise damaged(where or folder) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(where or folder, error) from None
     if version != FORMAT_VERSION:
         raise UserError(
             f"{where or folder}/{MANIFEST} has format version {version}; this release reads version {FORMAT_VERSION}"

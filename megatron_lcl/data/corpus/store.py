@@ -194,8 +194,8 @@ class Corpus(Sequence[Document]):
         self.manifest = read_manifest(self.path, self.where)
         try:
             check_shape(self.manifest)
-        except (KeyError, TypeError, ValueError):
-            raise damaged(self.where) from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(self.where, error) from None
         check_names([*self.manifest["files"], self.manifest["tokenizer"]["file"]], f"{self.where}/{MANIFEST}")
         if self.remote:
             self.remote.prepare(self.manifest)

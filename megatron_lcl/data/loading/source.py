@@ -169,9 +169,13 @@ class Source:
         """Token slots of a document, skipped ones counted as 0. UserError if all are skipped."""
         total = int(self.tokens.sum(dtype=np.int64))
         if total == 0:
+            none, lower = f"no document of {self.corpus.where}", "lower data.min_similarity or data.min_images"
+            if self.rules.num_patches:
+                raise UserError(f"{none} is left after selection; {lower}")
+            selected, remedy = (" after selection", f"{lower}, or ") if "matched" in self.kinds else ("", "")
             raise UserError(
-                f"no document of {self.corpus.where} is left after selection; lower data.min_similarity or "
-                "data.min_images"
+                f"{none} has an image with a text{selected}, and the run's objective reads only such pairs; {remedy}"
+                "leave the corpus out"
             )
         return total / len(self.tokens)
 

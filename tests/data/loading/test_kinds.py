@@ -25,6 +25,7 @@ from megatron_lcl.data.loading.source import VERSION
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
 from megatron_lcl.objectives import objective_class
 
 PAIRS = [Document((Image(picture(k % 20)), Text(f"caption {k}"))) for k in range(40)]
@@ -188,6 +189,24 @@ def test_corpora_that_give_no_pair_are_named(make_corpus: MakeCorpus) -> None:
             except ValueError:
                 some = False
             assert some == (counted(corpus.path, **fields)[2] > 0), corpus
+
+
+def test_a_corpus_that_gives_no_sequence_is_refused_by_what_would_help(make_corpus: MakeCorpus) -> None:
+    """Where a sequence is an image with its text, selection has no say in documents that are not matched."""
+    pairs = make_corpus("pairs", [[(jpeg(k), None, None), [k]] for k in range(9)], source="webdataset")
+    texts, unlike = make_corpus("texts", [[[1, 2]]]), make_corpus("unlike", [[[1], (jpeg(0), 0.1, 0)]])
+    has, only = " has an image with a text", ", and the run's objective reads only such pairs; "
+    after, lower = " after selection", "lower data.min_similarity or data.min_images"
+    for corpus, objective, said in (
+        (texts, "clip", f"{has}{only}leave the corpus out"),
+        (texts, "genlip", f"{has}{only}leave the corpus out"),
+        (unlike, "coca", f"{has}{after}{only}{lower}, or leave the corpus out"),
+        (unlike, "lcl", f" is left{after}; {lower}"),
+    ):
+        sequences, read = objective_class(objective).sequences, data(pairs.path, corpus.path)
+        with pytest.raises(UserError) as caught:
+            next(iter(PackedLoader(read, P, SIZE, CONTEXT, steps=1, global_batch=4, sequences=sequences)))
+        assert str(caught.value) == f"no document of {corpus.path}{said}"
 
 
 def test_the_count_of_pairs_before_the_start_is_no_less_than_there_are(make_corpus: MakeCorpus) -> None:
