@@ -28,6 +28,7 @@ from megatron_lcl.curate.joins import Join, Places
 from megatron_lcl.curate.languages import context_of
 from megatron_lcl.curate.measures import Measured
 from megatron_lcl.curate.models.rules import Matched
+from megatron_lcl.curate.names import Form
 from megatron_lcl.curate.settings import Rule, Settings, files_of, rules_of
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.image_columns import FORMATS
@@ -227,11 +228,11 @@ def decide(work: Work, task: Range) -> Counted:
     return Counted(**json.loads((folder / COUNTED_FILE).read_bytes()))
 
 
-def matched_lines(work: Work, task: Range) -> set[str]:
-    """The lines of the list of excluded names that match a document of a range, also one that other rules remove."""
+def names_found(work: Work, task: Range) -> set[Form]:
+    """What of the list of excluded names matches documents of a range, also those that other rules remove."""
     listed, names = context_of(work.settings).excluded_names, work.corpus.shard(task.shard).names
     assert names is not None  # `curate` checks it
-    return {line for name in names.between(task.first, task.last) for line in listed.matching(name)}
+    return {form for name in names.between(task.first, task.last) for form in listed.matching(name)}
 
 
 def recorded(folder: Path, number: int) -> Part:

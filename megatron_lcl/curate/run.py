@@ -36,7 +36,7 @@ from megatron_lcl.curate.passes import (
     Work,
     decide,
     judge,
-    matched_lines,
+    names_found,
     once,
     recorded,
     threshold_text,
@@ -421,10 +421,9 @@ def _unmatched(work: Work, tasks: Sequence[Range], workers: int, *, named: bool)
     """By the names of the source alone, so that it does not depend on who did which task, nor when."""
     if work.settings.document.excluded_names is None:
         return None
-    lines = context_of(work.settings).excluded_names.lines
-    matched = set().union(*_each(matched_lines, "names", work, tasks, workers, None, False))
-    left = [line for line in lines if line not in matched]
-    return Unmatched(len(lines), len(left), left[: _LINES * named])
+    listed = context_of(work.settings).excluded_names
+    left = listed.without(set().union(*_each(names_found, "names", work, tasks, workers, None, False)))
+    return Unmatched(len(listed.lines), len(left), left[: _LINES * named])
 
 
 def _nothing_left(curated: Curated) -> _NothingLeft:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
+
 import pytest
 
 from megatron_lcl.curate.names import Listed, has_any
@@ -64,3 +67,28 @@ def test_a_url_that_a_long_name_has_lost_the_end_of(tail: str, shift: int, more:
     for line in (url[:-1], url + "z", url + "zzzzz"):
         assert Listed([line]).has(name) is ((before + line).encode()[:1000].decode(errors="ignore") == name)
         assert Listed([*alike, line]).has(name) is Listed([line]).has(name)
+
+
+def test_lines_of_which_nothing_is_found_are_those_that_match_nothing_by_themselves() -> None:
+    draw, parts = (
+        random.Random(0),
+        ["a", "A", "b.c", "B.c", "x.b.c", "http://b.c/a", "http://X.b.c/", "https://a", "c."],
+    )
+    for _ in range(300):
+        lines = [" ".join(draw.choices(parts, k=draw.choice([1, 1, 1, 2]))) for _ in range(6)]
+        names = [" ".join(draw.choices(parts, k=draw.randint(1, 3))) for _ in range(4)]
+        listed = Listed(lines)
+        left = listed.without({form for name in names for form in listed.matching(name)})
+        alone = [line for line in dict.fromkeys(lines) if not any(Listed([line]).has(name) for name in names)]
+        assert left == alone, (lines, names)
+
+
+def test_a_list_of_millions_fits_into_memory() -> None:
+    """Each process that looks for names has it: at most two entries of sets for a line, and two references."""
+    lines = [f"host-{number}.example" for number in range(50_000)]
+    tracemalloc.start()
+    listed = Listed(lines)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert listed.has("x http://host-49999.example/")
+    assert held < 250 * len(lines)
