@@ -17,8 +17,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add("fetch", _fetch, "download images by their URLs into a store, which `preprocess --images` reads")
     add_input(
         sub, "PATH",
-        "a file or folder with image URLs: MMC4, OBELICS, OmniCorpus, MINT-1T, LAION, DataComp (.parquet, .jsonl), "
-        "JSON lines of this package, or .txt with a URL a line",
+        "a file or folder with image URLs: MMC4, OBELICS, OmniCorpus, MINT-1T, LAION, DataComp (.parquet, .jsonl, "
+        ".ndjson, .json), JSON lines of this package, or .txt with a URL a line",
         "--input",
     )  # fmt: skip
     add_output(sub, "the store: new, or one to go on with")

@@ -21,8 +21,8 @@ from torch import nn
 from megatron_lcl.parallel.mesh import Axis
 
 OF_IMAGE, OF_PACK = 16, 64
-"""queries of an image and of a pack that are looked at, or all where there are fewer: so many that this is little
-beside attention itself; which ones does not depend on the layout"""
+"""queries of an image and of a pack that are looked at, or all where there are fewer: so few that a look takes a part of
+attention's time; which ones does not depend on the layout"""
 
 
 class AttentionLogits:
@@ -35,11 +35,11 @@ class AttentionLogits:
     def of_images(self, q_RHK: torch.Tensor, k_RHK: torch.Tensor, length: int, used_N: torch.Tensor) -> None:
         """Of a block in which each of the `length` rows of an image sees every other; used_N: images that count."""
         q, k = (rows.unflatten(0, (-1, length)).transpose(1, 2) for rows in (q_RHK, k_RHK))
-        self._add("vision", q[:, :, _spread(length, OF_IMAGE, q.device)], k, used_N[:, None, None, None])
+        self._add("vision", q[:, :, _spread(length, OF_IMAGE, q.device)], k, used_N)
 
     def of_pool(self, q_NHQK: torch.Tensor, k_NHLK: torch.Tensor, used_N: torch.Tensor) -> None:
         """Of the attention pool, all of them."""
-        self._add("pool", q_NHQK, k_NHLK, used_N[:, None, None, None])
+        self._add("pool", q_NHQK, k_NHLK, used_N)
 
     def of_packs(self, q_RHK: torch.Tensor, k_RHK: torch.Tensor, num_packs: int, positions_R: torch.Tensor) -> None:
         """Of a causal block, inside each sequence; positions_R: of each row in its sequence.
@@ -52,15 +52,26 @@ class AttentionLogits:
         rows = _spread(len(keys), OF_PACK, q.device)
         before = positions_R.view(num_packs, -1)[:, rows, None]
         distance = rows[:, None] - keys
-        self._add("language", q[:, :, rows], k, ((distance >= 0) & (distance <= before) & (before > 0))[:, None])
+        seen = (distance >= 0) & (distance <= before) & (before > 0)
+        self._add("language", q[:, :, rows], k, seen=seen[:, None])
 
-    def _add(self, part: str, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor) -> None:
-        """seen: of the logits [N, H, Q, L] those that count; of a shape that broadcasts to it."""
+    def _add(
+        self,
+        part: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        used_N: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
+    ) -> None:
+        """seen: [N, 1, Q, L] which logits count; None, as of used_N: all."""
         if not torch.is_grad_enabled() or not q.numel():
             return
         with torch.no_grad():
             logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
-            largest = torch.where(seen, logits, -math.inf).amax().float()
+            if seen is not None:
+                logits = torch.where(seen, logits, -math.inf)
+            largest_N = logits.amax((1, 2, 3)).float()
+            largest = (largest_N if used_N is None else torch.where(used_N, largest_N, -math.inf)).amax()
             self.largest[part] = torch.maximum(largest, self.largest.get(part, largest))
 
     def over_all_processes(self, world: Axis, parts: Sequence[str], device: torch.device) -> torch.Tensor:

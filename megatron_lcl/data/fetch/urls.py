@@ -4,8 +4,8 @@ What a file holds is seen from its columns or keys, so that one reader does for 
 
 parquet      a column `images` (lists of URLs, null where a text stands: OBELICS, OmniCorpus, MINT-1T), else one of
              `url`, `URL`, `image_url` (LAION, DataComp), or the one that is named
-JSON         of objects, as lines or one array: "image_info" [{"raw_url"}] (MMC4), "items" [{"image": URL}] (ours),
-             "images" [URL or null], else a string "url", "URL" or "image_url"
+JSON         of objects, as lines, or in `.json` one array: "image_info" [{"raw_url"}] (MMC4), "items" [{"image": URL}]
+             (ours), "images" [URL or null], else a string "url", "URL" or "image_url"
 text         a URL a line
 """
 
@@ -119,7 +119,7 @@ def _of_text(file: Path) -> Iterator[list[str]]:
 
 
 def _of_json(file: Path, name: str, column: str | None, drops: Drops) -> Iterator[list[Any]]:
-    if is_array(file):
+    if file.name.lower().endswith(JSON) and is_array(file):  # others are lines by their name
         rows = array_rows(Unit(name, 0, (file, 0, 0)), drops)
     else:
         rows = itertools.chain.from_iterable(json_lines(unit, drops) for unit in line_units([file], lambda _: name))

@@ -82,10 +82,15 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert urls_of(folder)[0] == [A, B, C, A, A, B, A, B, A, C, C, B, A, C, A, B]
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.ndjson", "a.NDJSON.gz", "a.jsonl"])
-@pytest.mark.parametrize("is_array", [False, True])
+@pytest.mark.parametrize(
+    ("name", "is_array"),
+    [
+        *((name, False) for name in ("a.json", "a.json.gz", "a.ndjson", "a.NDJSON.gz", "a.jsonl")),
+        *((name, True) for name in ("a.json", "a.json.gz")),
+    ],
+)
 def test_json_by_other_names(tmp_path: Path, name: str, is_array: bool) -> None:
-    """As `table` reads it: lines, or one array. In a folder where there is none of the usual kinds."""
+    """As lines, or, by its name, one array. In a folder where there is none of the usual kinds."""
     file = tmp_path / "in" / name
     file.parent.mkdir()
     rows = [MMC4, OURS, {"url": B}, "no object"]
@@ -97,6 +102,12 @@ def test_json_by_other_names(tmp_path: Path, name: str, is_array: bool) -> None:
     if name != "a.jsonl":
         (file.parent / "list.txt").write_text(A)
         assert urls_of(file.parent) == ([A], {})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
+def test_lines_of_which_the_first_is_an_array(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('["url", "caption"]\n' + "".join(json.dumps({"url": url}) + "\n" for url in (A, B)))
+    assert urls_of(tmp_path / name) == ([A, B], {"document: not a JSON object": 1})
 
 
 def test_urls_that_are_no_unicode(tmp_path: Path) -> None:

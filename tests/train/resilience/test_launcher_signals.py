@@ -30,7 +30,13 @@ class Child:
 @pytest.fixture
 def wait(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """The launcher's wait for children at a list of signals, which `watched` says whether they take themselves."""
-    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: 0.0))
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        assert clock[0] < 3600, "it waits for ever"
+
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
     reader, writer = os.pipe()
     monkeypatch.setenv(launch.WATCHED, str(writer))
 
