@@ -21,8 +21,8 @@ from torch import nn
 from megatron_lcl.parallel.mesh import Axis
 
 OF_IMAGE, OF_PACK = 16, 64
-"""queries of an image and of a pack that are looked at, or all where there are fewer: so few that a look takes a part of
-attention's time; which ones does not depend on the layout"""
+"""queries of an image and of a pack that are looked at, or all where there are fewer: so few that a look takes only a
+part of attention's time; which ones does not depend on the layout"""
 
 
 class AttentionLogits:
