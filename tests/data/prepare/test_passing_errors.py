@@ -166,7 +166,7 @@ class Disk:
         self.name, self.num_read, self.failing = name, 0, 0
         monkeypatch.setattr(io, "open", self.instead_of(io.open))
         monkeypatch.setattr(builtins, "open", self.instead_of(builtins.open))
-        for module in (row_groups, url_keys, image_tables, hf):
+        for module in (row_groups, url_keys, hf):
             monkeypatch.setattr(module, "opened", self.instead_of(row_groups.opened, buffering=0))
 
     def fails_at(self, number: int) -> None:
