@@ -1,22 +1,12 @@
-"""Where a process is said to be, and of which processes a hang is said to be, by what they have published."""
+"""Of which processes a hang is said to be, by what they have published."""
 
 from __future__ import annotations
 
-import re
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from megatron_lcl.parallel.mesh import Axis
-from megatron_lcl.train.launch_store import exchange_in_store
-from megatron_lcl.train.resilience import watchdog as watchdogs
 from megatron_lcl.train.resilience.watchdog import Fault, State, Watchdog
 
 WATCHDOG = Watchdog(Axis(rank=0, size=2), 60.0, 90.0)
@@ -65,46 +55,3 @@ def test_who_ends_does_not_hang(second: dict[str, Any]) -> None:
     """Nor do the others, while they wait for one that has met an error to end."""
     assert hang_of({"waiting": 1.0}, second) is None
     assert (hang_of({}, second) is None) is ("error" in second)
-
-
-def test_a_place_is_the_innermost_function_of_the_package() -> None:
-    """That of the main thread, where the one for which it waits there is in none."""
-    there, go_on, found = threading.Event(), threading.Event(), list[tuple[str, bool]]()
-    idle = threading.Thread(target=go_on.wait, args=(60.0,))
-
-    def check(_keys: list[str]) -> bool:
-        idle.start()
-        there.set()
-        idle.join()
-        return True
-
-    def wait(*_: object) -> None:
-        raise dist.DistStoreError
-
-    def ask() -> None:
-        there.wait(60.0)
-        main = threading.main_thread().ident or 0
-        while "join" not in [frame.name for frame in traceback.extract_stack(sys._current_frames()[main])]:
-            time.sleep(0.001)
-        found.append(watchdogs._location())
-        go_on.set()
-
-    store: Any = SimpleNamespace(set=lambda *_: None, wait=wait, check=check, multi_get=lambda keys: [b""] * len(keys))
-    asking = threading.Thread(target=ask)
-    asking.start()
-    exchange_in_store(store, "key", 0, range(2), "", 9.0)
-    asking.join()
-    ((location, with_others),) = found
-    assert re.fullmatch(r"launch_store\.py:\d+ in keys_set", location)
-    assert not with_others
-
-
-@pytest.mark.parametrize(("depth", "waits"), [(0, True), (9, False)])
-def test_who_was_called_by_torch_long_before_does_not_wait_in_it(depth: int, waits: bool) -> None:
-    torchs: dict[str, Callable[..., Any]] = {}
-    exec(compile("def call(function, *given): return function(*given)", "/torch/distributed/of.py", "exec"), torchs)
-
-    def deeper(left: int) -> tuple[str, bool]:
-        return deeper(left - 1) if left else watchdogs._location()
-
-    assert torchs["call"](deeper, depth)[1] is waits

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.parallel.mesh import Axis, Pending
 from megatron_lcl.train.launch import WATCHED
+from megatron_lcl.train.launch_store import exchange_in_store
 from megatron_lcl.train.resilience import watchdog as watchdogs
 from megatron_lcl.train.resilience.lock import SEEN_SECONDS
 from megatron_lcl.train.resilience.watchdog import Watchdog, suspects
@@ -123,16 +124,11 @@ def test_who_waits_in_a_collective_waits_for_others() -> None:
     assert with_others
 
 
-@pytest.mark.parametrize("with_others", [False, True])
-def test_who_waits_for_a_thread_is_where_that_is(
-    with_others: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So a save in the background that takes long is told from one that waits for another process's."""
-    there, found, go_on = threading.Event(), [], threading.Event()
-
-    def slow(_file: int = 0) -> None:
-        there.set()
-        assert go_on.wait(60.0)
+def asks_where_it_joins(
+    there: threading.Event, go_on: threading.Event, found: list[tuple[str, bool]]
+) -> threading.Thread:
+    """A thread that, once `there` is set and the main thread joins another one, adds the place where that is said to
+    be, and sets `go_on`."""
 
     def ask() -> None:
         there.wait(60.0)
@@ -142,10 +138,25 @@ def test_who_waits_for_a_thread_is_where_that_is(
         found.append(watchdogs._location())
         go_on.set()
 
-    monkeypatch.setattr(os, "fsync", slow)
-    pending = Pending(torch.ones(1), SimpleNamespace(wait=slow))
     asking = threading.Thread(target=ask)
     asking.start()
+    return asking
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+def test_who_waits_for_a_thread_is_where_that_is(
+    with_others: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a save in the background that takes long is told from one that waits for another process's."""
+    there, found, go_on = threading.Event(), list[tuple[str, bool]](), threading.Event()
+
+    def slow(_file: int = 0) -> None:
+        there.set()
+        assert go_on.wait(60.0)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    pending = Pending(torch.ones(1), SimpleNamespace(wait=slow))
+    asking = asks_where_it_joins(there, go_on, found)
     writing = threading.Thread(target=pending.wait if with_others else partial(sync, tmp_path))
     writing.start()
     writing.join()
@@ -153,6 +164,40 @@ def test_who_waits_for_a_thread_is_where_that_is(
     ((location, waits),) = found
     assert re.fullmatch(r"mesh\.py:\d+ in wait" if with_others else r"files\.py:\d+ in sync", location)
     assert waits is with_others
+
+
+def test_a_place_is_the_innermost_function_of_the_package() -> None:
+    """That of the main thread, where the one for which it waits there is in none."""
+    there, go_on, found = threading.Event(), threading.Event(), list[tuple[str, bool]]()
+    idle = threading.Thread(target=go_on.wait, args=(60.0,))
+
+    def check(_keys: list[str]) -> bool:
+        idle.start()
+        there.set()
+        idle.join()
+        return True
+
+    def wait(*_: object) -> None:
+        raise dist.DistStoreError
+
+    store: Any = SimpleNamespace(set=lambda *_: None, wait=wait, check=check, multi_get=lambda keys: [b""] * len(keys))
+    asking = asks_where_it_joins(there, go_on, found)
+    exchange_in_store(store, "key", 0, range(2), "", 9.0)
+    asking.join()
+    ((location, with_others),) = found
+    assert re.fullmatch(r"launch_store\.py:\d+ in keys_set", location)
+    assert not with_others
+
+
+@pytest.mark.parametrize(("depth", "waits"), [(0, True), (9, False)])
+def test_who_was_called_by_torch_long_before_does_not_wait_in_it(depth: int, waits: bool) -> None:
+    torchs: dict[str, Callable[..., Any]] = {}
+    exec(compile("def call(function, *given): return function(*given)", "/torch/distributed/of.py", "exec"), torchs)
+
+    def deeper(left: int) -> tuple[str, bool]:
+        return deeper(left - 1) if left else watchdogs._location()
+
+    assert torchs["call"](deeper, depth)[1] is waits
 
 
 def test_the_launcher_hears_that_a_run_of_one_process_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
