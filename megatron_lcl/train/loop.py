@@ -28,10 +28,7 @@ from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checkpoint.saver import Saver
-from megatron_lcl.train.engine import (
-    build_stepper,
-    set_batch,
-)
+from megatron_lcl.train.engine import build_stepper, set_batch
 from megatron_lcl.train.first_batch import build_loader
 from megatron_lcl.train.heldout import HeldOutMeter
 from megatron_lcl.train.kernels import choose_kernels, describe

@@ -17,13 +17,14 @@ def unused_settings(config: Config) -> Iterator[str]:
     without = [
         f"objective.{name}" for name in weights if getattr(objective, name) is not None and name not in own.published
     ]
-    reads_bias = objectives.package_of(config) or any(issubclass(term, SigmoidContrast) for term, _ in own.parts)
-    reads_scale = objectives.package_of(config) or any(issubclass(term, Contrast) for term, _ in own.parts)
-    # terms of another package may read them
-    if config.model.logit_bias is not None and not reads_bias:
-        without.append("model.logit_bias")
-    if config.contrast.initial_log_scale is not None and not reads_scale:
-        without.append("contrast.initial_log_scale")
+    of_terms = (
+        ("model.logit_bias", config.model.logit_bias, SigmoidContrast),
+        ("contrast.initial_log_scale", config.contrast.initial_log_scale, Contrast),
+    )
+    if not objectives.package_of(config):  # terms of another package may read them
+        for name, value, reader in of_terms:
+            if value is not None and not any(issubclass(term, reader) for term, _ in own.parts):
+                without.append(name)
     yield from (f"{name} has no effect on objective.name = {objective.name}" for name in without)
     if config.schedule.decay_steps is not None and config.schedule.learning_rate == "constant":
         yield "schedule.decay_steps has no effect on schedule.learning_rate = constant"

@@ -6,8 +6,8 @@ console, and the sinks (sinks.py): metrics.jsonl (lines.py), TensorBoard, tracke
 collects what it says of images that did not decode. meter.py stands between a run's loop and all of it, and counts
 throughput and FLOP/s; profile.py is `train --profile`.
 
-Of train it imports optimizers.pieces, parts, precision, resilience.faults, resilience.signals and result; not the step
-or the run. Begin with meter.py, then log.py.
+Of train it imports optimizers.pieces, parts, precision, resilience.faults, resilience.signals, result and settings; not
+the step or the run. Begin with meter.py, then log.py.
 """
 
 from megatron_lcl.train.telemetry.lines import read_metrics

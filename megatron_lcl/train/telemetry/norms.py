@@ -20,6 +20,7 @@ from megatron_lcl.parallel.layers import is_split
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.optimizers.pieces import ELSEWHERE, Piece, partitions_of
 from megatron_lcl.train.parts import called
+from megatron_lcl.train.settings import zero_options
 
 
 class PartNorms:
@@ -28,7 +29,7 @@ class PartNorms:
     def __init__(self, engine: Any, config: Config, mesh: Mesh) -> None:
         self._mesh, self._clip_norm, self._device = mesh, config.optimizer.clip_norm, engine.device
         self._base = engine.optimizer.optimizer
-        self._known = not config.deepspeed.get("zero_optimization", {}).get(ELSEWHERE)
+        self._known = not zero_options(config).get(ELSEWHERE)
         parameters = dict(engine.module.named_parameters())
         self._pieces: dict[torch.Tensor, tuple[list[Piece], torch.Tensor]] = {}
         """by partition: its pieces that count on this process, and the number of each one's part"""
