@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from megatron_lcl import LCL, load_model, open_corpus
-from megatron_lcl.config import Config, Corpus, Data, Language, Model, Vision
+from megatron_lcl.config import Config, Corpus, Data, Language, Model, Train, Vision, to_yaml
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus import document
+from megatron_lcl.data.loading.ledger import open_run_ledger
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.errors import UserError
 
@@ -81,3 +82,18 @@ def test_a_document_goes_through_the_model(photos: Path) -> None:
     for a, b in zip(out[:4], again[:4], strict=True):
         torch.testing.assert_close(a, b)
     assert corpus.tokenizer.decode(found["before"]) == "A cat sleeps"
+
+
+def test_a_step_of_a_run_is_read(photos: Path) -> None:
+    run("class Albums")
+    model = Model(Vision(16, 8, 32, 1, 2, 64), Language(64, 49411, 32, 1, 2, 64), 2)
+    data = Data(corpora=(Corpus("corpora/albums"),), tokens_per_pack=64, cache="cache")
+    config = Config(model=model, data=data, train=Train(global_batch=2))
+    checkpoint = photos / "runs/mine/checkpoints/step-00000100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.yaml").write_text(to_yaml(config))
+    (checkpoint / "progress.json").write_text(json.dumps({"ledger": open_run_ledger(config).to_json()}))
+    found = run("read_step")
+    assert [pack.packs for pack in found["packs"]] == [(14,), (15,)]
+    assert sum(pack.num_images for pack in found["packs"]) > 0
+    assert {Path(origin.corpus).name for sequences in found["sources"] for origin in sequences} == {"albums"}

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
@@ -14,12 +15,12 @@ import PIL.Image
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_lcl.config import Data
+from megatron_lcl.config import Config, Data
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ahead import Turns
 from megatron_lcl.data.loading.bad_images import BadImages
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.data.loading.ledger import Ledger, open_ledger
+from megatron_lcl.data.loading.ledger import Ledger, open_ledger, open_run_ledger
 from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.reader import PackReader, SequenceOrigin
 from megatron_lcl.data.loading.reading import Reading
@@ -230,6 +231,46 @@ def loader_of(reading: Reading, data: Data, sequences: Sequences, **options: Any
         kept_patches=reading.kept_patches,
         sequences=sequences,
         **options,
+    )
+
+
+def read_step(
+    config: Config,
+    sequences: Sequences,
+    step: int,
+    ledger: Ledger | None = None,
+    packs: int | None = None,
+    **layout: int,
+) -> PackedLoader:
+    """The packs of a step (counted from 0) of a run with this config: as tensors what `replay` shows.
+
+    Iterated, it gives a `PackedBatch` for each pack, in order; read in this process, without workers, as often as it is
+    iterated. `provenance` says of each number in `PackedBatch.packs` what the pack is made of.
+
+    sequences: those that the run's objective reads, `objective_class(config.objective.name).sequences`. ledger: the
+    run's, from a checkpoint, if its blend or batch has changed, or packs were skipped; None: as the run began. packs:
+    only the first so many; None: all. layout: `rank`, `world_size` and `micro_batch` of PackedLoader, for what one
+    data-parallel process reads; else all packs are given, one by one.
+
+    UserError for a step or rank below 0, where the processes cannot divide the batch, and where the config says other
+    packs than the ledger.
+    """
+    if step < 0:
+        raise UserError(f"step {step}; steps count from 0")
+    if ledger is None:
+        ledger = open_run_ledger(config, sequences)
+    else:
+        ledger.check(config, sequences)
+    reading, first_pack = ledger.reading_at(step, config)
+    return loader_of(
+        reading,
+        replace(config.data, workers=0),
+        sequences,
+        global_batch=packs or reading.global_batch,
+        first_pack=first_pack,
+        steps=1,
+        ledger=ledger,
+        **layout,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -17,8 +16,8 @@ from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_lcl.data.loading.ahead import Turns
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.images import data_url
-from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
-from megatron_lcl.data.loading.loader import PackedLoader, loader_of
+from megatron_lcl.data.loading.ledger import Ledger
+from megatron_lcl.data.loading.loader import PackedLoader, read_step
 from megatron_lcl.data.loading.reader import SequenceOrigin
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.errors import UserError
@@ -48,10 +47,6 @@ def replay_html(
     these are not all. UserError for a step or rank that cannot be, where the processes cannot divide the batch, where
     none of `packs` is read, or where the config says other packs than the ledger.
     """
-    if ledger is not None:
-        ledger.check(config, sequences)
-    if step < 0:
-        raise UserError(f"step {step}; steps count from 0")
     if rank is None:
         who, layout = "all processes", {}
     elif world_size is None:
@@ -60,7 +55,7 @@ def replay_html(
         who = f"process {rank} of {world_size}"
         micro_batch = phase_at(config, step).config.train.micro_batch
         layout = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch}
-    loader = _loader(config, sequences, step, None, ledger, **layout)
+    loader = read_step(config, sequences, step, ledger, **layout)
     read = _numbers(loader)
     shown = read[:_FIRST] if packs is None else [number for number in read if number in packs]
     if packs is not None and not shown:
@@ -83,31 +78,8 @@ def render_first_packs(config: Config, sequences: Sequences, packs: int, ledger:
 
     UserError where corpora that they are of are not here.
     """
-    loader = _loader(config, sequences, 0, packs, ledger)
+    loader = read_step(config, sequences, 0, ledger, packs)
     return _render("packs.html", loader, _numbers(loader), side=_SHOWN)
-
-
-def _loader(
-    config: Config,
-    sequences: Sequences,
-    step: int,
-    packs: int | None,
-    ledger: Ledger | None,
-    **layout: int,
-) -> PackedLoader:
-    """The first packs of a step; None: all. What a step reads is the ledger's to say. layout: for PackedLoader."""
-    ledger = ledger or open_run_ledger(config, sequences)
-    reading, first_pack = ledger.reading_at(step, config)
-    return loader_of(
-        reading,
-        replace(config.data, workers=0),
-        sequences,
-        global_batch=packs or reading.global_batch,
-        first_pack=first_pack,
-        steps=1,
-        ledger=ledger,
-        **layout,
-    )
 
 
 def _numbers(loader: PackedLoader) -> list[int]:

@@ -1,14 +1,18 @@
-"""Protects that replay shows the packs of a step where phases or the blend have changed, and none of other settings."""
+"""Protects that replay shows, and `read_step` reads, the packs of a step where phases or the blend have changed, and
+none of other settings."""
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 
 import pytest
+import torch
 from corpora import MakeCorpus, random_documents
-from phases_of_tests import SHORT, blend_of, config_of
+from phases_of_tests import SHORT, batches_of, blend_of, config_of
 
 from megatron_lcl.data.loading.ledger import open_run_ledger
+from megatron_lcl.data.loading.loader import read_step
 from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, INTERLEAVED, PAIRS
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.errors import UserError
@@ -50,3 +54,37 @@ def test_replay_knows_the_phase_of_a_step(make_corpus: MakeCorpus) -> None:
             assert f"{patches} patches" in page
             assert all(f"Pack {number}" in page for number in packs)
             assert f"Pack {packs[-1] + 1}" not in page
+
+
+def test_a_step_is_read_as_the_run_reads_it(make_corpus: MakeCorpus) -> None:
+    config = config_of(make_corpus("c", random_documents(150, 10, **SHORT)).path)
+    workers = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=3))
+    begun = open_run_ledger(config)
+    skipped = begun.skip(8, 4)
+    for ledger, step, packs in ((None, 0, range(4)), (begun, 5, [18, 19]), (skipped, 1, range(4, 8)),
+                                (skipped, 2, range(12, 16)), (skipped, 8, range(32, 36))):  # fmt: skip
+        (whole,) = batches_of(config, ledger or begun, range(step, step + 1))
+        loader, children = read_step(workers, INTERLEAVED, step, ledger), multiprocessing.active_children()
+        for _ in range(2):
+            batches = []
+            for batch in loader:
+                assert multiprocessing.active_children() == children
+                batches.append(batch)
+            assert [batch.packs for batch in batches] == [(number,) for number in packs]
+            for name in ("tokens", "positions", "targets", "images", "image_valid", "kept_patches"):
+                assert torch.equal(torch.cat([getattr(batch, name) for batch in batches]), getattr(whole, name)), name
+        tokens = [loader.provenance(number)[-1].stop for number in packs]
+        assert tokens == [batch.num_tokens for batch in batches]
+    own = [read_step(config, INTERLEAVED, 0, rank=rank, world_size=2, micro_batch=2) for rank in range(2)]
+    assert [[batch.packs for batch in loader] for loader in own] == [[(0, 1)], [(2, 3)]]
+    assert [batch.packs for batch in read_step(config, INTERLEAVED, 2, packs=1)] == [(8,)]
+    seeded = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=7))
+    for wrong, sequences, step, ledger, layout, said in (
+        (config, INTERLEAVED, -1, None, {}, "step -1; steps count from 0"),
+        (seeded, INTERLEAVED, 0, begun, {}, "seed is 7, but this run began with 0"),
+        (config, PAIRS, 0, begun, {}, "reads other sequences"),
+        (config, INTERLEAVED, 0, None, {"world_size": 3}, "not a multiple of 3 data-parallel processes"),
+        (config, INTERLEAVED, 0, None, {"rank": -1}, "rank -1 of 1 processes"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_step(wrong, sequences, step, ledger, **layout)
