@@ -56,7 +56,9 @@ class Vision:
         "(FLIP: a short end; 0: dropout to the end)",
     )
     norm_eps: Annotated[float, Field(gt=0)] = Field(
-        default=1e-5, description="epsilon of the LayerNorms (CLIP: 1e-5; ViT, DINOv2: 1e-6)"
+        default=1e-5,
+        description="epsilon of the vision encoder's LayerNorms, the last one included, but not of the attention "
+        "pool's, which is 1e-5 (CLIP: 1e-5; ViT, DINOv2: 1e-6)",
     )
     embedding_norm: bool = Field(
         default=True, description="a LayerNorm behind the patch embedding, as CLIP has; false: none, as in ViT"

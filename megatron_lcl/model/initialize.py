@@ -1,8 +1,10 @@
 """Initial parameters: the same full tensors for the same seed, whatever the layout.
 
 Every parameter draws from its own generator, seeded by the run's seed and the parameter's name, so a process that holds
-one shard or one pipeline stage needs to draw nothing else. Scales are CLIP's text tower's (Radford et al. 2021, and its
-public code), applied to both encoders; the reference initializes its vision tower with torch's module defaults instead.
+one shard or one pipeline stage needs to draw nothing else. Blocks of both encoders have the scales of CLIP's text tower
+(Radford et al. 2021, and its public code), class token and positions of patches those of its vision tower; all of them
+are in docs/model.md. The reference has torch's module defaults in the matrices of the vision encoder, of the pool and
+of the generation head.
 """
 
 from __future__ import annotations
