@@ -84,7 +84,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
     finally:
         gc.collect()  # what an error's traceback holds may be mapped from there
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(disk: Path, free: int = FREE) -> None:

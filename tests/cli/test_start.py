@@ -178,7 +178,7 @@ def test_a_process_ends_though_nobody_reads_what_it_says() -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
     try:
-        assert process.wait(20) == 71
+        assert process.wait(60) == 71
     finally:
         process.kill()
         process.communicate()

@@ -23,7 +23,7 @@ def test_calls_that_overlap_leave_the_number_of_threads() -> None:
     def second() -> None:
         with one_thread():
             second_began.set()
-            assert first_ended.wait(10)
+            assert first_ended.wait(60)
             used.append(torch.get_num_threads())
 
     before, other = torch.get_num_threads(), threading.Thread(target=second)
@@ -31,11 +31,11 @@ def test_calls_that_overlap_leave_the_number_of_threads() -> None:
     try:
         one = threading.Thread(target=first)
         one.start()
-        one.join(20)
-        other.join(20)
+        one.join(60)
+        other.join(60)
         afterwards = threading.Thread(target=lambda: used.append(torch.get_num_threads()))
         afterwards.start()
-        afterwards.join(20)
+        afterwards.join(60)
     finally:
         torch.set_num_threads(before)
     assert used == [1, 1, 3]

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_lcl.train.forks import forkserver
 
 SIZE = 4
-PATIENCE = 60.0
+PATIENCE = 240.0
 """seconds a process may take over one call; more is a hang"""
 
 

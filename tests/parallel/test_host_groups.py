@@ -28,7 +28,7 @@ def sent_by(axis: Axis) -> tuple[int, int]:
 def exchange(rank: int) -> None:
     dist.init_process_group("gloo")
     lists = {"data": [[0, 1], [2, 3]], "tensor": [[0, 2], [1, 3]], "model_parallel": [[0, 1, 2, 3]]}
-    with patch.object(dist, "get_backend", lambda: "nccl"):  # as on GPUs; here both are gloo
+    with patch.object(dist, "get_backend", lambda *_: "nccl"):  # as on GPUs; here both are gloo
         mesh = Mesh.of_lists(lists)
     plain = Mesh.of_lists(lists)
     assert plain.world.host_group is plain.data.host_group is None

@@ -51,8 +51,8 @@ def test_the_first_process_can_be_interrupted_while_it_waits(monkeypatch: pytest
         interrupt, started = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)), time.monotonic()
         interrupt.start()
         with pytest.raises(KeyboardInterrupt):
-            all_reduce._meet(0, 2, 8.0)
-        assert time.monotonic() - started < 5
+            all_reduce._meet(0, 2, 300.0)
+        assert time.monotonic() - started < 60
 
 
 def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
@@ -63,7 +63,7 @@ def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
         "MEGATRON_LCL_FAULTS": faults,
     }
     if fault == "hangs by hosts":  # as on GPUs they have a group of their own; here both are gloo
-        dist.get_backend = lambda: "nccl"  # type: ignore[assignment]
+        dist.get_backend = lambda *_: "nccl"  # type: ignore[assignment]
         all_reduce.SIZES["nccl"] = MIB  # what GPUs sum takes seconds here
     if fault == "stops" and rank != faulty:
         made = dist.init_process_group

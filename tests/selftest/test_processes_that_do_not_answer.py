@@ -37,7 +37,7 @@ def run_where_one_lacks(rank: int, lacking: int) -> tuple[list[str], list[str]]:
 
     lacks = "no compiler" if rank == lacking else None
     with patch.object(run, "_start", start), patch.object(run, "compile_fault", lambda _: lacks):
-        selftest([Case(compiled=True), Case(), TENSOR], timeout=10, say=said.append)
+        selftest([Case(compiled=True), Case(), TENSOR], timeout=60, say=said.append)
     return started, said
 
 
@@ -76,7 +76,7 @@ def test_a_process_that_does_not_answer_is_named(fault: Callable[[int], None]) -
 def check_with_a_silent_host(rank: int) -> str:
     """Process 1 answers in every group, and then in that of its device alone; what is said of it."""
     dist.init_process_group("gloo")
-    with patch.object(dist, "get_backend", lambda: "nccl"):  # as on GPUs; here both groups are gloo
+    with patch.object(dist, "get_backend", lambda *_: "nccl"):  # as on GPUs; here both groups are gloo
         mesh = Mesh.of_lists({"tensor": [[0, 1]], "data": [[0], [1]]})
     store: Any = dist.distributed_c10d._get_default_store()
     for name in ("world", "tensor", "data"):

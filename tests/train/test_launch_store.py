@@ -85,7 +85,7 @@ def test_a_store_gives_its_port_back_and_is_closed_in_programs_that_are_started(
 def test_one_process_serves_and_the_others_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torchrun its agent serves, and all ask. All wait as long as is said, and gloo listens where they meet."""
 
-    def open_as(rank: int, agent: str, port: int) -> dist.TCPStore:
+    def open_as(rank: int, agent: str, port: int, timeout: float) -> dist.TCPStore:
         monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
         for name, value in (
             ("RANK", str(rank)),
@@ -94,19 +94,19 @@ def test_one_process_serves_and_the_others_ask(monkeypatch: pytest.MonkeyPatch) 
             ("MASTER_PORT", str(port)),
         ):
             monkeypatch.setenv(name, value)
-        store = open_store(0.5)
-        assert store.timeout == timedelta(seconds=0.5)  # type: ignore[attr-defined]
+        store = open_store(timeout)
+        assert store.timeout == timedelta(seconds=timeout)  # type: ignore[attr-defined]
         assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
         return store
 
     with hold_port() as nobody:
         for rank, agent in ((1, "False"), (0, "True"), (1, "True")):
             with pytest.raises(dist.DistError):
-                open_as(rank, agent, nobody.getsockname()[1])
-    served = open_as(0, "False", 0)
+                open_as(rank, agent, nobody.getsockname()[1], 0.5)
+    served = open_as(0, "False", 0, 60.0)
     served.set("of", "the first")
     for rank, agent in ((1, "False"), (0, "True"), (1, "True")):
-        assert open_as(rank, agent, served.port).get("of") == b"the first"
+        assert open_as(rank, agent, served.port, 60.0).get("of") == b"the first"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of this machine")

@@ -9,9 +9,10 @@ import sys
 import pytest
 
 STEPS = """
-import resource, sys
+import ctypes, resource, sys
 import torch
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page's fault would count as that of a small one
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     from megatron_lcl.train.engine import keep_freed_memory

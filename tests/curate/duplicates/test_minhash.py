@@ -105,7 +105,7 @@ def test_bands_find_what_the_closed_form_says(similarity: float) -> None:
         one, other = (signature(s, bands * rows) for s in sets_of(shared, 100 - shared // 2, 100 - shared // 2, seed))
         found.append((one == other).reshape(bands, rows).all(1).any())
     expected = float(candidate_probability(similarity, bands, rows))
-    assert expected == 1 - (1 - similarity**rows) ** bands
+    assert expected == pytest.approx(1 - (1 - similarity**rows) ** bands, rel=1e-12)
     assert abs(np.mean(found) - expected) <= 4 * np.sqrt(max(expected * (1 - expected), 1e-3) / len(found))
 
 

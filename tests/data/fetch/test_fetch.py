@@ -288,7 +288,7 @@ def test_full_disk(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture
         assert main(words) == 0
         check_store(disk / "store", urls)
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_worker_says_what_its_disk_cannot_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

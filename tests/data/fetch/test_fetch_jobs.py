@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -166,8 +167,10 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
             while not (len(workers) == 2 and list(store.glob("*.log"))):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+                workers = []
+                for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                        workers += [pid] * (b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
             os.kill(int(workers[0]), signal.SIGKILL)
             out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err

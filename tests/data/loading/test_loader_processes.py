@@ -250,8 +250,9 @@ def test_the_end_does_not_wait_for_what_is_to_be_read_ahead(
     monkeypatch.setattr(ahead, "url_of", lambda path: "s3://bucket")
     monkeypatch.setattr(ahead, "_THREADS", 1)
     monkeypatch.setattr(
-        ahead.Ahead, "begin", lambda self, turn: [self._pool.submit(time.sleep, 0.1) for _ in range(99)]
+        ahead.Ahead, "begin", lambda self, turn: [self._pool.submit(time.sleep, 0.1) for _ in range(999)]
     )
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 60.0)  # of a busy machine
     batches, worker = _begun(loader_of(corpus.path, data={"workers": 1}))
     ended: list[int | None] = []
     terminate = worker.terminate
@@ -442,6 +443,10 @@ def _leaves(rank: int, path: str, port: int) -> None:
         del batches
         store.set(f"{turn} {rank}", "left")
         store.wait([f"{turn} 0", f"{turn} 1"])
+    if rank == 1:
+        store.set("done", "")
+    else:  # it serves the store
+        store.wait(["done"])
 
 
 @pytest.mark.slow

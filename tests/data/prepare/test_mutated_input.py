@@ -154,7 +154,7 @@ def test_mutated_input_never_crashes_and_counts_add_up(
 ) -> None:
     WRITE[format](tmp_path)
     format = format.split(".")[0]
-    originals = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    originals = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
     images = tmp_path / "images" if (tmp_path / "images").exists() else None
     compared, soak = 0, request.config.getoption("--soak")
     for seed in range(400 if soak else 15):

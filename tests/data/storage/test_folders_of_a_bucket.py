@@ -92,7 +92,7 @@ def test_others_read_while_a_large_object_is_copied(monkeypatch: pytest.MonkeyPa
         if name == "small":
             read.set()
         begun.release()
-        assert read.wait(10)
+        assert read.wait(60)
         return bytes([start % 256]) * (stop - start)
 
     monkeypatch.setattr(server, "_open", lambda *_: None)
@@ -101,11 +101,11 @@ def test_others_read_while_a_large_object_is_copied(monkeypatch: pytest.MonkeyPa
     remote = server.Remote("s3://bucket/folder")
     copy = threading.Thread(target=remote.fetch, args=(["large"], [(7 * chunks - 3, None)], str(tmp_path)))
     copy.start()
-    assert begun.acquire(timeout=10)
+    assert begun.acquire(timeout=60)
     while begun.acquire(timeout=0.3):  # until no more begin
         pass
     assert remote.read("small", None, [(0, 1)]) == [b"\0"]
-    copy.join(20)
+    copy.join(60)
     expected = b"".join(bytes([7 * k % 256]) * 7 for k in range(chunks))
     assert (tmp_path / "large").read_bytes() == expected[:-3]
 

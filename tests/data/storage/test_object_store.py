@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -191,10 +192,15 @@ def test_a_fork_waits_until_a_server_has_started() -> None:
 
 def servers() -> list[Path]:
     """The folders of those that this process has started and that run."""
-    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    pids = [pid for file in children for pid in file.read_text().split()]
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids]
-    return [Path(os.fsdecode(words[-2])).parent for words in commands if b"megatron_lcl.data.storage.server" in words]
+    found = []
+    for file in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+            for pid in file.read_text().split():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                    if b"megatron_lcl.data.storage.server" in words:
+                        found.append(Path(os.fsdecode(words[-2])).parent)
+    return found
 
 
 @pytest.mark.timeout(120)
@@ -218,7 +224,7 @@ def test_a_server_ends_once_nobody_asks_it(s3: Proxy, place: str, monkeypatch: p
             assert store.get("object") == CONTENT
         assert asked.result() == [CONTENT[5:9]]
         assert [request.range for request in s3.requests].count("bytes=5-8") == 1
-    s3.latency = 2.0
+    s3.latency = 10.0  # seconds in which the signal has to come
     handler = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     try:
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()

@@ -252,7 +252,7 @@ def failed_while_saving(where: str, config_file: str, folder: Path) -> Outcome:
     words = ["--config", config_file, *LONG, "--guard.long_timeout", str(long_timeout), "--checkpoint.every", "2"]
     with Fleet(folder / "run", *words, plant=fail_while_saving, planted=(where, str(mark))) as fleet:
         fleet.wait_for(mark.exists)
-        ended = outcome(fleet, time.time(), 2, range(2))
+        ended = outcome(fleet, mark.stat().st_mtime, 2, range(2))
     (saved,) = checkpoint.list_checkpoints(folder / "run")
     assert checkpoint.verify(saved) == []
     return ended
@@ -335,12 +335,13 @@ def test_a_hang_in_what_may_take_long(faulty: int, where: str, outcomes: dict[st
     codes, said, _, left, _, seconds = outcomes[f"hangs {faulty} {where}"].result()
     assert codes == [LOST] * 3, said
     assert not left
-    assert TIMEOUT < seconds < LONG_TIMEOUT + BUSY, said
+    assert seconds < LONG_TIMEOUT + BUSY, said
     doing, step = {"starting": ("computing", 0), "saving": ("saving", 4)}[where]
     for text in said:
         assert re.search(rf"megatron-lcl: process {faulty} hangs while {doing} at .* last step done: {step}\)", text), (
             said
         )
+        assert f"(guard.long_timeout = {LONG_TIMEOUT:g} s; raise it" in text, said
 
 
 @pytest.mark.slow
@@ -470,7 +471,7 @@ def test_the_launcher_does_not_wait_for_one_that_does_not_end(
     monkeypatch.setattr(launch, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(launch, "END_SECONDS", 1.0)
     reader, writer = os.pipe()
-    children = [subprocess.Popen(["bash", "-c", command]) for command in (f"exit {code}", "exec sleep 9")]
+    children = [subprocess.Popen(["bash", "-c", command]) for command in (f"exit {code}", "exec sleep 99")]
     assert launch._wait("megatron-lcl train", children, launch._Heard(reader), []) == code
     assert [child.wait() for child in children] == [code, -signal.SIGKILL]
     said = capfd.readouterr().err

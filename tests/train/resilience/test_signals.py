@@ -170,7 +170,7 @@ def break_off_evaluation(run: Path, marks: Path, words: list[str], step: int) ->
     with Fleet(run, *words, plant=slow_evaluation, planted=(str(marks),)) as fleet:
         fleet.wait_for(marks.exists)
         os.kill(fleet.pid(1), signal.SIGUSR1)
-        assert fleet.wait(20) == [REQUEUE, REQUEUE], fleet.said()
+        assert fleet.wait() == [REQUEUE, REQUEUE], fleet.said()
         assert f"the evaluation after step {step} is broken off" in fleet.said()
     assert saved_steps(run) == [step]
 

@@ -167,7 +167,7 @@ def test_a_sample_is_of_all_documents_and_packs_alike(replicas: int, alike: bool
         assert len({*map(tuple, torch.stack([latents[:, 1], slots[:, 0]], 1).tolist())}) == n, "a pair is drawn once"
         away += latents.sum(0) - n * everyone.mean(0)
         variance += n * everyone.var(0, unbiased=False) * (len(everyone) - n) / (len(everyone) - 1)
-    assert (away.abs() < 3 * variance.sqrt()).all(), (away, variance.sqrt())
+    assert (away.abs() < 5 * variance.sqrt()).all(), (away, variance.sqrt())
 
 
 def test_each_step_draws_anew() -> None:
