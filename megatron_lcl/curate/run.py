@@ -344,6 +344,7 @@ def _join(work: Work, number: int, join: Join, num_tasks: int, workers: int) -> 
 def _write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     """A Parquet file of many tables, in row groups of about _ROWS, so that a reader of a few rows opens few."""
     waiting: list[pa.Table] = []
+    num_rows = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
 
         def write() -> None:
@@ -353,8 +354,10 @@ def _write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> 
 
         for table in tables:
             waiting.append(table)
-            if sum(map(len, waiting)) >= _ROWS:
+            num_rows += len(table)
+            if num_rows >= _ROWS:
                 write()
+                num_rows = 0
         write()
     sync(path)
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import files, left, picture, read, write
 
+from megatron_lcl.curate import run
 from megatron_lcl.curate.documents import Gone, Range, bytes_before, documents, ranges
 from megatron_lcl.curate.joins import REMOVED
 from megatron_lcl.curate.run import curate
@@ -149,3 +150,26 @@ def test_ranges_are_cut_by_size_and_hold_every_document_once(
         assert [document.number for task in found for document in documents(corpus, task)] == list(range(5))
         assert [task.number for task in found] == list(range(len(found)))
         assert len(found) == (5 if task_bytes < 1 << 20 else 3)
+
+
+def test_many_tables_of_few_rows_are_written_in_large_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is asked once how long it is: a corpus of many tasks has as many tables."""
+    asked = []
+
+    class Few:
+        def __init__(self, number: int) -> None:
+            self.table = table_of([(number, k, 0.0, "") for k in range(number % 3)])
+
+        def __len__(self) -> int:
+            asked.append(self)
+            return len(self.table)
+
+    together = pa.concat_tables
+    monkeypatch.setattr(run, "_ROWS", 30)
+    monkeypatch.setattr(pa, "concat_tables", lambda tables: together([few.table for few in tables]))
+    tables = [Few(number) for number in range(99)]
+    run._write_tables(tmp_path / "all.parquet", REMOVED, tables)  # type: ignore[arg-type]
+    assert asked == tables
+    with pq.ParquetFile(tmp_path / "all.parquet") as file:
+        assert [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)] == [30, 30, 30, 9]
+        assert file.read() == together([few.table for few in tables])

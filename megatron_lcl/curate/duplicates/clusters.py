@@ -87,7 +87,8 @@ def equal_keys(
 
     keys(start, stop): keys of those of the rows start … stop-1 that have one, uint64 and evenly distributed, and these
     rows, int64; each row is asked for once. If sorting them would take more than `memory` bytes, a new `file` takes 16
-    bytes a row meanwhile; the groups and their order are the same.
+    bytes a row meanwhile; the groups and their order are the same. Rows with one key are in memory together, however
+    many they are.
     """
     at_once = max(1, memory // _BYTES_OF_ROW)
     step = min(_CHUNK, -(-at_once // 16))

@@ -30,6 +30,8 @@ MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES: dict[np.dtype, int] = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}
 _BUFFER = 1 << 20
+_MAX_LENGTH = (1 << 31) - 1
+"""elements of a sequence: lengths are int32"""
 TEXT, IMAGE = 0, 1
 """modes of a sequence of a corpus's tokens"""
 
@@ -134,7 +136,7 @@ class IndexedWriter:
         self.prefix = prefix
         self._dtype: np.dtype = np.dtype(dtype)
         self._bin = HashingFile(prefix.with_name(prefix.name + ".bin"))
-        self._lengths = array("I")  # none is negative, and an array of "i" takes a list much more slowly
+        self._lengths = array("I")  # an array of "i" takes a list much more slowly
         self._modes = array("b")
         self._documents = array("q", [0])
 
@@ -151,17 +153,29 @@ class IndexedWriter:
         return self._bin.size
 
     def add(self, data: bytes | np.ndarray, mode: int) -> None:
-        """Append one sequence: `data` holds its elements in the container's dtype."""
+        """Append one sequence: `data` holds its elements in the container's dtype. UserError where it is too long."""
         block = data if isinstance(data, bytes) else np.ascontiguousarray(data, self._dtype).tobytes()
+        length = len(block) // self._dtype.itemsize
+        self._check(length)
         self._bin.write(block)
-        self._lengths.append(len(block) // self._dtype.itemsize)
+        self._lengths.append(length)
         self._modes.append(mode)
 
     def add_run(self, data: bytes, lengths: list[int], mode: int) -> None:
-        """Append sequences of one mode, joined, with the number of elements of each; faster than one by one."""
+        """Append sequences of one mode, joined, with the number of elements of each; faster than one by one. UserError
+        where one is too long."""
+        if len(data) > _MAX_LENGTH:
+            self._check(max(lengths))
         self._bin.write(data)
         self._lengths.fromlist(lengths)
         self._modes.frombytes(mode.to_bytes(1, "little") * len(lengths))
+
+    def _check(self, length: int) -> None:
+        if length > _MAX_LENGTH:
+            raise UserError(
+                f"a text or an image of {length:,} tokens or bytes for {self._bin.path}: the format holds at most "
+                f"{_MAX_LENGTH:,} of one; divide it, or leave it out of the input"
+            )
 
     def end_document(self) -> None:
         self._documents.append(len(self._lengths))

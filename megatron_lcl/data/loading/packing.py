@@ -44,7 +44,7 @@ def choose_images_per_pack(
 
 @compiled
 def blend(tokens: np.ndarray, starts: np.ndarray, weights: np.ndarray, served: np.ndarray) -> np.ndarray:
-    """From which corpus each next document comes, int16, until one corpus's list is at its end.
+    """From which corpus each next document comes, int32, until one corpus's list is at its end.
 
     tokens: the corpora's next documents' tokens, one list after the other, that of corpus c at starts[c]:starts[c+1].
     weights float64 [C] sum to 1; served float64 [C], tokens taken so far, is brought up to date.
@@ -52,7 +52,7 @@ def blend(tokens: np.ndarray, starts: np.ndarray, weights: np.ndarray, served: n
     WF2Q (Bennett & Zhang, "WF²Q: worst-case fair weighted fair queueing", 1996): among the corpora not ahead of their
     share, the one whose next document would be due first. At every prefix each corpus is within one document of it.
     """
-    out = np.empty(starts[-1], np.int16)
+    out = np.empty(starts[-1], np.int32)
     position = starts[:-1].copy()
     count = 0
     total = served.sum()

@@ -77,7 +77,8 @@ def measure(
     """Fill, for each document of a shard: token slots (0: skipped), images kept, first placement.
 
     tokens, images int32 [documents], placements int64 [documents]. Token slots are those of the document as one
-    sequence; with P = 0, of all its pairs together; where texts are alternatives, with one of their mean length.
+    sequence; with P = 0, of all its pairs together; where texts are alternatives, with one of their mean length; at
+    most END.
     Returns how many of the images kept may have a text before them.
     """
     placement, pairs = 0, 0
@@ -98,17 +99,18 @@ def measure(
         placements[d], images[d] = first, num
         if rules.num_patches == 0 and rules.alternatives:
             images[d] = num if num_texts > 0 else 0
-            tokens[d] = images[d] * _pair_tokens(min(text, rules.max_tokens - 2), rules)
+            size = images[d] * _pair_tokens(min(text, rules.max_tokens - 2), rules)
         elif rules.num_patches == 0:
             a, b = offsets[d], offsets[d + 1]
             rows = _pairs(lengths[a:b], modes[a:b], matched[first:placement], keep, num_texts, -1, rules)
-            tokens[d], images[d] = 0, len(rows) // 2
+            size, images[d] = 0, len(rows) // 2
             for r in range(0, len(rows), 2):
-                tokens[d] += _pair_tokens(rows[r, 3] - rows[r, 2], rules)
+                size += _pair_tokens(rows[r, 3] - rows[r, 2], rules)
         elif rules.reference_pairs and num == 1 and (offsets[d + 1] - offsets[d] == 2 or rules.alternatives):
-            tokens[d] = text + rules.num_patches + 3
+            size = text + rules.num_patches + 3
         else:
-            tokens[d] = text + num * (rules.num_patches + 2) + 2
+            size = text + num * (rules.num_patches + 2) + 2
+        tokens[d] = min(size, END)
         if (rules.selects and num < rules.min_images) or (text == 0 and num == 0):
             tokens[d] = images[d] = 0
         elif rules.num_patches == 0:

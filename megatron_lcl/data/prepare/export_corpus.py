@@ -28,6 +28,8 @@ from megatron_lcl.data.prepare.importers.image_tables import GROUP_BYTES, GROUP_
 from megatron_lcl.errors import UserError
 
 EXPORTS = ("jsonl", "webdataset", "hf")
+_DIGITS = 5
+"""of a shard's number in names of files, or as many as the last one has: the order of names is that of shards"""
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif", "?": "img"}
 """file name extensions of formats that are not called like the format"""
 _Documents = Iterator[tuple[int, dict[str, str], list[int | str]]]
@@ -103,10 +105,10 @@ def _lost(corpus: Corpus) -> Iterator[str]:
 def _write_lines(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
     shard = corpus.open_shard(number)
     if shard.num_images:
-        with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        with tarfile.open(folder / f"{_stem(corpus, number)}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
             for j in range(shard.num_images):
                 add_file(archive, _image_name(shard, j), bytes(shard.image(j)))
-    with open(folder / f"{number:05d}.jsonl", "w", encoding="utf-8") as file:
+    with open(folder / f"{_stem(corpus, number)}.jsonl", "w", encoding="utf-8") as file:
         for local, name in enumerate(_names(shard)):
             items = [_item(corpus, shard, k) for k in range(*shard.bounds(local))]
             line = {**name, "kind": corpus.kinds[number], "items": items}
@@ -131,7 +133,7 @@ def _item(corpus: Corpus, shard: Shard, piece: int) -> dict[str, Any]:
 def _write_samples(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
     """Documents of any kind."""
     shard, images = corpus.open_shard(number), 0
-    with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.open(folder / f"{_stem(corpus, number)}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
         for local, name, items in _documents(corpus, shard):
             key = f"{local:09d}"
             lists: dict[str, list[str | None]] = {"texts": [], "images": []}
@@ -152,7 +154,7 @@ def _write_samples(corpus: Corpus, number: int, folder: Path) -> tuple[int, int,
 
 def _write_pairs(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
     shard, documents = corpus.open_shard(number), 0
-    with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.open(folder / f"{_stem(corpus, number)}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
         for local, name, image, texts in _pairs(corpus, shard):
             key = f"{local:09d}"
             add_file(archive, f"{key}.{_suffix(shard, image)}", bytes(shard.image(image)))
@@ -172,7 +174,9 @@ def _write_rows(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, in
     rows: list[dict[str, Any]] = []
     documents = images = size = 0
     with (
-        open(folder / f"{number:05d}.parquet", "wb") as file,  # by Arrow itself a full disk would be said in its words
+        open(
+            folder / f"{_stem(corpus, number)}.parquet", "wb"
+        ) as file,  # by Arrow itself a full disk would be said in its words
         pq.ParquetWriter(file, schema, use_dictionary=False) as writer,
     ):
         for _, name, items in pairs if captioned else _documents(corpus, shard):
@@ -244,6 +248,10 @@ def _names(shard: Shard) -> Iterator[dict[str, str]]:
     """What each document is called, as a line's `id`; empty where it has no name."""
     names = shard.names.between(0, shard.num_documents) if shard.names else itertools.repeat("", shard.num_documents)
     return ({"id": name} if name else {} for name in names)
+
+
+def _stem(corpus: Corpus, number: int) -> str:
+    return f"{number:0{max(_DIGITS, len(str(corpus.num_shards - 1)))}d}"
 
 
 def _image_name(shard: Shard, j: int) -> str:

@@ -33,6 +33,7 @@ from megatron_lcl.data.corpus.tokenizer import JoinedEncoder, Tokenizer
 from megatron_lcl.data.prepare.faulty_documents import naming_faulty_documents
 from megatron_lcl.data.prepare.holdout import group_name, groups_hash
 from megatron_lcl.data.prepare.importers import Importer, Unit, separated
+from megatron_lcl.data.prepare.importers.files import MAX_FILE, TooLarge
 from megatron_lcl.errors import UserError
 
 BATCH = 384
@@ -453,6 +454,8 @@ def _write_document(
 def _ready_image(settings: TaskSettings, image: Image, document: Document, drops: Drops) -> _ReadyImage | None:
     """The image with the bytes to store and their size; None, and counted, if it cannot be used."""
     try:
+        if len(image.data) > MAX_FILE:  # of a column, or of another package's importer
+            raise BadImage(str(TooLarge()))
         size, data = probe(image.data), image.data
         if settings.max_image_side and max(size.width, size.height) > settings.max_image_side:
             data = downscale(data, settings.max_image_side)

@@ -17,7 +17,8 @@ def sorted_rows(blocks: Iterable[np.ndarray], at_once: int, file: Path) -> Itera
 
     More than `at_once` rows wait, as sorted runs, in a new `file`, of 8 · K bytes a row, which is removed at the end.
     A part then has about `at_once` rows if the first numbers are evenly distributed, as hashes are. In memory are so
-    many rows, or a block if that is larger, up to three times.
+    many rows, or a block or the rows of one first number if those are more, up to three times; and 8 bytes for each run
+    in each part.
     """
     waiting: list[np.ndarray] = []
     ends = [0]
@@ -46,12 +47,12 @@ def _merged(rows: np.ndarray, ends: list[int], at_once: int) -> Iterator[np.ndar
     """The parts, from sorted runs rows[ends[r]:ends[r+1]]."""
     num_parts = -(-len(rows) // at_once)
     lows = np.array([(k << 64) // num_parts for k in range(num_parts)], np.uint64)
-    bounds = [
-        [*(start + np.searchsorted(rows[start:stop, 0], lows)).tolist(), stop]
-        for start, stop in itertools.pairwise(ends)
-    ]
+    bounds = np.empty((len(ends) - 1, num_parts + 1), np.int64)
+    for of_run, (start, stop) in zip(bounds, itertools.pairwise(ends), strict=True):
+        of_run[:-1] = start + np.searchsorted(rows[start:stop, 0], lows)
+        of_run[-1] = stop
     for k in range(num_parts):
-        part = _sorted([rows[of_run[k] : of_run[k + 1]] for of_run in bounds])
+        part = _sorted([rows[start:stop] for start, stop in bounds[:, k : k + 2].tolist()])
         if len(part):
             yield part
         del part  # or it would be there while the next is sorted

@@ -161,3 +161,11 @@ def test_packs_of_real_documents_are_full(
     num_packs = len(offsets) - 1
     assert tokens.sum() / (num_packs * capacity) >= least_tokens
     assert images.sum() / (num_packs * slots) >= least_images
+
+
+def test_a_blend_of_more_corpora_than_int16_counts() -> None:
+    num = (1 << 15) + 1
+    weights = np.full(num, 0.1 / num)
+    weights[-1] += 0.9
+    turns = blend(np.full(num, 100, np.int32), np.arange(num + 1), weights, np.zeros(num))
+    assert turns.tolist() == [num - 1]

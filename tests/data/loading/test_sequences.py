@@ -331,3 +331,21 @@ def test_shuffle_has_no_favorites() -> None:
     for seed in range(20000):
         counts[np.arange(10), shuffled(np.uint64(seed * 7919), 10, 0, 10)] += 1
     assert ((counts - 2000) ** 2 / 2000).sum() < 150  # chi-square, 81 degrees of freedom: p < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rules", "images"),
+    [(NATURAL, 0), (NATURAL._replace(num_patches=1 << 30), 2), (NATURAL._replace(num_patches=0), 3)],
+)
+@pytest.mark.parametrize("alternatives", [False, True])
+def test_sizes_of_documents_end_where_int32_does(rules: Rules, images: int, alternatives: bool) -> None:
+    """A negative one would count as a document that is skipped."""
+    num_texts = 1 if images else 5
+    lengths = np.array([*[(1 << 30) + 5] * num_texts, *[1] * images], np.int32)
+    modes = np.array([*[0] * num_texts, *[1] * images], np.int8)
+    arrays = np.array([0, len(modes)]), np.full(images, np.nan, np.float32), np.full(images, -1, np.int32)
+    tokens, found, first = np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int64)
+    rules = rules._replace(max_tokens=1 << 31, alternatives=alternatives)
+    measure(lengths, modes, *arrays, rules, tokens, found, first)
+    one_text = alternatives and not images
+    assert (tokens[0], found[0]) == ((1 << 30) + 7 if one_text else END, images)

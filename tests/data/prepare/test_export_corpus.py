@@ -306,3 +306,17 @@ def test_texts_that_were_changed_are_said_to_be(tmp_path: Path) -> None:
     assert not exported.exact
     assert "not as they were" in str(exported)
     assert '"upper"' in (tmp_path / "out/00000.jsonl").read_text()
+
+
+@pytest.mark.parametrize("format", ["jsonl", "webdataset", "hf"])
+def test_many_shards_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    """Files are read in the order of their names; a corpus may have more shards than five digits count."""
+    monkeypatch.setattr(export_module, "_DIGITS", 1)
+    documents = [Document((Text(f"text {k}"), Image(picture(k % 3)))) for k in range(12)]
+    source = make(tmp_path, documents, shard_documents=1)
+    export_corpus(source, tmp_path / "out", format)
+    names = {file.stem for file in (tmp_path / "out").iterdir()}
+    assert names == {f"{number:02d}" for number in range(12)}
+    read_as = {"webdataset": "mint1t"}.get(format, format)
+    found, _ = documents_of(create(read_as, tmp_path / "out", None, {}))
+    assert [text.text for document in found for text in document.texts] == [f"text {k}" for k in range(12)]

@@ -29,6 +29,7 @@ from megatron_lcl.data.corpus.probe import MAX_PIXELS, BadImage, probe
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.loading.images import decode_eval
+from megatron_lcl.data.prepare import preprocess_task
 from megatron_lcl.data.prepare.importers import create, mint1t, row_groups
 from megatron_lcl.data.prepare.importers.files import MAX_FILE
 from megatron_lcl.data.prepare.importers.html_page import parse_page
@@ -355,3 +356,13 @@ def test_pictures_of_no_size_are_refused(tmp_path: Path, side: int) -> None:
     writers.write_jsonl([], tmp_path / "in")
     with pytest.raises(ValueError, match=f"--max-image-side {side}: give"):
         preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_image_side=side)
+
+
+def test_images_larger_than_a_file_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a column of parquet, or another package's importer, may have them."""
+    small = picture(0)
+    monkeypatch.setattr(preprocess_task, "MAX_FILE", len(small))
+    line = {"items": [{"text": "a"}, {"image": "small.png"}, {"image": "large.png"}]}
+    summary = corpus_of(tmp_path, [line], {"small.png": small, "large.png": small + b"0"})
+    assert summary.drops.names == {"image: over 256 MiB": ["a.jsonl:1: large.png"]}
+    assert [image.data for image in open_corpus(tmp_path / "out")[0].images] == [small]

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers import create, sources
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.importers.urls import names_of_url
@@ -321,3 +321,19 @@ def test_a_tar_that_cannot_be_read_ends_the_run(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match=r"0\.tar"):
         list(importer.documents(unit, drops))
     assert not drops.bad_counts
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_another_name_with_the_same_64_bits_of_hash_is_not_taken(
+    in_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among 10^10 images there are some; nothing but a name tells them apart."""
+    digest = sources._digest
+    monkeypatch.setattr(sources, "_digest", lambda key: (7, digest(key)[1]))
+    names = [f"images/{k}.png" for k in range(20)]
+    source = source_of(tmp_path / "images", {"0": {name: name.encode() for name in names}})
+    if in_files:
+        source.prepare(tmp_path)
+    assert [read(source, name) for name in names] == [name.encode() for name in names]
+    assert read(source, "3.png") == b"images/3.png"
+    assert {read(source, f"gone/{k}.jpg") for k in range(20)} == {"file missing"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,3 +54,16 @@ def test_nothing_is_left_where_a_reader_stops(tmp_path: Path) -> None:
     assert (tmp_path / "rows").stat().st_size == 9 * 9 * 8
     parts.close()  # type: ignore[attr-defined]  # it is a generator
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_each_run_and_part_little_is_in_memory(tmp_path: Path) -> None:
+    """8 bytes where it is cut: there are as many of both as all rows are times what fits in memory."""
+    runs = 200
+    blocks = [block[:, None] for block in np.random.default_rng(0).integers(0, 2**64, (runs, 8), np.uint64)]
+    tracemalloc.start()
+    try:
+        assert sum(len(part) for part in sorted_rows(blocks, 8, tmp_path / "rows")) == 8 * runs
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * runs**2

@@ -372,7 +372,7 @@ def test_what_took_long_stays_where_a_run_is_interrupted(tmp_path: Path, monkeyp
         patch.setattr(preprocess_module, "run_task", interrupt)
         with pytest.raises(KeyboardInterrupt):
             preprocess(*arguments, **options)
-    assert (tmp_path / "out" / WORK / "images-in-tars").is_dir()
+    assert (tmp_path / "out" / WORK / "images-in-archives").is_dir()
     monkeypatch.setattr(ImageSource, "write_runs", interrupt)
     assert preprocess(*arguments, **options).counts["images"] == 1
 
@@ -438,7 +438,7 @@ def test_on_a_full_disk_the_work_folder_of_a_finished_corpus_goes(
     def full(folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    (tmp_path / WORK / "images-in-tars").mkdir(parents=True)
+    (tmp_path / WORK / "images-in-archives").mkdir(parents=True)
     monkeypatch.setattr(unfinished, "scratch_folder", full)
     unfinished.clear_up(tmp_path)
     assert [*tmp_path.iterdir()] == []
