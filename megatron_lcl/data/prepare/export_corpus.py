@@ -174,9 +174,8 @@ def _write_rows(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, in
     rows: list[dict[str, Any]] = []
     documents = images = size = 0
     with (
-        open(
-            folder / f"{_stem(corpus, number)}.parquet", "wb"
-        ) as file,  # by Arrow itself a full disk would be said in its words
+        # by Arrow itself a full disk would be said in its words
+        open(folder / f"{_stem(corpus, number)}.parquet", "wb") as file,
         pq.ParquetWriter(file, schema, use_dictionary=False) as writer,
     ):
         for _, name, items in pairs if captioned else _documents(corpus, shard):
