@@ -70,7 +70,7 @@ def fetch(
             plan_lock.close()  # each part has a lock of its own
         with tqdm(total=sum(plan.parts[part] for part in mine), unit="url", disable=not progress) as bar:
             for tries_left in reversed(range(_RETRIES + 1)):
-                done = {part: num_done(output, part) for part in mine}
+                done = num_done(output, mine)
                 bar.n = sum(done.values())
                 todo = [part for part in mine if done[part] < plan.parts[part]]
                 try:
@@ -80,7 +80,7 @@ def fetch(
                     if not tries_left:
                         raise
                     logger.warning("a worker process died, perhaps out of memory; its parts are gone on with")
-        left = [part for part in todo if num_done(output, part) != plan.parts[part]]
+        left = [part for part, number in num_done(output, todo).items() if number != plan.parts[part]]
         assert not left, f"parts {left} are not at their end"  # as a whole store is what is uploaded
         return {**summary(output), "dropped": plan.dropped}
 

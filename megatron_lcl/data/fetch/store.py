@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Literal
@@ -205,9 +205,14 @@ def tables(folder: Path) -> list[Path]:
     return matching(folder, "[0-9]*-[0-9]*.parquet")
 
 
-def num_done(folder: Path, part: int) -> int:
-    """URLs that a part's complete shards account for."""
-    return sum(pq.read_metadata(table).num_rows for table in part_tables(folder, part))
+def num_done(folder: Path, parts: Iterable[int]) -> dict[int, int]:
+    """URLs that the complete shards of each of these parts account for. A folder of 10^5 shards is listed once."""
+    names = {f"{part:05d}": part for part in parts}
+    done = dict.fromkeys(names.values(), 0)
+    for table in tables(folder):
+        if (part := names.get(table.name.partition("-")[0])) is not None:
+            done[part] += pq.read_metadata(table).num_rows
+    return done
 
 
 def kept_urls(folder: Path) -> Iterator[str]:

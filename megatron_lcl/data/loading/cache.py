@@ -197,11 +197,15 @@ class Rows:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start … stop-1, read-only."""
-        size = self._dtype.itemsize
-        content = os.pread(self._descriptor, (stop - start) * size, self._start + start * size)
-        if len(content) != (stop - start) * size:
-            raise UserError(f"{self._path} ends too early; delete {self._path.parent}, it will be built again")
-        return np.frombuffer(content, self._dtype)
+        rows = np.empty(stop - start, self._dtype)
+        left, at = rows.view(np.uint8).data, self._start + start * self._dtype.itemsize
+        while len(left):
+            read = os.preadv(self._descriptor, [left], at)  # Linux gives at most 2 GiB at a time
+            if not read:
+                raise UserError(f"{self._path} ends too early; delete {self._path.parent}, it will be built again")
+            left, at = left[read:], at + read
+        rows.flags.writeable = False
+        return rows
 
 
 def _unused_seconds(folder: Path) -> float:

@@ -377,8 +377,10 @@ class PackIndex:
             block["begin"], block["until"] = ranges[sizes[:, 0]].T
             blocks.append((block, sizes[:, 2], sizes[:, 3], turns[sizes[:, 0]]))
         entries, sizes, images, turn = (np.concatenate(x) for x in zip(*blocks, strict=True))
+        del blocks, block  # of long documents a window has 10^8 sequences
         as_drawn = np.argsort(turn, kind="stable")
         entries, sizes, images = entries[as_drawn], sizes[as_drawn], images[as_drawn]
+        del turn, as_drawn
         mixed = settings["version"] > 2
         capacity, slots = settings["tokens_per_pack"], settings["images_per_pack"]
         most = packing.max_sequences(capacity, _sequences(settings).doubled)

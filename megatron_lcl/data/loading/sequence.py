@@ -194,6 +194,10 @@ def arrange(
         if modes[k] == 1:
             image_pieces[placement] = k
             placement += 1
+    first, following = np.full(num_texts, -1, np.int32), np.empty(len(matched), np.int32)  # images of each text
+    for j in range(len(matched) - 1, -1, -1):
+        if keep[j] and 0 <= matches[j] < num_texts:
+            following[j], first[matches[j]] = first[matches[j]], j
     count, passed, placement = 0, 0, 0
     for k in range(len(modes)):
         if modes[k] == 1:
@@ -206,10 +210,12 @@ def arrange(
             passed += 1
             continue
         for before in (True, False):
-            for j in range(len(matched)):
-                if keep[j] and matches[j] == passed and (uniform(key, _PLACE + j) < rules.image_first) == before:
+            j = first[passed]
+            while j >= 0:
+                if (uniform(key, _PLACE + j) < rules.image_first) == before:
                     order[count, 0], order[count, 1] = image_pieces[j], k
                     count += 1
+                j = following[j]
             if before:
                 order[count, 0], order[count, 1] = k, k
                 count += 1
@@ -352,9 +358,13 @@ def _pairs(
             texts[count] = k
             count += 1
     count, sequence, placement = 0, 0, 0
+    before, following = -1, 0  # the last text before the image, and which of the texts is next: not empty ones
     for k in range(len(modes)):
         if modes[k] == 0:
+            before = k if lengths[k] > 0 else before
             continue
+        while following < num_texts and (texts[following] < k or lengths[texts[following]] == 0):
+            following += 1
         j, best = placement, np.int32(-1)
         placement += 1
         if not keep[j]:
@@ -364,9 +374,9 @@ def _pairs(
         elif 0 <= matched[j] < num_texts and lengths[texts[matched[j]]] > 0:
             best = texts[matched[j]]
         else:
-            for t in texts:
-                if lengths[t] > 0 and (best < 0 or abs(t - k) < abs(best - k)):
-                    best = t
+            best = np.int32(before)
+            if following < num_texts and (before < 0 or texts[following] - k < k - before):
+                best = texts[following]
         if best >= 0:
             kept = min(lengths[best], rules.max_tokens - 2)
             start = lengths[best] - kept if rules.last_of_text and best < k else 0

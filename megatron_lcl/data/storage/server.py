@@ -53,7 +53,9 @@ IN_FLIGHT = 32
 COPYING = 24
 """of these for a whole object that is fetched, however large: others are read meanwhile"""
 CHUNK = 16 << 20
-"""bytes of a request, of a whole object that is fetched, and of a part, of one that is put"""
+"""bytes of a request, of a whole object that is fetched, and of a part, of one that is put, at least"""
+MOST_PARTS = 10_000
+"""that S3 takes of an object"""
 T = TypeVar("T")
 
 
@@ -165,10 +167,14 @@ class Remote:
         source = Path(content) if isinstance(content, str) else content
         if not self._client.answered:
             self._head(name)  # a wrong address shows soon
+
+        def one() -> None:
+            size = source.stat().st_size if isinstance(source, Path) else len(source)
+            obstore.put(self._client.retrying, self._key(name), source, chunk_size=_part_bytes(size))
+
         # of the requests for its parts each is made again; all of them together seldom succeed. When it fails, that may
         # have taken longer than PATIENCE_SECONDS
-        key = self._key(name)
-        self._again(name, lambda: obstore.put(self._client.retrying, key, source, chunk_size=CHUNK), time.monotonic())
+        self._again(name, one, time.monotonic())
 
     def delete(self, names: Sequence[str]) -> None:
         """Objects, as far as they are there."""
@@ -280,6 +286,11 @@ class Remote:
 
 class _CutShort(Exception):
     """Fewer bytes than were asked for."""
+
+
+def _part_bytes(size: int) -> int:
+    """Bytes of a part of an object that is put, which has `size` of them: whole MiB."""
+    return max(CHUNK, -(-size // (MOST_PARTS << 20)) << 20)
 
 
 def address_and_folder(url: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -219,16 +220,18 @@ class Checkpointer:
 
     def _copy(self, folder: Path, keep: Checkpoint | None) -> str:
         """Copy a complete checkpoint to `checkpoint.mirror`; why it could not be, if so: it is complete anyway."""
-        settings = self.config.checkpoint
-        if settings.mirror is None:
-            return ""
         try:
-            mirror = Mirror(settings.mirror)
+            if (mirror := self._mirror) is None:
+                return ""
             mirror.check_owner(self.config.train.output)  # another run may have begun there at the same time
             mirror.upload(folder, keep, self._reached)
         except (UserError, OSError) as error:
             return explain(error) if isinstance(error, OSError) else str(error)
         return ""
+
+    @cached_property
+    def _mirror(self) -> Mirror | None:  # one for all copies: it remembers which older ones are whole
+        return None if (url := self.config.checkpoint.mirror) is None else Mirror(url)
 
     def make_up_copy(self, folder: Path, progress: Progress) -> str:
         """Copy a checkpoint of this run of which there is no copy in `checkpoint.mirror`, while all processes wait for
@@ -265,13 +268,13 @@ class Checkpointer:
 
     def _tidy(self, progress: Progress) -> list[str]:
         """As `tidy`, after the save of where the run stood; the first process's."""
-        (back_to, self.back_to), url = (self.back_to, None), self.config.checkpoint.mirror
-        if back_to is not None and url is not None:
+        back_to, self.back_to = self.back_to, None
+        if back_to is not None:
             # first: a start refuses a copy that is later than the folder's checkpoints
             with contextlib.suppress(UserError, OSError):  # the log says so of the copy that comes next
-                mirror = Mirror(url)
-                mirror.check_owner(self.config.train.output)
-                mirror.delete_later(back_to)
+                if (mirror := self._mirror) is not None:
+                    mirror.check_owner(self.config.train.output)
+                    mirror.delete_later(back_to)
         return checkpoint.tidy(self.run, self._kept(progress), progress.step, back_to)
 
     def _on_all(self, action: Callable[[], T]) -> list[T]:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,8 @@ class Mirror:
 
     def __init__(self, url: str, only: str | None = None) -> None:
         self.store, self.only = Store(url), only
+        self._older: set[str] = set()
+        """whole copies that `keep_every` kept, when they were asked for last: of these thousands may be"""
 
     def complete(self) -> list[str]:
         """Names of the checkpoints of which there is a whole copy, oldest first."""
@@ -84,9 +87,29 @@ class Mirror:
         names = (name for name in self.store.versions(deep=False) if step_of(Path(name)) >= 0)
         return sorted(names, key=lambda name: step_of(Path(name)))
 
-    def _whole(self, copies: list[str]) -> list[str]:
-        manifests = self.store.head([f"{name}/{MANIFEST}" for name in copies])
-        return [name for name, manifest in zip(copies, manifests, strict=True) if manifest]
+    def _whole(self, copies: list[str], known: AbstractSet[str] = frozenset()) -> list[str]:
+        asked = [name for name in copies if name not in known]
+        manifests = self.store.head([f"{name}/{MANIFEST}" for name in asked])
+        lacking = {name for name, manifest in zip(asked, manifests, strict=True) if not manifest}
+        return [name for name in copies if name not in lacking]
+
+    def _kept(self, copies: list[str], keep: Checkpoint | None) -> set[str]:
+        """Those of the copies (oldest first) that are whole and stay.
+
+        Of those that only `keep_every` keeps it is not asked again. They are not among the last ones, for which older
+        copies go; where they come to be, as after a rewind, it is.
+        """
+        while True:
+            whole = self._whole(copies, self._older)
+            if keep is None:
+                return set(whole)
+            last = set(whole[-keep.keep_last :])
+            if last.isdisjoint(self._older):
+                break
+            self._older -= last
+        kept = set(whole) - {old.name for old in superseded([Path(name) for name in whole], keep)}
+        self._older = kept - last
+        return kept
 
     def owner(self) -> Owner | None:
         """The run whose copies are here; of copies without RUN, as earlier versions made them, the `train.output` of
@@ -176,13 +199,13 @@ class Mirror:
         """
         if not self.has(folder):
             files = read_manifest(folder)
+            self._older.discard(folder.name)
             self.store.delete([f"{folder.name}/{MANIFEST}"])  # of the same step, saved again after a rewind or a resume
             new = {f"{folder.name}/{name}" for name in files}
             self.store.delete([name for name, _ in self.store.list(folder.name) if name not in new])
             put_files(self.store, folder, files, MANIFEST, f"{folder.name}/")
         own, copies = step_of(folder), self._copies()
-        complete = [Path(name) for name in self._whole(copies) if step_of(Path(name)) <= own]
-        kept = {copy.name for copy in complete} - {old.name for old in (superseded(complete, keep) if keep else ())}
+        kept = self._kept([name for name in copies if step_of(Path(name)) <= own], keep)
         self._delete([name for name in copies if step_of(Path(name)) <= max(own, reached) and name not in kept])
 
     def delete_later(self, step: int) -> None:
@@ -190,6 +213,7 @@ class Mirror:
         self._delete([name for name in self._copies() if step_of(Path(name)) > step])
 
     def _delete(self, copies: list[str]) -> None:
+        self._older.difference_update(copies)
         objects = [name for copy in copies for name, _ in self.store.list(copy)]
         self.store.delete(sorted(objects, key=lambda name: Path(name).name != MANIFEST))
 

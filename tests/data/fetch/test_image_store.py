@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data.fetch.faulty_server import image
 from data.fetch.stores import images_in, read_rows
@@ -184,6 +186,22 @@ def test_an_image_that_is_not_its_rows_gets_into_no_table(tmp_path: Path) -> Non
     part.close()
     assert add_all(tmp_path, wanted, "parquet") == 4
     check(tmp_path, wanted, "parquet")
+
+
+def test_shards_of_all_parts_are_counted_by_one_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, number in (("00003-00000", 2), ("00003-00001", 3), ("00004-00000.images", 1), ("00012-00000", 7)):
+        pq.write_table(pa.table({"url": [""] * number}), tmp_path / f"{name}.parquet")
+    for name in ("00003-00000.tar", "00004-00001.table", "00004.log"):
+        (tmp_path / name).touch()
+    listed, matching = [], store.matching
+
+    def counted(folder: Path, pattern: str) -> list[Path]:
+        listed.append(pattern)
+        return matching(folder, pattern)
+
+    monkeypatch.setattr(store, "matching", counted)
+    assert store.num_done(tmp_path, (3, 4, 5)) == {3: 5, 4: 1, 5: 0}
+    assert len(listed) == 1
 
 
 def test_a_member_is_as_tarfile_writes_it() -> None:

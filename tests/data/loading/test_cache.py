@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from corpora import MakeCorpus, jpeg, random_documents
 from forks import fork_context
@@ -32,7 +33,7 @@ from megatron_lcl.data.loading import cache as cache_module
 from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading import source as source_module
-from megatron_lcl.data.loading.cache import build_and_open, build_once, trim, using
+from megatron_lcl.data.loading.cache import Rows, build_and_open, build_once, trim, using
 from megatron_lcl.data.loading.ledger import Ledger, open_ledger
 from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.rules import INTERLEAVED
@@ -322,21 +323,40 @@ def test_a_chunk_that_another_machine_deleted_is_built_again(data: Data, monkeyp
     index = PackIndex(data, open_ledger(data, P, CONTEXT))
     truth = entries_of(index, range(PACKS))
     shutil.rmtree(index.chunks[-1].folder)
-    plain, stale = os.pread, []
+    plain, stale = os.preadv, []
 
-    def pread(*arguments: Any) -> bytes:  # what NFS says
+    def preadv(*arguments: Any) -> int:  # what NFS says
         if not stale:
             stale.append(arguments)
             raise OSError(errno.ESTALE, "Stale file handle")
         return plain(*arguments)
 
-    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "preadv", preadv)
     last = index.chunks[-1].first
     assert entries_of(index, range(last, PACKS)) == truth[last:]
     assert stale
     assert index.chunks[-1].folder.is_dir()
     (index.chunks[0].folder / "entries.npy").unlink()
     assert PackIndex(data, index.ledger)[0].entries.tolist() == truth[0], "a folder that is not whole is built again"
+
+
+def test_rows_of_many_bytes_are_read_in_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reads at most 2 GiB at a time: here 7 bytes."""
+    plain, path = os.preadv, tmp_path / "packs-x" / "entries.npy"
+    path.parent.mkdir()
+    content = np.arange(40, dtype=np.int32).view(np.dtype([("document", np.int64), ("part", np.int64)]))
+    np.save(path, content)
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: plain(file, [buffers[0][:7]], at))
+    rows = Rows(path)
+    read = rows.read(2, 9)
+    assert read.dtype == content.dtype
+    assert read.tolist() == content[2:9].tolist()
+    assert len(rows.read(3, 3)) == 0
+    with pytest.raises(ValueError, match="read-only"):
+        read["part"] = 0
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(UserError, match=f"entries.npy ends too early; delete {path.parent}, it will be built again"):
+        rows.read(9, 10)
 
 
 # --- what a power failure leaves ---------------------------------------------------------------------------------

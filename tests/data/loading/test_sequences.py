@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_lcl.config import Data
-from megatron_lcl.data.loading.hashes import mix, shuffled
+from megatron_lcl.data.loading.hashes import mix, shuffled, uniform
 from megatron_lcl.data.loading.rules import Rules, rules_for
 from megatron_lcl.data.loading.sequence import END, IMAGE_ROW, arrange, arranged_sizes, has_ends, measure, select
 
@@ -289,6 +289,47 @@ def test_pairs_of_objective_clip_take_the_matched_or_nearest_text() -> None:
     nan, rules = np.full(3, np.nan, np.float32), NATURAL._replace(num_patches=0)
     rows = arrange(lengths, modes, nan, np.array([-1, -1, 0], np.int32), np.uint64(0), rules)
     assert rows.tolist() == [[0, 0, 0, 5], [0, 1, 0, -1], [1, 3, 0, 30], [1, 2, 0, -1], [2, 0, 0, 5], [2, 4, 0, -1]]
+
+
+@settings(max_examples=300)
+@given(documents(), rules_of, st.integers(0, 2**63))
+def test_images_are_found_as_if_each_text_looked_at_all_of_them(document, rules, seed) -> None:  # type: ignore[no-untyped-def]
+    lengths, modes, similarity, matched = document
+    key, keep = np.uint64(seed), select(similarity, matched, np.uint64(seed), rules)
+    texts, images = np.flatnonzero(modes == 0).tolist(), np.flatnonzero(modes).tolist()
+    of_text = np.zeros_like(matched) if rules.pairs and len(texts) == 1 else matched
+    order: list[int] = []
+    for k in range(len(modes)):
+        if modes[k]:
+            j = images.index(k)
+            order += [k] if keep[j] and not 0 <= of_text[j] < len(texts) else []
+            continue
+        mine = [j for j in range(len(images)) if keep[j] and of_text[j] == texts.index(k)]
+        before = [j for j in mine if uniform(key, (1 << 32) + j) < rules.image_first]
+        order += [images[j] for j in before] + [k] * int(lengths[k] > 0) + [images[j] for j in mine if j not in before]
+    rows = arrange(*document, key, rules._replace(max_tokens=10_000, max_images=100))
+    assert rows[:, 1].tolist() == order
+
+    pairs: list[int] = []
+    for j, k in enumerate(images):
+        own = [texts[matched[j]]] if 0 <= matched[j] < len(texts) else []
+        full = [t for t in own if lengths[t]] or [t for t in texts if lengths[t]]
+        if keep[j] and full:
+            pairs += [min(full, key=lambda t: (abs(t - k), t)), k]
+    assert arrange(*document, key, rules._replace(num_patches=0))[:, 1].tolist() == pairs
+
+
+@pytest.mark.parametrize("num_patches", [4, 0])
+@pytest.mark.parametrize("matched", [np.full(60_000, -1, np.int32), np.arange(60_000, dtype=np.int32)[::-1].copy()])
+def test_arrangement_of_a_long_document_takes_no_time(num_patches: int, matched: np.ndarray) -> None:
+    """Did each text look at all images, or each image at all texts, it would take 3 seconds, at each of its
+    sequences."""
+    modes, rules = np.tile(np.array([0, 1], np.int8), 60_000), NATURAL._replace(num_patches=num_patches)
+    document = np.ones(120_000, np.int32), modes, np.full(60_000, np.nan, np.float32), matched
+    arrange(*(array[:1] for array in document), np.uint64(1), rules)  # compiles
+    began = time.thread_time()
+    assert (arrange(*document, np.uint64(1), rules)[:, 3] == IMAGE_ROW).sum() == 60_000
+    assert time.thread_time() - began < 1
 
 
 @settings(max_examples=200)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,35 @@ def test_chunks_of_many_corpora_are_not_small(tmp_path: Path, monkeypatch: pytes
     documents = json.loads((chunk.folder / "chunk.json").read_text())["documents"]
     assert 500_000 < documents < 600_000
     assert len(json.dumps(chunk.end)) < 110 * 64, "bytes of a state"
+
+
+class Books(Sizes):
+    """Each document is cut into 100 sequences."""
+
+    def sizes(self, documents: np.ndarray, epoch: int, ranges: np.ndarray) -> np.ndarray:
+        found = np.zeros((100 * len(documents), 4), np.int32)
+        found[:, 0] = np.repeat(np.arange(len(documents), dtype=np.int32), 100)
+        found[:, 1] = np.tile(np.arange(100, dtype=np.int32), len(documents))
+        found[:, 2] = 1000 + found[:, 1]
+        return found
+
+
+def test_a_window_of_long_documents_takes_a_hundred_bytes_a_sequence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has up to 10^6 documents, whatever their length."""
+    data = Data((Corpus("0" * 32),), tokens_per_pack=2048, images_per_pack=1, cache=str(tmp_path))
+    settings = ledgers._settings_of(data, P, 2048, INTERLEAVED) | {"version": VERSION}
+    ledger = Ledger(settings, ({"from_pack": 0, "blend": [{"path": "", "fingerprint": "0" * 32, "weight": 1.0}]},))
+    source = Books(0, 1000)
+    monkeypatch.setattr(PackIndex, "source", lambda *_: source)
+    PackIndex(replace(data, cache=str(tmp_path / "compiles")), ledger).prepare(0)
+    tracemalloc.start()
+    try:
+        PackIndex(data, ledger).prepare(0)
+        assert tracemalloc.get_traced_memory()[1] < 100 * 100_000
+    finally:
+        tracemalloc.stop()
 
 
 class HeavyTailed(Sizes):

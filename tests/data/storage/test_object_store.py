@@ -58,6 +58,21 @@ def test_objects_are_what_boto3_reads_and_writes(s3: Proxy, place: str, tmp_path
     assert not store.exists("theirs")
 
 
+def test_a_large_object_has_no_more_parts_than_s3_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr("obstore.put", lambda _store, _key, _source, chunk_size: told.append(chunk_size))
+    monkeypatch.setattr(server, "_open", lambda *_: None)
+    monkeypatch.setattr(server.Remote, "_head", lambda *_: None)
+    remote, path = server.Remote("s3://bucket/folder"), tmp_path / "object"
+    for size in (0, 160_000 << 20, (160_000 << 20) + 1, 5 << 40):
+        with path.open("wb") as file:
+            file.truncate(size)
+        remote.put("object", str(path))
+    remote.put("object", b"few")
+    assert told == [16 << 20, 16 << 20, 17 << 20, 525 << 20, 16 << 20]
+    remote._client.pool.shutdown()
+
+
 @pytest.mark.timeout(120)
 def test_nothing_is_fetched_out_of_a_folder_or_onto_a_full_disk(s3: Proxy, place: str, tmp_path: Path) -> None:
     store, folder = Store(place), tmp_path / "folder"

@@ -291,6 +291,43 @@ def test_what_is_kept_is_not_listed(place: str, tmp_path: Path, monkeypatch: pyt
     assert mirror.complete() == [f"step-{step:08d}" for step in (10, 20, 30, 40)]
 
 
+def test_of_older_copies_it_is_asked_once(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But of those on which it depends whether another one goes it is asked at every save."""
+    mirror, keep, head = Mirror(place), Checkpoint(keep_last=2, keep_every=10), Store.head
+    asked: list[str] = []
+
+    def noted(self: Store, names: list[str]) -> list[Any]:
+        asked.extend(name[5:13] for name in names)
+        return head(self, names)
+
+    for step in (10, 20, 30, 40):
+        mirror.upload(saved(tmp_path, step), keep, step)
+    monkeypatch.setattr(Store, "head", noted)
+    mirror.upload(saved(tmp_path, 45), keep, 45)
+    assert sorted(set(asked)) == ["00000030", "00000040", "00000045"]
+    store = Store(place)
+    for step in (40, 45):  # a person does so to go on from before them
+        store.delete([f"step-{step:08d}/{MANIFEST}"])
+    store.delete([f"step-00000030/{MANIFEST}"])
+    asked.clear()
+    mirror.upload(saved(tmp_path, 50), keep, 50)
+    assert {"00000020", "00000030"} < set(asked), "of the one that is the second last now, too"
+    assert mirror.complete() == ["step-00000010", "step-00000020", "step-00000050"]
+    mirror.upload(saved(tmp_path, 15), keep, reached=50)  # the run has gone back
+    mirror.upload(saved(tmp_path, 18), keep, reached=50)
+    assert mirror.complete() == ["step-00000010", "step-00000015", "step-00000018"]
+    store.delete([f"step-00000018/{MANIFEST}"])
+    mirror.upload(saved(tmp_path, 25), keep, reached=50)
+    assert mirror.complete() == ["step-00000010", "step-00000015", "step-00000025"], "the one before is no copy"
+    keep = Checkpoint(keep_last=1, keep_every=10)
+    for step in (30, 35):
+        mirror.upload(saved(tmp_path / "anew", step), keep, reached=50)
+    mirror.delete_later(25)
+    store.put("step-00000030/model.safetensors", b"of a copy that was interrupted")
+    mirror.upload(saved(tmp_path, 36), keep, reached=50)
+    assert {name.split("/")[0] for name, _ in store.list()} == {"step-00000010", "step-00000036"}
+
+
 def test_a_damaged_checkpoint_is_fetched_again(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rather than to go on from the one before, if the copy is whole and of this very checkpoint."""
     run, mirror, chosen = tmp_path / "run", Mirror(place), []
