@@ -10,7 +10,9 @@
    renamed into place. Last the tar, where it is left, and the log are removed. Killed between, the tar is taken back
    and the shard completed anew from the log; a log whose rows are in a table is left from a complete shard.
 
-So a URL is in one table or in the log, or still to be fetched, at every moment.
+So a URL is in one table or in the log, or still to be fetched, at every moment. Where a run may take what an earlier one
+has refused, the tables are written anew without these rows, and renamed into place, before anything is fetched; of the
+rows of a URL in the log the last one counts.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import contextlib
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Literal
@@ -42,6 +44,7 @@ from megatron_lcl.errors import UserError, naming
 from megatron_lcl.filesystem import exists, matching
 
 Status = Literal["kept", "dead", "refused"]
+Again = Callable[[str], bool] | None
 SCHEMA = pa.schema(
     [
         ("url", pa.string()),
@@ -87,10 +90,14 @@ class _Logged(msgspec.Struct, array_like=True, frozen=True):
 
 
 class PartStore:
-    """The shards of one part. `done`: keys of the URLs that need not be fetched any more."""
+    """The shards of one part. `done`: keys of the URLs that need not be fetched any more.
 
-    def __init__(self, folder: Path, part: int, shard_urls: int, store: Store = "tar") -> None:
+    again: whether URLs that were refused for a reason are to be fetched again; None: none are.
+    """
+
+    def __init__(self, folder: Path, part: int, shard_urls: int, store: Store = "tar", again: Again = None) -> None:
         self._folder, self._part, self._shard_urls, self._store = folder, part, shard_urls, store
+        self._again = again
         self._partial, self._log = folder / f"{part:05d}.partial", folder / f"{part:05d}.log"
         tables = part_tables(folder, part)
         self._number = len(tables)
@@ -99,6 +106,10 @@ class PartStore:
             self.done.update(read_table(table, columns=["key"], use_threads=False)["key"].to_pylist())
         self._rows: list[Row] = []
         self._tar, self._log_file = self._resume()
+        for table in tables:
+            if refused := _refused(table, again):
+                _take_out(table, refused)
+                self.done.difference_update(refused)
         self.resumed = len(self._rows)
         """URLs that the incomplete shard accounts for"""
         self.done.update(url_key(row.url) for row in self._rows)
@@ -171,6 +182,7 @@ class PartStore:
         log.seek(0)
         partial.seek(0)
         length, end = 0, 0
+        rows: dict[str, Row] = {}
         for line in log.read().splitlines(keepends=True):
             try:
                 logged = msgspec.json.decode(line, type=_Logged)
@@ -178,8 +190,12 @@ class PartStore:
                 break
             if not line.endswith(b"\n") or not _is_whole(partial, logged, end):
                 break
-            self._rows.append(logged.row)
+            rows.pop(logged.row.url, None)
+            rows[logged.row.url] = logged.row
             length, end = length + len(line), logged.end
+        self._rows = [
+            row for row in rows.values() if not (row.status == "refused" and self._again and self._again(row.reason))
+        ]
         log.truncate(length)
         partial.truncate(end)
         log.seek(length)
@@ -205,9 +221,9 @@ def tables(folder: Path) -> list[Path]:
     return matching(folder, "[0-9]*-[0-9]*.parquet")
 
 
-def num_done(folder: Path, part: int) -> int:
-    """URLs that a part's complete shards account for."""
-    return sum(pq.read_metadata(table).num_rows for table in part_tables(folder, part))
+def num_done(folder: Path, part: int, again: Again = None) -> int:
+    """URLs that a part's complete shards account for; again: as of `PartStore`."""
+    return sum(pq.read_metadata(table).num_rows - len(_refused(table, again)) for table in part_tables(folder, part))
 
 
 def kept_urls(folder: Path) -> Iterator[str]:
@@ -227,6 +243,29 @@ def kept_urls(folder: Path) -> Iterator[str]:
 def _kept(table: Path) -> list[str]:
     found = read_table(table, columns=["url"], filters=[("status", "=", "kept")], use_threads=False)
     return found["url"].to_pylist()
+
+
+def _refused(table: Path, again: Again) -> set[str]:
+    """Keys of the URLs in a table that are to be fetched again."""
+    if again is None:
+        return set()
+    found = read_table(table, columns=["key", "reason"], filters=[("status", "=", "refused")], use_threads=False)
+    return {row["key"] for row in found.to_pylist() if again(row["reason"])}
+
+
+def _take_out(table: Path, keys: set[str]) -> None:
+    """Write a table anew without the rows of these keys, which have no image."""
+    unfinished = table.with_suffix(".table")
+    with naming(unfinished), pq.ParquetFile(table) as file:
+        groups = (file.read_row_group(k, use_threads=False) for k in range(file.num_row_groups))
+        left = (group.filter(pa.array([key.as_py() not in keys for key in group["key"]])) for group in groups)
+        if table.name.endswith(TABLE_SUFFIX):
+            write_image_table(unfinished, filter(len, left), file.schema_arrow)
+        else:
+            pq.write_table(pa.concat_tables(left), unfinished, compression="zstd")
+    sync(unfinished)
+    os.rename(unfinished, table)
+    sync(table.parent)
 
 
 def _append(file: FileIO, path: Path, data: bytes) -> None:
