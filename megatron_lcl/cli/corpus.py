@@ -14,6 +14,7 @@ from typing import Any
 from megatron_lcl.cli.arguments import add_input, add_jobs, add_output, jobs_of, output_folder, pairs, single_input
 from megatron_lcl.cli.output import say
 from megatron_lcl.errors import UserError
+from megatron_lcl.units import counted
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -88,7 +89,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     sub = add("inspect", _inspect, "look at a corpus: numbers, one document, documents of a source, or a page")
     sub.add_argument("corpus", metavar="CORPUS")
-    sub.add_argument("what", nargs="*", metavar="stats | show N", help="default: stats")
+    sub.add_argument("what", nargs="*", default=[], metavar="stats | show N", help="default: stats")
     sub.add_argument("--json", action="store_true", help="stats as JSON")
     sub.add_argument("--html", metavar="FILE", help="write one self-contained page of sample documents")
     sub.add_argument(
@@ -310,8 +311,8 @@ def _retokenize(options: argparse.Namespace, _rest: list[str]) -> None:
 
     with output_folder(options, MANIFEST) as folder:
         manifest = retokenize(options.corpus, folder, options.tokenizer, progress=True)
-    counts, size = manifest["counts"], manifest["tokenizer"]["vocab_size"]
-    say(f"{options.output}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {size:,} token ids")
+    counts, ids = manifest["counts"], counted(manifest["tokenizer"]["vocab_size"], "token id")
+    say(f"{options.output}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}, {ids}")
 
 
 def _export_corpus(options: argparse.Namespace, _rest: list[str]) -> None:

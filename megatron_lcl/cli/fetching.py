@@ -79,3 +79,8 @@ def _fetch(options: argparse.Namespace, _rest: list[str]) -> None:
         say(f"{count:>12,}  {reason}")
     for reason, count in found["dropped"].items():
         say(f"{count:>12,}  not in the store: {reason}")
+    if found["reused"]:
+        say(
+            "finished before, and nothing was requested; for another try of URLs that are dead, fetch a list of them "
+            "into a new --output"
+        )

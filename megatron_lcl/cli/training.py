@@ -85,7 +85,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--dry-run", action="store_true", help="make the data, say what would be run, and stop")
 
     sub = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run")
-    sub.add_argument("what", choices=["list", "verify", "prune"], help="verify: exit code 1 where a file is damaged")
+    actions = ["list", "verify", "prune"]
+    sub.add_argument(
+        "what", choices=actions, metavar="|".join(actions), help="verify: exit code 1 where a file is damaged"
+    )
     sub.add_argument("folder", metavar="RUN", help="the run folder (train.output); list, verify: or one checkpoint")
     sub.add_argument("--quick", action="store_true", help="list, verify: the files' sizes only, nothing is read")
     sub.add_argument("--keep-last", type=int, metavar="N", help="prune: newest kept (default: as the run's config)")

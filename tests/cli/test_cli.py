@@ -87,6 +87,9 @@ def test_bad_input_is_one_line_and_exit_2(capfd: pytest.CaptureFixture[str], tmp
         (["selftest", "--timeout", "-1"], "--timeout -1: give seconds above 0"),
         (["selftest", "--all-reduce", "--timeout", "nan"], "--timeout nan: give seconds above 0"),
         (["evaluate", "--nonsense"], "--corpus --data"),
+        (["verify", str(empty)], "is not a corpus"),
+        (["inspect"], "arguments are required: CORPUS\n"),
+        (["checkpoint"], "arguments are required: list|verify|prune, RUN\n"),
     ):
         code, error = run(capfd, *arguments)
         assert code == 2, arguments
@@ -321,7 +324,7 @@ def test_control_characters_of_others_reach_no_terminal(
         (0, [*shown, "show", "0"]),
         (0, [*shown, "--source", ESCAPE]),
         (2, [*shown, "--source", f"no such {ESCAPE}"]),
-        (1, ["verify", f"{source}/{ESCAPE}"]),
+        (2, ["verify", f"{source}/{ESCAPE}"]),
     ):
         assert main(command) == code
         out, err = capsys.readouterr()

@@ -59,8 +59,10 @@ def fetch(
 
     input: also an object's URL, `s3://bucket/folder` or `http(s)://host/file`.
     job: (i, n) does every n-th part of the plan, the i-th of 0 … n-1, while other jobs do the others. Returns the
-    store's `summary`, and `dropped`: what of the input was no URL, by reason. UserError for input without URLs, a store
-    of another input, a proxy that refuses, or where nothing is reached any more.
+    store's `summary`, `dropped`: what of the input was no URL, by reason, and `reused`: whether all was done before,
+    and nothing was requested. URLs that an earlier run has refused are requested again where these settings may take
+    them. UserError for input without URLs, a store of another input, a proxy that refuses, or where nothing is reached
+    any more.
     """
     output, settings = Path(output), settings or Settings()
     with _planned(path_of(input), output, settings, url_column, workers) as (plan, plan_lock):
@@ -68,11 +70,13 @@ def fetch(
         mine = range(index, len(plan.parts), num_jobs)
         if job is not None:
             plan_lock.close()  # each part has a lock of its own
+        reused = True
         with tqdm(total=sum(plan.parts[part] for part in mine), unit="url", disable=not progress) as bar:
             for tries_left in reversed(range(_RETRIES + 1)):
-                done = num_done(output, mine)
+                done = num_done(output, mine, settings.may_take)
                 bar.n = sum(done.values())
                 todo = [part for part in mine if done[part] < plan.parts[part]]
+                reused = reused and not todo
                 try:
                     _do(output, plan, todo, settings, workers, bar)
                     break
@@ -82,7 +86,7 @@ def fetch(
                     logger.warning("a worker process died, perhaps out of memory; its parts are gone on with")
         left = [part for part, number in num_done(output, todo).items() if number != plan.parts[part]]
         assert not left, f"parts {left} are not at their end"  # as a whole store is what is uploaded
-        return {**summary(output), "dropped": plan.dropped}
+        return {**summary(output), "dropped": plan.dropped, "reused": reused}
 
 
 @reading()
@@ -102,8 +106,9 @@ def fetch_in_jobs(
     proxy are to blame, and of `engines.run_jobs`.
     """
     place, output, settings = path_of(input).resolve(), Path(output).resolve(), settings or Settings()
-    with _planned(place, output, settings, url_column, workers):
-        pass
+    with _planned(place, output, settings, url_column, workers) as (plan, _):
+        done = num_done(output, range(len(plan.parts)), settings.may_take)
+        reused = all(done[part] == num for part, num in enumerate(plan.parts))
     environment: dict[str, str] = {}
     if settings.proxy is not None:  # engines write arguments into files
         address, login = proxy_parts(settings.proxy)
@@ -121,7 +126,7 @@ def fetch_in_jobs(
     run_jobs(
         fetch, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress, environment=environment
     )
-    return fetch(**arguments)  # finished: only reads the summary
+    return {**fetch(**arguments), "reused": reused}  # finished: only reads the summary
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.pages.distribution import Distribution
 from megatron_lcl.errors import UserError
+from megatron_lcl.units import counted
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _THUMBNAIL = 320
@@ -61,11 +62,11 @@ def _stats(corpus: Corpus, distributions: dict[str, Distribution]) -> dict[str, 
 
 def table(statistics: dict[str, Any]) -> str:
     """`stats` for the terminal."""
-    lines = [
-        f"{statistics['path']}  ({statistics['shards']} shards, {statistics['tokenizer']['vocab_size']:,} token ids)"
-    ]
+    shards, ids = counted(statistics["shards"], "shard"), counted(statistics["tokenizer"]["vocab_size"], "token id")
+    lines = [f"{statistics['path']}  ({shards}, {ids})"]
     lines += [f"  {name:<14}{count:>16,}" for name, count in statistics["counts"].items()]
-    lines.append("  kinds         " + ", ".join(f"{kind} ({n:,} shards)" for kind, n in statistics["kinds"].items()))
+    kinds = (f"{kind} ({counted(number, 'shard')})" for kind, number in statistics["kinds"].items())
+    lines.append(f"  kinds         {', '.join(kinds)}")
     lines.append("")
     lines.append(f"{'':<24}" + "".join(f"{f'{q:.0%}':>10}" for q in _QUANTILES) + f"{'mean':>12}")
     for name, d in statistics["distributions"].items():
@@ -82,7 +83,8 @@ def table(statistics: dict[str, Any]) -> str:
 def show(corpus: Corpus, i: int) -> str:
     """Document `i` for the terminal. UserError where there is none."""
     document = _document(corpus, i)
-    lines = [f"document {i} of {len(corpus):,}: {len(document.texts)} texts, {len(document.images)} images"]
+    texts, images = counted(len(document.texts), "text"), counted(len(document.images), "image")
+    lines = [f"document {i} of {len(corpus):,}: {texts}, {images}"]
     if source := corpus.name(i):
         lines[0] += f"\nsource: {source}"
     lines += [item.text if isinstance(item, Text) else f"[{_caption(item)}]" for item in document.items]

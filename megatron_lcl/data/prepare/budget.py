@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from megatron_lcl.data.corpus.corpus_manifest import total
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import json_rows
+from megatron_lcl.data.prepare.importers.sources import NO_FOLDER
 from megatron_lcl.errors import UserError
 
 _ENOUGH = 1000
 """items after which the fraction of bad ones is judged before the end"""
 _UNKNOWN = tuple(f"document: {reason}" for reason in (json_rows.NOT_JSON, json_rows.CUT))
 """reasons of which each may stand for most of the input, as one JSON array may be all of it"""
+_GIVE_FOLDER = "give --images DIR (URLs: what `megatron-lcl fetch` has stored of them)"
 
 
 class Unusable(UserError):
@@ -61,9 +63,10 @@ class Budget:
             seen = bad + good[kind]
             if bad and seen >= at_least and bad > self._limit * seen:
                 self._drops.rename(self._place)
+                why = _dominant(self._drops, kind)
+                remedy = _GIVE_FOLDER if NO_FOLDER in why else "mend the input"
                 raise Unusable(
-                    f"{bad:,} of {seen:,} {kind}s are bad, {bad / seen:.0%}: {_dominant(self._drops, kind)}; mend the "
-                    "input",
+                    f"{bad:,} of {seen:,} {kind}s are bad, {bad / seen:.0%}: {why}; {remedy}",
                     self._drops,
                     {"--max-bad-fraction": f", or allow more than {self._limit:g} with --max-bad-fraction"},
                 )
@@ -73,7 +76,7 @@ def nothing_left(drops: Drops, place: Callable[[str], str] = str) -> Unusable:
     """The error for an input of which nothing can be used. place: as `Budget` has it."""
     drops.rename(place)
     why = _dominant(drops, "image") or _dominant(drops) or "the input is empty"
-    return Unusable(f"no usable document: {why}", drops)
+    return Unusable(f"no usable document: {why}" + (f"; {_GIVE_FOLDER}" if NO_FOLDER in why else ""), drops)
 
 
 def _dominant(drops: Drops, kind: str = "") -> str:

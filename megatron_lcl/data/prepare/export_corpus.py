@@ -26,6 +26,7 @@ from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.prepare.importers.image_tables import GROUP_BYTES, GROUP_ROWS
 from megatron_lcl.errors import UserError
+from megatron_lcl.units import counted
 
 EXPORTS = ("jsonl", "webdataset", "hf")
 _DIGITS = 5
@@ -52,7 +53,7 @@ class Exported:
     """what the corpus says of its documents, and the files do not"""
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.documents:,} documents, {self.images:,} images"]
+        lines = [f"{self.path}: {counted(self.documents, 'document')}, {counted(self.images, 'image')}"]
         if self.without_image:
             lines.append(f"  left out  {self.without_image:,}  documents without an image")
         if not self.exact:

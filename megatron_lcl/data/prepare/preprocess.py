@@ -53,6 +53,7 @@ from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import exists, is_dir, matching
+from megatron_lcl.units import counted
 
 TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes, of a large input of more (`cut.task_size`)"""
@@ -95,8 +96,9 @@ class Summary:
             return f"{self.path}: this job is done, others are not yet"
         c = self.counts
         lines = [
-            f"{self.path}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['placements']:,} images "
-            f"({c['images']:,} distinct in a shard, {c['image_bytes'] / 1e6:,.1f} MB), {self.vocab_size:,} token ids"
+            f"{self.path}: {counted(c['documents'], 'document')}, {counted(c['tokens'], 'token')}, "
+            f"{counted(c['placements'], 'image')} ({c['images']:,} distinct in a shard, "
+            f"{c['image_bytes'] / 1e6:,.1f} MB), {counted(self.vocab_size, 'token id')}"
         ]
         for row in self.drops.rows():
             example = f"  (e.g. {row['names'][0]})" if row["names"] else ""

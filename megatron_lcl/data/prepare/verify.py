@@ -16,12 +16,13 @@ from megatron_lcl.data.corpus.indexed import IMAGE, TEXT
 from megatron_lcl.data.corpus.probe import BadImage, probe
 from megatron_lcl.data.corpus.scratch import temporary_folder
 from megatron_lcl.data.corpus.shard import Shard
-from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.corpus.store import Corpus, is_corpus, open_corpus
 from megatron_lcl.data.corpus.structure import structure_faults
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
 from megatron_lcl.interrupts import ending_on_sigterm
+from megatron_lcl.units import counted
 
 _BLOCK = 1 << 22
 """tokens that are looked at together; more where a single piece has more"""
@@ -31,7 +32,8 @@ def verify(path: str | Path, quick: bool = False, max_faults: int = 10) -> list[
     """The first `max_faults` faults of the corpus at `path`, a line each; an empty list if there is none.
 
     `quick` skips the images: that they decode, and have the stored size and hash. Of a corpus in object storage one
-    shard at a time is copied to the folder for temporary files (TMPDIR). UserError where the storage cannot be reached.
+    shard at a time is copied to the folder for temporary files (TMPDIR). UserError where the storage cannot be reached,
+    or `path` is a folder without a manifest.
     """
     faults: list[str] = []
     with ending_on_sigterm(), closing(_faults(Path(path), quick)) as found:
@@ -48,6 +50,8 @@ def _faults(path: Path, quick: bool) -> Generator[str, None, None]:
     except StorageError:
         raise
     except UserError as error:
+        if not is_corpus(path):
+            raise
         yield error.said()
         return
     files, named = corpus.manifest["files"], corpus.manifest["tokenizer"]
@@ -148,7 +152,7 @@ def _content_faults(shard: Shard, base_size: int) -> Iterator[str]:
             return
     used = np.unique(elements[ends[is_image] - 1])
     if len(used) != shard.num_images:
-        yield f"{shard.num_images - len(used)} stored images that no document shows"
+        yield f"{counted(shard.num_images - len(used), 'stored image')} that no document shows"
     infinite = np.isinf(shard.similarity)
     if infinite.any():
         yield f"placement {int(np.argmax(infinite))}: its similarity is infinite"
@@ -158,7 +162,8 @@ def _content_faults(shard: Shard, base_size: int) -> Iterator[str]:
     wrong = (shard.matched_text < -1) | (shard.matched_text >= limit)
     if wrong.any():
         at = int(np.argmax(wrong))
-        yield f"placement {at}: matched text {int(shard.matched_text[at])} of a document with {int(limit[at])} texts"
+        texts = counted(int(limit[at]), "text")
+        yield f"placement {at}: matched text {int(shard.matched_text[at])} of a document with {texts}"
 
 
 def _blocks(ends: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -358,9 +358,12 @@ def test_stats(corpus: Path) -> None:
     assert statistics["distributions"]["similarity"]["quantiles"][0] == 0.25
     assert statistics["image_formats"] == {"PNG": 3}
     assert "tokens a document" in table(statistics)
+    assert "(1 shard, " in table(statistics).splitlines()[0]
+    assert "natural (1 shard)" in table({**statistics, "kinds": {"natural": 1}})
 
 
 def test_show_and_page(corpus: Path, tmp_path: Path) -> None:
+    assert show(open_corpus(corpus), 0).startswith("document 0 of 4: 2 texts, 1 image\n")
     text = show(open_corpus(corpus), 3)
     assert text.split("\n\n")[1:] == [
         "a", f"[image, {len(picture(2)):,} bytes, similarity 0.250 to text 1]",

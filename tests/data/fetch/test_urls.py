@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data.fetch.faulty_server import image
+from data.helpers import TOKENIZER
 
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image
@@ -22,6 +23,8 @@ from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.data.fetch.store import PartStore, Row
 from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers.sources import NO_FOLDER
+from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.errors import UserError
 
 A, B, C = "http://a.example/1.jpg", "https://b.example/2.png?size=3#x", "HTTP://c.example/ä b.gif"
@@ -196,7 +199,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def documents(format: str, input: Path, images: Path) -> tuple[list[Document], Drops]:
+def documents(format: str, input: Path, images: Path | None) -> tuple[list[Document], Drops]:
     importer, drops = create(format, input, images, {}), Drops()
     return [document for unit in importer.units() for document in importer.documents(unit, drops)], drops
 
@@ -219,6 +222,26 @@ def test_importers_find_images_by_url(stored: Path, tmp_path: Path) -> None:
     (ours,), drops = documents("jsonl", lines(tmp_path / "ours.jsonl", OURS), stored)
     assert pictures(ours) == [image(A), image(C)]
     assert drops.bad_counts == {"image: file missing": 1}
+
+
+def test_a_store_that_was_not_given(stored: Path, tmp_path: Path) -> None:
+    """Is not searched for beside the input as if it had been, unless there are archives."""
+    ours, table = lines(tmp_path / "ours.jsonl", OURS), tmp_path / "a.csv"
+    table.write_text(f"url,text\n{A},one\n")
+    assert documents("jsonl", ours, None)[1].bad_counts == {
+        f"image: {NO_FOLDER}": 2,
+        "image: file missing": 1,
+    }
+    assert documents("table", table, None)[1].bad_counts == {f"image: {NO_FOLDER}": 1}
+    for format, input in (("jsonl", lines(tmp_path / "b.jsonl", {"items": [{"image": A}]})), ("table", table)):
+        with pytest.raises(UserError, match=rf"{NO_FOLDER}, 1 \(.*\); give --images DIR \(URLs: what `.* fetch` has"):
+            preprocess(format, input, tmp_path / "out", tokenizer=TOKENIZER)
+    with pytest.raises(UserError, match=rf"no usable document: .*{NO_FOLDER}, 1 \(.*\); give --images DIR"):
+        preprocess("jsonl", tmp_path / "b.jsonl", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1)
+    for file in stored.glob("*.tar"):
+        (tmp_path / file.name).symlink_to(file)
+    lines(ours, {"items": [{"image": A}, {"image": B}]})
+    assert documents("jsonl", ours, None)[1].bad_counts == {"image: file missing": 1}
 
 
 def test_names_come_before_urls(stored: Path, tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ def test_interleaved_webdataset(tmp_path: Path) -> None:
 
     assert items(open_corpus(tmp_path / "back")) == items(spaced(list(open_corpus(source)), " "))
     assert open_corpus(tmp_path / "back").name(0).endswith(open_corpus(source).name(0))
+    with pytest.raises(UserError, match=r"no image in the sample, but lists texts and images; --format mint1t reads"):
+        preprocess("webdataset", tmp_path / "out", tmp_path / "pairs", tokenizer=source)
 
 
 @pytest.mark.parametrize("format", ["webdataset", "hf"])
@@ -250,6 +252,7 @@ def test_an_interleaved_webdataset_without_an_image(tmp_path: Path) -> None:
             archive.addfile(info, io.BytesIO(data))
     summary = preprocess("mint1t", tmp_path / "in.tar", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1)
     assert "no file of this name in the tar" in str(summary)
+    assert re.search(r"out: 1 document, \d tokens, 1 image \(1 distinct", str(summary))
     (document,) = open_corpus(tmp_path / "out")
     assert [image.data for image in document.images] == [picture(1)]
     assert [text.text for text in document.texts] == ["a", " b"]
@@ -295,7 +298,8 @@ def test_documents_that_have_no_names(tmp_path: Path, format: str) -> None:
 
 
 def test_texts_alone_are_one_file(tmp_path: Path) -> None:
-    export_corpus(make(tmp_path, [Document((Text("a"),))]), tmp_path / "out")
+    exported = export_corpus(make(tmp_path, [Document((Text("a"),))]), tmp_path / "out")
+    assert str(exported).endswith("out: 1 document, 0 images")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["00000.jsonl"]
 
 

@@ -66,8 +66,8 @@ def test_images(tmp_path: Path, write: Callable[[ShardWriter], None], fault: str
 @pytest.mark.parametrize(
     ("match", "fault"),
     [
-        ({"similarity": 0.5, "matched": 1}, "placement 0: matched text 1 of a document with 1 texts"),
-        ({"similarity": 0.5, "matched": -2}, "placement 0: matched text -2 of a document with 1 texts"),
+        ({"similarity": 0.5, "matched": 1}, "placement 0: matched text 1 of a document with 1 text"),
+        ({"similarity": 0.5, "matched": -2}, "placement 0: matched text -2 of a document with 1 text"),
         ({"similarity": float("inf"), "matched": 0}, "placement 0: its similarity is infinite"),
     ],
 )

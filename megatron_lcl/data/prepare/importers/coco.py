@@ -71,7 +71,7 @@ class CocoImporter(ImagesByName, FilesImporter):
 
     def __init__(self, input: Path, images: Path | None = None) -> None:
         super().__init__(input)
-        self.look_in(images or self.root)
+        self.look_in(images, self.root)
         if images is None:  # else earlier corpora would not be recognized; preprocess notes the archives of --images
             self.beside = self.images.archives
         self._read: tuple[Path, _Captions | str] | None = None

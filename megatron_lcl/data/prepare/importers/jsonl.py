@@ -56,7 +56,7 @@ class JsonlImporter(ImagesByName, LinesImporter):
             raise UserError(f"--option kind={kind}: give {', '.join(KINDS)}")
         super().__init__(input)
         self.kind = kind or None  # type: ignore[assignment]
-        self.look_in(images or self.root)
+        self.look_in(images, self.root)
         self.beside = self.images.archives
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:

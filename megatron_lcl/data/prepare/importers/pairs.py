@@ -21,6 +21,7 @@ from megatron_lcl.filesystem import is_dir, is_file, matching, raise_if_passing
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff", "jp2", "ppm", "ico", "img")
 _TEXTS = ("txt", "text", "caption")
+_INTERLEAVED = "no image in the sample, but lists texts and images; --format mint1t reads these"
 _NO_STRING = "caption is not a string; a list of them: --option captions=caption"
 
 
@@ -57,11 +58,11 @@ class WebDatasetImporter(TarImporter):
             name = f"{unit.name}:{sample['__key__']}"
             items: list[Text | Image] = []
             image = next((sample[s] for s in _IMAGES if s in sample), None)
+            record = _record(sample, name, drops)
             if image is None:
-                drops.bad("image", "no image in the sample", name)
+                drops.bad("image", _INTERLEAVED if _is_interleaved(record) else "no image in the sample", name)
             else:
                 items.append(Image(image, name=name))
-            record = _record(sample, name, drops)
             caption = self._caption(sample, record, name, drops)
             captions: list[str | bytes] = [] if caption is None else [caption]
             captions += more_captions(record, self.captions, name, drops)
@@ -97,6 +98,11 @@ def _with_loose_pairs(folder: Path) -> Path | None:
     except OSError as error:
         raise_if_passing(error, folder)
     return None
+
+
+def _is_interleaved(record: Any) -> bool:
+    """Whether a sample is a document as `export-corpus` writes those that are no pairs."""
+    return isinstance(record, dict) and all(isinstance(record.get(key), list) for key in ("texts", "images"))
 
 
 def _record(sample: dict[str, Any], name: str, drops: Drops) -> Any:

@@ -27,6 +27,7 @@ from megatron_lcl.filesystem import exists, is_file, matching, raise_if_passing
 
 MAX_PATH = 4096
 """characters; Linux's bound"""
+NO_FOLDER = "no image folder was given"
 _DAMAGED = "damaged.json"
 _START_BITS = 48
 """of a member's first byte in an archive; above it are 16 bits of the key's hash"""
@@ -43,10 +44,13 @@ class ImageSource(SortedRuns):
     Archives (tar files, and a store's parquet files) are listed once, and their members kept as sorted arrays of 24
     bytes for each image's name, and 24 for what is left of it without its first folder, its first two, and so on: in
     files that all processes map, after `prepare`, else in memory. UserError where `root` is any other file.
+
+    is_given: whether `root` was given for the images; else it is the input's, which has what is named by URLs only
+    where it has archives.
     """
 
-    def __init__(self, root: Path | None) -> None:
-        self._root = root
+    def __init__(self, root: Path | None, is_given: bool = True) -> None:
+        self._root, self._is_given = root, is_given
         self.archives = [] if root is None else _archives(root)
         self._stems = {path.stem for path in self.archives}
         self._packed = "" if root is None or is_file(root) else _packed(root)
@@ -86,8 +90,8 @@ class ImageSource(SortedRuns):
         folder: one below `root` whose files go before all others.
         """
         if self._root is None:
-            raise BadImage("no image folder was given")
-        given = [names] if isinstance(names, str) else names
+            raise BadImage(NO_FOLDER)
+        given = [names] if isinstance(names, str) else [*names]
         candidates = list(dict.fromkeys(n for one in given for n in (names_of_url(one) if is_url(one) else [one])))
         for name in candidates:
             _check_name(name)
@@ -98,6 +102,8 @@ class ImageSource(SortedRuns):
             raise BadImage(f"file missing, and {self._damaged[0]}")
         if self._packed:
             raise BadImage(f"file missing, and {self._packed} is compressed, which is not read: unpack it")
+        if not (self._is_given or self.archives) and all(map(is_url, given)):
+            raise BadImage(NO_FOLDER)
         raise BadImage("file missing")
 
     def _look_for(self, forms: Sequence[Sequence[str]], near: Collection[str], folder: str) -> bytes | None:
@@ -153,10 +159,10 @@ class ImagesByName(Importer):
 
     images: ImageSource
 
-    def look_in(self, root: Path | None) -> None:
-        """For all images. Earlier releases did not find names in another normal form, so `rules` are one more; and in
-        archives, where they took members of other folders, two."""
-        self.images = ImageSource(root)
+    def look_in(self, root: Path | None, beside: Path | None = None) -> None:
+        """For all images; without `root`, in `beside`. Earlier releases did not find names in another normal form, so
+        `rules` are one more; and in archives, where they took members of other folders, two."""
+        self.images = ImageSource(root or beside, is_given=root is not None)
         self.rules += 1 + bool(self.images.archives)
 
     def prepare(self, folder: Path) -> None:

@@ -96,9 +96,9 @@ class TableImporter(ImagesByName, LinesImporter):
         super().__init__(input)
         self.given = [name.strip() for name in columns.split(",")] if columns else []
         self.text, self.image, self.join = text_column, image_column, join
-        place = None if join == _NO_IMAGES else images or self.root
-        self.look_in(place)
-        self.keys = UrlKeys(place, self.images.archives)
+        beside = None if join == _NO_IMAGES else self.root
+        self.look_in(images, beside)
+        self.keys = UrlKeys(images or beside, self.images.archives)
         self._arrays = frozenset(file for file in self.files if _is_json(file) and is_array(file))
         self._marked = frozenset(file for file in self.files if _begins_with_mark(file))
         self._tabs = frozenset(file for file in self.files if _is_csv(file) and self._has_tabs(file))
