@@ -41,7 +41,7 @@ from PIL import Image as PILImage
 import megatron_lcl
 from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.loading.images import decode_eval
-from megatron_lcl.demo.train import packaged_config
+from megatron_lcl.demo.train import packaged_config, write_config
 from megatron_lcl.run_folder import CONFIG, HELDOUT, METRICS, RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +201,10 @@ def main() -> None:
         blend, alone = folder / CONFIG, folder / "alone" / CONFIG
         first = yaml.safe_load(blend.read_text())["train"]["seed"]
         seeds = range(first, first + arguments.seeds)
-        packaged_config("megatron_lcl.quickstart", "manual.yaml", {"manual": folder / "corpus"}, alone.parent, None)
+        config = packaged_config(
+            "megatron_lcl.quickstart", "manual.yaml", {"manual": folder / "corpus"}, alone.parent, None
+        )
+        write_config(config, alone)
         runs = [folder / "run", *(seed_run(folder, python, blend, "blend", seed) for seed in seeds[1:])]
         of_blend = print_runs("the blend", runs)
         of_alone = print_runs("the pages alone", [seed_run(folder, python, alone, "alone", seed) for seed in seeds])

@@ -31,7 +31,7 @@ from claims import exit_unless, exit_with
 from PIL import Image
 
 from megatron_lcl.data.prepare.preprocess import preprocess
-from megatron_lcl.demo.train import packaged_config
+from megatron_lcl.demo.train import packaged_config, write_config
 from megatron_lcl.run_folder import CONFIG, METRICS
 
 HELP, FIRST_STEP = 0.3, 10.0
@@ -55,7 +55,8 @@ def made_config(folder: Path) -> Path:
         lines.append(json.dumps({"items": items}))
     (folder / "documents.jsonl").write_text("\n".join(lines))
     preprocess("jsonl", folder / "documents.jsonl", folder / "corpus", images=folder, vocab_size=400)
-    packaged_config("megatron_lcl.quickstart", "manual.yaml", {"manual": folder / "corpus"}, folder, None)
+    config = packaged_config("megatron_lcl.quickstart", "manual.yaml", {"manual": folder / "corpus"}, folder, None)
+    write_config(config, folder / CONFIG)
     return folder / CONFIG
 
 

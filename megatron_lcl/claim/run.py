@@ -29,8 +29,8 @@ from megatron_lcl.claim.plan import Plan, check_given, plan
 from megatron_lcl.claim.table import UNTRAINED, Trained, table, write
 from megatron_lcl.convert.find import find_average
 from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.demo.run import demo
-from megatron_lcl.demo.write import SOURCES
+from megatron_lcl.demo.run import check_is_own, demo
+from megatron_lcl.demo.write import EVALUATE, SOURCES
 from megatron_lcl.errors import UserError
 from megatron_lcl.filesystem import is_file
 from megatron_lcl.report.runs import write_runs_report
@@ -40,7 +40,7 @@ from megatron_lcl.train.checks import check
 from megatron_lcl.train.sweep import Member, run_members
 from megatron_lcl.train.telemetry import read_metrics
 
-DATA, RUNS = "data", "runs"
+DATA, RUNS, MADE = "data", "runs", "sets"
 """folders of the output"""
 _USED = "loss", "contrastive", "num_images", "num_pairs", "step_seconds", "flops_per_second"
 """what the tables say of a run's metrics"""
@@ -76,8 +76,9 @@ def claim(
     """
     _check(images, seeds, rates)
     check_given(part, given or {})
+    check_is_own(output, (MADE, f"{DATA}/{EVALUATE}"))
     began = time.monotonic()
-    file, sets = file or default_config(), sets or output / "sets"
+    file, sets = file or default_config(), sets or output / MADE
     configs.load(file, given)  # what is wrong with it is said before the data is made
     for name in SETS:
         if not is_file(sets / name / SOURCES):

@@ -313,6 +313,8 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
         check_on_disk(options.input_name, path)
     given, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None
     paths = [path for path in given if not is_file(path)] or given  # of `runs/*` also the page about them is one
+    for folder in runs.left_out(paths):
+        complain(f"megatron-lcl: the runs in {folder} are not on the page; for theirs: megatron-lcl report {folder}")
     if options.watch:
         from megatron_lcl.report.serve import serve
 

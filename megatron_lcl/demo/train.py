@@ -24,9 +24,12 @@ from megatron_lcl.errors import UserError, complain
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.evaluate.results import Result
 from megatron_lcl.evaluate.run import evaluate
+from megatron_lcl.filesystem import is_file
 from megatron_lcl.report.page import REPORT, write_report
 from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.train.changes import Changes, changed_settings
 from megatron_lcl.train.checks import check
+from megatron_lcl.train.finished import is_finished
 from megatron_lcl.train.launch import default_processes, start_local
 from megatron_lcl.train.resilience.start import code_of_signal
 
@@ -61,31 +64,61 @@ def train_demo(output: Path, steps: int | None = None) -> int:
 
 
 def packaged_config(package: str, name: str, corpora: Mapping[str, Path], output: Path, steps: int | None) -> Config:
-    """A config that lies in `package`, for a run in `output`; also written to `output`/config.yaml.
+    """A config that lies in `package`, for a run in `output`.
 
     Its `data.corpora` are keys of `corpora`, the folders; the size of the vocabulary is theirs. With another number of
-    steps than the config's its cooldown takes the same share of them.
+    steps than the config's its cooldown takes the same share of them. UserError where `output`/config.yaml was edited.
     """
     overrides = {"data.cache": str(output / CACHE), "train.output": str(output / RUN)}
     vocab_size = open_corpus(next(iter(corpora.values()))).tokenizer.vocab_size
     overrides["model.language.vocab_size"] = str(vocab_size)
     with importlib.resources.as_file(importlib.resources.files(package) / name) as file:
         config = configs.load(file, overrides)
-    if steps is not None:
-        cooldown = round(config.schedule.cooldown * steps / config.train.steps)
-        config = configs.replace(config, train__steps=steps, schedule__cooldown=cooldown)
     blend = tuple(replace(corpus, path=str(corpora[corpus.path])) for corpus in config.data.corpora)
     config = replace(config, data=replace(config.data, corpora=blend))
-    output.mkdir(parents=True, exist_ok=True)
-    replace_text(output / CONFIG, configs.to_yaml(config))
-    return config
+    _check_not_edited(output / CONFIG, config)
+    return config if steps is None else _with_steps(config, steps)
+
+
+def _with_steps(config: Config, steps: int) -> Config:
+    cooldown = round(config.schedule.cooldown * steps / config.train.steps)
+    return configs.replace(config, train__steps=steps, schedule__cooldown=cooldown)
+
+
+def _check_not_edited(file: Path, config: Config) -> None:
+    """A file that is there is `config` with any number of steps, or what its run was last started with: nothing of it
+    is lost where it is written again."""
+    if not is_file(file):
+        return
+    found, run = configs.load(file), Path(config.train.output) / CONFIG
+    changed = changed_settings(_with_steps(config, found.train.steps), found)
+    if changed and not (is_file(run) and not changed_settings(configs.load(run), found)):
+        raise UserError(
+            f"{file} was edited ({', '.join(map(Changes(changed).said, changed))}); train with it: "
+            f"megatron-lcl train --config {file} --train.output DIR, or delete it"
+        )
+
+
+def write_config(config: Config, file: Path) -> None:
+    """A file that has these settings already stays as it is."""
+    if not is_file(file) or changed_settings(configs.load(file), config):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, configs.to_yaml(config))
 
 
 def train_on_this_machine(config: Config, file: Path) -> int:
-    """Train by the config, which lies in `file`, with as many processes as this machine has use for; the exit code,
-    that of a signal also where it came when the training had no more use for it: what follows is not begun."""
+    """Train by the config, which `file` then has, with as many processes as this machine has use for; the exit code,
+    that of a signal also where it came when the training had no more use for it: what follows is not begun.
+
+    UserError where the run is not to be, before anything is written.
+    """
     processes = default_processes(config)
     check(config, processes)
+    try:
+        is_finished(config)
+    except UserError as error:
+        raise UserError(str(error).replace("another train.output", "another --output")) from None
+    write_config(config, file)
     told: list[int] = []
     code = start_local(["train", "--config", str(file)], processes, told)
     if told and not code:

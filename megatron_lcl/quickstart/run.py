@@ -24,6 +24,7 @@ from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.demo import emoji
 from megatron_lcl.demo.manual import VOCAB_SIZE, fetch_manual
 from megatron_lcl.demo.packages import fetch
+from megatron_lcl.demo.run import check_is_own
 from megatron_lcl.demo.train import CACHE, RUN, check_steps, name_pictures, packaged_config, train_on_this_machine
 from megatron_lcl.demo.write import CORPORA, DOCUMENTS, TRAINING, is_written, training_texts, write
 from megatron_lcl.errors import UserError
@@ -47,6 +48,7 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None,
     which has said what it is.
     """
     check_steps(steps)
+    check_is_own(output, (EMOJI, CORPUS))
     started = time.monotonic()
 
     def say(number: int, title: str) -> None:

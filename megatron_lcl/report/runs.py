@@ -24,7 +24,7 @@ from megatron_lcl.config.results import NO_RESULT
 from megatron_lcl.convert.find import is_run, run_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
-from megatron_lcl.filesystem import is_file, matching
+from megatron_lcl.filesystem import is_dir, is_file, matching
 from megatron_lcl.report.charts import NUM_STYLES, Line, chart, swatch
 from megatron_lcl.report.curves import CHANCE_OF, FOLDED, Spec, figure, specs_for
 from megatron_lcl.report.events import numbers
@@ -188,13 +188,26 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
+def left_out(paths: Sequence[Path]) -> Iterator[Path]:
+    """The folders of runs, no runs themselves, that lie directly in a folder of runs, and are not on its page but where
+    they are among the paths."""
+    given = set(map(os.path.abspath, paths))
+    for path in paths:
+        inside = [folder for folder in matching(path, "*") if is_dir(folder)] if is_dir(path) else []
+        others = [folder for folder in inside if not is_run(folder)]
+        if len(others) < len(inside) and not is_run(path):
+            for folder in others:
+                if os.path.abspath(folder) not in given and any(map(is_run, matching(folder, "*"))):
+                    yield folder
+
+
 def write_runs_report(paths: Sequence[Path], output: Path | None = None) -> Path:
     """Write the page about the runs in some folders, sweeps or single runs; returns its path.
 
     output: default: report.html in the folder that all are in. UserError where there is no run.
     """
     if output is None:
-        at = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.absolute().parent for path in paths]))
+        at = paths[0] if len(paths) == 1 else _shared_folder(paths)
         output = at / REPORT
     replace_text(output, RunsPage(paths).render(output.parent))
     return output
@@ -275,8 +288,13 @@ def _order(value: Any) -> tuple[bool, float, str]:
 def _called(folders: Sequence[Path]) -> dict[Path, str]:
     """By folder its name, or its path below the folder that all are in where others have the same name."""
     numbers = Counter(folder.name for folder in folders)
-    shared = os.path.commonpath([folder.absolute().parent for folder in folders])
-    return {f: f.name if numbers[f.name] == 1 else os.path.relpath(f.absolute(), shared) for f in folders}
+    shared = _shared_folder(folders)
+    return {f: f.name if numbers[f.name] == 1 else os.path.relpath(f, shared) for f in folders}
+
+
+def _shared_folder(paths: Sequence[Path]) -> Path:
+    """The innermost that all are in. Links are not followed."""
+    return Path(os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths]))
 
 
 def _link(folder: Path | None) -> Callable[[Run], str | None]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from megatron_lcl import config as configs
@@ -18,7 +20,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading.batch import batch_bytes
 from megatron_lcl.data.loading.shared_memory import PREFETCH, check_shared_memory
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, complain
 from megatron_lcl.evaluate.rules import heldout_data
 from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout, num_micro_batches
@@ -31,7 +33,7 @@ from megatron_lcl.train.memory import (
     slots_of_phases,
 )
 from megatron_lcl.train.settings import check_zero
-from megatron_lcl.units import in_gb
+from megatron_lcl.units import counted, in_gb
 
 ROOM = 0.9
 """the share of the memory that a simulated step may take: such have been within 10 % of what was measured, and have
@@ -59,9 +61,16 @@ def predicted(config: Config, processes: int, images_per_pack: Slots = None, on_
     """Bytes that the process which has most holds in a step of the run's largest phase, simulated."""
     from megatron_lcl.train import simulate as simulation  # the whole of it, for which most starts have no use here
 
+    _say_simulating()
     largest, images = _largest(config, processes, images_per_pack, on_gpu)
     found = simulation.usages_of(largest, processes, images, on_gpu, simulation.simulate)
     return max(usage.peak if on_gpu else usage.process for usage in found)
+
+
+@cache
+def _say_simulating() -> None:
+    """Once."""
+    complain("megatron-lcl: simulating a step, which may take minutes")
 
 
 def _largest(config: Config, processes: int, images_per_pack: Slots, on_gpu: bool) -> tuple[Config, int]:
@@ -129,21 +138,34 @@ def check_step(config: Config, processes: int, has: Memory, images_per_pack: Slo
 
 
 def remedy(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> str:
-    """What to do so that a step fits into what a process has: the fewest flags, and how many GPUs do without them."""
+    """What to do so that a step fits into what a process has: the fewest flags, and how many GPUs do without them, or
+    how many processes of the one machine whose memory they share."""
     if config.contrast.strategy == "auto":  # it has come down to that
         config = configs.replace(config, contrast__strategy="recompute")
     slots, note = _known_slots(config, images_per_pack)
-    more = [processes << n for n in range(1, 13)] if has.on_gpu else []  # on a CPU they would share what there is
-    fewest = ((changed, processes, f"add {_typed(settings)}") for changed, settings in _changed(config))
-    widest = ((config, n, f"take {n:,} processes in place of {processes:,}") for n in more)
-    found = [_first(tried, has, slots, note) for tried in (fewest, widest)]
+    others = list(_other_numbers(processes, has))
+    fewest = ((changed, processes, has, f"add {_typed(settings)}") for changed, settings in _changed(config))
+    taken = ((config, n, each, f"take {counted(n, 'process')} in place of {processes:,}") for n, each in others)
+    found = [_first(tried, slots, note) for tried in (fewest, taken)]
     if not any(found):
         smallest, settings = min(_changed(config), key=lambda pair: _bound(pair[0], processes, slots, has.on_gpu))
-        both = ((smallest, n, f"add {_typed(settings)} and take {n:,} processes") for n in more)
-        found = [_first(both, has, slots, note)]
+        add = f"add {_typed(settings)} and take"
+        both = ((smallest, n, each, f"{add} {counted(n, 'process')}") for n, each in others)
+        found = [_first(both, slots, note)]
     return ", or ".join(filter(None, found)) or (
         "nothing that was tried fits: make packs smaller (--data.tokens_per_pack), or the model"
     )
+
+
+def _other_numbers(processes: int, has: Memory) -> Iterator[tuple[int, Memory]]:
+    """Numbers of processes with which each may need less or has more, and what each then has: of GPUs twice as many,
+    four times …; on one machine's CPU half as many, a quarter …, as they share its memory."""
+    if has.on_gpu:
+        yield from ((processes << n, has) for n in range(1, 13))
+    elif processes == has.local:
+        for n in range(1, processes.bit_length()):
+            fewer = processes >> n
+            yield fewer, replace(has, size=has.size * processes / fewer, local=fewer)
 
 
 def _known_slots(config: Config, images_per_pack: Slots) -> tuple[Slots, str]:
@@ -158,10 +180,11 @@ def _known_slots(config: Config, images_per_pack: Slots) -> tuple[Slots, str]:
         return [max(1, tokens // of_image) for tokens, of_image in places], ", with packs full of images"
 
 
-def _first(candidates: Iterable[tuple[Config, int, str]], has: Memory, images_per_pack: Slots, note: str) -> str | None:
-    """What is said of the first config and number of processes with which a simulated step fits; None: of none."""
-    within = (one for one in candidates if _bound(one[0], one[1], images_per_pack, has.on_gpu) <= ROOM * has.size)
-    for config, processes, said in itertools.islice(within, _TRIES):
+def _first(candidates: Iterable[tuple[Config, int, Memory, str]], images_per_pack: Slots, note: str) -> str | None:
+    """What is said of the first config and number of processes with which a simulated step fits into what each has;
+    None: of none."""
+    within = (one for one in candidates if _bound(*one[:2], images_per_pack, one[2].on_gpu) <= ROOM * one[2].size)
+    for config, processes, has, said in itertools.islice(within, _TRIES):
         needs = predicted(config, processes, images_per_pack, has.on_gpu)
         if needs <= ROOM * has.size:
             return f"{said} (then about {in_gb(needs)} GB{note})"

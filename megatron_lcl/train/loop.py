@@ -141,7 +141,9 @@ class Training:
         if point.folder:
             with self.watchdog.long_phase(point.progress.step, "copying the last checkpoint"):
                 self.saver.go_on_from(point.folder, point.progress)
-            telemetry.say(f"going on from {point.folder}")
+            step, steps = point.progress.step, self.config.train.steps
+            finished = f"finished: {step} of {steps} steps; more with --train.steps"
+            telemetry.say(finished if step >= steps else f"going on from {point.folder}")
             tails = self.averages.short_tails(self.progress.averaged, self.progress.step)
             for line in (*point.changes.lines(), *tails):
                 telemetry.say(line)

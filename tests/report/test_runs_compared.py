@@ -12,6 +12,7 @@ from report.conftest import write_lines
 
 from megatron_lcl import config as configs
 from megatron_lcl import fields
+from megatron_lcl.cli import main
 from megatron_lcl.report.charts import BOTTOM, HEIGHT, TOP
 from megatron_lcl.report.runs import Run, _lines, find_runs, group, write_runs_report
 from megatron_lcl.report.series import Metrics
@@ -143,5 +144,27 @@ def test_a_held_out_result_of_the_last_measured_step_or_a_later_one_counts(
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     for n, name in enumerate(("a/run", "b/run", "c/other")):
         write_lines(tmp_path / name, [{"step": 1, "loss": 1.0}], n)
-    page = write_runs_report([tmp_path / name for name in "abc"], tmp_path / "page.html").read_text()
-    assert re.findall(r'<td class="whole">([^<]*)</td>', page) == ["a/run", "b/run", "other"]
+    for folder in (tmp_path, tmp_path / "a" / ".." / "c" / ".."):  # a path through others is in none of them
+        page = write_runs_report([tmp_path / "a", folder / "b", folder / "c"], tmp_path / "page.html").read_text()
+        assert re.findall(r'<td class="whole">([^<]*)</td>', page) == ["a/run", "b/run", "other"]
+
+
+def test_the_page_lies_in_the_folder_that_all_runs_are_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n, name in enumerate(("here/A", "there/B")):
+        write_lines(tmp_path / name, [{"step": 1, "loss": 1.0}], n)
+    monkeypatch.chdir(tmp_path / "here")
+    assert write_runs_report([Path("A"), Path("../there/B")]) == tmp_path / "report.html"
+
+
+def test_runs_further_down_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a folder of runs the page is about those directly in it."""
+    for n, name in enumerate(("runs/one", "runs/sweep/seed=0", "runs/sweep/seed=1")):
+        write_lines(tmp_path / name, [{"step": 1, "loss": 1.0}], n)
+    (tmp_path / "runs" / "other" / "folder").mkdir(parents=True)
+    sweep = tmp_path / "runs" / "sweep"
+    assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "page.html")]) == 0
+    said = f"megatron-lcl: the runs in {sweep} are not on the page; for theirs: megatron-lcl report {sweep}\n"
+    assert capsys.readouterr().err == said
+    for more in ([], [str(tmp_path / "runs")]):
+        assert main(["report", str(sweep), *more, "--output", str(tmp_path / "page.html")]) == 0
+        assert capsys.readouterr().err == ""

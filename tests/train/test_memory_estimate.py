@@ -133,6 +133,20 @@ def test_a_remedy_has_the_fewest_settings(simulated: list[tuple[Config, int]]) -
     assert remedy(1e9).startswith("nothing that was tried fits: make packs smaller")
 
 
+def test_fewer_processes_of_a_cpu_have_more_memory_each(simulated: list[tuple[Config, int]]) -> None:
+    """Where all are on one machine; what was tried with one setting or none is simulated with what each would have."""
+    config = in_bfloat16(ROOT / "configs" / "lcl_vitb32_interleaved.yaml", contrast__strategy="recompute")
+    size = 0.9 * estimate(config, 4, 54).total
+    has = Memory(size, "this machine has little for 4 processes", local=4)
+    said = refusal(config, 4, has, [54])
+    of_two, of_one = (1.5 * largest_estimate(config, n, [54]).total for n in (2, 1))
+    assert of_two > fits.ROOM * 2 * size
+    assert of_one < fits.ROOM * 4 * size
+    assert said.endswith(f"take 1 process in place of 4 (then about {memory.in_gb(of_one)} GB)"), said
+    assert [n for _, n in simulated if n < 4] == [2, 1]
+    assert "in place of" not in refusal(config, 4, replace(has, local=2), [54])
+
+
 ZERO_3 = {"zero__stage": 3, "contrast__strategy": "recompute"}
 OFFLOAD = {"zero_optimization": {"offload_param": {"device": "cpu"}}}
 

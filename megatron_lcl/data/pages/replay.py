@@ -44,8 +44,9 @@ def replay_html(
     rank: only what data-parallel process `rank` of `world_size` reads, with the micro-batch that the config has in this
     step; None: the whole step. ledger: the run's, from a checkpoint, if its blend has changed or ranges were skipped.
     packs: only those, by the numbers that the page shows; None: the first 16. say: told which are on the page where
-    these are not all. UserError for a step or rank that cannot be, where the processes cannot divide the batch, where
-    none of `packs` is read, or where the config says other packs than the ledger.
+    these are not all, and where the run does not come to the step. UserError for a step or rank that cannot be, where
+    the processes cannot divide the batch, where none of `packs` is read, or where the config says other packs than the
+    ledger.
     """
     if rank is None:
         who, layout = "all processes", {}
@@ -63,14 +64,20 @@ def replay_html(
             f"packs {packs.start} to {packs.stop - 1}: none of them is read; step {step} of {who} reads "
             f"{len(read)} packs, {read[0]} to {read[-1]}"
         )
-    left_out = ""
+    notes = []
+    if step >= config.train.steps:
+        notes.append(
+            f"step {step} is none of this run's, 0 to {config.train.steps - 1}, whose train.steps is "
+            f"{config.train.steps}; it would read this if it went on"
+        )
     if len(shown) < len(read):
-        left_out = (
+        notes.append(
             f"{len(shown)} of {len(read)} packs are shown, {shown[0]} to {shown[-1]} of {read[0]} to {read[-1]}; "
             "--packs A:B shows packs A to B"
         )
-        say(left_out)
-    return _render("page.html", loader, shown, title=f"Step {step}, {who}", left_out=left_out)
+    for note in notes:
+        say(note)
+    return _render("page.html", loader, shown, title=f"Step {step}, {who}", notes=notes)
 
 
 def render_first_packs(config: Config, sequences: Sequences, packs: int, ledger: Ledger | None = None) -> str:

@@ -433,5 +433,10 @@ def test_replay_shows_the_step(make_corpus: MakeCorpus, monkeypatch: pytest.Monk
         assert replay._pack.call_count == len(packs), "what is left out is not read"  # type: ignore[attr-defined]
         assert told == ([left_out] if left_out else [])
         assert left_out in some
+    last = configs.replace(config, train__steps=1)
+    behind = "step 1 is none of this run's, 0 to 0, whose train.steps is 1; it would read this if it went on"
+    told.clear()
+    assert "it would read this if" in replay_html(last, INTERLEAVED, 1, packs=range(4, 8), say=told.append)
+    assert told == [behind]
     with pytest.raises(UserError, match=r"packs 8 to 9: none .* step 1 of all processes reads 4 packs, 4 to 7"):
         replay_html(config, INTERLEAVED, 1, packs=range(8, 10))

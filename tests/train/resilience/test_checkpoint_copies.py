@@ -107,7 +107,7 @@ def test_a_run_goes_on_from_the_copy(
     shutil.move(aside, second)
     Store(place).delete([f"step-00000012/{MANIFEST}"])
     for _ in range(2):
-        assert "going on from" in train(second, *words, **fleet_options())
+        assert "finished: 12 of 12 steps" in train(second, *words, **fleet_options())
         assert mirror.complete() == ["step-00000008", "step-00000012"], "the copy is made up"
     shutil.rmtree(own)
     said = train(second, *words, code=2, size=1, **fleet_options())

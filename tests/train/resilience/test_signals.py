@@ -197,7 +197,10 @@ def test_a_signal_during_the_last_evaluation(config_file: str, tmp_path: Path) -
     said = train(run, "--config", *words[1:], "--optimizer.lr", "0.5", "--data.seed", "3", code=2)
     assert "has made 2 of 2 steps with data.seed = 0 where this command has 3, optimizer.lr = 0.01 where" in said
     assert "held out, after step 2: " in train(run, *words, "--train.log_every", "7")
-    assert "held out, after" not in train(run, *words)
+    said = train(run, *words)
+    assert "finished: 2 of 2 steps; more with --train.steps" in said
+    assert "held out, after" not in said
+    assert "going on from" not in said
     assert [line["step"] for line in lines(run) if "heldout/seconds" in line] == [2]
     assert (run / "config.yaml").read_bytes() == config
 
