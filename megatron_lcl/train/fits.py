@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from megatron_lcl import config as configs
@@ -61,16 +60,10 @@ def predicted(config: Config, processes: int, images_per_pack: Slots = None, on_
     """Bytes that the process which has most holds in a step of the run's largest phase, simulated."""
     from megatron_lcl.train import simulate as simulation  # the whole of it, for which most starts have no use here
 
-    _say_simulating()
+    complain(f"megatron-lcl: simulating a step of {counted(processes, 'process')}, which may take minutes")
     largest, images = _largest(config, processes, images_per_pack, on_gpu)
     found = simulation.usages_of(largest, processes, images, on_gpu, simulation.simulate)
     return max(usage.peak if on_gpu else usage.process for usage in found)
-
-
-@cache
-def _say_simulating() -> None:
-    """Once."""
-    complain("megatron-lcl: simulating a step, which may take minutes")
 
 
 def _largest(config: Config, processes: int, images_per_pack: Slots, on_gpu: bool) -> tuple[Config, int]:

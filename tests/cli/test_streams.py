@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,10 +22,12 @@ from megatron_lcl.data.prepare.preprocess import preprocess
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents and, in `corpus`, a corpus of them."""
+    """Documents, in `corpus` a corpus of them, and in `damaged` that one with a file cut."""
     folder = tmp_path_factory.mktemp("documents")
     write_jsonl([Document((Text(f"text number {i} of some"),)) for i in range(9)], folder / "in")
     preprocess("jsonl", folder / "in", folder / "corpus", vocab_size=400)
+    shutil.copytree(folder / "corpus", folder / "damaged")
+    os.truncate(folder / "damaged" / "tokens-00000.bin", 4)
     return folder
 
 
@@ -59,7 +62,7 @@ def test_bars_that_cannot_be_written_end_no_work(
     monkeypatch.chdir(documents)
     assert code_with("stderr", stream(), f"{PREPROCESS} {tmp_path}/made") == 0
     assert code_with("stderr", stream(), f"export-corpus corpus --output {tmp_path}/exported") == 0
-    assert code_with("stderr", stream(), "verify nowhere") == 1
+    assert code_with("stderr", stream(), "verify damaged") == 1
     made = {file.name for file in (tmp_path / "made").iterdir()}
     assert made == {file.name for file in (documents / "corpus").iterdir()}
     assert any((tmp_path / "exported").iterdir())
@@ -73,7 +76,7 @@ def test_a_result_that_nobody_reads_changes_no_exit_code(
     assert code_with("stdout", unread(), "inspect corpus") == 0
     assert code_with("stdout", unread(), f"{PREPROCESS} {tmp_path}/made") == 0
     assert (tmp_path / "made" / "corpus.json").exists()
-    assert code_with("stdout", unread(), "verify nowhere") == 1
+    assert code_with("stdout", unread(), "verify damaged") == 1
 
 
 def test_another_pipe_that_breaks_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,10 +95,13 @@ def test_a_result_on_a_full_disk_is_an_error(documents: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == "megatron-lcl inspect: No space left on device\n"
 
 
-def test_names_of_files_that_are_not_utf8_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_files_that_are_not_utf8_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("some\udcfcwhere").mkdir()
+    Path("some\udcfcwhere", "corpus.json").write_text("{}")
     monkeypatch.setattr(sys, "stdout", shown := io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
-    assert main(["verify", "no\udcfcwhere"]) == 1
-    assert shown.buffer.getvalue().startswith(rb"no\udcfcwhere is not a corpus")  # type: ignore[attr-defined]
+    assert main(["verify", "some\udcfcwhere"]) == 1
+    assert shown.buffer.getvalue().startswith(rb"some\udcfcwhere/corpus.json ")  # type: ignore[attr-defined]
 
 
 def test_streams_that_are_closed(documents: Path, tmp_path: Path) -> None:
@@ -113,7 +119,7 @@ def test_streams_that_are_closed(documents: Path, tmp_path: Path) -> None:
         {lcl} --version >&-; echo $?
         {lcl} --version 2>&- >/dev/null; echo $?
         {lcl} verify corpus >&- & a=$!
-        {lcl} verify nowhere 2>&- >/dev/null & b=$!
+        {lcl} verify damaged 2>&- >/dev/null & b=$!
         {lcl} {PREPROCESS} {tmp_path}/made <&- >&- 2>&- & c=$!
         {sys.executable} {tmp_path}/look.py {tmp_path}/found <&- >&- 2>&-; echo $?
         for process in $a $b $c; do wait $process; echo $?; done"""

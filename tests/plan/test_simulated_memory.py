@@ -14,7 +14,6 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.plan.layouts import Layout, confirm
 from megatron_lcl.plan.memory import simulate_shallow
-from megatron_lcl.train import fits
 from megatron_lcl.train import simulate as simulation
 from megatron_lcl.train.fits import predicted
 from megatron_lcl.train.memory import estimate
@@ -31,10 +30,9 @@ def test_a_gpu_has_the_next_steps_batches_as_well(
         return needs(1e8 + size + (1e6 if rank else 0), batches=size)
 
     monkeypatch.setattr(simulation, "simulate", simulated)
-    fits._say_simulating.cache_clear()
     assert predicted(config, 4, [IMAGES], on_gpu=True) == 1e8 + 2 * size
     assert predicted(config, 4, [IMAGES], on_gpu=False) == 1e8 + size + 1e6
-    assert capsys.readouterr().err == "megatron-lcl: simulating a step, which may take minutes\n", "once"
+    assert capsys.readouterr().err == 2 * "megatron-lcl: simulating a step of 4 processes, which may take minutes\n"
     for target, peaks in (
         (target_of(), [1e8 + 2 * size, 1e8 + size + 1e6]),
         (dataclasses.replace(target_of(), on_host=False), [1e8 + size, 1e8 + size + 1e6]),
