@@ -79,8 +79,8 @@ def _fetch(options: argparse.Namespace, _rest: list[str]) -> None:
         say(f"{count:>12,}  {reason}")
     for reason, count in found["dropped"].items():
         say(f"{count:>12,}  not in the store: {reason}")
-    if found["reused"]:
+    if total and not found["todo"]:
         say(
-            "finished before, and nothing was requested; for another try of URLs that are dead, fetch a list of them "
-            "into a new --output"
+            "nothing was left to request; what is dead or refused is not tried again in the same store, with other "
+            "settings neither: fetch a list of these URLs into a new --output"
         )

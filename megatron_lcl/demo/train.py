@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 import signal
 import time
 from collections.abc import Mapping
@@ -37,6 +38,8 @@ RUN, CACHE = "run", "cache"
 """folders of the output"""
 WITH_NEAR_DUPLICATES = "with-near-duplicates"
 """folder of the run with the evaluation of all pictures of the held-out artist"""
+_PLACE = re.compile(r"data\.(cache|corpora\.\d+\.path)|train\.output")
+"""settings that say where a folder is"""
 
 
 def check_steps(steps: int | None) -> None:
@@ -86,12 +89,13 @@ def _with_steps(config: Config, steps: int) -> Config:
 
 
 def _check_not_edited(file: Path, config: Config) -> None:
-    """A file that is there is `config` with any number of steps, or what its run was last started with: nothing of it
-    is lost where it is written again."""
+    """A file that is there is `config` with any number of steps and in any folder, or what its run was last started
+    with: nothing of it is lost where it is written again."""
     if not is_file(file):
         return
     found, run = configs.load(file), Path(config.train.output) / CONFIG
     changed = changed_settings(_with_steps(config, found.train.steps), found)
+    changed = {name: values for name, values in changed.items() if not _PLACE.fullmatch(name)}
     if changed and not (is_file(run) and not changed_settings(configs.load(run), found)):
         raise UserError(
             f"{file} was edited ({', '.join(map(Changes(changed).said, changed))}); train with it: "

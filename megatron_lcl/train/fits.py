@@ -141,9 +141,11 @@ def remedy(config: Config, processes: int, has: Memory, images_per_pack: Slots =
     taken = ((config, n, each, f"take {counted(n, 'process')} in place of {processes:,}") for n, each in others)
     found = [_first(tried, slots, note) for tried in (fewest, taken)]
     if not any(found):
-        smallest, settings = min(_changed(config), key=lambda pair: _bound(pair[0], processes, slots, has.on_gpu))
-        add = f"add {_typed(settings)} and take"
-        both = ((smallest, n, each, f"{add} {counted(n, 'process')}") for n, each in others)
+        smallest = (min(_changed(config), key=lambda pair: _bound(pair[0], n, slots, has.on_gpu)) for n, _ in others)
+        both = (
+            (changed, n, each, f"add {_typed(settings)} and take {counted(n, 'process')}")
+            for (n, each), (changed, settings) in zip(others, smallest, strict=True)
+        )
         found = [_first(both, slots, note)]
     return ", or ".join(filter(None, found)) or (
         "nothing that was tried fits: make packs smaller (--data.tokens_per_pack), or the model"

@@ -121,7 +121,7 @@ def test_a_config_that_was_edited_is_not_lost(tmp_path: Path, monkeypatch: pytes
     train()
     assert (out / "config.yaml").read_text() == f"# mine\n{before}", "says the same"
     shutil.copytree(out, tmp_path / "moved")
-    (tmp_path / "moved" / "run" / "config.yaml").write_text(before)
+    shutil.rmtree(tmp_path / "moved" / "run")
     train(out=tmp_path / "moved")
 
 

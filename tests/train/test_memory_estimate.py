@@ -145,6 +145,8 @@ def test_fewer_processes_of_a_cpu_have_more_memory_each(simulated: list[tuple[Co
     assert said.endswith(f"take 1 process in place of 4 (then about {memory.in_gb(of_one)} GB)"), said
     assert [n for _, n in simulated if n < 4] == [2, 1]
     assert "in place of" not in refusal(config, 4, replace(has, local=2), [54])
+    little = replace(has, size=0.66 * estimate(config, 4, 54).total)  # enough for one, which has no use for ZeRO
+    assert "; add --train.activation_checkpointing full and take 1 process (then" in refusal(config, 4, little, [54])
 
 
 ZERO_3 = {"zero__stage": 3, "contrast__strategy": "recompute"}

@@ -467,8 +467,7 @@ def _checked(url: str, data: bytes, settings: Settings) -> Outcome:
             data = downscale(data, side)
             found = probe(data)
     except BadImage as bad:
-        if str(bad) == TOO_MANY_PIXELS:
-            return Outcome(Row(url, "refused", f"over {settings.max_pixels:,} pixels"))
-        return Outcome(Row(url, "dead", str(bad)))
+        status: Status = "refused" if str(bad) == TOO_MANY_PIXELS else "dead"
+        return Outcome(Row(url, status, str(bad)))
     digest = hashlib.sha256(data).hexdigest()
     return Outcome(Row(url, "kept", "", digest, len(data), found.width, found.height, found.format), data)

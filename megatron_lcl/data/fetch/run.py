@@ -59,10 +59,9 @@ def fetch(
 
     input: also an object's URL, `s3://bucket/folder` or `http(s)://host/file`.
     job: (i, n) does every n-th part of the plan, the i-th of 0 … n-1, while other jobs do the others. Returns the
-    store's `summary`, `dropped`: what of the input was no URL, by reason, and `reused`: whether all was done before,
-    and nothing was requested. URLs that an earlier run has refused are requested again where these settings may take
-    them. UserError for input without URLs, a store of another input, a proxy that refuses, or where nothing is reached
-    any more.
+    store's `summary`, `dropped`: what of the input was no URL, by reason, and `todo`: how many URLs of these parts were
+    in no complete shard when it began. UserError for input without URLs, a store of another input, a proxy that
+    refuses, or where nothing is reached any more.
     """
     output, settings = Path(output), settings or Settings()
     with _planned(path_of(input), output, settings, url_column, workers) as (plan, plan_lock):
@@ -70,13 +69,11 @@ def fetch(
         mine = range(index, len(plan.parts), num_jobs)
         if job is not None:
             plan_lock.close()  # each part has a lock of its own
-        reused = True
-        with tqdm(total=sum(plan.parts[part] for part in mine), unit="url", disable=not progress) as bar:
+        total, done = sum(plan.parts[part] for part in mine), num_done(output, mine)
+        num_todo = total - sum(done.values())
+        with tqdm(total=total, initial=total - num_todo, unit="url", disable=not progress) as bar:
             for tries_left in reversed(range(_RETRIES + 1)):
-                done = num_done(output, mine, settings.may_take)
-                bar.n = sum(done.values())
                 todo = [part for part in mine if done[part] < plan.parts[part]]
-                reused = reused and not todo
                 try:
                     _do(output, plan, todo, settings, workers, bar)
                     break
@@ -84,9 +81,11 @@ def fetch(
                     if not tries_left:
                         raise
                     logger.warning("a worker process died, perhaps out of memory; its parts are gone on with")
+                    done = num_done(output, mine)
+                    bar.n = sum(done.values())
         left = [part for part, number in num_done(output, todo).items() if number != plan.parts[part]]
         assert not left, f"parts {left} are not at their end"  # as a whole store is what is uploaded
-        return {**summary(output), "dropped": plan.dropped, "reused": reused}
+        return {**summary(output), "dropped": plan.dropped, "todo": num_todo}
 
 
 @reading()
@@ -107,8 +106,7 @@ def fetch_in_jobs(
     """
     place, output, settings = path_of(input).resolve(), Path(output).resolve(), settings or Settings()
     with _planned(place, output, settings, url_column, workers) as (plan, _):
-        done = num_done(output, range(len(plan.parts)), settings.may_take)
-        reused = all(done[part] == num for part, num in enumerate(plan.parts))
+        num_todo = sum(plan.parts) - sum(num_done(output, range(len(plan.parts))).values())
     environment: dict[str, str] = {}
     if settings.proxy is not None:  # engines write arguments into files
         address, login = proxy_parts(settings.proxy)
@@ -126,7 +124,7 @@ def fetch_in_jobs(
     run_jobs(
         fetch, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress, environment=environment
     )
-    return {**fetch(**arguments), "reused": reused}  # finished: only reads the summary
+    return {**fetch(**arguments), "todo": num_todo}  # finished: only reads the summary
 
 
 @contextlib.contextmanager

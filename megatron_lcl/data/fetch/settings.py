@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from megatron_lcl.data.fetch.addresses import PrivateAddress
 from megatron_lcl.errors import UserError
 
 AGENT = "megatron-lcl/1.0"
@@ -17,9 +16,6 @@ PROXY_LOGIN = "MEGATRON_LCL_PROXY_LOGIN"
 """environment variable with user:password of a proxy that is given without them"""
 _HOST = r"(?:[^/?#@:\s\[\]]+|\[[0-9a-fA-F:]+\])(?::\d{1,5})?"
 _PROXY = re.compile(rf"http://(?:([^/?#@\s]*)@)?({_HOST})")
-_OVER = re.compile(r"over ([\d,]+) (bytes|pixels)")
-_OVER_ANY = "too many pixels"
-"""of earlier releases, which did not say how many were taken"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +50,6 @@ class Settings:
     """also connect to addresses that are not public"""
     user_agent: str = AGENT
     """the header; its name before the slash is what robots.txt and X-Robots-Tag may name"""
-
-    def may_take(self, reason: str) -> bool:
-        """Whether what a run with other settings refused for this reason may be taken with these."""
-        if reason == str(PrivateAddress()):
-            return self.allow_private
-        bound = _OVER.fullmatch(reason)
-        return reason == _OVER_ANY or (
-            bound is not None and int(bound[1].replace(",", "")) < getattr(self, f"max_{bound[2]}")
-        )
 
 
 def proxy_parts(proxy: str) -> tuple[str, str]:

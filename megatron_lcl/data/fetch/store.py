@@ -10,9 +10,7 @@
    renamed into place. Last the tar, where it is left, and the log are removed. Killed between, the tar is taken back
    and the shard completed anew from the log; a log whose rows are in a table is left from a complete shard.
 
-So a URL is in one table or in the log, or still to be fetched, at every moment. Where a run may take what an earlier
-one has refused, the tables are written anew without these rows, and renamed into place, before anything is fetched; of
-the rows of a URL in the log the last one counts.
+So a URL is in one table or in the log, or still to be fetched, at every moment.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import contextlib
 import hashlib
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Literal
@@ -44,7 +42,6 @@ from megatron_lcl.errors import UserError, naming
 from megatron_lcl.filesystem import exists, matching
 
 Status = Literal["kept", "dead", "refused"]
-Again = Callable[[str], bool] | None
 SCHEMA = pa.schema(
     [
         ("url", pa.string()),
@@ -90,14 +87,10 @@ class _Logged(msgspec.Struct, array_like=True, frozen=True):
 
 
 class PartStore:
-    """The shards of one part. `done`: keys of the URLs that need not be fetched any more.
+    """The shards of one part. `done`: keys of the URLs that need not be fetched any more."""
 
-    again: whether URLs that were refused for a reason are to be fetched again; None: none are.
-    """
-
-    def __init__(self, folder: Path, part: int, shard_urls: int, store: Store = "tar", again: Again = None) -> None:
+    def __init__(self, folder: Path, part: int, shard_urls: int, store: Store = "tar") -> None:
         self._folder, self._part, self._shard_urls, self._store = folder, part, shard_urls, store
-        self._again = again
         self._partial, self._log = folder / f"{part:05d}.partial", folder / f"{part:05d}.log"
         tables = part_tables(folder, part)
         self._number = len(tables)
@@ -106,10 +99,6 @@ class PartStore:
             self.done.update(read_table(table, columns=["key"], use_threads=False)["key"].to_pylist())
         self._rows: list[Row] = []
         self._tar, self._log_file = self._resume()
-        for table in tables:
-            if refused := _refused(table, again):
-                _take_out(table, refused)
-                self.done.difference_update(refused)
         self.resumed = len(self._rows)
         """URLs that the incomplete shard accounts for"""
         self.done.update(url_key(row.url) for row in self._rows)
@@ -182,7 +171,6 @@ class PartStore:
         log.seek(0)
         partial.seek(0)
         length, end = 0, 0
-        rows: dict[str, Row] = {}
         for line in log.read().splitlines(keepends=True):
             try:
                 logged = msgspec.json.decode(line, type=_Logged)
@@ -190,12 +178,8 @@ class PartStore:
                 break
             if not line.endswith(b"\n") or not _is_whole(partial, logged, end):
                 break
-            rows.pop(logged.row.url, None)
-            rows[logged.row.url] = logged.row
+            self._rows.append(logged.row)
             length, end = length + len(line), logged.end
-        self._rows = [
-            row for row in rows.values() if not (row.status == "refused" and self._again and self._again(row.reason))
-        ]
         log.truncate(length)
         partial.truncate(end)
         log.seek(length)
@@ -221,14 +205,13 @@ def tables(folder: Path) -> list[Path]:
     return matching(folder, "[0-9]*-[0-9]*.parquet")
 
 
-def num_done(folder: Path, parts: Iterable[int], again: Again = None) -> dict[int, int]:
-    """URLs that the complete shards of each of these parts account for; again: as of `PartStore`. A folder of 10^5
-    shards is listed once."""
+def num_done(folder: Path, parts: Iterable[int]) -> dict[int, int]:
+    """URLs that the complete shards of each of these parts account for. A folder of 10^5 shards is listed once."""
     names = {f"{part:05d}": part for part in parts}
     done = dict.fromkeys(names.values(), 0)
     for table in tables(folder):
         if (part := names.get(table.name.partition("-")[0])) is not None:
-            done[part] += pq.read_metadata(table).num_rows - len(_refused(table, again))
+            done[part] += pq.read_metadata(table).num_rows
     return done
 
 
@@ -249,34 +232,6 @@ def kept_urls(folder: Path) -> Iterator[str]:
 def _kept(table: Path) -> list[str]:
     found = read_table(table, columns=["url"], filters=[("status", "=", "kept")], use_threads=False)
     return found["url"].to_pylist()
-
-
-def _refused(table: Path, again: Again) -> set[str]:
-    """Keys of the URLs in a table that are to be fetched again."""
-    if again is None:
-        return set()
-    with pq.ParquetFile(table, read_dictionary=["reason"]) as file:
-        given = file.read(["reason"], use_threads=False)["reason"].unique().to_pylist()
-    reasons = list(filter(again, given))
-    if not reasons:  # as of nearly all tables: their keys are many bytes
-        return set()
-    of_these = [("status", "=", "refused"), ("reason", "in", reasons)]
-    return set(read_table(table, columns=["key"], filters=of_these, use_threads=False)["key"].to_pylist())
-
-
-def _take_out(table: Path, keys: set[str]) -> None:
-    """Write a table anew without the rows of these keys, which have no image."""
-    unfinished = table.with_suffix(".table")
-    with naming(unfinished), pq.ParquetFile(table) as file:
-        groups = (file.read_row_group(k, use_threads=False) for k in range(file.num_row_groups))
-        left = (group.filter(pa.array([key.as_py() not in keys for key in group["key"]])) for group in groups)
-        if table.name.endswith(TABLE_SUFFIX):
-            write_image_table(unfinished, filter(len, left), file.schema_arrow)
-        else:
-            pq.write_table(pa.concat_tables(left), unfinished, compression="zstd")
-    sync(unfinished)
-    os.rename(unfinished, table)
-    sync(table.parent)
 
 
 def _append(file: FileIO, path: Path, data: bytes) -> None:

@@ -38,7 +38,7 @@ class OpenPart:
     def __init__(self, output: Path, plan: Plan, number: int, settings: Settings, lock: contextlib.ExitStack) -> None:
         """lock: closed when the part is."""
         self._lock = lock
-        self._store = PartStore(output, number, settings.shard_urls, settings.store, settings.may_take)
+        self._store = PartStore(output, number, settings.shard_urls, settings.store)
         self.urls = [url for url in plan.urls(number) if url_key(url) not in self._store.done]
         self.left, self.held = len(self.urls), 0
         """URLs that are not accounted for, and those of them that are held"""

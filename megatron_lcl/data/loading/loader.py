@@ -249,8 +249,8 @@ def read_step(
 
     sequences: those that the run's objective reads, `objective_class(config.objective.name).sequences`. ledger: the
     run's, from a checkpoint, if its blend or batch has changed, or packs were skipped; None: as the run began. packs:
-    only the first so many; None: all. layout: `rank`, `world_size` and `micro_batch` of PackedLoader, for what one
-    data-parallel process reads; else all packs are given, one by one.
+    so many from its first on (1 or more), also of the next steps; None: its own. layout: `rank`, `world_size` and
+    `micro_batch` of PackedLoader, for what one data-parallel process reads; else all packs are given, one by one.
 
     UserError for a step or rank below 0, where the processes cannot divide the batch, and where the config says other
     packs than the ledger.
@@ -266,7 +266,7 @@ def read_step(
         reading,
         replace(config.data, workers=0),
         sequences,
-        global_batch=packs or reading.global_batch,
+        global_batch=reading.global_batch if packs is None else packs,
         first_pack=first_pack,
         steps=1,
         ledger=ledger,

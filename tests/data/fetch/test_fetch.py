@@ -237,43 +237,20 @@ def test_images_are_scaled_down(server: Server, tmp_path: Path) -> None:
 def test_pixels_are_bounded(server: Server, tmp_path: Path) -> None:
     (address, *_), port = server
     found = run([f"http://{address}:{port}/ok/2"], tmp_path, "--max-pixels", "47")
-    assert found == {"/ok/2": ("refused", "over 47 pixels")}
+    assert found == {"/ok/2": ("refused", "too many pixels")}
 
 
-def test_what_a_setting_refused_is_asked_for_again_with_another(
+def test_a_store_that_is_finished_says_that_nothing_is_tried_again(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (address, *_), port = server
-    paths = ("/ok/a", "/large/b", "/gone/c", "/secret/d")
-    listed, output = tmp_path / "urls.txt", tmp_path / "store"
-    listed.write_text("\n".join(f"http://{address}:{port}{path}" for path in paths))
-
-    def fetched(*flags: str) -> tuple[list[tuple[str, str]], bool, list[int]]:
-        """What became of each, whether nothing was requested, and requests so far."""
-        assert main(["fetch", str(listed), "--output", str(output), "--delay", "0", *flags]) == 0
-        found = {urlsplit(str(row["url"])).path: (row["status"], row["reason"]) for row in read_rows(output)}
-        requests = requests_of(*server)
-        again = "finished before, and nothing was requested" in capsys.readouterr().out
-        return [found[path] for path in paths], again, [requests[path] for path in paths]  # type: ignore[misc]
-
-    assert fetched() == ([("refused", "private address")] * 4, False, [0] * 4)
-    small = ["--allow-private", "--max-bytes", "100000"]
-    rest = [("refused", "over 100,000 bytes"), ("dead", "status 404"), ("refused", "robots.txt")]
-    ends = [("refused", "over 47 pixels"), *rest]
-    assert fetched(*small, "--max-pixels", "47") == (ends, False, [1, 1, 1, 0])
-    assert fetched(*small, "--max-pixels", "9") == (ends, True, [1, 1, 1, 0])
-    assert fetched(*small) == ([("kept", ""), *rest], False, [2, 1, 1, 0])
-    rest[0] = ("dead", "not an image, or a format that cannot be read")
-    assert fetched("--allow-private") == ([("kept", ""), *rest], False, [2, 2, 1, 0])
-    assert [*images_in(output).values()] == [image("a")]
-
-
-def test_what_other_settings_may_take() -> None:
-    mine = Settings(max_bytes=1001, max_pixels=1_000_000)
-    taken = {"over 1,000 bytes", "over 999,999 pixels", "too many pixels"}  # the last as earlier releases said it
-    others = {"over 1,001 bytes", "over 1,000,000 pixels", "private address", "robots.txt", "X-Robots-Tag"}
-    assert {reason for reason in taken | others if mine.may_take(reason)} == taken
-    assert dataclasses.replace(mine, allow_private=True).may_take("private address")
+    (tmp_path / "urls.txt").write_text(f"http://{address}:{port}/ok/of-a-private-address")
+    fetch = ["fetch", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "store")]
+    assert main(fetch) == 0
+    assert (first := capsys.readouterr().out).endswith("1  private address\n")
+    assert main([*fetch, "--allow-private"]) == 0
+    assert requests_of(*server)["/ok/of-a-private-address"] == 0
+    assert capsys.readouterr().out.startswith(first + "nothing was left to request; ")
 
 
 def test_host_that_does_not_answer(server: Server, tmp_path: Path) -> None:

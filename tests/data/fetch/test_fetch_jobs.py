@@ -49,8 +49,8 @@ def test_jobs_fetch_every_url_once(tmp_path: Path) -> None:
         found = fetch_in_jobs(listed, store, Engine("local", 2), settings)
         check_store(store, urls)
         before = requests_of(*server)
-        assert not found["reused"]
-        again = {**found, "reused": True}
+        assert found["todo"] == len(urls)
+        again = {**found, "todo": 0}
         assert fetch_in_jobs(listed, store, Engine("local", 3), settings) == fetch(listed, store, settings) == again
         assert set(requests_of(*server) - before) == set()
 

@@ -20,7 +20,6 @@ from data.fetch.stores import images_in, read_rows
 from megatron_lcl.data.fetch import store
 from megatron_lcl.data.fetch.settings import STORES, Store
 from megatron_lcl.data.fetch.store import PartStore, Row
-from megatron_lcl.data.prepare.importers.image_tables import image_places
 from megatron_lcl.data.prepare.importers.urls import url_key
 from megatron_lcl.errors import UserError
 
@@ -41,15 +40,9 @@ def rows(number: int) -> list[tuple[Row, bytes]]:
     return found
 
 
-def with_refused(wanted: list[tuple[Row, bytes]]) -> list[tuple[Row, bytes]]:
-    """The same before a setting was changed."""
-    refused = [(Row(row.url, "refused", "private address"), b"") for row, _ in wanted]
-    return [refused[k] if k % 4 == 0 else wanted[k] for k in range(len(wanted))]
-
-
 def add_all(folder: Path, wanted: list[tuple[Row, bytes]], kind: Store, added: list[str] | None = None) -> int:
     """Whoever goes on; how many were to be done. added: is given the URLs that were."""
-    part = PartStore(folder, 3, 4, kind, "private address".__eq__)
+    part = PartStore(folder, 3, 4, kind)
     todo = [(row, data) for row, data in wanted if url_key(row.url) not in part.done]
     for row, data in todo:
         part.add(row, data)
@@ -62,9 +55,6 @@ def add_all(folder: Path, wanted: list[tuple[Row, bytes]], kind: Store, added: l
 def check(folder: Path, wanted: list[tuple[Row, bytes]], kind: Store) -> None:
     assert Counter(row["url"] for row in read_rows(folder)) == Counter(row.url for row, _ in wanted)
     assert images_in(folder) == {url_key(row.url): data for row, data in wanted if data}
-    for table in folder.glob("*.images.parquet"):  # as the importers find them
-        kept = pq.read_table(table, columns=["key"], filters=[("status", "=", "kept")])["key"].to_pylist()
-        assert [key for key, *_ in image_places(table)] == kept
     assert {path.suffix for path in folder.iterdir()} == ({".tar", ".parquet"} if kind == "tar" else {".parquet"})
 
 
@@ -90,9 +80,8 @@ def test_a_part_that_is_completed_while_images_are_looked_for_is_found(
 KINDS = pytest.mark.parametrize("kind", STORES)
 
 
-@pytest.mark.parametrize("to_do", [11, 3], ids=["anew", "refused before"])
 @KINDS
-def test_killed_before_each_operation(tmp_path: Path, kind: Store, to_do: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_before_each_operation(tmp_path: Path, kind: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = rows(11)
     left = [-1]
     real = {name: getattr(os, name) for name in ("rename", "unlink", "fsync")}
@@ -115,8 +104,6 @@ def test_killed_before_each_operation(tmp_path: Path, kind: Store, to_do: int, m
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
         folder.mkdir()
-        if to_do < 11:
-            add_all(folder, with_refused(wanted), kind)
         added: list[str] = []
         left[0] = moment
         try:
@@ -127,7 +114,7 @@ def test_killed_before_each_operation(tmp_path: Path, kind: Store, to_do: int, m
             break
         finally:
             left[0] = -1
-        assert add_all(folder, wanted, kind) == to_do - len(added)
+        assert add_all(folder, wanted, kind) == 11 - len(added)
         check(folder, wanted, kind)
     assert kills >= 3 * 5  # in each of three shards
 
@@ -138,41 +125,6 @@ def killing_write(write: Any, file: Path, left: list[int], *arguments: Any, **na
         file.write_bytes(b"PAR1 half")
         raise Killed
     write(*arguments, **named)
-
-
-@KINDS
-def test_refused_rows_of_an_incomplete_shard(tmp_path: Path, kind: Store) -> None:
-    """Are fetched again by a run that may take them, and what that has found stands for all later ones."""
-    wanted = rows(11)
-    part = PartStore(tmp_path, 3, 100, kind)
-    for row, data in with_refused(wanted):
-        part.add(row, data)
-    part.close()
-    PartStore(tmp_path, 3, 100, kind, "robots.txt".__eq__).close()
-    part = PartStore(tmp_path, 3, 100, kind, "private address".__eq__)
-    for k in (0, 4, 8):
-        part.add(*wanted[k])
-    part.close()
-    part = PartStore(tmp_path, 3, 100, kind)
-    assert len(part.done) == part.resumed == 11
-    part.finish()
-    check(tmp_path, wanted, kind)
-
-
-@KINDS
-def test_a_log_of_a_complete_shard_whose_first_row_was_refused(tmp_path: Path, kind: Store) -> None:
-    """Killed before it was removed."""
-    wanted = rows(11)
-    part = PartStore(tmp_path, 3, 100, kind)
-    for row, data in with_refused(wanted):
-        part.add(row, data)
-    names = ("00003.log",) if kind == "tar" else ("00003.log", "00003.partial")
-    left = {tmp_path / name: (tmp_path / name).read_bytes() for name in names}
-    part.finish()
-    for path, content in left.items():
-        path.write_bytes(content)
-    assert add_all(tmp_path, wanted, kind) == 3
-    check(tmp_path, wanted, kind)
 
 
 @pytest.mark.parametrize("cut", range(0, 2000, 97))

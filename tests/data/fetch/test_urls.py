@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,9 @@ def test_a_store_that_was_not_given(stored: Path, tmp_path: Path) -> None:
         "image: file missing": 1,
     }
     assert documents("table", table, None)[1].bad_counts == {f"image: {NO_FOLDER}": 1}
+    (tmp_path / "img2dataset" / "00000").mkdir(parents=True)  # its images beside the list
+    shutil.copy(table, tmp_path / "img2dataset")
+    assert documents("table", tmp_path / "img2dataset" / "a.csv", None)[1].bad_counts == {"image: file missing": 1}
     for format, input in (("jsonl", lines(tmp_path / "b.jsonl", {"items": [{"image": A}]})), ("table", table)):
         with pytest.raises(UserError, match=rf"{NO_FOLDER}, 1 \(.*\); give --images DIR \(URLs: what `.* fetch` has"):
             preprocess(format, input, tmp_path / "out", tokenizer=TOKENIZER)

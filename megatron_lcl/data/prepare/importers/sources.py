@@ -50,7 +50,7 @@ class ImageSource(SortedRuns):
     """
 
     def __init__(self, root: Path | None, is_given: bool = True) -> None:
-        self._root, self._is_given = root, is_given
+        self._root, self.is_given = root, is_given
         self.archives = [] if root is None else _archives(root)
         self._stems = {path.stem for path in self.archives}
         self._packed = "" if root is None or is_file(root) else _packed(root)
@@ -102,7 +102,7 @@ class ImageSource(SortedRuns):
             raise BadImage(f"file missing, and {self._damaged[0]}")
         if self._packed:
             raise BadImage(f"file missing, and {self._packed} is compressed, which is not read: unpack it")
-        if not (self._is_given or self.archives) and all(map(is_url, given)):
+        if not (self.is_given or self.archives) and all(map(is_url, given)):
             raise BadImage(NO_FOLDER)
         raise BadImage("file missing")
 

@@ -99,6 +99,7 @@ class TableImporter(ImagesByName, LinesImporter):
         beside = None if join == _NO_IMAGES else self.root
         self.look_in(images, beside)
         self.keys = UrlKeys(images or beside, self.images.archives)
+        self.images.is_given |= bool(self.keys.folders)  # of img2dataset
         self._arrays = frozenset(file for file in self.files if _is_json(file) and is_array(file))
         self._marked = frozenset(file for file in self.files if _begins_with_mark(file))
         self._tabs = frozenset(file for file in self.files if _is_csv(file) and self._has_tabs(file))

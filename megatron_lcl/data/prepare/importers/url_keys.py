@@ -22,14 +22,16 @@ _SHARD_DIGITS, _SAMPLE_DIGITS = 5, 4
 class UrlKeys(SortedRuns):
     """Keys of URLs below `root`, and where the images of keys are. Each column is a URL's XXH3 and its key.
 
-    tars: those in `root`. A shard has as many digits as a tar, a table or a folder that is named by its number.
+    tars: those in `root`. A shard has as many digits as a tar, a table or a folder that is named by its number; these
+    are `tables` and `folders`.
     """
 
     def __init__(self, root: Path | None, tars: Sequence[Path]) -> None:
         folder = root if root is not None and is_dir(root) else None
         self.tables = matching(folder, "*.parquet") if folder is not None else []
-        folders = matching(folder, "*[0-9]") if folder is not None else []
-        found = {len(path.stem) for path in (*tars, *self.tables, *folders) if path.stem.isdecimal()}
+        numbered = matching(folder, "*[0-9]") if folder is not None else []
+        self.folders = [path for path in numbered if path.name.isdecimal()]
+        found = {len(path.stem) for path in (*tars, *self.tables, *self.folders) if path.stem.isdecimal()}
         self._digits = list(dict.fromkeys([_SHARD_DIGITS, *sorted(found)]))
         super().__init__(self.tables, "keys-of-urls", 2)
 
