@@ -10,6 +10,7 @@ from megatron_lcl.cli.arguments import add_input, add_jobs, add_output, jobs_of,
 from megatron_lcl.cli.output import say
 from megatron_lcl.data.fetch.settings import STORES, Settings
 from megatron_lcl.errors import UserError
+from megatron_lcl.units import counted
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -72,8 +73,8 @@ def _fetch(options: argparse.Namespace, _rest: list[str]) -> None:
             found = fetch_in_jobs(input, folder, engine, settings, **common)
     total = sum(found[status] for status in ("kept", "dead", "refused"))
     say(
-        f"{options.output}: {total:,} URLs: {found['kept']:,} kept ({found['bytes']:,} bytes), {found['dead']:,} dead, "
-        f"{found['refused']:,} refused"
+        f"{options.output}: {counted(total, 'URL')}: {found['kept']:,} kept ({found['bytes']:,} bytes), "
+        f"{found['dead']:,} dead, {found['refused']:,} refused"
     )
     for reason, count in found["reasons"].items():
         say(f"{count:>12,}  {reason}")

@@ -247,7 +247,9 @@ def test_a_store_that_is_finished_says_that_nothing_is_tried_again(
     (tmp_path / "urls.txt").write_text(f"http://{address}:{port}/ok/of-a-private-address")
     fetch = ["fetch", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "store")]
     assert main(fetch) == 0
-    assert (first := capsys.readouterr().out).endswith("1  private address\n")
+    assert (first := capsys.readouterr().out).endswith(
+        ": 1 URL: 0 kept (0 bytes), 0 dead, 1 refused\n           1  refused: private address\n"
+    )
     assert main([*fetch, "--allow-private"]) == 0
     assert requests_of(*server)["/ok/of-a-private-address"] == 0
     assert capsys.readouterr().out.startswith(first + "nothing was left to request; ")
