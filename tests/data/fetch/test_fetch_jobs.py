@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from data.fetch.faulty_server import LOGIN, WANTS_CREDENTIALS, requests_of, serving
 from data.fetch.test_fetch import FLAGS, QUICK, check_store, mixed
@@ -46,10 +47,11 @@ def test_jobs_fetch_every_url_once(tmp_path: Path) -> None:
         assert len(parts) > 3
         done = {int(path.name.split("-")[0]) for path in store.glob("*.parquet")}
         assert done == {part for part in parts if part % 3 != 1}
+        left = len(urls) - sum(pq.read_metadata(path).num_rows for path in store.glob("*.parquet"))
         found = fetch_in_jobs(listed, store, Engine("local", 2), settings)
         check_store(store, urls)
         before = requests_of(*server)
-        assert found["todo"] == len(urls)
+        assert found["todo"] == left > 0
         again = {**found, "todo": 0}
         assert fetch_in_jobs(listed, store, Engine("local", 3), settings) == fetch(listed, store, settings) == again
         assert set(requests_of(*server) - before) == set()
