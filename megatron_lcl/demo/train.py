@@ -118,10 +118,7 @@ def train_on_this_machine(config: Config, file: Path) -> int:
     """
     processes = default_processes(config)
     check(config, processes)
-    try:
-        is_finished(config)
-    except UserError as error:
-        raise UserError(str(error).replace("another train.output", "another --output")) from None
+    is_finished(config, "--output")
     write_config(config, file)
     told: list[int] = []
     code = start_local(["train", "--config", str(file)], processes, told)

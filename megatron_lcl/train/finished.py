@@ -25,19 +25,20 @@ _MOVABLE = ("evaluate.corpus", "evaluate.labeled", "train.init_from")
 """paths of which nothing is recorded but their text"""
 
 
-def is_finished(config: Config) -> bool:
-    """Whether nothing is left to do in the run folder. UserError as `has_all_steps` raises it."""
+def is_finished(config: Config, output: str = "train.output") -> bool:
+    """Whether nothing is left to do in the run folder, which users name by `output`. UserError as `has_all_steps`
+    raises it."""
     folder = last_checkpoint(Path(config.train.output))
-    if folder is None or not has_all_steps(folder, config) or not has_last_evaluation(config):
+    if folder is None or not has_all_steps(folder, config, output=output) or not has_last_evaluation(config):
         return False
     return config.checkpoint.mirror is None or Mirror(config.checkpoint.mirror).has(folder)
 
 
-def has_all_steps(folder: Path, config: Config, is_own: bool = True) -> bool:
+def has_all_steps(folder: Path, config: Config, is_own: bool = True, output: str = "train.output") -> bool:
     """Whether all steps are done in a checkpoint. UserError where they were made with settings that give another
     result, for nothing is ever trained with those of `config`; and where the run would have no checkpoint of its own.
 
-    is_own: it is the run's, not what `checkpoint.resume` names.
+    is_own: it is the run's, not what `checkpoint.resume` names. output: by which users name the run folder.
     """
     progress = read_progress(folder)
     if progress.step < config.train.steps:
@@ -51,7 +52,7 @@ def has_all_steps(folder: Path, config: Config, is_own: bool = True) -> bool:
     changed = dict(_changed(made, config, progress))
     if not changed:
         return True
-    remedy = "give the settings of that run again, or another train.output"
+    remedy = f"give the settings of that run again, or another {output}"
     remedy += " and checkpoint.mirror" * (config.checkpoint.mirror is not None)
     if all(name.startswith(("evaluate.", "train.evaluate_every")) for name in changed):
         remedy = f"evaluate it by `megatron-lcl evaluate {folder} …`, or {remedy}"

@@ -178,7 +178,11 @@ def _known_slots(config: Config, images_per_pack: Slots) -> tuple[Slots, str]:
 def _first(candidates: Iterable[tuple[Config, int, Memory, str]], images_per_pack: Slots, note: str) -> str | None:
     """What is said of the first config and number of processes with which a simulated step fits into what each has;
     None: of none."""
-    within = (one for one in candidates if _bound(*one[:2], images_per_pack, one[2].on_gpu) <= ROOM * one[2].size)
+    within = (
+        (config, processes, has, said)
+        for config, processes, has, said in candidates
+        if _bound(config, processes, images_per_pack, has.on_gpu) <= ROOM * has.size
+    )
     for config, processes, has, said in itertools.islice(within, _TRIES):
         needs = predicted(config, processes, images_per_pack, has.on_gpu)
         if needs <= ROOM * has.size:

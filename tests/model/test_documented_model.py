@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from data.loading.test_drawn_by_hashes import key_of
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Language, Model, Vision
@@ -49,21 +50,8 @@ def model_of(variant: str) -> Model:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def mix(key: int, value: int) -> int:
-    low = (1 << 64) - 1
-    x = key + 0x9E3779B97F4A7C15 * (value + 1) & low
-    for _ in range(2):
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & low
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & low
-        x ^= x >> 31
-    return x
-
-
 def uniform(*values: int) -> float:
-    key = 0
-    for value in values:
-        key = mix(key, value)
-    return (key >> 11) * 2.0**-53
+    return (key_of(*values) >> 11) * 2.0**-53
 
 
 class Documented:

@@ -194,7 +194,7 @@ def arrange(
         if modes[k] == 1:
             image_pieces[placement] = k
             placement += 1
-    first, following = np.full(num_texts, -1, np.int32), np.empty(len(matched), np.int32)  # images of each text
+    first, following = np.full(num_texts, -1), np.empty(len(matched), np.int64)  # images of each text
     for j in range(len(matched) - 1, -1, -1):
         if keep[j] and 0 <= matches[j] < num_texts:
             following[j], first[matches[j]] = first[matches[j]], j
