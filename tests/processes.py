@@ -20,8 +20,8 @@ from megatron_lcl.train.forks import forkserver
 def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 400.0) -> list[Any]:
     """`function(rank, *arguments)` in `world_size` fresh processes; their results in rank order.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set; the function makes its process group from them. The
-    first failure, or the timeout, ends all processes and is raised here.
+    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set; the function makes its process
+    group from them. The first failure, or the timeout, ends all processes and is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
         return _results(function, world_size, arguments, timeout, [Path(folder, str(r)) for r in range(world_size)])
@@ -87,7 +87,8 @@ def _work(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
     import torch
 
     torch.set_num_threads(1)

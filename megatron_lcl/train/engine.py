@@ -66,6 +66,7 @@ def init_processes(config: Config) -> Mesh:
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
+        os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
     if torch.cuda.is_available():
         own, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if own >= visible:
@@ -75,6 +76,9 @@ def init_processes(config: Config) -> Mesh:
         check_built_for(own)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # or DeepSpeed counts "devices" anew for each sum of ZeRO-3's gradients: it starts `numactl --hardware`
+        if processes := os.environ.get("LOCAL_WORLD_SIZE"):
+            os.environ.setdefault("LOCAL_SIZE", processes)
         keep_freed_memory()
     quiet_deepspeed()
     import deepspeed

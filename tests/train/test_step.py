@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -102,7 +104,9 @@ def five_steps(
         for sequences in split[rank]:
             chosen = torch.cat([images[:0], *(own_images[i] for i in sequences)])
             batches.append(pack_padded(text[sequences], (text[sequences] != 0).sum(1), chosen, model.config))
-        result = stepper.run(batches, settings["lr"])
+        # DeepSpeed would start one for each sum of ZeRO-3's gradients
+        with patch.object(subprocess, "Popen", side_effect=AssertionError("a step starts a process")):
+            result = stepper.run(batches, settings["lr"])
         if step == 0 and dtype == "float32" and objective == "lcl":
             assert {name: result.numbers()[name] for name in contrast} == pytest.approx(contrast, rel=1e-5)
         rows.append([0.1 * result.metrics["contrastive"], result.metrics["generation"], result.loss, result.log_scale])
