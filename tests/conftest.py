@@ -10,6 +10,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Only `-m gpu` sees a machine's GPUs: other tests are of processes on CPUs, of more than it may have GPUs."""
     hypothesis.settings.load_profile("soak" if config.option.soak else "shared")
+    # processes forked from a server import the module of their test, and pytest with it: the server has it already
+    preload = ForkServerContext.set_forkserver_preload
+    ForkServerContext.set_forkserver_preload = lambda self, names: preload(self, [*names, "pytest"])
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
