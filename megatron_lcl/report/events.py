@@ -6,7 +6,7 @@ Memory does not grow with the number of events.
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ class Event:
     step: int
     time: float | None
     text: str
+    order: tuple[float, int] = (0.0, 0)
+    """among those of all kinds and both files; filled in by `Log`"""
 
 
 class Events:
@@ -63,10 +65,30 @@ class Events:
         self._stretches[event.step // self._width] = first, before + number
 
 
+class Log:
+    """The events of one file, by kind, added in the order of its lines.
+
+    They stay in that order where a clock is set back: those of two files are merged by the latest time so far in each.
+    """
+
+    def __init__(self) -> None:
+        self.by_kind: defaultdict[str, Events] = defaultdict(Events)
+        self.latest = 0.0
+        """time of its lines so far"""
+        self._number = 0
+
+    def add(self, event: Event) -> None:
+        """That of the next line that has one."""
+        self.latest = max(self.latest, event.time or 0.0)
+        self._number += 1
+        event.order = self.latest, self._number
+        self.by_kind[event.kind].add(event)
+
+
 def newest(events: Mapping[str, Events]) -> list[Event]:
     """The last MAX_EVENTS of all kinds, in the order in which they happened: after a rewind, steps begin again."""
     found = [event for of_kind in events.values() for event in of_kind.newest]
-    return sorted(found, key=lambda event: (event.time or 0, event.step))[-MAX_EVENTS:]
+    return sorted(found, key=lambda event: event.order)[-MAX_EVENTS:]
 
 
 NAMES = {

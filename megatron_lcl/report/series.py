@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from megatron_lcl.report.events import Event, Events, audited
+from megatron_lcl.report.events import Event, Events, Log, audited
 from megatron_lcl.report.follow import ReadSoFar
 from megatron_lcl.report.slowest import Slowest
 from megatron_lcl.run_folder import METRICS
@@ -142,8 +141,8 @@ class Metrics:
     """number of the first such line"""
     _phase: str | None = None
     """what a line told of the last phase"""
-    _events: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
-    _audited: defaultdict[str, Events] = field(default_factory=lambda: defaultdict(Events))
+    _events: Log = field(default_factory=Log)
+    _audited: Log = field(default_factory=Log)
     """those of audit.jsonl"""
     _read: ReadSoFar = field(default_factory=ReadSoFar)
     _audit_read: ReadSoFar = field(default_factory=ReadSoFar)
@@ -174,7 +173,7 @@ class Metrics:
                 self._take(line)
         for raw in self._audit_read.new_lines(audit):
             if event := audited(raw):
-                self._audited[event.kind].add(event)
+                self._audited.add(event)
         return is_cut or (self._read.num_lines, self._audit_read.num_lines) != before
 
     @property
@@ -191,7 +190,7 @@ class Metrics:
 
         Both files have skipped steps: audit.jsonl all, metrics.jsonl not those from before a rewind.
         """
-        return self._events | self._audited
+        return self._events.by_kind | self._audited.by_kind
 
     def _take(self, line: Mapping[str, Any]) -> None:
         step, time = line.get("step"), line.get("time")
@@ -207,6 +206,7 @@ class Metrics:
                 self.seconds += max(0.0, clock - self._clock)
             self._clock = clock
             self.first_time, self.last_time = self.first_time or time, time
+            self._events.latest = max(self._events.latest, time)
         if "loss" in line:
             self.last = dict(line)
             line = _as_now(line)
@@ -242,7 +242,7 @@ class Metrics:
             series.add(step, value)
 
     def _event(self, kind: str, step: int, time: float | None, text: str) -> None:
-        self._events[kind].add(Event(kind, step, time, text))
+        self._events.add(Event(kind, step, time, text))
 
 
 def _straggler(one: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ for name in (
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch._inductor.compile_fx",
-    "torch.utils.tensorboard",
+    "tensorboard.summary.writer.record_writer",
     "scipy.linalg",
 ):
     importlib.import_module(name)

@@ -193,6 +193,17 @@ def test_names_and_events_without_end_are_bounded(tmp_path: Path) -> None:
     assert [e.step for e in newest(metrics.events)] == list(range(1000))[-MAX_EVENTS:]
 
 
+def test_a_clock_that_is_set_back_changes_no_order(tmp_path: Path) -> None:
+    """Within a file; events of the other stand where the latest time so far puts them."""
+    times = [1e9 + 60 * step - 3600 * (step > 80) for step in range(101)]
+    phases = {70: {"phase": 1}, 99: {"phase": 2}}
+    write(tmp_path, [{"step": s, "time": times[s] + 1, **phases.get(s, {"loss": 1.0})} for s in range(101)])
+    audit = ({"event": "rewind", "step": s, "to": s - 1, "time": times[s]} for s in range(1, 101))
+    write(tmp_path, audit, name="audit.jsonl")
+    happened = newest(Metrics.of(tmp_path).events)
+    assert [event.step for event in happened] == [*range(43, 71), 70, *range(71, 101), 99]
+
+
 def test_marks_of_many_events_are_spread_over_the_steps_of_the_run() -> None:
     events = Events(Event("skipped", step, None, "x") for step in range(0, 1_000_000, 100))
     first, numbers = zip(*events.stretches, strict=True)

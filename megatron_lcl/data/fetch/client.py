@@ -48,6 +48,8 @@ MAX_RULES = 1_000_000
 """lines of a robots.txt, each counted once for every agent of its group, as Protego keeps it"""
 MAX_WAIT = 600.0
 """seconds; a host that asks by Retry-After or Crawl-delay to wait longer is not asked again"""
+MAX_CLOCK_ERROR = 3600.0
+"""seconds; a clock that differs by more from those of all hosts that say the time is wrong"""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TEMPORARY = (408, 429, 500, 502, 503, 504)
 _ROBOTS_KEPT, _ROBOTS_SECONDS = 20_000, 86_400.0
@@ -117,6 +119,8 @@ class Client:
         self._robots: dict[str, tuple[float, asyncio.Task[Protego | None]]] = {}
         """by origin; since when, by the event loop's time"""
         self._crawl_delays: dict[str, float] = {}
+        self.clock_error: float | None = None
+        """seconds by which our clock is ahead, by the host that differs least so far; None: none has said the time"""
 
     async def __aenter__(self) -> Client:
         settings = self._settings
@@ -191,6 +195,7 @@ class Client:
                 odd = " too long" if rules is _TOO_LONG else " compressed" if rules is _ENCODED else ""
                 raise _Given("refused", f"robots.txt{odd}")
             async with self._get(target) as response:
+                self._compare_clocks(response.headers)
                 if opted_out(response.headers.getall("X-Robots-Tag", ()), self._agent):
                     raise _Given("refused", "X-Robots-Tag")
                 if response.status in _REDIRECTS and "Location" in response.headers:
@@ -207,6 +212,15 @@ class Client:
         ask = functools.partial(self._session.get, target, allow_redirects=False, proxy=f"http://{self._proxy}")
         # of https a host gets what is among `headers`, and the proxy does not
         return ask(headers=login) if target.scheme == "http" else ask(proxy_headers=login)
+
+    def _compare_clocks(self, headers: Mapping[str, str]) -> None:
+        """One host that agrees is enough: others may have a wrong clock themselves."""
+        if self.clock_error is not None and abs(self.clock_error) <= MAX_CLOCK_ERROR:
+            return
+        said, age = _timestamp(headers.get("Date", "")), headers.get("Age", "").strip()
+        if said is not None:  # of a cache: when the answer was made (RFC 9111, 5.1)
+            error = time.time() - said - (float(age) if age.isdecimal() and len(age) < 10 else 0.0)
+            self.clock_error = min(error, error if self.clock_error is None else self.clock_error, key=abs)
 
     def _check_status(self, response: aiohttp.ClientResponse) -> None:
         status = response.status
@@ -272,6 +286,7 @@ class Client:
                     for _ in range(MAX_REDIRECTS + 1):
                         self._check_name(target)
                         async with self._get(target) as response:
+                            self._compare_clocks(response.headers)
                             if response.status in _REDIRECTS and "Location" in response.headers:
                                 target = _parsed(response.headers["Location"], target)
                                 continue
@@ -388,7 +403,9 @@ def _retry_after(headers: Mapping[str, str]) -> float:
     until, now = _timestamp(text), _timestamp(headers.get("Date", ""))
     if until is None:
         return 0.0
-    return max(0.0, until - (time.time() if now is None else now))  # by the server's clock: ours may be wrong
+    if now is None:  # our clock may be wrong, so the host is not to be left for this
+        return min(max(0.0, until - time.time()), MAX_WAIT)
+    return max(0.0, until - now)
 
 
 def _timestamp(date: str) -> float | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, MutableSequence
 from pathlib import Path
 
 from megatron_lcl.data.corpus.scratch import unless_others
-from megatron_lcl.data.fetch.client import MAX_WAIT, Client, Outcome, Retry
+from megatron_lcl.data.fetch.client import MAX_CLOCK_ERROR, MAX_WAIT, Client, Outcome, Retry
 from megatron_lcl.data.fetch.plan import Plan, host_of
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS, MAX_OPEN_URLS, Job, Schedule, pause_before
 from megatron_lcl.data.fetch.settings import Settings
@@ -87,6 +87,8 @@ class Worker:
         """URLs whose host was not reached since any was, with the reason: dead, or tried again, once any is, or at the
         end"""
         self._held_hosts: set[str] = set()
+        self._bad_certificates = False
+        """whether any was found not to be valid"""
         self._reached_at = 0.0
         """event loop's time when a host was reached last, or the beginning"""
         self._witnesses: dict[str, str] = {}
@@ -116,6 +118,7 @@ class Worker:
         while True:
             await self._schedule.run()
             await self._check_network(at_once=True)
+            self._check_clock()
             self._release()
             if not self._open:
                 break  # else URLs are tried again, each once at most
@@ -165,6 +168,7 @@ class Worker:
             leave = outcome.row.reason
         if outcome.reached is False:
             host.failures += not outcome.alone
+            self._bad_certificates |= outcome.alone
             self._unreached(job, outcome.row.reason)
             if host.failures >= GIVE_UP:
                 for other in self._schedule.give_up(host):
@@ -217,6 +221,7 @@ class Worker:
             if not self._witnesses:
                 await asyncio.sleep(self._reached_at + OUTAGE_SECONDS - asyncio.get_running_loop().time())
             await self._check_network(at_once=True)
+            self._check_clock()
 
     async def _check_network(self, at_once: bool = False) -> None:
         """Where so many hosts were not reached for so long: UserError, unless one that gave an image answers again.
@@ -255,12 +260,30 @@ class Worker:
                 "marked as dead, and the same command goes on"
             )
 
+    def _clock_is_wrong(self) -> bool:
+        """Where certificates are not valid, that may be the reason; hosts by plain http answer all the same."""
+        error = self._client.clock_error
+        return self._bad_certificates and error is not None and abs(error) > MAX_CLOCK_ERROR
+
+    def _check_clock(self) -> None:
+        """UserError where it is to blame for what is held."""
+        if self._held and self._clock_is_wrong():
+            error = self._client.clock_error or 0.0
+            raise UserError(
+                f"certificates are not valid, and the clock of this machine is {abs(error) / 3600:,.0f} h "
+                f"{'ahead of' if error > 0 else 'behind'} those of the hosts that answer: set it. None of these URLs "
+                "is marked as dead, and the same command goes on"
+            )
+
     def _release(self) -> None:
         """The network is there: hosts that were not reached are dead.
 
-        Where they are as many as in an outage, it may have been away for a while: their URLs are tried once more.
+        Where they are as many as in an outage, it may have been away for a while: their URLs are tried once more. Where
+        the clock is wrong, all stay held.
         """
         self._reached_at = asyncio.get_running_loop().time()
+        if self._clock_is_wrong():
+            return
         was_away = len(self._held_hosts) >= OUTAGE_HOSTS
         self._held_hosts.clear()
         held, self._held, self._schedule.held = self._held, [], 0

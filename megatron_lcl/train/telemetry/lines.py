@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,12 @@ def set_metrics_aside(run: Path) -> str:
             saved = max((values["step"] for values in found if values and "checkpoint_bytes" in values), default=0)
     if not saved:
         return ""
-    stamp, renamed = time.strftime("%Y%m%d-%H%M%S", time.gmtime()), []
     measured = [run / name for names in _OF_RUN for name in names]
     measured += [file for files in _files_of_evaluate(run) if _last_step(files[-1]) is not None for file in files]
-    for old in (*measured, run / METRICS):  # the last one decides, and goes last
+    moment, renamed = time.strftime("%Y%m%d-%H%M%S", time.gmtime()), []
+    stamps = (f"{moment}-{number}" if number else moment for number in count())  # the clock may have been set back
+    stamp = next(stamp for stamp in stamps if not exists(path.with_stem(f"{path.stem}-{stamp}")))
+    for old in (*measured, path):  # the last one decides, and goes last
         with contextlib.suppress(*(_NOT_OURS if old.parent != run else (FileNotFoundError,))):
             renamed.append(old.rename(old.with_stem(f"{old.stem}-{stamp}")))
     *results, aside = renamed

@@ -182,7 +182,7 @@ class Telemetry:
         line = json.dumps({**values, "time": time.time(), "clock": time.monotonic()}) + "\n"
         written = self._attempt(lambda: self._file.write(line)) and self._attempt(self._file.flush)
         if written and not self._attempt(lambda: self._draw(values), Exception):
-            self._board = None  # its thread has ended; the next line opens another
+            self._board = None  # half of a record may end its file; the next line opens another
             written = False
         if written:
             self._fault = ""
@@ -211,7 +211,7 @@ class Telemetry:
         self._open_board(self.last_step + 1).write(values["step"], _numbers(values))
 
     def _attempt(self, action: Callable[[], Any], errors: type[Exception] = OSError) -> bool:
-        """Whether it was done. errors: of TensorBoard any, as it writes by TensorFlow where that is installed."""
+        """Whether it was done. errors: of TensorBoard any, as its package may raise others."""
         try:
             action()
         except errors as error:

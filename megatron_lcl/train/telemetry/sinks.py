@@ -12,6 +12,8 @@ import importlib.util
 import json
 import logging
 import os
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +25,7 @@ from urllib.request import url2pathname
 from megatron_lcl.config import Config, to_dict
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError, without_secrets
-from megatron_lcl.filesystem import exists
+from megatron_lcl.filesystem import exists, matching
 
 logger = logging.getLogger(__name__)
 FINISH_SECONDS = 50.0
@@ -33,6 +35,8 @@ _FOLDER = "folder"
 _IDS_LOCK = threading.Lock()
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 """what to install for each tracker"""
+_EVENTS = re.compile(r".*tfevents\.(\d+)")
+"""how the name of an event file begins"""
 
 
 class Sink(Protocol):
@@ -46,20 +50,41 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run folder."""
+    """Event files in the run folder, each behind those that are there.
+
+    TensorBoard reads them in the order of their names, and a file of a later start hides steps of those before it.
+    torch's SummaryWriter numbers them by the clock, which may be behind that of an earlier start.
+    """
 
     def __init__(self, run: Path, first_step: int) -> None:
         """first_step: of those to come; later ones that are there already are hidden."""
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        folder = run / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        there = (_EVENTS.match(path.name) for path in matching(folder, "*"))
+        number = max([int(time.time()), *(int(name[1]) + 1 for name in there if name)])
+        name = f"events.out.tfevents.{number:010}.{socket.gethostname()}.{os.getpid()}"
+        self._records: Any = RecordWriter((folder / name).open("xb"))
+        self._add(file_version="brain.Event:2")
+        self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        if numbers:
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+            self._add(step=step, summary=Summary(value=values))
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
+
+    def _add(self, **values: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._records.write(Event(wall_time=time.time(), **values).SerializeToString())
+        self._records.flush()
 
 
 class WeightsAndBiases:

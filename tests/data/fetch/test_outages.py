@@ -42,6 +42,9 @@ class Web:
 
     down = False
     """whether no host is reached, at once"""
+    ahead = 0.0
+    """seconds by which this machine's clock is; by a wrong one no certificate is valid, those of "bad…" are by none"""
+    clock_error: float | None = None
 
     def __init__(self, settings: Settings) -> None:
         self.asked = Counter[str]()
@@ -60,6 +63,9 @@ class Web:
             await asyncio.sleep(10)
             raise Retry("no connection", reached=False)
         await asyncio.sleep(1)
+        if url.startswith("https:") and (abs(self.ahead) > 3600 or "//bad" in url):
+            return Outcome(Row(url, "dead", "certificate not valid"), reached=False, alone=True)
+        self.clock_error = self.ahead
         if "//busy" in url:
             raise Retry("status 503")
         return Outcome(*image_of(url))
@@ -259,6 +265,25 @@ def test_network_is_away_for_less_than_a_minute(
     work_on(tmp_path, plan, 16, settings)
     assert reasons(tmp_path) == {"kept": len(urls), "no connection": len(dead)}
     assert max(asked[url] for url in dead) <= 2 * (1 + settings.retries)
+
+
+@pytest.mark.timeout(20)
+def test_a_host_by_plain_http_does_not_make_up_for_a_wrong_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer says that the clock is, and nothing is dead; or that it is not, but the certificates are."""
+    urls = [f"{host}.example/{k}" for host in ("https://a", "http://b", "https://bad") for k in range(2)]
+    plan = planned(tmp_path, urls, settings := dataclasses.replace(SETTINGS, shard_urls=9))
+    monkeypatch.setattr(Web, "ahead", -1e6)
+    (tmp_path / "dead").mkdir()
+    dead = planned(tmp_path / "dead", ["http://b.example/0", "http://dead.example/1"])
+    work_on(tmp_path / "dead", dead, 16)
+    assert reasons(tmp_path / "dead") == {"kept": 1, "no connection": 1}, "no certificate says otherwise"
+    with pytest.raises(UserError, match="valid, and the clock of this machine is 278 h behind those of the hosts"):
+        work_on(tmp_path, plan, 16, settings)
+    monkeypatch.setattr(Web, "ahead", -60.0)
+    work_on(tmp_path, plan, 16, settings)
+    assert reasons(tmp_path) == {"kept": 4, "certificate not valid": 2}
 
 
 def test_parts_that_are_not_at_their_end_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

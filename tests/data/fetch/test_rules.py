@@ -290,6 +290,8 @@ def east_of_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("Fri, 01 Jan 2100 00:01:00 GMT", "", 60),
         ("Fri, 01 Jan 2100 00:01:00 GMT", "today", 60),
         ("Fri Jan  1 00:01:00 2100", "", 60),
+        ("Fri, 01 Jan 2100 02:00:00 GMT", "", client.MAX_WAIT),  # our clock may be two hours behind
+        ("Fri, 01 Jan 2100 02:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT", 7200),
         ("soon", "Sun, 06 Nov 1994 08:49:37 GMT", 0),
         ("", "", 0),
     ],
@@ -299,6 +301,33 @@ def test_retry_after(until: str, date: str, seconds: float, monkeypatch: pytest.
     monkeypatch.setattr(time, "time", lambda: datetime(2100, 1, 1, tzinfo=UTC).timestamp())
     headers = {name: value for name, value in (("Retry-After", until), ("Date", date)) if value}
     assert client._retry_after(headers) == seconds
+
+
+def test_the_clock_is_compared_with_those_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that answer; what a cache gives was made as long ago as it says."""
+    said = iter(
+        ["", *(f"Sat, 01 Jan 2000 {of}" for of in ("12:00:00 GMT", "02:00:00 GMT", "05:00:00 GMT\r\nAge: 7200"))]
+    )
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        wanted = await reader.readuntil(b"\r\n\r\n")
+        date = "" if b"/robots.txt" in wanted else next(said)
+        head = f"HTTP/1.1 404 Not Found\r\nDate: {date}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode())
+        writer.close()
+
+    async def all() -> list[float | None]:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        monkeypatch.setattr(time, "time", lambda: datetime(2000, 1, 1, 8, tzinfo=UTC).timestamp())
+        async with Client(Settings(allow_private=True, timeout=20)) as fetching:
+            errors = []
+            for _ in range(4):
+                await fetching.fetch(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/1.png")
+                errors.append(fetching.clock_error)
+        server.close()
+        return errors
+
+    assert asyncio.run(all()) == [None, -4 * 3600, -4 * 3600, 3600]
 
 
 @pytest.mark.parametrize("agent", ["User-agent: bot{}", "useragent:{}", "  user  agent bot{}", "USER AGENT: {}*"])

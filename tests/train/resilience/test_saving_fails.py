@@ -20,7 +20,7 @@ from megatron_lcl.train.checkpoint import folder as checkpoint
 
 
 def without_tensorboard() -> None:
-    """Its thread, which writes whenever it has its turn, would meet the limits, too."""
+    """It would meet the limits, too."""
     from megatron_lcl.train.telemetry import sinks
 
     sinks.TensorBoard.write = lambda *_: None  # type: ignore[method-assign]

@@ -151,6 +151,16 @@ def test_metrics_of_a_run_without_its_checkpoints(names: list[str], tmp_path: Pa
     assert said.endswith(f"its lines are now in {aside}" + (f", results of evaluations in {results}" if names else ""))
 
 
+def test_metrics_of_one_second_are_all_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.gmtime", lambda: (2026, 10, 25, 1, 2, 3, 6, 298, 0))
+    written = [line(step, checkpoint_bytes=9) for step in (1, 2, 3)]
+    for lines in written:
+        (tmp_path / METRICS).write_bytes(lines)
+        set_metrics_aside(tmp_path)
+    names = [f"metrics-20261025-010203{number}.jsonl" for number in ("", "-1", "-2")]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict(zip(names, written, strict=True))
+
+
 def test_results_of_evaluate_are_set_aside_with_the_metrics(tmp_path: Path) -> None:
     """Which a run that begins anew would remove; those of other models, or of an earlier version, stay."""
     for name, step in (("a", 2), ("b", None)):

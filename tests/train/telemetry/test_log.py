@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tqdm.std
+from tensorboard.backend.event_processing import event_accumulator
 
 from megatron_lcl import config as configs
 from megatron_lcl.objectives.base import COUNTS
@@ -61,6 +62,29 @@ def test_what_follows_lines_that_were_dropped_is_in_the_file(goes_back: bool, tm
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 2, 3]
     assert time.time() - lines[-1]["time"] == pytest.approx(time.monotonic() - lines[-1]["clock"], abs=5)
+
+
+def test_a_clock_that_is_set_back_hides_no_step_in_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither after a rewind nor at a later start, as on a machine whose clock is behind."""
+    config = configs.load(None, {"train.output": str(tmp_path), "train.steps": "9", "train.progress": "false"})
+
+    def write(telemetry: Telemetry, first: int, last: int, value: float) -> None:
+        for step in range(first, last + 1):
+            telemetry.write({"step": step, "loss": value})
+
+    clock = 1e9 + 7200
+    monkeypatch.setattr(time, "time", lambda: clock)
+    with Telemetry(tmp_path, config, True, 0) as telemetry:
+        write(telemetry, 1, 4, 1.0)
+        clock -= 3600
+        telemetry.rewind(2)
+        write(telemetry, 3, 5, 2.0)
+    clock -= 3600
+    with Telemetry(tmp_path, config, True, 3) as telemetry:
+        write(telemetry, 4, 6, 3.0)
+        accumulator = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(event.step, event.value) for event in accumulator.Scalars("loss")]
+    assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 3.0), (5, 3.0), (6, 3.0)]
 
 
 @pytest.mark.parametrize("goes_back", [False, True])
