@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clocks import set_back
 from forks import fork_context
 from users import as_other, needs_root, shared_folder, succeeds
 
@@ -67,6 +69,7 @@ def test_a_process_that_nobody_has_asked_how_it_ended_has_left_its_folder(tmp_pa
 
 def test_one_in_use_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another machine, where nothing is written into it for a day."""
+    set_back(monkeypatch)
     monkeypatch.setattr(scratch, "_BEAT_SECONDS", 0.01)
     with scratch.scratch_folder(tmp_path) as folder:
         os.utime(folder, times=(1, 1))
@@ -76,6 +79,23 @@ def test_one_in_use_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(owners, "machine", lambda: "another")
         scratch.clear_dead(tmp_path)
         assert folder.exists()
+
+
+def test_what_is_repeated_is_not_after_the_end() -> None:
+    """A run has then given its lock file back, which would look like another's."""
+    began, done = threading.Event(), list[bool]()
+
+    def act() -> None:
+        began.set()
+        time.sleep(0.02)
+        done.append(True)
+
+    with scratch.repeating(0.001, act):
+        assert began.wait(60)
+    num_done = len(done)
+    assert num_done
+    time.sleep(0.005)
+    assert len(done) == num_done
 
 
 def test_one_that_cannot_be_looked_at_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
