@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 from megatron_lcl.data.corpus.files import sync, sync_all
-from megatron_lcl.data.corpus.owners import UNUSED_SECONDS, left_over, own_name
+from megatron_lcl.data.corpus.owners import left_over, own_name
 from megatron_lcl.data.storage.names import SCRATCH
 from megatron_lcl.errors import UserError, is_mendable
 from megatron_lcl.filesystem import GONE, below, exists, is_dir, matching
@@ -27,7 +27,8 @@ from megatron_lcl.interrupts import ENDING, deferring, ending_on_sigterm
 from megatron_lcl.processes import UNGUARDED, runs_script_again
 from megatron_lcl.waiting import wait_for
 
-_BEAT_SECONDS = UNUSED_SECONDS / 24
+_BEAT_SECONDS = 60.0
+"""so that one of a machine that was suspended for a day soon counts as used again"""
 _NEW, _REPLACED = "new", "replaced"
 """in the scratch folder of `whole_folder`: the new folder, until it has its name, and what it takes the place of"""
 _POLL_SECONDS = 0.2

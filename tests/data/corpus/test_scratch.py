@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,20 @@ def test_a_process_that_nobody_has_asked_how_it_ended_has_left_its_folder(tmp_pa
     scratch.clear_dead(tmp_path)
     process.join()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("ahead", [2e5, -2e5])
+def test_days_are_counted_by_the_clock_of_the_file_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    """ahead: seconds by which this machine's is."""
+    monkeypatch.setattr(owners, "time", SimpleNamespace(time=lambda: time.time() + ahead))
+    used, left = (tmp_path / f"scratch-{ANOTHER}-{number}-{'0' * 32}" for number in (1, 2))
+    used.mkdir()
+    left.mkdir()
+    os.utime(left, times=(time.time() - 90_000,) * 2)
+    scratch.clear_dead(tmp_path)
+    assert (used.exists(), left.exists()) == (True, False)
 
 
 def test_one_in_use_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
