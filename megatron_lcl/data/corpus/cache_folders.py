@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from megatron_lcl.data.corpus.owners import UNUSED_SECONDS
+from megatron_lcl.data.corpus.owners import UNUSED_SECONDS, now_in
 from megatron_lcl.data.corpus.scratch import lock_file
 from megatron_lcl.data.storage.blocks import disk_use
 from megatron_lcl.data.storage.open_files import allow_open_files
@@ -114,7 +114,7 @@ class Use:
         """
         if time.monotonic() - self._renewed > self._seconds:
             self._renewed = time.monotonic()
-            if age_of(self.folder) > self._seconds:
+            if age_of(self.folder, time.time()) > self._seconds:
                 with contextlib.suppress(OSError):  # deleted meanwhile, or another user's
                     os.utime(self.folder)
 
@@ -140,14 +140,14 @@ def in_use(folder: Path, unknown: bool) -> bool:
 def make_room(keep: Path, left: float, prefix: str) -> bool:
     """Delete folders beside `keep`, of a prefix, that nobody has used for a day until the others take up to `left`
     bytes; whether any was."""
-    others = []
+    others, now = [], now_in(keep.parent)
     for folder in matching(keep.parent, f"{prefix}*"):
         with contextlib.suppress(OSError):
             if folder != keep and is_dir(folder):
-                others.append((folder.stat().st_mtime, folder, disk_use(folder)))
+                others.append((age_of(folder, now), folder, disk_use(folder)))
     total = before = sum(size for *_, size in others)
-    for used, folder, size in sorted(others):
-        if total > left and time.time() - used > UNUSED_SECONDS and not in_use(folder, unknown=True):
+    for age, folder, size in sorted(others, reverse=True):
+        if total > left and age > UNUSED_SECONDS and not in_use(folder, unknown=True):
             gone = keep.with_name(prefix + uuid.uuid4().hex)  # so that what is left of one is not taken for whole
             with contextlib.suppress(OSError):
                 folder.rename(gone)
@@ -157,10 +157,14 @@ def make_room(keep: Path, left: float, prefix: str) -> bool:
     return total < before
 
 
-def age_of(path: Path) -> float:
-    """Seconds since a file or folder was changed or touched; infinite where it is gone."""
+def age_of(path: Path, now: float) -> float:
+    """Seconds between a file's or folder's time and `now`; infinite where it is gone.
+
+    A time to come says as little of use as one that is over: whoever set it had a wrong clock, and it may stay for
+    years.
+    """
     try:
-        return time.time() - path.stat().st_mtime
+        return abs(now - path.stat().st_mtime)
     except OSError:
         return float("inf")
 

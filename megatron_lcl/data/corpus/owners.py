@@ -4,8 +4,10 @@ that was killed can be told from what another writes."""
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -28,12 +30,28 @@ def own_name(prefix: str, suffix: str = "") -> str:
 def left_over(work: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
     """What is in a folder under an `own_name`, of a prefix and suffix, of a process that has ended; one of another
     machine has where nothing of it was written for UNUSED_SECONDS, as `scratch_folder` writes its time."""
+    now: float | None = None
     for path in matching(work, f"{glob.escape(prefix)}*{glob.escape(suffix)}"):
         if (owner := _OWNER.fullmatch(path.name.removeprefix(prefix).removesuffix(suffix))) is None:
             continue  # a user's
         its_machine, pid = owner[1], int(owner[2])
-        if not _alive(pid) if its_machine == machine() else time.time() - _written(path) > UNUSED_SECONDS:
+        if its_machine == machine():
+            ended = not _alive(pid)
+        else:
+            now = now_in(work) if now is None else now
+            ended = now - _written(path) > UNUSED_SECONDS
+        if ended:
             yield path
+
+
+def now_in(folder: Path) -> float:
+    """Seconds since 1970 by the clock that sets the times of new files in a folder, a file server's say, from which
+    this machine's may be far: to compare their times with. By this machine's where no file can be made."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def machine() -> str:
@@ -46,12 +64,12 @@ def machine() -> str:
 
 
 def _written(path: Path) -> float:
-    """When a file, or something in a folder, was last written, as seconds since 1970: now, where it changes while it is
-    looked at, or cannot be."""
+    """When a file, or something in a folder, was last written, as seconds since 1970; infinite, and so not long ago,
+    where it changes while it is looked at, or cannot be."""
     try:
         return max(each.lstat().st_mtime for each in (path, *below(path)))
     except OSError:
-        return time.time()
+        return math.inf
 
 
 def _alive(pid: int) -> bool:

@@ -19,14 +19,16 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 from megatron_lcl.data.corpus.files import sync, sync_all
-from megatron_lcl.data.corpus.owners import UNUSED_SECONDS, left_over, own_name
+from megatron_lcl.data.corpus.owners import left_over, own_name
 from megatron_lcl.data.storage.names import SCRATCH
 from megatron_lcl.errors import UserError, is_mendable
 from megatron_lcl.filesystem import GONE, below, exists, is_dir, matching
 from megatron_lcl.interrupts import ENDING, deferring, ending_on_sigterm
 from megatron_lcl.processes import UNGUARDED, runs_script_again
+from megatron_lcl.waiting import wait_for
 
-_BEAT_SECONDS = UNUSED_SECONDS / 24
+_BEAT_SECONDS = 60.0
+"""so that one of a machine that was suspended for a day soon counts as used again"""
 _NEW, _REPLACED = "new", "replaced"
 """in the scratch folder of `whole_folder`: the new folder, until it has its name, and what it takes the place of"""
 _POLL_SECONDS = 0.2
@@ -60,21 +62,22 @@ def kept_fresh(folder: Path, seconds: float) -> Iterator[None]:
 
 @contextmanager
 def repeating(seconds: float, action: Callable[[], None]) -> Iterator[None]:
-    """Call something every so many seconds, in a thread. Its OSErrors are passed over: a file may be gone meanwhile."""
-    ended = threading.Event()
+    """Call something every so many seconds, in a thread, and never after the end. Its OSErrors are passed over: a file
+    may be gone meanwhile."""
+    ended, calling = threading.Event(), threading.Lock()
 
     def repeat() -> None:
-        while not ended.wait(seconds):
-            with suppress(OSError):
-                action()
+        while not wait_for(ended, seconds):
+            with calling, suppress(OSError):
+                if not ended.is_set():
+                    action()
 
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
+    threading.Thread(target=repeat, daemon=True).start()
     try:
         yield
     finally:
-        ended.set()
-        thread.join()
+        with calling:  # the thread itself ends a little later
+            ended.set()
 
 
 def put_in_place(folder: Path, target: Path) -> None:

@@ -38,6 +38,7 @@ from megatron_lcl.data.corpus.cache_folders import (
     user_cache,
 )
 from megatron_lcl.data.corpus.files import replace_bytes, sync_all
+from megatron_lcl.data.corpus.owners import now_in
 from megatron_lcl.data.corpus.scratch import kept_fresh, lock_file, try_lock
 from megatron_lcl.errors import UserError, is_full
 from megatron_lcl.filesystem import GONE, exists, is_dir, matching
@@ -243,9 +244,9 @@ def trim(cache: Path, limit: float, keep: Path) -> None:
     to be unused for a day. Records and what was left by dead builders go when they are old. What only another user may
     delete stays, and counts.
     """
-    folders = []
+    folders, now = [], now_in(cache)
     for path in matching(cache, "*"):
-        age = age_of(path)
+        age = age_of(path, now)
         if not path.name.removeprefix(".").startswith(_SHARED) or age == float("inf"):
             continue
         if is_dir(path) and not path.suffix:

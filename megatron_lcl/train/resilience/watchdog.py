@@ -30,6 +30,7 @@ from megatron_lcl.train.resilience.faults import code_of, is_distributed, is_loc
 from megatron_lcl.train.resilience.signals import Stopped, leave
 from megatron_lcl.train.resilience.start import LOST
 from megatron_lcl.units import counted
+from megatron_lcl.waiting import wait_for
 
 PERIOD_SECONDS = 1.0
 SUSPICION_SECONDS = 8.0
@@ -222,7 +223,7 @@ class Watchdog:
         if is_distributed(error):  # `_end_on_fault` names the cause and ends this process
             self._set_phase(f"{self._state.doing}; a collective has failed", math.inf)
             self._suspicious = True
-            self._closing.wait(self.limit)
+            time.sleep(self.limit)
         self._closing.set()
         self._ends_with(error)
         self._state.ended = True
@@ -235,7 +236,7 @@ class Watchdog:
 
     def _publish_and_read(self) -> None:
         read = time.monotonic()
-        while not self._closing.wait(self.publish_period):
+        while not wait_for(self._closing, self.publish_period):
             try:
                 self._publish()
                 unseen = {_key(r): r for r in range(self.size) if r != self.rank and r not in self._others}
@@ -273,9 +274,9 @@ class Watchdog:
         self._store.set(_key(self.rank), json.dumps(state.__dict__))
 
     def _end_on_fault(self) -> None:
-        while not self._closing.wait(self.period):
+        while not wait_for(self._closing, self.period):
             fault = self._fault()
-            if fault and not self._closing.wait(3 * self.publish_period):  # until the others have seen it too
+            if fault and not wait_for(self._closing, 3 * self.publish_period):  # until the others have seen it too
                 name_nodes(fault.nodes, self.rank)
                 message = f"{fault.message}. Ending process {self.rank} at step {self._state.step}"
                 if self._error is not None and self._state.error:  # else nobody would see it

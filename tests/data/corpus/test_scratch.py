@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from clocks import set_back
 from forks import fork_context
 from users import as_other, needs_root, shared_folder, succeeds
 
@@ -65,8 +68,23 @@ def test_a_process_that_nobody_has_asked_how_it_ended_has_left_its_folder(tmp_pa
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("ahead", [2e5, -2e5])
+def test_days_are_counted_by_the_clock_of_the_file_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    """ahead: seconds by which this machine's is."""
+    monkeypatch.setattr(owners, "time", SimpleNamespace(time=lambda: time.time() + ahead))
+    used, left = (tmp_path / f"scratch-{ANOTHER}-{number}-{'0' * 32}" for number in (1, 2))
+    used.mkdir()
+    left.mkdir()
+    os.utime(left, times=(time.time() - 90_000,) * 2)
+    scratch.clear_dead(tmp_path)
+    assert (used.exists(), left.exists()) == (True, False)
+
+
 def test_one_in_use_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another machine, where nothing is written into it for a day."""
+    set_back(monkeypatch)
     monkeypatch.setattr(scratch, "_BEAT_SECONDS", 0.01)
     with scratch.scratch_folder(tmp_path) as folder:
         os.utime(folder, times=(1, 1))
@@ -76,6 +94,23 @@ def test_one_in_use_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(owners, "machine", lambda: "another")
         scratch.clear_dead(tmp_path)
         assert folder.exists()
+
+
+def test_what_is_repeated_is_not_after_the_end() -> None:
+    """A run has then given its lock file back, which would look like another's."""
+    began, done = threading.Event(), list[bool]()
+
+    def act() -> None:
+        began.set()
+        time.sleep(0.02)
+        done.append(True)
+
+    with scratch.repeating(0.001, act):
+        assert began.wait(60)
+    num_done = len(done)
+    assert num_done
+    time.sleep(0.005)
+    assert len(done) == num_done
 
 
 def test_one_that_cannot_be_looked_at_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

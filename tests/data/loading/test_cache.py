@@ -226,9 +226,15 @@ def test_consumed_chunks_go_whatever_the_limit(data: Data, monkeypatch: pytest.M
     assert [folder.is_dir() for folder in folders[:6]] == [False] * 4 + [True] * 2, "found through the records"
 
 
-def test_what_is_unused_longest_goes_first_and_dead_builders_leave_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0.0, 2e5, -2e5])
+def test_what_is_unused_longest_goes_first_and_dead_builders_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    """By the clock of the file server. ahead: seconds by which this machine's is."""
     now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + ahead)
     ages = {"documents-old": 90000, "documents-new": 80000, "packs-old": 3000, "packs-new": 400, "packs-now": 10}
+    ages |= {"documents-ahead": -99000, "packs-ahead": -2000}  # used when the clock was wrong
     ages |= {"packs-a.x.tmp": 90000, "packs-b.x.tmp": 80000, "packs-c.x.old": 10}
     for name, age in ages.items():
         (tmp_path / name).mkdir()
@@ -245,6 +251,13 @@ def test_what_is_unused_longest_goes_first_and_dead_builders_leave_nothing(tmp_p
     assert {p.name for p in tmp_path.iterdir()} == left - {"packs-new"}
 
 
+def test_a_time_to_come_is_renewed(tmp_path: Path) -> None:
+    (tmp_path / "file.json").touch()
+    os.utime(tmp_path, (time.time() + 1e7,) * 2)
+    using(tmp_path, "file.json")
+    assert tmp_path.stat().st_mtime < time.time() + 1e6
+
+
 def test_many_processes_seldom_touch_a_folder_that_never_looks_unused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +266,7 @@ def test_many_processes_seldom_touch_a_folder_that_never_looks_unused(
     clock = SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0])
     for module in (cache_module, cache_folders):
         monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(cache_module, "now_in", lambda _: now[0])
     utime = os.utime
 
     def touch(path: Path, times: None = None) -> None:

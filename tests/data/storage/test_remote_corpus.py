@@ -279,16 +279,18 @@ def without_locks(*_: Any) -> None:
 def test_what_is_read_from_is_not_deleted_for_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: Callable[..., None]
 ) -> None:
-    for name in ("used", "unused"):
+    ages = {"used": 2e5, "unused": 2e5, "ahead": -2e5}  # the last when the clock was wrong
+    for name in ages:
         (tmp_path / f"corpora-{name}").mkdir()
         (tmp_path / f"corpora-{name}" / "corpus.json").write_bytes(bytes(10_000))
     use = cache_folders.Use(tmp_path / "corpora-used", "corpus.json", 3600.0)
-    for name in ("used", "unused"):
-        os.utime(tmp_path / f"corpora-{name}", times=(time.time() - 2e5,) * 2)
+    for name, age in ages.items():
+        os.utime(tmp_path / f"corpora-{name}", times=(time.time() - age,) * 2)
     monkeypatch.setattr(fcntl, "flock", flock)
     make_room(tmp_path / "corpora-new", -1, "corpora-")
     assert (tmp_path / "corpora-used" / "corpus.json").exists()
-    assert (tmp_path / "corpora-unused").exists() == (flock is without_locks), "which cannot be known"
+    for name in ("unused", "ahead"):
+        assert (tmp_path / f"corpora-{name}").exists() == (flock is without_locks), "which cannot be known"
     del use
     make_room(tmp_path / "corpora-new", -1, "corpora-")
     assert (tmp_path / "corpora-used").exists() == (flock is without_locks)

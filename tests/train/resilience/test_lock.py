@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from audit_lines import read_audit
+from clocks import set_back
 from fleet import Fleet, alive, last_step, losses, train
 
 from megatron_lcl.errors import UserError
@@ -195,6 +196,7 @@ def test_a_run_that_is_ending_on_another_machine_is_waited_for(
 
 
 def test_who_has_the_run_folder_touches_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_back(monkeypatch)
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
     with lock_run_folder(tmp_path):
         os.utime(tmp_path / LOCK, (0, 0))

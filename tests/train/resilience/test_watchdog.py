@@ -22,6 +22,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from clocks import set_back
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,7 +72,7 @@ def test_many_processes_ask_the_store_few_questions(monkeypatch: pytest.MonkeyPa
 
     def turn() -> tuple[int, int]:
         store.questions = 0
-        with patch.object(watchdog._closing, "wait", side_effect=[False, True]):
+        with patch.object(watchdogs, "wait_for", side_effect=[False, True]):
             watchdog._publish_and_read()
         return store.questions, store.read
 
@@ -83,7 +84,7 @@ def test_many_processes_ask_the_store_few_questions(monkeypatch: pytest.MonkeyPa
     assert turn() == (1, 4095)
     assert turn() == (0, 4095)
     all_there = Watchdog(Axis(rank=7, size=4096), 600.0, 600.0, store=store)  # type: ignore[arg-type]
-    with patch.object(all_there._closing, "wait", side_effect=[False, True]):
+    with patch.object(watchdogs, "wait_for", side_effect=[False, True]):
         all_there._publish_and_read()
     assert store.questions == 1
 
@@ -102,7 +103,7 @@ def test_a_store_that_answers_slowly_is_not_gone(monkeypatch: pytest.MonkeyPatch
         faults.append(watchdog._fault())
         return check(keys)
 
-    with patch.object(store, "check", look), patch.object(watchdog._closing, "wait", side_effect=[False, True]):
+    with patch.object(store, "check", look), patch.object(watchdogs, "wait_for", side_effect=[False, True]):
         watchdog._publish_and_read()
     assert len(faults) > 2 * watchdog.limit, "seconds"
     assert set(faults) == {None}
@@ -310,7 +311,7 @@ class Process:
         whether the other thread is the next to run."""
         end, faults, turns = self.now + seconds, [], 0
 
-        def wait(_seconds: float) -> bool:
+        def wait(_closing: object = None, _seconds: float = 0.0) -> bool:
             nonlocal turns
             turns += 1
             if turns == 2 and not stop():
@@ -320,9 +321,9 @@ class Process:
             faults.append(self.watchdog._fault())
             return any(faults) or self.now >= end
 
-        with patch.object(self.watchdog._closing, "wait", wait):
+        with patch.object(watchdogs, "wait_for", wait):
             self.watchdog._publish_and_read()
-            while not wait(0.0):
+            while not wait():
                 pass
         return next(filter(None, faults), None)
 
@@ -403,6 +404,31 @@ def test_a_job_that_was_stopped_as_a_whole_goes_on(
         fault = process.run(process.watchdog.limit + 2 * process.watchdog.publish_period)
     assert fault is not None
     assert "process 0 died or its machine did: silent for 8 s" in fault.message
+
+
+@pytest.mark.timeout(60)
+def test_it_watches_on_when_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_back(monkeypatch)
+    looked, published = threading.Semaphore(0), threading.Semaphore(0)
+    store: Any = SimpleNamespace(
+        set=lambda *_: published.release(), check=lambda _: False, multi_get=lambda _: [], clone=lambda: store
+    )
+    watchdog = Watchdog(Axis(rank=0, size=2), 60.0, 60.0, store=store)
+    watchdog.period = watchdog.publish_period = 0.001
+    monkeypatch.setattr(watchdog, "_fault", lambda: looked.release())
+    with watchdog:
+        for _ in range(3):
+            looked.acquire()
+            published.acquire()
+
+
+@pytest.mark.timeout(60)
+def test_a_collective_that_failed_is_waited_for_when_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_back(monkeypatch)
+    watchdog = Watchdog(Axis(rank=0, size=2), 60.0, 60.0, store=SimpleNamespace(set=lambda *_: None))  # type: ignore[arg-type]
+    watchdog.limit = watchdog.publish_period = 0.001
+    watchdog.__exit__(dist.DistBackendError, dist.DistBackendError("a peer is gone"), None)
+    assert watchdog._suspicious
 
 
 def test_a_clock_that_is_looked_at_in_time_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
