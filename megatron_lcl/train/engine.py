@@ -26,7 +26,7 @@ from torch import nn
 
 from megatron_lcl.attention import Attention, choose_attention
 from megatron_lcl.config import Config
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.model.block import Block, Norm
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Head, layer_specs
@@ -35,7 +35,7 @@ from megatron_lcl.parallel.mesh import Axis, Mesh, join_processes, local_device
 from megatron_lcl.train.apex import fused_layer_norm
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, load_initial_weights
 from megatron_lcl.train.launch_store import LOOPBACK, open_store
-from megatron_lcl.train.layout import build_mesh, build_topology
+from megatron_lcl.train.layout import build_mesh, build_topology, check_layout
 from megatron_lcl.train.master_weights import update_log_scale
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups, rules_of
 from megatron_lcl.train.optimizers.pieces import partitions_of, tensors_of
@@ -64,6 +64,10 @@ def init_processes(config: Config) -> Mesh:
     """
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK}.items():
         os.environ.setdefault(name, value)
+    try:  # each for itself, before they meet: where the first one ends early, the others look for its store for minutes
+        check_layout(config, int(os.environ["WORLD_SIZE"]))
+    except UserError as error:
+        raise RunError(str(error)) from None
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
         os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
@@ -78,7 +82,7 @@ def init_processes(config: Config) -> Mesh:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # or DeepSpeed counts "devices" anew for each sum of ZeRO-3's gradients: it starts `numactl --hardware`
         if processes := os.environ.get("LOCAL_WORLD_SIZE"):
-            os.environ.setdefault("LOCAL_SIZE", processes)
+            os.environ["LOCAL_SIZE"] = processes
         keep_freed_memory()
     quiet_deepspeed()
     import deepspeed

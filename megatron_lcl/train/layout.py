@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import num_layers
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.parts import check_stages
@@ -108,12 +108,9 @@ def num_micro_batches(config: Config, data_parallel: int) -> int:
 def build_mesh(config: Config) -> Mesh:
     """The mesh of all processes, in the order of DeepSpeed's topology: pipeline, data, tensor, the last one fastest.
 
-    RunError where the config's layout does not fit the number of processes.
+    UserError where the config's layout does not fit the number of processes.
     """
-    try:
-        data = check_layout(config, dist.get_world_size())
-    except UserError as error:
-        raise RunError(str(error)) from None
+    data = check_layout(config, dist.get_world_size())
     topology = build_topology(config, data)
     lists = {
         "data": topology.get_axis_comm_lists("data"),

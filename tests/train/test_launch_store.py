@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 from ports import hold_port
 
+from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.errors import RunError
 from megatron_lcl.selftest.run import selftest
@@ -45,6 +46,15 @@ def test_a_loopback_address_that_is_down(number: int, monkeypatch: pytest.Monkey
     with pytest.raises(RunError, match=said):
         open_store(9)
     check_loopback("elsewhere.example")
+
+
+def test_a_layout_that_does_not_fit_is_said_before_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process would end as soon as it has joined; others, who then find no store, look for it for minutes."""
+    monkeypatch.setattr(engine, "open_store", lambda timeout: pytest.fail("looks for the store"))
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(RunError, match="2 processes cannot be divided into replicas of parallel.tensor = 4"):
+        engine.init_processes(configs.from_dict({"parallel": {"tensor": 4}}))
 
 
 def test_what_else_the_system_says_is_not_of_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
