@@ -53,7 +53,7 @@ def test_a_layout_that_does_not_fit_is_said_before_processes_meet(monkeypatch: p
     monkeypatch.setattr(engine, "open_store", lambda timeout: pytest.fail("looks for the store"))
     for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(RunError, match="2 processes cannot be divided into replicas of parallel.tensor = 4"):
+    with pytest.raises(RunError, match=r"2 processes cannot be divided into replicas of parallel\.tensor = 4"):
         engine.init_processes(configs.from_dict({"parallel": {"tensor": 4}}))
 
 
