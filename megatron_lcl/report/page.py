@@ -339,9 +339,15 @@ def _clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds)) + " UTC"
 
 
+def settings_of(config: Config) -> dict[str, Any]:
+    """A config by dotted name, for comparisons: what means the same is the same, whatever version wrote it."""
+    weights = {f"objective.{name}": value for name, value in objectives.own_weights(config).items()}
+    return fields.flat(configs.to_dict(configs.resolved(config))) | weights
+
+
 def changed_settings(config: Config) -> Iterator[tuple[str, str, str]]:
     """(name, value, default) of the settings that are not the defaults."""
-    own, default = (fields.flat(configs.to_dict(configs.resolved(c))) for c in (config, Config()))
+    own, default = map(settings_of, (config, Config()))
     for name, value in own.items():
         if value != default.get(name):
             yield name, text_of(value), text_of(default.get(name))

@@ -19,7 +19,6 @@ import numpy as np
 from markupsafe import Markup
 
 from megatron_lcl import config as configs
-from megatron_lcl import fields
 from megatron_lcl.config.results import NO_RESULT
 from megatron_lcl.convert.find import is_run, run_of
 from megatron_lcl.data.corpus.files import replace_text
@@ -29,7 +28,7 @@ from megatron_lcl.report.charts import NUM_STYLES, Line, chart, swatch
 from megatron_lcl.report.curves import CHANCE_OF, FOLDED, Spec, figure, specs_for
 from megatron_lcl.report.events import numbers
 from megatron_lcl.report.files import read_json
-from megatron_lcl.report.page import AREA, REPORT, template, text_of
+from megatron_lcl.report.page import AREA, REPORT, settings_of, template, text_of
 from megatron_lcl.report.page import link as link_to
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, HELDOUT
@@ -67,8 +66,7 @@ class Run:
     @classmethod
     def of(cls, folder: Path, metrics: Metrics | None = None) -> Run:
         """metrics: those read so far. UserError where it is no run folder, or its config is damaged."""
-        settings = fields.flat(configs.to_dict(configs.resolved(configs.load(folder / CONFIG))))
-        return cls(folder, settings, metrics or Metrics.of(folder))
+        return cls(folder, settings_of(configs.load(folder / CONFIG)), metrics or Metrics.of(folder))
 
     @property
     def steps(self) -> int:

@@ -11,16 +11,15 @@ import pytest
 from report.conftest import write_lines
 
 from megatron_lcl import config as configs
-from megatron_lcl import fields
 from megatron_lcl.cli import main
 from megatron_lcl.report.charts import BOTTOM, HEIGHT, TOP
+from megatron_lcl.report.page import changed_settings, settings_of
 from megatron_lcl.report.runs import Run, _lines, find_runs, group, write_runs_report
 from megatron_lcl.report.series import Metrics
 
 
 def run_of(tree: dict[str, Any]) -> Run:
-    settings = fields.flat(configs.to_dict(configs.from_dict(tree)))
-    return Run(Path("run"), settings, Metrics(run=None))  # type: ignore[arg-type]
+    return Run(Path("run"), settings_of(configs.from_dict(tree)), Metrics(run=None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +50,28 @@ def test_what_changes_no_result_makes_no_other_curve(tree: dict[str, Any]) -> No
 def test_what_changes_the_result_does(tree: dict[str, Any], name: str) -> None:
     one, other = group([run_of({}), run_of(tree)])
     assert list(one.shown) == list(other.shown) == [name]
+
+
+@pytest.mark.parametrize(
+    ("objective", "given", "differs"),
+    [
+        ("lcl", {"regression_weight": 1.0}, False),  # as earlier versions wrote
+        ("clip", {"contrastive_weight": 0.5}, False),
+        ("lcl", {"contrastive_weight": 0.1, "generation_weight": 1.0}, False),
+        ("emu", {"regression_weight": 1.0}, False),
+        ("emu", {"regression_weight": 2.0}, True),
+        ("lcl", {"contrastive_weight": 1.0}, True),
+        ("of a package that is not installed", {"contrastive_weight": 1.0}, True),
+    ],
+)
+def test_weights_are_compared_as_they_count(objective: str, given: dict[str, float], differs: bool) -> None:
+    """What the objective does not read, or publishes itself, is no difference."""
+    config = {"objective": {"name": objective, **given}}
+    groups = group([run_of({"objective": {"name": objective}}), run_of(config)])
+    shown = [f"objective.{name}" for name in given] if differs else []
+    assert [list(of_one.shown) for of_one in groups] == [shown] * (1 + differs)
+    changed = [name for name, *_ in changed_settings(configs.from_dict(config)) if name.endswith("_weight")]
+    assert changed == shown
 
 
 def test_groups_stand_in_the_order_of_what_differs() -> None:
