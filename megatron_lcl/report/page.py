@@ -30,6 +30,7 @@ from megatron_lcl.data.loading.blend import corpora_read
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.rules import NOT_COMPARABLE, called
 from megatron_lcl.filesystem import below, is_dir, is_file
 from megatron_lcl.report import charts
 from megatron_lcl.report.charts import short
@@ -135,6 +136,8 @@ class RunPage:
             marks=set(events),
             event_names=NAMES,
             evaluation=evaluation,
+            rules=called(rules) if len(rules := metrics.rules_with(evaluation)) > 1 else "",
+            not_comparable=NOT_COMPARABLE,
             heldout_tiles=list(_heldout_tiles(evaluation or {})),
             labeled=labeled,
             labeled_tiles=list(_labeled_tiles((labeled or {}).get("values") or {})),
