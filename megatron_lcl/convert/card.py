@@ -171,8 +171,10 @@ def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
         return ()
     if (numbers.pop("step", None), numbers.pop("average", None)) != (step_of(checkpoint), average_of(checkpoint)):
         return ()
-    counts = ", ".join(f"{numbers[what]:,} {what}" for what in ("documents", "images") if numbers.get(what))
-    data = Path(str(numbers.get("corpus", ""))).name + (f" ({counts})" if counts else "")
+    facts = [f"{numbers[what]:,} {what}" for what in ("documents", "images") if numbers.get(what)]
+    version = (numbers.get("rules") or {}).get("version")  # files of earlier versions have none
+    facts.append(f"version {version} of the rules" if version else "by the run's own data settings")
+    data = f"{Path(str(numbers.get('corpus', ''))).name} ({', '.join(facts)})"
     intervals = numbers.get("intervals") or {}
     dtype = numbers.get("dtype") or "not recorded"
     found = []

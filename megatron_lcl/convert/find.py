@@ -132,6 +132,11 @@ def step_in_run(folder: Path, checkpoint: Path) -> int | None:
 def read_config(checkpoint: Path) -> Config:
     """The config of the run that wrote a checkpoint folder. UserError where there is none, or it is none."""
     file = checkpoint / CONFIG
+    if is_file(checkpoint):
+        raise UserError(
+            f"{checkpoint} is a file without the config that is needed here; run `megatron-lcl import {checkpoint} "
+            "--output DIR` first, and name DIR"
+        )
     if not is_file(file):
         raise UserError(f"{checkpoint} has no {CONFIG}; name the run, one of its checkpoints, or what `import` wrote")
     tree = read_sections(file, "a config is a mapping of sections")

@@ -6,6 +6,7 @@ They are written with the results. Numbers of one corpus can be compared where t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_lcl.config import Config, Corpus, Data, Model
@@ -13,6 +14,12 @@ from megatron_lcl.data.loading.packing import max_sequences
 
 VERSION = 3
 """to be raised when what follows, or how a document is cut, changes"""
+OF_LINE = "heldout/rules"
+"""key of a line of metrics.jsonl that has held-out numbers: the version of the rules"""
+FIRST_OF_LINE = 3
+"""the first version that lines name; those of its first revisions are known by its chances"""
+NOT_COMPARABLE = "not to be compared (docs/evaluation.md, “Earlier versions”)"
+"""what is said of numbers by other versions"""
 
 _FIXED: dict[str, Any] = {
     "min_similarity": 0.24,
@@ -25,6 +32,18 @@ _FIXED: dict[str, Any] = {
     "seed": 0,
 }
 """fields of `data`; selection (which only sources with similarities have) is the reference's"""
+
+
+def version_of_line(line: Mapping[str, Any]) -> int | None:
+    """By which version of the rules a line of metrics.jsonl was measured that has held-out numbers; None: not recorded,
+    as in earlier revisions."""
+    version = line.get(OF_LINE, FIRST_OF_LINE if "heldout/context_to_image_chance_at_1" in line else None)
+    return version if isinstance(version, int) else None
+
+
+def called(versions: Iterable[int | None]) -> str:
+    """Versions of the rules in their order, for a message; None: not recorded."""
+    return ", then ".join("an unrecorded version" if v is None else f"version {v}" for v in versions)
 
 
 def heldout_rules(model: Model) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from megatron_lcl.objectives.base import Objective, Term, is_of_the_run
 from megatron_lcl.plugins import Plugins
 
 ENTRY_POINTS = "megatron_lcl.objectives"
+WEIGHTS = tuple(field.name for field in dataclasses.fields(Section) if field.name.endswith("_weight"))
+"""fields of the config's `objective` that weight its terms"""
 _PLUGINS = Plugins(
     ENTRY_POINTS,
     __name__,
@@ -103,9 +105,8 @@ def _faults(found: object) -> Iterator[str]:
     for name, given in tasks.items():
         if others := [task for task in given if task not in there_are]:
             yield f"{name} names the task {', '.join(map(repr, others))}; there are {', '.join(there_are)}"
-    known = [field.name for field in dataclasses.fields(Section) if field.name.endswith("_weight")]
-    if unknown := [name for name in found.published if name not in known]:
-        yield f"{own}.published names {', '.join(unknown)}; the config's `objective` has {', '.join(known)}"
+    if unknown := [name for name in found.published if name not in WEIGHTS]:
+        yield f"{own}.published names {', '.join(unknown)}; the config's `objective` has {', '.join(WEIGHTS)}"
 
 
 def _is_part(value: object, published: Collection[str]) -> bool:
@@ -131,6 +132,16 @@ def parts_of(config: Config) -> dict[str, float]:
         weights[f"{name} {number + 1}" if number else name] = float(weight)
         seen[name] += 1
     return weights
+
+
+def own_weights(config: Config) -> dict[str, float | None]:
+    """The weights of the config's `objective`, for comparisons: None where the objective does not read one, or where it
+    is what the objective publishes, set or not. {} where the objective is not installed here."""
+    if config.objective.name not in names():
+        return {}
+    published = objective_class(config.objective.name).published
+    set_ones = {name: getattr(config.objective, name) for name in WEIGHTS}
+    return {name: value if name in published and value != published[name] else None for name, value in set_ones.items()}
 
 
 def trained_by(config: Config) -> tuple[EvaluationTask, ...]:

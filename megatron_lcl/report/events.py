@@ -101,6 +101,7 @@ NAMES = {
     "rejected": "checkpoint rejected",
     "differ": "replicas differ",
     "weights": "initial weights",
+    "rules": "held-out rules",
     "health": "health",
     "stragglers": "slowest processes",
 }

@@ -30,6 +30,7 @@ from megatron_lcl.data.loading.blend import corpora_read
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.rules import NOT_COMPARABLE, called
 from megatron_lcl.filesystem import below, is_dir, is_file
 from megatron_lcl.report import charts
 from megatron_lcl.report.charts import short
@@ -135,6 +136,8 @@ class RunPage:
             marks=set(events),
             event_names=NAMES,
             evaluation=evaluation,
+            rules=called(rules) if len(rules := metrics.rules_with(evaluation)) > 1 else "",
+            not_comparable=NOT_COMPARABLE,
             heldout_tiles=list(_heldout_tiles(evaluation or {})),
             labeled=labeled,
             labeled_tiles=list(_labeled_tiles((labeled or {}).get("values") or {})),
@@ -339,9 +342,15 @@ def _clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds)) + " UTC"
 
 
+def settings_of(config: Config) -> dict[str, Any]:
+    """A config by dotted name, for comparisons: what means the same is the same, whatever version wrote it."""
+    weights = {f"objective.{name}": value for name, value in objectives.own_weights(config).items()}
+    return fields.flat(configs.to_dict(configs.resolved(config))) | weights
+
+
 def changed_settings(config: Config) -> Iterator[tuple[str, str, str]]:
     """(name, value, default) of the settings that are not the defaults."""
-    own, default = (fields.flat(configs.to_dict(configs.resolved(c))) for c in (config, Config()))
+    own, default = map(settings_of, (config, Config()))
     for name, value in own.items():
         if value != default.get(name):
             yield name, text_of(value), text_of(default.get(name))

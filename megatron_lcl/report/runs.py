@@ -19,23 +19,26 @@ import numpy as np
 from markupsafe import Markup
 
 from megatron_lcl import config as configs
-from megatron_lcl import fields
 from megatron_lcl.config.results import NO_RESULT
 from megatron_lcl.convert.find import is_run, run_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.rules import called
 from megatron_lcl.filesystem import is_dir, is_file, matching
 from megatron_lcl.report.charts import NUM_STYLES, Line, chart, swatch
 from megatron_lcl.report.curves import CHANCE_OF, FOLDED, Spec, figure, specs_for
 from megatron_lcl.report.events import numbers
 from megatron_lcl.report.files import read_json
-from megatron_lcl.report.page import AREA, REPORT, template, text_of
+from megatron_lcl.report.page import AREA, REPORT, settings_of, template, text_of
 from megatron_lcl.report.page import link as link_to
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, HELDOUT
 from megatron_lcl.units import plain
 
 TEMPLATE = "runs.html"
+RULES = "held-out rules"
+"""beside the settings: what held-out numbers of the same model depend on, too"""
+NOT_EVALUATED = "not evaluated"
 SEEDS = ("train.seed", "data.seed")
 FINAL = {
     "loss": "loss",
@@ -67,8 +70,7 @@ class Run:
     @classmethod
     def of(cls, folder: Path, metrics: Metrics | None = None) -> Run:
         """metrics: those read so far. UserError where it is no run folder, or its config is damaged."""
-        settings = fields.flat(configs.to_dict(configs.resolved(configs.load(folder / CONFIG))))
-        return cls(folder, settings, metrics or Metrics.of(folder))
+        return cls(folder, settings_of(configs.load(folder / CONFIG)), metrics or Metrics.of(folder))
 
     @property
     def steps(self) -> int:
@@ -84,6 +86,11 @@ class Run:
     def final(self) -> Mapping[str, float]:
         """The last value of each metric of the table."""
         return {name: value for name in FINAL if (value := self.last(name)) is not None}
+
+    @property
+    def rules(self) -> str:
+        """By which versions of their rules its held-out numbers were measured, in order; NOT_EVALUATED: it has none."""
+        return called(self.metrics.rules_with(read_json(self.folder / HELDOUT))) or NOT_EVALUATED
 
     def last(self, name: str) -> float | None:
         """A metric's last value; of a held-out number what `evaluate` wrote into the folder counts as the last."""
@@ -256,22 +263,27 @@ class RunsPage:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """The runs by their settings, seeds and what changes no result left out; in the order of what differs."""
-    by_settings: dict[str, list[Run]] = {}
+    """The runs by their settings, seeds and what changes no result left out, and by the rules of their held-out
+    numbers; in the order of what differs."""
+    by_settings: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         kept = {key: value for key, value in run.settings.items() if _is_compared(key)}
-        by_settings.setdefault(json.dumps(kept, sort_keys=True, default=str), []).append(run)
-    groups = list(by_settings.values())
-    keys = dict.fromkeys(key for run in runs for key in run.settings if _is_compared(key))
-    differing = [key for key in keys if len({text_of(of_one[0].settings.get(key)) for of_one in groups}) > 1]
-    groups.sort(key=lambda of_one: [_order(of_one[0].settings.get(key)) for key in differing])
+        same = by_settings.setdefault(json.dumps(kept, sort_keys=True, default=str), {})
+        same.setdefault(run.rules, []).append(run)
+    for same in by_settings.values():
+        if len(same) > 1 and NOT_EVALUATED in same:  # yet: it has nothing that would not fit
+            same[max(same.keys() - {NOT_EVALUATED})] += same.pop(NOT_EVALUATED)
+    groups = [
+        (of_one, {**of_one[0].settings, RULES: rules})
+        for same in by_settings.values()
+        for rules, of_one in same.items()
+    ]
+    keys = dict.fromkeys(key for _, facts in groups for key in facts if _is_compared(key))
+    differing = [key for key in keys if len({text_of(facts.get(key)) for _, facts in groups} - {NOT_EVALUATED}) > 1]
+    groups.sort(key=lambda of_one: [_order(of_one[1].get(key)) for key in differing])
     return [
-        Group(
-            of_one,
-            number,
-            {key: of_one[0].settings.get(key) for key in differing},
-        )
-        for number, of_one in enumerate(groups)
+        Group(of_one, number, {key: facts.get(key) for key in differing})
+        for number, (of_one, facts) in enumerate(groups)
     ]
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from megatron_lcl.evaluate.rules import FIRST_OF_LINE, NOT_COMPARABLE, OF_LINE, called, version_of_line
 from megatron_lcl.report.events import Event, Events, Log, audited
 from megatron_lcl.report.follow import ReadSoFar
 from megatron_lcl.report.slowest import Slowest
@@ -134,6 +135,10 @@ class Metrics:
     """between lines of the run's processes, without the time between two processes, or in which the machine slept"""
     _clock: float | None = None
     """of the last line"""
+    _evaluated: int = 0
+    """step of the last line with held-out numbers"""
+    rules: list[int | None] = field(default_factory=list)
+    """versions of the rules by which its held-out numbers were measured, in order; None: not recorded"""
     slowest: Slowest = field(default_factory=Slowest)
     num_damaged: int = 0
     """lines of metrics.jsonl that are no JSON object, and are passed over"""
@@ -212,6 +217,8 @@ class Metrics:
             line = _as_now(line)
         elif "loss_kernels" in line and step:
             self._event("resumed", step, time, f"a process of the run went on from step {step:,}")
+        elif any(name.startswith("heldout/") for name in line):
+            self._take_rules(step, time, version_of_line(line))
         if isinstance(found := line.get("hardware"), dict):
             self.hardware = found
         if "phase" in line:
@@ -241,6 +248,29 @@ class Metrics:
                 series = self.series[name] = Series()
             series.add(step, value)
 
+    def rules_with(self, result: Mapping[str, Any] | None) -> list[int | None]:
+        """`rules`, with those of the result that the last evaluation wrote into the run folder, if it is of no earlier
+        step than the last line."""
+        step = (result or {}).get("step")
+        if result is None or (step is not None and step < self._evaluated):
+            return self.rules
+        version = (result.get("rules") or {}).get("version")
+        # a line that does not name its version is of one before those that do: of this one, if that is as early
+        is_last = self.rules[-1:] == [None] and (version is None or version < FIRST_OF_LINE)
+        before = self.rules[:-1] if is_last else self.rules
+        return before if before[-1:] == [version] else [*before, version]
+
+    def _take_rules(self, step: int, time: float | None, version: int | None) -> None:
+        self._evaluated = step
+        if self.rules[-1:] == [version]:
+            return
+        if self.rules:
+            of_both = (
+                f"by {called([version])} of the rules of held-out evaluation, those before by {called(self.rules[-1:])}"
+            )
+            self._event("rules", step, time, f"held-out numbers from step {step:,} on are {of_both}: {NOT_COMPARABLE}")
+        self.rules.append(version)
+
     def _event(self, kind: str, step: int, time: float | None, text: str) -> None:
         self._events.add(Event(kind, step, time, text))
 
@@ -253,7 +283,7 @@ def _straggler(one: Mapping[str, Any]) -> str:
     return f"{who} last in {one.get('last')} of {one.get('of')} lines{behind}, in {one.get('phase')}"
 
 
-_NO_METRICS = frozenset({"step", "time", "clock", "phase", "num_bad_images_since"})
+_NO_METRICS = frozenset({"step", "time", "clock", "phase", "num_bad_images_since", OF_LINE})
 _AT_START = frozenset({"retain_bytes", "phase", "contrast_share", "loss_kernels"})
 """what lines have that a process writes before its first step or evaluation, or before a phase"""
 

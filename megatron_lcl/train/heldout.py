@@ -21,6 +21,7 @@ from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks
 from megatron_lcl.evaluate.heldout_results import write_heldout
 from megatron_lcl.evaluate.labeled import TASKS as LABELED_TASKS
 from megatron_lcl.evaluate.labeled import LabeledEvaluation, named_tasks, open_labeled, write_labeled
+from megatron_lcl.evaluate.rules import NOT_COMPARABLE, VERSION, called, version_of_line
 from megatron_lcl.model.activations import Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import broadcast_batches
@@ -28,6 +29,7 @@ from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.telemetry import Telemetry
+from megatron_lcl.train.telemetry.lines import last_line_with
 
 
 def check_heldout(config: Config) -> None:
@@ -74,6 +76,17 @@ def check_heldout(config: Config) -> None:
 def corpus_tasks(config: Config) -> tuple[EvaluationTask, ...]:
     """Those of `evaluate.tasks` that a held-out corpus is for."""
     return tuple(task for task in CORPUS_TASKS if task in config.evaluate.tasks)
+
+
+def other_rules(config: Config, step: int) -> Iterator[str]:
+    """A warning where the run, which goes on after `step`, has held-out numbers by another version of their rules."""
+    if config.train.evaluate_every and config.evaluate.corpus is not None:
+        last = last_line_with("heldout/", Path(config.train.output), step)
+        if last and (version := version_of_line(last)) != VERSION:
+            yield (
+                f"held-out numbers from here on are by version {VERSION} of the rules of held-out evaluation, those of "
+                f"step {last['step']} by {called([version])}: {NOT_COMPARABLE}"
+            )
 
 
 class _Interrupted(Exception):
@@ -160,7 +173,7 @@ class HeldOutMeter:
         of = f" of {average}" if average else ""
         self.telemetry.say(f"held out{of}, after step {step}: {measured}")
         seconds = time.perf_counter() - started
-        numbers = {**result.numbers(), "seconds": seconds}
+        numbers = {**result.numbers(), "rules": result.rules["version"], "seconds": seconds}
         result = replace(result, average=average, dtype=resolve_dtype(self.config))
         self._write(step, lambda run: write_heldout(run, result, examples), "heldout", numbers)
 

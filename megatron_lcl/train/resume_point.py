@@ -37,6 +37,7 @@ from megatron_lcl.train.fastest import kept_kernels
 from megatron_lcl.train.finished import has_all_steps, has_last_evaluation
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.forks import stop_forkserver
+from megatron_lcl.train.heldout import other_rules
 from megatron_lcl.train.memory import Memory, available, slots_of
 from megatron_lcl.train.resilience.faults import node
 from megatron_lcl.train.resilience.lock import holder_of, lock_run_folder, sees_lock
@@ -98,7 +99,11 @@ class Origin:
         is_other = begins_other_blend(self.previous, self.ledger)
         # else corpora have been moved, or stand in another order, or all weights are larger
         without = found.without_effect if is_other else (*found.without_effect, CORPORA)
-        return replace(found, blend=blend, without_effect=without, new_loss=found.new_loss or is_other)
+        found = replace(found, blend=blend, without_effect=without, new_loss=found.new_loss or is_other)
+        is_own = self.folder.parent.resolve() == (Path(config.train.output) / CHECKPOINTS).resolve()
+        if is_own and not (self.finished and has_last_evaluation(config)):
+            found = replace(found, warnings=(*found.warnings, *other_rules(config, self.progress.step)))
+        return found
 
 
 def open_origin(folder: Path | None, config: Config, is_own: bool) -> Origin:

@@ -102,11 +102,11 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
         "image_to_context_recall_at_10": 0.5, "chance_at_10": 0.25, "median_rank": None, "bits_per_token": 3.0,
         "context_to_image_recall_at_1": 0.25, "chance_at_1": 0.125,
         "image_in_document_recall_at_1": 0.75, "chance_in_document": 0.5, "pairs_with_rivals": 4,
-        "intervals": {"image_to_context_recall_at_10": [0.375, 0.625]},
+        "intervals": {"image_to_context_recall_at_10": [0.375, 0.625]}, "rules": {"version": 2},
     }  # fmt: skip
     (tmp_path / "run" / "heldout.json").write_text(json.dumps(heldout))
     card = card_of(checkpoint)
-    of = ("held-out documents", "manual (5 documents, 8 images)")
+    of = ("held-out documents", "manual (5 documents, 8 images, version 2 of the rules)")
     old = "not recorded"  # in files of earlier versions
     assert card.metrics == (
         Measured(*of, "image to context recall@10", 0.5, (0.375, 0.625), 0.25, "7 pairs", dtype=old),
@@ -130,6 +130,9 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     }
     (tmp_path / "run" / "heldout.json").write_text(json.dumps({**heldout, "dtype": "bfloat16"}))
     assert {measured.dtype for measured in card_of(checkpoint).metrics} == {"bfloat16"}
+    (tmp_path / "run" / "heldout.json").write_text(json.dumps({**heldout, "rules": {}}))
+    before_rules = "manual (5 documents, 8 images, by the run's own data settings)"
+    assert {measured.data for measured in card_of(checkpoint).metrics} == {before_rules}
     first, second = card.datasets
     assert first.startswith("manual: format html, package gimp-help-en, license GFDL (documents 1,234, pieces 1,234, ")
     assert first.endswith(f"), fingerprint {manual}")
@@ -145,7 +148,7 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     assert read.metrics == ["perplexity", "recall"]  # neither counts nor chance
     assert read.eval_results is None  # of data that is not on the Hub
     row = "image to context recall@10 | 0.5 | 0.375 – 0.625 | 0.25 | 7 pairs | not recorded |"
-    assert f"| held-out documents | manual (5 documents, 8 images) | {row}" in text
+    assert f"| held-out documents | {of[1]} | {row}" in text
 
 
 NOT_HERE = "the corpus is not here, so its manifest is not quoted"

@@ -16,7 +16,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config
 from megatron_lcl.convert.export import export, export_model, import_checkpoint, save_checkpoint
-from megatron_lcl.convert.find import checkpoints_in, find_checkpoint, run_of
+from megatron_lcl.convert.find import checkpoints_in, find_checkpoint, read_config, run_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.checkpoint.folder import resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
@@ -51,6 +51,8 @@ def test_what_a_path_means(run: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     file = tmp_path / "lcl.pt"
     file.touch()
     assert find_checkpoint(file) == file
+    with pytest.raises(UserError, match=f"{file} .* run `megatron-lcl import {file} --output DIR` first"):
+        read_config(file)
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=f"{path}.* is not a run folder"):
             run_of(path)

@@ -479,7 +479,7 @@ def test_unfinished_work_of_another_setting_is_refused(tmp_path: Path, monkeypat
             curate(source, tmp_path / "out", rules(text__min_words="6"))
     record = json.loads((tmp_path / "out" / WORK / "recipe.json").read_text())
     assert record["unfinished"] == 3  # as in earlier releases, though preprocess has another by now
-    with pytest.raises(UserError, match="unfinished corpus of other input, options or version"):
+    with pytest.raises(UserError, match=r"another unfinished corpus \(different: thresholds\); remove"):
         curate(source, tmp_path / "out", rules(text__min_words="7"))
     curate(source, tmp_path / "out", rules(text__min_words="6"))
     assert not (tmp_path / "out" / WORK).exists()

@@ -59,6 +59,7 @@ def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, l
     result, examples = evaluate_heldout(load_model(run), config, folder / "heldout", progress=False)
     for name, value in result.numbers().items():
         assert measured[-1][f"heldout/{name}"] == pytest.approx(value, rel=1e-5), name
+    assert [line["heldout/rules"] for line in measured] == [result.rules["version"]] * 2
     bad = [name for line in lines for name in line.get("bad_images", ())]
     assert f"an image is skipped, {bad[0]} (" in said
     assert said.count("2 held-out images do not decode, first ") == 2

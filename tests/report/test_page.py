@@ -81,6 +81,23 @@ def test_chance_among_thousands_of_pairs_is_not_nothing(run: Path) -> None:
     assert ">30 contexts<" in said
 
 
+def test_held_out_numbers_by_other_rules_are_told_apart(run: Path) -> None:
+    """The version is named, or is 3, whose lines had chances of their own before they named it."""
+    marks = [{"heldout/context_to_image_chance_at_1": 0.1}, {"heldout/rules": 3}, {"heldout/rules": 3}]
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.writelines(json.dumps({"step": step, **mark}) + "\n" for step, mark in enumerate(marks, 201))
+    (run / "heldout.json").write_text(
+        json.dumps({"documents": 9, "corpus": "/nowhere", "step": 203, "rules": {"version": 3}})
+    )
+    page = write_report(run).read_text()
+    said = "not to be compared (docs/evaluation.md, “Earlier versions”)"
+    before = "by version 3 of the rules of held-out evaluation, those before by an unrecorded version"
+    assert section(page, "events").count(f"held-out numbers from step 201 on are {before}: {said}") == 1
+    assert f"This run has numbers by an unrecorded version, then version 3: {said}." in section(page, "heldout")
+    assert "heldout rules" not in section(page, "curves"), "a version is no curve"
+    assert Run.of(run).incidents.endswith("1 × held-out rules, 1 × step skipped, 1 × rewind")
+
+
 def test_nodes_are_told_by_how_often_others_waited_for_them(run: Path) -> None:
     """Over all parts of a run: of 190 lines, with the mean of how far behind."""
     page = write_report(run).read_text()

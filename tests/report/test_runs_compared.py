@@ -11,16 +11,15 @@ import pytest
 from report.conftest import write_lines
 
 from megatron_lcl import config as configs
-from megatron_lcl import fields
 from megatron_lcl.cli import main
 from megatron_lcl.report.charts import BOTTOM, HEIGHT, TOP
+from megatron_lcl.report.page import changed_settings, settings_of
 from megatron_lcl.report.runs import Run, _lines, find_runs, group, write_runs_report
 from megatron_lcl.report.series import Metrics
 
 
 def run_of(tree: dict[str, Any]) -> Run:
-    settings = fields.flat(configs.to_dict(configs.from_dict(tree)))
-    return Run(Path("run"), settings, Metrics(run=None))  # type: ignore[arg-type]
+    return Run(Path("run"), settings_of(configs.from_dict(tree)), Metrics(run=None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +50,28 @@ def test_what_changes_no_result_makes_no_other_curve(tree: dict[str, Any]) -> No
 def test_what_changes_the_result_does(tree: dict[str, Any], name: str) -> None:
     one, other = group([run_of({}), run_of(tree)])
     assert list(one.shown) == list(other.shown) == [name]
+
+
+@pytest.mark.parametrize(
+    ("objective", "given", "differs"),
+    [
+        ("lcl", {"regression_weight": 1.0}, False),  # as earlier versions wrote
+        ("clip", {"contrastive_weight": 0.5}, False),
+        ("lcl", {"contrastive_weight": 0.1, "generation_weight": 1.0}, False),
+        ("emu", {"regression_weight": 1.0}, False),
+        ("emu", {"regression_weight": 2.0}, True),
+        ("lcl", {"contrastive_weight": 1.0}, True),
+        ("of a package that is not installed", {"contrastive_weight": 1.0}, True),
+    ],
+)
+def test_weights_are_compared_as_they_count(objective: str, given: dict[str, float], differs: bool) -> None:
+    """What the objective does not read, or publishes itself, is no difference."""
+    config = {"objective": {"name": objective, **given}}
+    groups = group([run_of({"objective": {"name": objective}}), run_of(config)])
+    shown = [f"objective.{name}" for name in given] if differs else []
+    assert [list(of_one.shown) for of_one in groups] == [shown] * (1 + differs)
+    changed = [name for name, *_ in changed_settings(configs.from_dict(config)) if name.endswith("_weight")]
+    assert changed == shown
 
 
 def test_groups_stand_in_the_order_of_what_differs() -> None:
@@ -139,6 +160,50 @@ def test_a_held_out_result_of_the_last_measured_step_or_a_later_one_counts(
     write_lines(tmp_path / "run", [{"step": 5, "heldout/median_rank": 9.0}])
     (tmp_path / "run/heldout.json").write_text(json.dumps({"median_rank": 7.0, "step": step}))
     assert Run.of(tmp_path / "run").last("heldout/median_rank") == expected
+
+
+def evaluated(folder: Path, *versions: int | None, n: int = 0, **result: Any) -> Path:
+    """A run with a held-out number by each of these versions of the rules; result: what `evaluate` wrote there."""
+    name = "heldout/image_to_context_recall_at_10"
+    lines = [{"step": step, name: step / 10, "heldout/rules": version} for step, version in enumerate(versions, 1)]
+    lines = [{key: value for key, value in line.items() if value is not None} for line in lines]
+    write_lines(folder, [*lines, {"step": 9, "loss": 1.0}], **{"train.seed": str(n)})
+    if result:
+        (folder / "heldout.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_numbers_by_other_rules_are_another_line(tmp_path: Path) -> None:
+    runs = [evaluated(tmp_path / f"s/{n}", *of, n=n) for n, of in enumerate(((3, 3), (2, 2), (3, 3), (), (2, 3)))]
+    groups = group([*map(Run.of, runs)])
+    assert [(of_one.label, [run.folder.name for run in of_one.runs]) for of_one in groups] == [
+        ("held-out rules version 2", ["1"]),
+        ("held-out rules version 2, then version 3", ["4"]),
+        ("held-out rules version 3", ["0", "2", "3"]),  # the last one is not evaluated yet
+    ]
+    (one,) = group([Run.of(runs[n]) for n in (0, 2, 3)])
+    assert not one.shown
+    other = Run.of(write_lines(tmp_path / "s/other", [{"step": 1, "loss": 1.0}], 1))  # not evaluated is no other rule
+    assert {key for of_one in group([Run.of(runs[0]), other]) for key in of_one.shown} == {"optimizer.lr"}
+
+
+@pytest.mark.parametrize(
+    ("versions", "step", "rules", "said"),
+    [
+        ((), 5, {"version": 2}, "version 2"),
+        ((3,), None, {"version": 4}, "version 3, then version 4"),
+        ((3, 3), 1, {"version": 2}, "version 3"),  # of an earlier step than the last line
+        ((3, 3), 2, {"version": 3}, "version 3"),
+        ((None,), 1, {"version": 2}, "version 2"),  # as the run itself wrote it
+        ((None,), 1, {"version": 3}, "an unrecorded version, then version 3"),  # as a later release did
+        ((None,), 1, {}, "an unrecorded version"),
+    ],
+)
+def test_the_rules_of_a_result_count_as_its_numbers_do(
+    tmp_path: Path, versions: tuple[int | None, ...], step: int | None, rules: dict[str, int], said: str
+) -> None:
+    run = evaluated(tmp_path / "run", *versions, step=step, rules=rules)
+    assert Run.of(run).rules == said
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from megatron_lcl.train.checkpoint.folder import Layout, Progress, choose, progr
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checks import check_output, check_readable
 from megatron_lcl.train.dryrun import dry_run, find_origin
+from megatron_lcl.train.heldout import other_rules
 from megatron_lcl.train.resume_point import ledger_from, open_origin
 
 STEP = 4
@@ -110,6 +111,30 @@ def test_other_corpora_are_named(corpora: list[str], mine: Path, tmp_path: Path)
     moved = config_of(tmp_path, shutil.copytree(mine, tmp_path / "moved"))
     found = open_origin(folder, moved, True).changes(moved)
     assert (found.blend, found.new_loss) == (None, False)
+
+
+def test_held_out_numbers_by_other_rules_are_told(corpora: list[str], tmp_path: Path) -> None:
+    config = config_of(tmp_path, corpora[0], train__evaluate_every=2, evaluate__corpus=corpora[1])
+    origin = open_origin(saved(config), config, True)
+    for lines, said in (
+        ([{"step": 2, "heldout/rules": 2}, {"step": 4, "heldout/rules": 3}, {"step": 4, "loss": 1.0}], None),
+        ([{"step": 4, "heldout/context_to_image_chance_at_1": 0.1}], None),  # by version 3, before lines named it
+        ([{"step": 4, "loss": 1.0}], None),
+        ([{"step": 2, "heldout/rules": 3}, {"step": 4, "heldout/median_rank": 9.0}], "an unrecorded version"),
+        # the line of step 5 goes at this resume
+        ([{"step": 4, "heldout/rules": 2}, {"step": 5, "heldout/rules": 3}], "version 2"),
+    ):
+        (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        told = [*other_rules(config, STEP)]
+        found = [re.sub(".* those of step 4 by (.*): not to be compared .*", r"\1", line) for line in told]
+        assert found == [said] * bool(said)
+    assert [*origin.changes(config).lines()] == [f"warning: {told[0]}"]
+    assert not [*other_rules(configs.replace(config, evaluate__corpus=None, train__evaluate_every=0), STEP)]
+    made = configs.replace(config, train__steps=STEP)  # and evaluated: no numbers are to come
+    assert replace(origin, finished=True).changes(made).warnings == ()
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere")
+    elsewhere = configs.replace(config, train__output=str(tmp_path / "elsewhere"))  # a curve of its own
+    assert origin.changes(elsewhere).warnings == ()
 
 
 @pytest.mark.parametrize("steps", [STEP, 100])

@@ -66,10 +66,16 @@ def is_finished_corpus(folder: Path, recipe: Mapping[str, Any], version: int, ne
         return True
     if record is not None:
         theirs = record.pop(_VERSION, None)
-        if record != ours:
+        other = [key for key in record | ours if key not in record or key not in ours or record[key] != ours[key]]
+        if other == ["rules"]:
             raise UserError(
-                f"{folder} holds an unfinished corpus of other input, options or version; remove it or give "
-                "a new folder"
+                f"{folder} holds an unfinished corpus by another version's rules; the release that began it can finish "
+                "it, or remove it, or give a new folder"
+            )
+        if other:
+            raise UserError(
+                f"{folder} holds another unfinished corpus (different: {', '.join(other)}); remove it or give a new "
+                "folder"
             )
         if theirs != version:
             raise UserError(

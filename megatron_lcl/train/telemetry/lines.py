@@ -133,6 +133,18 @@ def measured_after(run: Path, step: int) -> set[str]:
     return names
 
 
+def last_line_with(prefix: str, run: Path, step: int) -> dict[str, Any] | None:
+    """The last line of metrics.jsonl up to a step that has numbers whose names begin so; None where there is none."""
+    path, last, begin = run / METRICS, None, f'"{prefix}'.encode()
+    if exists(path):
+        with path.open("rb") as lines:
+            for line in lines:
+                values = _values(line) if begin in line else None
+                if values is not None and values["step"] <= step:
+                    last = values
+    return last
+
+
 def _values(line: bytes) -> dict[str, Any] | None:
     """What a line says, with its `step`; None where it was cut off in writing."""
     with contextlib.suppress(ValueError):

@@ -184,7 +184,7 @@ def test_work_goes_on_with_the_same_weights_and_tokenizer_only(
         patch.setattr("megatron_lcl.curate.run._finish", fails)
         with pytest.raises(RuntimeError):
             curate(source, out, given)
-    refused = "unfinished corpus of other input, options or version"
+    refused = r"another unfinished corpus \(different: thresholds\)"
     train(2)
     with pytest.raises(UserError, match=refused):
         curate(source, out, given)

@@ -395,7 +395,7 @@ def test_of_two_commands_at_once_one_has_the_folder(
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     monkeypatch.setattr(unfinished, "claim", overtaken)
-    with pytest.raises(ValueError, match="unfinished corpus of other input, options or version"):
+    with pytest.raises(ValueError, match=r"another unfinished corpus \(different: layout\)"):
         preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
     assert any((output / WORK).glob("part-*"))
 
