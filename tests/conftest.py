@@ -135,7 +135,8 @@ def launched_by_none() -> Iterator[None]:
     have trained, and from the fixtures of the next module, which are set up before this one."""
 
     def forget() -> None:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"):
+        of_processes = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+        for name in (*of_processes, "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"):
             os.environ.pop(name, None)
 
     forget()

@@ -82,7 +82,7 @@ class ModelSource:
         if spec.seed is not None:
             model, config = untrained_model(spec.name, spec.seed)
         else:
-            model, config = load_model(Path(spec.name)), read_config(Path(spec.name))
+            config, model = read_config(Path(spec.name)), load_model(Path(spec.name))
         return model.to(self.devices[number % len(self.devices)]).eval(), config
 
 

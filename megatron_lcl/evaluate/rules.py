@@ -36,8 +36,9 @@ _FIXED: dict[str, Any] = {
 
 def version_of_line(line: Mapping[str, Any]) -> int | None:
     """By which version of the rules a line of metrics.jsonl was measured that has held-out numbers; None: not recorded,
-    as in earlier revisions."""
-    version = line.get(OF_LINE, FIRST_OF_LINE if "heldout/context_to_image_chance_at_1" in line else None)
+    as in earlier revisions. Versions before the first that lines name differ in the numbers of pairs only."""
+    is_older = "heldout/chance_at_10" in line and "heldout/context_to_image_chance_at_10" not in line
+    version = line.get(OF_LINE, None if is_older else FIRST_OF_LINE)
     return version if isinstance(version, int) else None
 
 

@@ -136,10 +136,11 @@ def parts_of(config: Config) -> dict[str, float]:
 
 def own_weights(config: Config) -> dict[str, float | None]:
     """The weights of the config's `objective`, for comparisons: None where the objective does not read one, or where it
-    is what the objective publishes, set or not. {} where the objective is not installed here."""
-    if config.objective.name not in names():
+    is what the objective publishes, set or not. {} where the objective cannot be used here."""
+    try:
+        published = objective_class(config.objective.name).published
+    except UserError:
         return {}
-    published = objective_class(config.objective.name).published
     set_ones = {name: getattr(config.objective, name) for name in WEIGHTS}
     return {name: value if name in published and value != published[name] else None for name, value in set_ones.items()}
 

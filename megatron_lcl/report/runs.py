@@ -272,7 +272,8 @@ def group(runs: Sequence[Run]) -> list[Group]:
         same.setdefault(run.rules, []).append(run)
     for same in by_settings.values():
         if len(same) > 1 and NOT_EVALUATED in same:  # yet: it has nothing that would not fit
-            same[max(same.keys() - {NOT_EVALUATED})] += same.pop(NOT_EVALUATED)
+            more = same.pop(NOT_EVALUATED)
+            max(same.values(), key=len).extend(more)
     groups = [
         (of_one, {**of_one[0].settings, RULES: rules})
         for same in by_settings.values()

@@ -44,6 +44,7 @@ def run_case(
     config = case.config()
     torch.set_float32_matmul_precision("highest")  # no TF32: it would be far over the bounds
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case.processes)}
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(case.processes))
     os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
     meet(store, rank, case.processes, timeout)
     join_processes(store, rank, case.processes, timedelta(seconds=timeout))

@@ -64,11 +64,12 @@ def init_processes(config: Config) -> Mesh:
     """
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK}.items():
         os.environ.setdefault(name, value)
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     try:  # each for itself, before they meet: where the first one ends early, the others look for its store for minutes
-        check_layout(config, int(os.environ["WORLD_SIZE"]))
+        check_layout(config, size)
     except UserError as error:
         raise RunError(str(error)) from None
-    if os.environ["WORLD_SIZE"] == "1":
+    if size == 1:
         os.environ.setdefault("MASTER_PORT", "0")
         os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
     if torch.cuda.is_available():
@@ -91,7 +92,7 @@ def init_processes(config: Config) -> Mesh:
     if not dist.is_initialized():  # before DeepSpeed, whose store would listen at all addresses of the machine
         # a second run of the same processes would find the first one's keys, where that one's store goes on
         store = dist.PrefixStore(f"run {next(_RUNS)}", open_store(default_pg_timeout.total_seconds()))
-        join_processes(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), default_pg_timeout)
+        join_processes(store, int(os.environ["RANK"]), size, default_pg_timeout)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return build_mesh(config)
 

@@ -371,7 +371,7 @@ def test_documents_of_other_names_are_another_corpus(
         patch.setattr(run, "_finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             curate(source, tmp_path / "new", given)
-    with pytest.raises(UserError, match="unfinished corpus of other input"):
+    with pytest.raises(UserError, match=r"another unfinished corpus \(different: names\)"):
         curate(tmp_path / "other", tmp_path / "new", given)
     # an earlier release did not record them
     manifest = read_manifest(tmp_path / "out")

@@ -83,7 +83,7 @@ def test_chance_among_thousands_of_pairs_is_not_nothing(run: Path) -> None:
 
 def test_held_out_numbers_by_other_rules_are_told_apart(run: Path) -> None:
     """The version is named, or is 3, whose lines had chances of their own before they named it."""
-    marks = [{"heldout/context_to_image_chance_at_1": 0.1}, {"heldout/rules": 3}, {"heldout/rules": 3}]
+    marks = [{"heldout/context_to_image_chance_at_10": 0.1}, {"heldout/rules": 3}, {"heldout/rules": 3}]
     with (run / "metrics.jsonl").open("a") as lines:
         lines.writelines(json.dumps({"step": step, **mark}) + "\n" for step, mark in enumerate(marks, 201))
     (run / "heldout.json").write_text(

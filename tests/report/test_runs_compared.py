@@ -165,7 +165,10 @@ def test_a_held_out_result_of_the_last_measured_step_or_a_later_one_counts(
 def evaluated(folder: Path, *versions: int | None, n: int = 0, **result: Any) -> Path:
     """A run with a held-out number by each of these versions of the rules; result: what `evaluate` wrote there."""
     name = "heldout/image_to_context_recall_at_10"
-    lines = [{"step": step, name: step / 10, "heldout/rules": version} for step, version in enumerate(versions, 1)]
+    lines = [
+        {"step": step, name: step / 10, "heldout/chance_at_10": 0.1, "heldout/rules": version}
+        for step, version in enumerate(versions, 1)
+    ]
     lines = [{key: value for key, value in line.items() if value is not None} for line in lines]
     write_lines(folder, [*lines, {"step": 9, "loss": 1.0}], **{"train.seed": str(n)})
     if result:

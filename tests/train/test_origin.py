@@ -118,9 +118,10 @@ def test_held_out_numbers_by_other_rules_are_told(corpora: list[str], tmp_path: 
     origin = open_origin(saved(config), config, True)
     for lines, said in (
         ([{"step": 2, "heldout/rules": 2}, {"step": 4, "heldout/rules": 3}, {"step": 4, "loss": 1.0}], None),
-        ([{"step": 4, "heldout/context_to_image_chance_at_1": 0.1}], None),  # by version 3, before lines named it
+        ([{"step": 4, "heldout/context_to_image_chance_at_10": 0.1}], None),  # by version 3, before lines named it
         ([{"step": 4, "loss": 1.0}], None),
-        ([{"step": 2, "heldout/rules": 3}, {"step": 4, "heldout/median_rank": 9.0}], "an unrecorded version"),
+        ([{"step": 4, "heldout/bits_per_token": 9.0}], None),  # the same by all
+        ([{"step": 2, "heldout/rules": 3}, {"step": 4, "heldout/chance_at_10": 0.1}], "an unrecorded version"),
         # the line of step 5 goes at this resume
         ([{"step": 4, "heldout/rules": 2}, {"step": 5, "heldout/rules": 3}], "version 2"),
     ):

@@ -76,8 +76,9 @@ def repeating(seconds: float, action: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        ended.set()
         with calling:  # the thread itself ends a little later
-            ended.set()
+            pass
 
 
 def put_in_place(folder: Path, target: Path) -> None:

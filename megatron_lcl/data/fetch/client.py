@@ -48,7 +48,7 @@ MAX_RULES = 1_000_000
 """lines of a robots.txt, each counted once for every agent of its group, as Protego keeps it"""
 MAX_WAIT = 600.0
 """seconds; a host that asks by Retry-After or Crawl-delay to wait longer is not asked again"""
-MAX_CLOCK_ERROR = 3600.0
+MAX_CLOCK_ERROR = 86_400.0
 """seconds; a clock that differs by more from those of all hosts that say the time is wrong"""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TEMPORARY = (408, 429, 500, 502, 503, 504)

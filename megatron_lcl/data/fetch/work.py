@@ -117,8 +117,8 @@ class Worker:
         self._next_part = next_part
         while True:
             await self._schedule.run()
-            await self._check_network(at_once=True)
             self._check_clock()
+            await self._check_network(at_once=True)
             self._release()
             if not self._open:
                 break  # else URLs are tried again, each once at most
@@ -217,11 +217,13 @@ class Worker:
         Not where so many URLs are held of so many hosts: without a network, all of the plan would be in memory before
         the time has passed after which that is said. Fewer hosts are in few parts, as no two parts share one.
         """
-        if len(self._held) >= MAX_OPEN_URLS and len(self._held_hosts) >= OUTAGE_HOSTS:
+        if len(self._held) < MAX_OPEN_URLS:
+            return
+        self._check_clock()
+        if len(self._held_hosts) >= OUTAGE_HOSTS:
             if not self._witnesses:
                 await asyncio.sleep(self._reached_at + OUTAGE_SECONDS - asyncio.get_running_loop().time())
             await self._check_network(at_once=True)
-            self._check_clock()
 
     async def _check_network(self, at_once: bool = False) -> None:
         """Where so many hosts were not reached for so long: UserError, unless one that gave an image answers again.

@@ -69,8 +69,8 @@ def is_finished_corpus(folder: Path, recipe: Mapping[str, Any], version: int, ne
         other = [key for key in record | ours if key not in record or key not in ours or record[key] != ours[key]]
         if other == ["rules"]:
             raise UserError(
-                f"{folder} holds an unfinished corpus by another version's rules; the release that began it can finish "
-                "it, or remove it, or give a new folder"
+                f"{folder} holds an unfinished corpus by another version's rules; finish it with the release that "
+                "began it, remove it, or give a new folder"
             )
         if other:
             raise UserError(

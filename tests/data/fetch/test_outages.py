@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pytest
 from data.fetch.faulty_server import serving
@@ -284,6 +285,33 @@ def test_a_host_by_plain_http_does_not_make_up_for_a_wrong_clock(
     monkeypatch.setattr(Web, "ahead", -60.0)
     work_on(tmp_path, plan, 16, settings)
     assert reasons(tmp_path) == {"kept": 4, "certificate not valid": 2}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("at_most", [10, 1000])
+def test_a_wrong_clock_is_said_before_all_is_held(
+    at_most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not taken for a network that is away, where a host gave an image while the clock was right."""
+    for module in (work, schedule):
+        monkeypatch.setattr(module, "MAX_OPEN_URLS", at_most)
+    monkeypatch.setattr(Web, "ahead", 1e6)
+    held: list[str] = []
+    unreached, initialize = work.Worker._unreached, work.Worker.__init__
+
+    def begin(self: work.Worker, *arguments: Any, **options: Any) -> None:
+        initialize(self, *arguments, **options)
+        self._witness("old.example", "https://old.example/kept")
+
+    monkeypatch.setattr(work.Worker, "__init__", begin)
+    monkeypatch.setattr(work.Worker, "_unreached", lambda self, job, why: held.append(why) or unreached(self, job, why))
+    urls = [f"http://b{k}.example/0" for k in range(30)] + [
+        f"https://a{k}.example/{j}" for k in range(60) for j in "ab"
+    ]
+    plan = planned(tmp_path, urls, settings := dataclasses.replace(SETTINGS, shard_urls=5))
+    with pytest.raises(UserError, match="the clock of this machine is 278 h ahead of"):
+        work_on(tmp_path, plan, 16, settings)
+    assert len(held) < 60 if at_most == 10 else len(held) == 120
 
 
 def test_parts_that_are_not_at_their_end_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

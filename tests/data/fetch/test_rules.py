@@ -305,9 +305,8 @@ def test_retry_after(until: str, date: str, seconds: float, monkeypatch: pytest.
 
 def test_the_clock_is_compared_with_those_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all that answer; what a cache gives was made as long ago as it says."""
-    said = iter(
-        ["", *(f"Sat, 01 Jan 2000 {of}" for of in ("12:00:00 GMT", "02:00:00 GMT", "05:00:00 GMT\r\nAge: 7200"))]
-    )
+    days = ("Fri, 14", "Mon, 03", "Sat, 08")
+    said = iter(["", *(f"{day} Jan 2000 00:00:00 GMT" + "\r\nAge: 86400" * (day == days[-1]) for day in days)])
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         wanted = await reader.readuntil(b"\r\n\r\n")
@@ -318,7 +317,7 @@ def test_the_clock_is_compared_with_those_of_hosts(monkeypatch: pytest.MonkeyPat
 
     async def all() -> list[float | None]:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        monkeypatch.setattr(time, "time", lambda: datetime(2000, 1, 1, 8, tzinfo=UTC).timestamp())
+        monkeypatch.setattr(time, "time", lambda: datetime(2000, 1, 10, tzinfo=UTC).timestamp())
         async with Client(Settings(allow_private=True, timeout=20)) as fetching:
             errors = []
             for _ in range(4):
@@ -327,7 +326,7 @@ def test_the_clock_is_compared_with_those_of_hosts(monkeypatch: pytest.MonkeyPat
         server.close()
         return errors
 
-    assert asyncio.run(all()) == [None, -4 * 3600, -4 * 3600, 3600]
+    assert asyncio.run(all()) == [None, -4 * 86_400, -4 * 86_400, 86_400]
 
 
 @pytest.mark.parametrize("agent", ["User-agent: bot{}", "useragent:{}", "  user  agent bot{}", "USER AGENT: {}*"])

@@ -203,7 +203,7 @@ def test_an_unfinished_run_of_earlier_rules_is_not_continued(
     monkeypatch.setattr(HtmlImporter, "rules", 1)  # a recipe without them, as earlier versions wrote it
     preprocess("html", site, tmp_path / "out", tokenizer="clip", job=(0, 2), task_bytes=1)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="by another version's rules; the release that began it can finish it"):
+    with pytest.raises(ValueError, match="by another version's rules; finish it with the release that began it"):
         preprocess("html", site, tmp_path / "out", tokenizer="clip", job=(1, 2), task_bytes=1)
 
 
