@@ -305,7 +305,7 @@ def test_a_wrong_clock_is_said_before_all_is_held(
 
     monkeypatch.setattr(work.Worker, "__init__", begin)
     monkeypatch.setattr(work.Worker, "_unreached", lambda self, job, why: held.append(why) or unreached(self, job, why))
-    urls = [f"http://b{k}.example/0" for k in range(30)] + [
+    urls = [f"http://busy{k}.example/0" for k in range(30)] + [
         f"https://a{k}.example/{j}" for k in range(60) for j in "ab"
     ]
     plan = planned(tmp_path, urls, settings := dataclasses.replace(SETTINGS, shard_urls=5))
