@@ -419,13 +419,13 @@ def test_retrieval_tells_chance_and_takes_equal_captions_as_one_text(tmp_path: P
         def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
             return torch.eye(4)[[words[text] for text in texts]]
 
-    captions = (("a", "b"), ("a",), ("c", "d"), ("d",))
-    features = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]], np.float32)
-    data = ImageSet("x", blobs(tmp_path, "abcd"), captions=captions)
+    captions = (("a", "b"), ("a",), ("c", "d"))
+    features = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1]], np.float32)
+    data = ImageSet("x", blobs(tmp_path, "abc"), captions=captions)
     metrics = retrieval(Perfect(), data, features).metrics  # type: ignore[arg-type]
     assert all(metric.value == 1 for metric in metrics.values())
-    assert metrics["image → text recall@1"].chance == pytest.approx((2 + 1 + 2 + 1) / 4 / 4)  # own of 4 texts
-    assert metrics["text → image recall@1"].chance == pytest.approx((2 + 1 + 1 + 2) / 4 / 4)  # own of 4 images
+    assert metrics["image → text recall@1"].chance == pytest.approx((2 + 1 + 2) / 3 / 4)  # own of 4 texts
+    assert metrics["text → image recall@1"].chance == pytest.approx((2 + 1 + 1 + 1) / 4 / 3)  # own of 3 images
     assert metrics["image → text recall@5"].chance == 1
 
 

@@ -332,12 +332,13 @@ def test_what_is_set_from_outside_stays(monkeypatch: pytest.MonkeyPatch) -> None
     assert bound["LOCAL_RANK"] == "0"  # Slurm shows the task nothing but its own GPU
 
 
-HOSTS = ("n1", "n1,n2", "gpu[003-005,9],login", "gpu[9,003-005]", "rack[1-2]-node[07-12]", "a-1,b[1-2]", "x[5]y")
+HOSTS = ("n1", "n1,n2", "gpu[003-005,9],login", "gpu[9,003-005]", "rack[1-2]-node[07-12]", "a-1,b[8-11]", "x[5]y")
 
 
 def test_hosts_of_a_list() -> None:
     assert [hosts(nodes)[0] for nodes in HOSTS] == ["n1", "n1", "gpu003", "gpu9", "rack1-node07", "a-1", "x5y"]
     assert hosts("gpu[003-004,9],login") == ["gpu003", "gpu004", "gpu9", "login"]
+    assert hosts("n[8-11]") == ["n8", "n9", "n10", "n11"]
     assert hosts("r[1-2]n[09-10]") == ["r1n09", "r1n10", "r2n09", "r2n10"]
     with pytest.raises(ValueError, match="names no node"):
         hosts("")

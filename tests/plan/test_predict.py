@@ -227,6 +227,9 @@ def test_the_network_and_the_optimizer_take_their_bytes() -> None:
         alone = predict(config, 1, 1, rates_of(memory=1e6), IMAGES)
         stepped = num_parameters(config.model, frozen_parameters(config))
         assert alone.optimizer == alone.seconds == pytest.approx(stepped * each / 1e6)
+        # each of four replicas steps its quarter, and adds two micro-batches instead of eight to all
+        shared = ADAM_BYTES / 4 + 2 * (GRADIENT_PASSES * 4 + SUM_BYTES)
+        assert predict(config, 4, 4, rates_of(memory=1e6), IMAGES).optimizer == pytest.approx(stepped * shared / 1e6)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

@@ -227,6 +227,8 @@ def test_what_each_setting_saves() -> None:
     recompute = {"strategy": "recompute"}
     stages = [total(contrast=recompute, zero={"stage": stage}) for stage in (1, 2, 3)]
     assert stages == sorted(stages, reverse=True)
+    weights = [estimate(configs.from_dict({**BIG, "zero": {"stage": stage}}), 8).parameters for stage in (1, 2)]
+    assert weights[0] == weights[1], "whole until ZeRO-3"
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])

@@ -114,6 +114,24 @@ def test_what_is_repeated_is_not_after_the_end() -> None:
     assert len(done) == num_done
 
 
+def test_another_users_process_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert owners._alive(os.getpid())
+
+
+def test_a_name_that_cannot_be_taken_is_an_error(tmp_path: Path) -> None:
+    """Only another process's folder may be there in its place."""
+    for name in ("own", "other"):
+        (tmp_path / name / "file").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError):
+        scratch.take_name(tmp_path / "own", tmp_path / "none" / "name")
+    scratch.take_name(tmp_path / "own", tmp_path / "other")
+    assert (tmp_path / "own").exists()
+
+
 def test_one_that_cannot_be_looked_at_is_not_taken_for_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / f"scratch-{ANOTHER}-1-{'0' * 32}"
     (folder / "below").mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 import zipfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_lcl.data.fetch import urls
 from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.storage import paths
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.paths import WINDOW, path_of
 from megatron_lcl.data.storage.store import Store
@@ -226,6 +228,12 @@ def test_the_objects_that_were_listed_are_read(s3: Proxy, place: str, tmp_path: 
         Store(place).put(name, (tmp_path / "in" / name).read_bytes() + b"\n")
         with pytest.raises(BaseException, match="was replaced while it was read"):
             list(importer.documents(unit, Drops()))
+
+
+def test_another_process_is_given_the_version_of_an_object() -> None:
+    """Else it would read, without a word, what has taken the object's place."""
+    path = paths._with_about("s3://bucket/folder/object", (3, "tag"))
+    assert pickle.loads(pickle.dumps(path)).about == (3, "tag")
 
 
 def test_what_cannot_be_read_is_said(s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

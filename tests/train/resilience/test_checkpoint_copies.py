@@ -169,6 +169,11 @@ def test_a_copy_is_complete_or_not_there(place: str, tmp_path: Path, monkeypatch
     assert mirror.complete() == ["step-00000010", "step-00000013", "step-00000014"], "the last one may be another's"
     mirror.upload(saved(tmp_path / "back", 13), keep, reached=14)  # the run has gone back from step 14
     assert mirror.complete() == ["step-00000010", "step-00000013"]
+    gone: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(type(mirror.store), "delete", lambda self, names: gone.extend(names))
+        mirror._delete(["step-00000013"])
+    assert gone[0] == "step-00000013/manifest.json" != gone[-1], "what is left of an interrupted deletion is no copy"
     assert {name.split("/")[0] for name, _ in Store(place).list()} == {"other", *mirror.complete()}
     Store(place).put("step-00000013/model.safetensors", b"damaged")
     with pytest.raises(UserError, match=r"step-00000013 is later than .*step-00000010, .* remove .*checkpoints; to go"):
