@@ -116,7 +116,7 @@ def test_tars_beside_the_file_are_of_the_input(tmp_path: Path) -> None:
     assert create("coco", tmp_path / "in", None, {}).signature() != first
     # with --images the recipe has the tars by that, and earlier corpora are recognized
     assert create("coco", tmp_path / "in/a.json", tmp_path / "in", {}).signature() == given
-    with pytest.raises(UserError, match="unfinished corpus of other input"):
+    with pytest.raises(UserError, match=r"another unfinished corpus \(different: input\)"):
         preprocess("coco", tmp_path / "in", tmp_path / "out", job=(0, 2), **jobs)  # type: ignore[arg-type]
     documents = documents_of(create("coco", tmp_path / "in", None, {}))[0]
     assert plain(documents) == [[(picture(k), None, None), str(k)] for k in range(4)]
