@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -146,7 +145,8 @@ def _settings(config: Config) -> dict[str, Any]:
     settings = flat(to_dict(resolved(config)), lists=True)
     if config.objective.name not in objectives.names():  # of a package that is not installed here
         return settings
-    kept = {name: value for name, value in settings.items() if not re.fullmatch(r"objective\.\w+_weight", name)}
+    all_weights = {f"objective.{name}" for name in objectives.WEIGHTS}
+    kept = {name: value for name, value in settings.items() if name not in all_weights}
     return kept | {f"objective.{name}": value for name, value in objectives.create(config).weights.items()}
 
 

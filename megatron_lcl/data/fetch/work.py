@@ -262,15 +262,15 @@ class Worker:
                 "marked as dead, and the same command goes on"
             )
 
-    def _clock_is_wrong(self) -> bool:
-        """Where certificates are not valid, that may be the reason; hosts by plain http answer all the same."""
-        error = self._client.clock_error
-        return self._bad_certificates and error is not None and abs(error) > MAX_CLOCK_ERROR
+    def _clock_error(self) -> float:
+        """Seconds by which our clock is ahead, where that may be why certificates are not valid, though hosts by plain
+        http answer; else 0."""
+        error = self._client.clock_error or 0.0
+        return error if self._bad_certificates and abs(error) > MAX_CLOCK_ERROR else 0.0
 
     def _check_clock(self) -> None:
         """UserError where it is to blame for what is held."""
-        if self._held and self._clock_is_wrong():
-            error = self._client.clock_error or 0.0
+        if self._held and (error := self._clock_error()):
             raise UserError(
                 f"certificates are not valid, and the clock of this machine is {abs(error) / 3600:,.0f} h "
                 f"{'ahead of' if error > 0 else 'behind'} those of the hosts that answer: set it. None of these URLs "
@@ -284,7 +284,7 @@ class Worker:
         the clock is wrong, all stay held.
         """
         self._reached_at = asyncio.get_running_loop().time()
-        if self._clock_is_wrong():
+        if self._clock_error():
             return
         was_away = len(self._held_hosts) >= OUTAGE_HOSTS
         self._held_hosts.clear()
