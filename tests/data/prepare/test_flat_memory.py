@@ -20,9 +20,9 @@ from megatron_lcl.data.prepare.importers import create, hf, html, html_repeats
 from megatron_lcl.data.prepare.importers.files import Names
 
 PNG = picture(0, 70, 66)
-SIZES = (100, 400)
+SIZES = (300, 900)  # from some 300 pages on, what is kept of the last ones is full
 BYTES_A_PAGE = 200
-"""measured: 45 to 80; where each page's path, images and hashes were kept, 690 to 1,070"""
+"""measured: 50 to 77; where each page's path, images and hashes were kept, 690 to 1,070"""
 
 
 def html_pages(folder: Path, number: int, suffix: str = ".html", page: str = "<p>{k} a word<img src={k}.png>") -> None:
