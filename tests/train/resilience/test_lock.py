@@ -150,11 +150,14 @@ def refused(*_: Any) -> None:
 
 
 class OtherMachine:
-    """Another machine's run, which touches the lock file at every heartbeat and after so many of them has ended in
-    order. It stands in for the module `time`: the clock goes on while one sleeps, and only then."""
+    """Another machine's run, which touches the lock file late, after two and a half heartbeats, and has ended in order
+    when it has touched it so many times. It stands in for the module `time`: the clock goes on while one sleeps, and
+    only then."""
 
-    def __init__(self, file: Path, heartbeats: float) -> None:
-        self.file, self.heartbeats, self.now, self.killed = file, heartbeats, 0.0, False
+    every = 2.5 * lock.HEARTBEAT_SECONDS
+
+    def __init__(self, file: Path, touches: float) -> None:
+        self.file, self.touches, self.now, self.killed = file, touches, 0.0, False
         file.write_text("process 7 on another")
 
     def monotonic(self) -> float:
@@ -162,8 +165,8 @@ class OtherMachine:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
-        number = int(self.now / lock.HEARTBEAT_SECONDS)
-        if number > self.heartbeats:
+        number = int(self.now / self.every)
+        if number > self.touches:
             self.file.write_text("")
         elif not self.killed:
             os.utime(self.file, (number, number))
@@ -188,10 +191,10 @@ def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
 def test_a_run_that_is_ending_on_another_machine_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    other = OtherMachine(tmp_path / LOCK, heartbeats=5)
+    other = OtherMachine(tmp_path / LOCK, touches=2)
     monkeypatch.setattr(lock, "time", other)
     with lock_run_folder(tmp_path):
-        assert other.now > 5 * lock.HEARTBEAT_SECONDS
+        assert other.now > 2 * other.every
     assert "in use by process 7 on another; waiting up to 30 s" in capfd.readouterr().err
 
 
