@@ -32,6 +32,7 @@ from megatron_lcl.data.corpus import remote as module
 from megatron_lcl.data.corpus.cache_folders import make_room
 from megatron_lcl.data.corpus.remote import Remote, open_remote
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.ahead import _THREADS
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.pages import inspect
@@ -199,11 +200,12 @@ def test_what_is_queued_is_not_read_once_the_batches_are_closed(
 ) -> None:
     """Else a run that fails would read on before its process ends."""
     upload(local, place)
-    ahead, asked, closed = Blocks.ahead, [], threading.Event()
+    ahead, asked, held, closed = Blocks.ahead, [], threading.Semaphore(0), threading.Event()
 
     def waiting(self: Blocks, ranges: Any, turn: int) -> None:
         asked.append(turn)
         if turn and self.name.startswith("images"):
+            held.release()
             assert closed.wait(60)
         ahead(self, ranges, turn)
 
@@ -211,6 +213,8 @@ def test_what_is_queued_is_not_read_once_the_batches_are_closed(
     before = set(threading.enumerate())
     batches = iter(loader(place, tmp_path / "cache", look_ahead=24, steps=100))
     next(batches)
+    for _ in range(_THREADS):  # else one may have taken what was queued, and not have asked yet
+        assert held.acquire(timeout=60)
     batches.close()  # type: ignore[attr-defined]
     begun = len(asked)
     closed.set()
