@@ -78,6 +78,8 @@ def test_rules_of_images(tmp_path: Path) -> None:
         (6, 1, "image.max_side"), (7, 1, "image.formats"),
     ]  # fmt: skip
     assert counts(found)["image.min_side"] == (0, 2, 0)
+    captions = {s["document"]: s["parts"][0]["caption"] for s in found.samples}
+    assert captions[1] == "149 × 150, PNG"
     assert found.before == {"texts": 8, "images": 8, "documents": 8}
     assert found.after == {"texts": 8, "images": 2, "documents": 8}
 
@@ -231,6 +233,7 @@ def test_names_languages_and_lists(tmp_path: Path) -> None:
     (tmp_path / "stop").write_text("the\nin\nwhile\n")
     texts = (english, german, "Old mill mill.")
     source = write(tmp_path, [Document((Text(text), Image(picture(k)))) for k, text in enumerate(texts)])
+    packages = {"document__min_language": {"lingua-language-detector"}, "document__min_stop_words": {"stop-words"}}
     one_of_three = {"document__min_language": "0.9", "language__among": "[de, en, fr]"}
     chosen: tuple[tuple[dict[str, str], list[tuple[int, int]]], ...] = (
         ({**one_of_three, "language__wanted": "en"}, [(1, -1), (2, -1)]),
@@ -244,6 +247,8 @@ def test_names_languages_and_lists(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         curate(source, tmp_path / "out", rules(**given))
         assert [row[:2] for row in removed(tmp_path / "out")] == expected, given
+        recipe = read_manifest(tmp_path / "out")["recipe"]
+        assert recipe["libraries"].keys() == packages.get(next(iter(given)), set()), given
 
 
 @hypothesis.given(st.integers(0, 2**16), st.booleans(), st.integers(1, 3), st.sampled_from([1, 500, 1 << 20]))
@@ -454,6 +459,15 @@ def test_a_corpus_of_an_earlier_release(tmp_path: Path) -> None:
     assert {name for name, *_ in read(tmp_path / "out")} == {""}
     assert set(open_corpus(tmp_path / "out").kinds) == {"matched"}
     assert verify(tmp_path / "out") == []
+
+
+def test_a_damaged_copy_is_refused_before_the_work(tmp_path: Path) -> None:
+    source = write(tmp_path, [Document((words(5),))])
+    with (source / "drops.jsonl").open("ab") as file:
+        file.write(b"\n")
+    with pytest.raises(UserError, match=r"drops\.jsonl has"):
+        curate(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_sees_a_changed_record(tmp_path: Path) -> None:

@@ -150,6 +150,8 @@ def test_ranges_are_cut_by_size_and_hold_every_document_once(
         assert [document.number for task in found for document in documents(corpus, task)] == list(range(5))
         assert [task.number for task in found] == list(range(len(found)))
         assert len(found) == (5 if task_bytes < 1 << 20 else 3)
+    monkeypatch.setattr("megatron_lcl.curate.documents.MAX_PIECES", 3)  # as a document has
+    assert len(ranges(corpus, 1 << 20)) == 5
 
 
 def test_many_tables_of_few_rows_are_written_in_large_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

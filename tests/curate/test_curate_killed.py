@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -175,10 +176,13 @@ def test_a_large_corpus_has_larger_ranges(source: Path, monkeypatch: pytest.Monk
 
 
 def test_finished_tasks_are_not_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left", str(tmp_path / "out" / "file"))
+
     calls = made(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_finish", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr(run, "_finish", full)
+        with pytest.raises(UserError, match="no space left"):
             curate(source, tmp_path / "out", rules(), task_bytes=TASK_BYTES)
     first = len(calls)
     assert first > 6

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lcl.curate.languages import language_score, read_words, stop_words
+from megatron_lcl.curate.languages import language_score, libraries, read_words, stop_words
 from megatron_lcl.curate.settings import Language, Lists, as_recipe, read_settings
 from megatron_lcl.errors import UserError
 
@@ -64,6 +64,31 @@ def test_a_model_is_known_by_its_content(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no fastText model"):
         language_score(Language(model=str(tmp_path / "other.bin")))
     assert recipe != recipe_of(tmp_path / "other.bin")
+
+
+@pytest.mark.parametrize(
+    ("rule", "file"),
+    [
+        ("text.min_stop_words", "lists.stop_words"),
+        ("text.max_flagged_words", "lists.flagged_words"),
+        ("document.excluded_names", "document.excluded_names"),
+    ],
+)
+def test_a_list_is_known_by_its_content(rule: str, file: str, tmp_path: Path) -> None:
+    recipes = []
+    for content in ("one\n", "other\n"):
+        (tmp_path / "a.txt").write_text(content)
+        recipes.append(as_recipe(read_settings(overrides={rule: "0.5", file: str(tmp_path / "a.txt")})))
+    assert recipes[0] != recipes[1]
+
+
+def test_packages_on_which_a_result_depends() -> None:
+    """Of another release a package may find another language, or have other words."""
+    rules = {"min_stop_words", "min_language", "max_perplexity"}
+    used = libraries(rules, Language(), Lists())
+    assert used.keys() == {"stop-words", "lingua-language-detector", "transformers"}
+    assert libraries(rules, Language(model="a.bin"), Lists("a.txt")).keys() == {"transformers"}
+    assert libraries({"min_words"}, Language(), Lists()) == {}
 
 
 def test_lingua() -> None:

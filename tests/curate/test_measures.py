@@ -126,8 +126,8 @@ def test_shares_of_lists_and_names() -> None:
 
 def test_every_rule_has_its_measure() -> None:
     models = {"language": lambda text: 0.5, "perplexities": lambda texts: list(map(len, texts))}
-    context = SimpleNamespace(stop_words={"the"}, flagged_words={"b"}, **models)
-    measured = Measured(lambda: "The b c", context, images=3, texts=2)
+    context = SimpleNamespace(stop_words={"thé"}, flagged_words={"b"}, **models)
+    measured = Measured(lambda: "Thé b c", context, images=3, texts=2)
     found = {name: measure(measured) for name, measure in MEASURES.items()}
     assert found == {
         "words": 3, "plain_words": 3, "characters": 7, "character_repetition": 0, "word_repetition": 0,

@@ -214,6 +214,25 @@ def test_a_line_along_a_side_is_not_every_other_line_there() -> None:
         assert agreement(gray(other), gray(other), first_guess(WHOLE, SIDE)) == 1
 
 
+def test_what_is_blank_makes_no_two_drawings_the_same() -> None:
+    """Of most blocks there is nothing to be seen."""
+    one, other = (np.full((SIDE, SIDE), 200, np.uint8) for _ in range(2))
+    for seed, drawing in enumerate((one, other)):
+        drawing[16:48, 16:40] = np.random.default_rng(seed).integers(0, 256, (32, 24))
+    assert agreement(gray(one), gray(one), first_guess(WHOLE, SIDE)) == 1
+    assert agreement(gray(one), gray(other), first_guess(WHOLE, SIDE)) < 0.3
+
+
+def test_wholes_and_thirds_are_near_within_bounds_of_their_own(tmp_path: Path) -> None:
+    index = make_index(tmp_path, [picture(0)])
+    for settings, of_whole in (
+        (Decontamination(whole_bits=64, third_bits=0), True),
+        (Decontamination(whole_bits=0, third_bits=64), False),
+    ):
+        ((_, view),) = Finder(index, settings).candidates(thumbnail(encoded(picture(1))))
+        assert (COMPARED[view].asked == 0) == of_whole
+
+
 def test_a_surface_with_an_edge_is_found_when_it_was_resized(tmp_path: Path) -> None:
     """By more than the levels that blank blocks may differ: the edge is blurred."""
     levels = np.full((321, 321), 200, np.uint8)

@@ -116,11 +116,12 @@ def test_pairs_of_different_images_with_one_caption_stay(tmp_path: Path) -> None
     """Captions are short, so many images have the same one: a pair is its image."""
     other, same = "A photo of a cat.", "a PHOTO of a cat"
     images = [encoded(picture(seed)) for seed in range(3)]
+    shown = Image(encoded(picture(3)))
     pairs = [Document((Image(image), Text(other)), kind="pairs") for image in images]
-    captions = [Document((Image(image), Text(other), Text("a cat")), kind="captions") for image in images]
+    captions = [Document((Image(image), shown, Text(other), Text("a cat")), kind="captions") for image in images]
     again = [
         Document((Image(images[1]), Text(same)), kind="pairs"),  # its text is not the same, but nearly so
-        Document((Image(images[1]), Text(same), Text("a cat!")), kind="captions"),
+        Document((Image(images[1]), shown, Text(same), Text("a cat!")), kind="captions"),
         Document((Text(other),), kind="pairs"),  # of a pair without an image only the text is left
         Document((Text(same),), kind="pairs"),
     ]
@@ -130,6 +131,23 @@ def test_pairs_of_different_images_with_one_caption_stay(tmp_path: Path) -> None
     found = [(document, matched) for document, _, _, matched in removals(tmp_path / "out")]
     # the last of the captions is in a shard of its own, after the pairs
     assert found == [(number, f"{source}: document {of}") for number, of in ((6, 1), (8, 7), (9, 4))]
+
+
+def test_how_texts_are_divided(tmp_path: Path) -> None:
+    """A near-duplicate may be divided otherwise, a document of the same texts not; without a text none is near."""
+    parts = sentence(0).split()
+    documents = [
+        Document((Text(sentence(0)),)),
+        Document(tuple(Text(" ".join(parts[k : k + 5])) for k in range(0, len(parts), 5))),
+        *(Document((Image(encoded(picture(seed))),)) for seed in range(2)),
+        *(Document((Text(one), Text(other))) for one, other in (("ab", "c"), ("a", "bc"))),
+    ]
+    source = write(tmp_path, documents)
+    curate(source, tmp_path / "near", rules(duplicates__documents__action="keep-one"))
+    assert removals(tmp_path / "near") == [(1, -1, "document.duplicates", f"{source}: document 0")]
+    exact = rules(duplicates__documents__action="keep-one", duplicates__documents__threshold="null")
+    curate(source, tmp_path / "exact", exact)
+    assert removals(tmp_path / "exact") == []
 
 
 def near_duplicates(text: str, changed: str) -> list[str]:
@@ -173,7 +191,8 @@ def test_rules_differ_only_where_documents_may(
 
 def test_what_another_corpus_has_is_removed(source: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    other = write(tmp_path / "other", [Document((Text(sentence(2)), Image(encoded(picture(1)))))])
+    again = Document((Text(sentence(2)), Image(encoded(picture(1)))))
+    other = write(tmp_path / "other", [again] * 2, shard_documents=1)  # the first place is named
     settings = rules(
         duplicates__against=f"[{other}]",
         duplicates__documents__action="keep-one",

@@ -261,6 +261,18 @@ def test_what_stands_often_hides_no_document(monkeypatch: pytest.MonkeyPatch) ->
     assert matched == ["document 0", "document 0", "document 3"]
 
 
+def test_a_similarity_at_the_threshold_is_enough(tmp_path: Path) -> None:
+    """10 · (1 - 0.9) is less than 1."""
+    signature = np.zeros((2, 10), np.uint32)
+    signature[1, 9] = 1
+    facts = {"corpus": np.array("corpus"), "document": np.arange(2), "shingles": np.ones(2, np.int32)}
+    np.savez(tmp_path / "0.npz", digest=np.arange(8, dtype=np.uint32).reshape(2, 4), signature=signature, **facts)
+    (scratch := tmp_path / "scratch").mkdir()
+    rule = DocumentDuplicates(threshold=0.9, permutations=10, action="keep-one")
+    (found,) = join_documents([tmp_path / "0.npz"], rule, scratch)
+    assert (removed(found), found.value.tolist()) == ([(1, -1)], [np.float32(0.9)])
+
+
 def check_divisions(
     documents: Sequence[Sequence[Any]], facts: Any, join: Any, rule: Any
 ) -> list[tuple[list[tuple[int, int]], list[float], list[str]]]:

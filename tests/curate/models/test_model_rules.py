@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,9 @@ def test_all_rules_of_features_encode_each_image_once(
     curate(source, tmp_path / "out", rules(encoder, **given))
     assert removed(tmp_path / "out") == [(*where, f"image.{rule}") for where, rule in sorted(expected.items())]
     assert sum(encoded) in (4, 5), "four images, and a blank one where the encoder is loaded"
-    (tmp_path / "same").mkdir()
-    (tmp_path / "same" / "1.npz").write_bytes((tmp_path / "1.npz").read_bytes())
-    moved = as_recipe(rules(encoder, **given | {"models.nsfw.head": str(tmp_path / "same" / "1.npz")}))
+    shutil.copytree(tmp_path, tmp_path / "same", ignore=lambda *_: ["corpus", "in", "out"])
+    heads = {"head": "0.npz", "models.nsfw.head": "1.npz", "models.aesthetics.head": "2.npz"}
+    moved = as_recipe(rules(encoder, **given | {name: str(tmp_path / "same" / file) for name, file in heads.items()}))
     assert (
         moved
         == as_recipe(rules(encoder, **given))
@@ -257,6 +258,7 @@ def test_features_of_another_corpus(source: Path, encoder: tuple[str, str], tmp_
     found = {(row["document"], row["item"]): row["matched"] for row in table}
     assert found.keys() == expected.keys()
     assert all(found[place] == matched for place, matched in expected.items() if matched)
+    assert [row["value"] for row in table if (row["document"], row["item"]) == (1, 0)] == [1], "the same bytes"
     with pytest.raises(UserError, match="nowhere"):
         curate(source, tmp_path / "new", rules(encoder, **given | {"duplicates.against": "[nowhere]"}))
 

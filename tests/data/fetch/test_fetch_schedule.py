@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import selectors
 from collections import Counter
 
 import pytest
 
-from megatron_lcl.data.fetch.schedule import Job, Schedule
+from megatron_lcl.data.fetch.schedule import Host, Job, Schedule, pause_before
 from megatron_lcl.data.fetch.settings import Settings
 
 
@@ -108,6 +109,22 @@ def test_parts_are_opened_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -
     starts, most = run(Settings(concurrency=8, per_host=1, delay=0.0), [{"a": 5}, {"b": 1}, {"c": 1}])
     assert [host for host, _ in starts[:2]] == ["a", "a"]
     assert most[""] <= 3
+
+
+def test_the_longest_wait_that_is_asked_for_is_kept() -> None:
+    async def next_start() -> float:
+        schedule, host = Schedule[int](Settings(), lambda: False, lambda _: nothing(), nothing), Host[int]("a", 0.0)
+        for seconds in (5.0, 100.0, 1.0):
+            schedule.postpone(host, seconds)
+        return host.next_start
+
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        assert runner.run(next_start()) == 100
+
+
+def test_pauses_are_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda *_: 1.0)
+    assert [pause_before(tries, Settings(backoff=3.0)) for tries in (1, 2, 3)] == [3, 6, 12]
 
 
 def test_an_error_ends_all() -> None:

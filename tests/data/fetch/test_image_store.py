@@ -18,6 +18,7 @@ from data.fetch.faulty_server import image
 from data.fetch.stores import images_in, read_rows
 
 from megatron_lcl.data.fetch import store
+from megatron_lcl.data.fetch.run import summary
 from megatron_lcl.data.fetch.settings import STORES, Store
 from megatron_lcl.data.fetch.store import PartStore, Row
 from megatron_lcl.data.prepare.importers.urls import url_key
@@ -127,6 +128,41 @@ def killing_write(write: Any, file: Path, left: list[int], *arguments: Any, **na
     write(*arguments, **named)
 
 
+def test_a_shard_is_on_the_disk_before_it_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the tar, then the table, then both names, and only then the log goes: no failure of power loses a row."""
+    done: list[str] = []
+    fsync, rename, unlink = os.fsync, os.rename, os.unlink
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+
+    def renamed(old: Path, new: Path) -> None:
+        rename(old, new)
+        done.append(f"to {new.name}")
+
+    def unlinked(path: Path) -> None:
+        unlink(path)
+        done.append(f"remove {path.name}")
+
+    for name, function in (("fsync", synced), ("rename", renamed), ("unlink", unlinked)):
+        monkeypatch.setattr(os, name, function)
+    add_all(tmp_path, rows(3), "tar")
+    assert done == [
+        "sync 00003.partial", "sync 00003-00000.table", "to 00003-00000.tar", "to 00003-00000.parquet",
+        f"sync {tmp_path.name}", "remove 00003.log",
+    ]  # fmt: skip
+
+
+def test_a_summary_is_of_all_shards(tmp_path: Path) -> None:
+    wanted = rows(11)
+    add_all(tmp_path, wanted, "tar")
+    sizes = [len(data) for _, data in wanted if data]
+    assert summary(tmp_path) == {
+        "kept": 8, "dead": 3, "refused": 0, "bytes": sum(sizes), "reasons": {"dead: status 404": 3},
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("cut", range(0, 2000, 97))
 def test_cut_anywhere(tmp_path: Path, cut: int) -> None:
     """Files of which only a beginning had reached the disk: what is whole is kept."""
@@ -189,7 +225,13 @@ def test_an_image_that_is_not_its_rows_gets_into_no_table(tmp_path: Path) -> Non
 
 
 def test_shards_of_all_parts_are_counted_by_one_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, number in (("00003-00000", 2), ("00003-00001", 3), ("00004-00000.images", 1), ("00012-00000", 7)):
+    for name, number in (
+        ("00003-00000", 2),
+        ("00003-00001", 3),
+        ("00004-00000.images", 1),
+        ("00012-00000", 7),
+        ("123456-00000", 6),
+    ):
         pq.write_table(pa.table({"url": [""] * number}), tmp_path / f"{name}.parquet")
     for name in ("00003-00000.tar", "00004-00001.table", "00004.log"):
         (tmp_path / name).touch()
@@ -200,7 +242,7 @@ def test_shards_of_all_parts_are_counted_by_one_listing(tmp_path: Path, monkeypa
         return matching(folder, pattern)
 
     monkeypatch.setattr(store, "matching", counted)
-    assert store.num_done(tmp_path, (3, 4, 5)) == {3: 5, 4: 1, 5: 0}
+    assert store.num_done(tmp_path, (3, 4, 5, 123456)) == {3: 5, 4: 1, 5: 0, 123456: 6}
     assert len(listed) == 1
 
 

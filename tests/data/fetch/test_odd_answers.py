@@ -21,7 +21,7 @@ from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.errors import UserError
 
 Answers = Mapping[str, tuple[str, bytes]]
-"""by path: the header's lines, the body"""
+"""by path: the header's lines, perhaps after a status of its own, and the body"""
 NO_NAMES = ("a..b", ".host", f"{'x' * 64}.example", "x" * 300)
 NOT_A_URL = ("dead", "not a URL")
 
@@ -44,6 +44,8 @@ def ends(
             asked.append(target)
         headers, body = answers.get("/" + target.split("/")[-1], ("", b""))
         status = "302 Found" if "Location" in headers else "200 OK" if body or method == "CONNECT" else "404 Not Found"
+        if headers[:3].isdecimal():
+            status, _, headers = headers.partition("\r\n")
         head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{headers}\r\n"
         writer.write(head.encode(errors="surrogateescape") + body)
         writer.close()
@@ -89,6 +91,51 @@ def test_a_long_header() -> None:
     }
     urls = ["http://here/1.png", "http://here/secret", "http://here/moved"]
     assert ends(urls, answers) == [("kept", ""), ("refused", "robots.txt"), ("kept", "")]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_every_redirect_is_followed(status: int) -> None:
+    answers = {"/moved": (f"{status} Moved\r\nLocation: /1.png\r\n", b""), "/1.png": ("", image("1"))}
+    assert ends(["http://here/moved"], answers) == [("kept", "")]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "reason"),
+    [
+        *(("/1.png", status, f"status {status}") for status in (408, 429, 500, 502, 503, 504)),
+        ("/robots.txt", 429, "robots.txt: status 429"),
+        ("/a.example:443", 503, "the proxy answers status 503"),
+    ],
+)
+def test_what_may_pass_is_tried_again(path: str, status: int, reason: str) -> None:
+    url, proxied = ("https://a.example/1.png", True) if ":" in path else ("http://here/1.png", False)
+    with pytest.raises(Retry) as caught:
+        ends([url], {"/1.png": ("", image("1")), path: (f"{status} Busy\r\n", b"")}, proxied)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("late", "reason"), [("_get", "robots.txt: not done after 20 s"), ("_rules", "not done after 20 s")]
+)
+def test_a_timeout_says_nothing_of_the_host(late: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a robots.txt that is late allows nothing."""
+
+    def wait(*_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(Client, late, wait)
+    with pytest.raises(Retry) as caught:
+        ends(["http://here/1.png"], {})
+    assert (caught.value.reason, caught.value.reached) == (reason, None)
+
+
+def test_a_robots_txt_that_is_not_utf_8_is_kept() -> None:
+    answers = {"/robots.txt": ("", b"# caf\xe9\nUser-agent: *\nDisallow: /a"), "/b": ("", image("1"))}
+    assert ends(["http://here/a", "http://here/b"], answers) == [("refused", "robots.txt"), ("kept", "")]
+
+
+def test_a_user_without_a_password() -> None:
+    assert client._basic("me") == client._basic("m%65:") == "Basic bWU6"
 
 
 def test_bodies_that_come_compressed() -> None:

@@ -132,6 +132,21 @@ def test_every_part_is_opened(
     assert reasons(tmp_path) == {"no connection": 40 - live, "kept": live + 1}
 
 
+def test_a_crawl_delay_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first answer on, before which it is not known."""
+    starts: list[float] = []
+    fetch = Web.fetch
+
+    async def noted(self: Web, url: str) -> Outcome:
+        starts.append(asyncio.get_running_loop().time())
+        return await fetch(self, url)
+
+    monkeypatch.setattr(Web, "fetch", noted)
+    monkeypatch.setattr(Web, "crawl_delay", lambda *_: 7.0)
+    work_on(tmp_path, planned(tmp_path, [f"http://live.example/{k}" for k in range(5)]), 16)
+    assert starts == [0, 8, 15, 22, 29]
+
+
 @pytest.mark.timeout(60)
 def test_a_part_that_another_process_has_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that counts as lost may still work; whoever waited for it would let all requests run out of time."""

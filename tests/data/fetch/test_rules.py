@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
 import ssl
 import threading
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 from data.fetch.faulty_server import image, requests_of, serving
 from data.fetch.stores import read_rows
@@ -351,3 +353,12 @@ def test_a_robots_txt_that_names_many_agents_is_read() -> None:
 
 def test_as_many_pixels_as_a_corpus_takes() -> None:
     assert Settings().max_pixels == MAX_PIXELS
+
+
+@pytest.mark.parametrize(("size", "stored"), [((8, 2), (4, 1)), ((2, 8), (1, 4)), ((4, 3), None)])
+def test_the_longer_side_is_bounded(size: tuple[int, int], stored: tuple[int, int] | None) -> None:
+    """An image within the bound is stored as it came."""
+    PIL.Image.new("RGB", size).save(out := io.BytesIO(), "PNG")
+    found = client._checked("http://a.example/1.png", out.getvalue(), Settings(max_image_side=4))
+    assert (found.row.width, found.row.height) == (stored or size)
+    assert (found.data == out.getvalue()) == (stored is None)

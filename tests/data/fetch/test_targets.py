@@ -38,6 +38,7 @@ def requested(url: str, headers: str = "") -> tuple[tuple[str, str], list[str]]:
         (SIGNED, SIGNED),
         (f"{SIGNED}#x%41", SIGNED),
         ("/50%.png", "/50%.png"),
+        ("/50\t%.p\r\nng\n", "/50%.png"),  # as browsers read it
         ("/a\\b.png?c\\d", "/a/b.png?c%5Cd"),
         ("\\b.png?c\\d", "/b.png?c%5Cd"),
         ("/ä b.png?q=日 x", "/%C3%A4%20b.png?q=%E6%97%A5%20x"),
@@ -52,6 +53,7 @@ def test_escapes_are_sent_as_given(given: str, sent: str) -> None:
     [
         (SIGNED, SIGNED),
         (f"http:{SIGNED}", SIGNED),
+        (f"HTTP:{SIGNED}", SIGNED),
         ("%41%7E.png", "/a%2Fb/%41%7E.png"),
         ("../50%.png", "/50%.png"),
         ("/caf\udce9.png", "/caf%E9.png"),  # the byte of é in Latin-1

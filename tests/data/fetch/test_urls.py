@@ -81,7 +81,12 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert urls_of(folder / "9.txt") == ([A, B], {})
     (folder / "10.txt").write_text(f"{A}\n{B}\n", encoding="utf-8-sig")  # with a byte order mark
     assert urls_of(folder / "10.txt") == ([A, B], {})
+    (folder / "10.txt").write_bytes(b"# caf\xe9\n" + A.encode())
+    assert urls_of(folder / "10.txt") == ([A], {"image: not a URL": 1})
     (folder / "10.txt").unlink()
+    (folder / "damaged.parquet").write_bytes(laion.read_bytes()[:-40])
+    assert urls_of(folder / "damaged.parquet") == ([], {"document: damaged parquet file": 1})
+    (folder / "damaged.parquet").unlink()
     (folder / "4.parquet").unlink()
     assert urls_of(folder)[0] == [A, B, C, A, A, B, A, B, A, C, C, B, A, C, A, B]
 
@@ -151,6 +156,17 @@ def test_a_plan_has_each_url_once_and_each_host_in_one_part(tmp_path: Path) -> N
     assert sorted(url for part in parts for url in part) == sorted(set(urls))
     hosts = [{host_of(url) for url in part} for part in parts]
     assert sum(map(len, hosts)) == len(set.union(*hosts)) == 40
+
+
+def test_a_plan_of_an_earlier_release(tmp_path: Path) -> None:
+    """There was only one kind of store."""
+    make_plan(tmp_path, iter([[A]]), {}, "input", Settings())
+    about = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    del about["store"]
+    (tmp_path / "plan" / "plan.json").write_text(json.dumps(about))
+    assert open_plan(tmp_path, "input", Settings()) is not None
+    with pytest.raises(UserError, match="images fetched with --store tar"):
+        open_plan(tmp_path, "input", Settings(store="parquet"))
 
 
 def test_a_plan_is_on_the_disk_before_it_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
