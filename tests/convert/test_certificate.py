@@ -72,3 +72,11 @@ def test_not_a_number_is_over_the_bound(model: LCL) -> None:
     compare(right, right, right)
     with pytest.raises(ValueError, match="patches differ from ours by nan"):
         compare(right._replace(patches=right.patches * float("nan")), right, right)
+
+
+def test_a_difference_downward_is_one_too(model: LCL) -> None:
+    right = export.our_features(model, export.check_images(64))
+    little = 5e-6 * float(right.latents.abs().mean())
+    facts = compare(right._replace(latents=right.latents - little), right, right)
+    assert facts["latents"]["largest_absolute_difference"] == pytest.approx(little, rel=0.2)
+    assert facts["patches"]["largest_absolute_difference"] == 0

@@ -121,11 +121,12 @@ def test_our_exports_open(model: LCL, run: Path, tmp_path: Path, format: str) ->
     export(tmp_path / "out", format, tmp_path / "again")
     same = ("model.safetensors", "lcl/attention_pool.safetensors")
     assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in same)
-    weights = bytearray((tmp_path / "out" / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (tmp_path / "out" / "model.safetensors").write_bytes(weights)
-    with pytest.raises(UserError, match=r"model\.safetensors is not what `export` wrote"):
-        load_model(tmp_path / "out")
+    for name in (*same, "config.json"):
+        whole = (tmp_path / "out" / name).read_bytes()
+        (tmp_path / "out" / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{name} is not what `export` wrote"):
+            load_model(tmp_path / "out")
+        (tmp_path / "out" / name).write_bytes(whole)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_lcl.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Line, chart, short, shorts, ticks
-from megatron_lcl.report.curves import groups
+from megatron_lcl.report.curves import MAX_LINES, groups, specs_for
 from megatron_lcl.report.events import Event, Events
 from megatron_lcl.report.series import Metrics, Series
 
@@ -109,6 +109,12 @@ def test_others_metrics_have_charts_too() -> None:
     assert [g.title for g in groups(metrics.series, 4, {})][-2:] == ["Further metrics", "Theirs"]
 
 
+def test_many_parts_have_several_charts() -> None:
+    names = [f"grad_norm/{k}" for k in range(MAX_LINES + 2)]
+    ((_, specs),) = specs_for(names)
+    assert [spec.names for spec in specs] == [tuple(names[:MAX_LINES]), tuple(names[MAX_LINES:])]
+
+
 @pytest.mark.parametrize(
     ("name", "title", "value", "shown"),
     [
@@ -175,6 +181,7 @@ def test_phases_and_incidents_are_marked_and_many_of_them_are_one() -> None:
         Event("rewind", 8, None, "back <to> step 4"),
         Event("changed", 8, None, "train.steps 4 → 9, " * 90),
         *(Event("skipped", 9, None, f"reason {i}") for i in range(50)),
+        *(Event("stopped", step, None, "at no step that is drawn") for step in (0, 13)),
     ]
     found = drawn(lines_of([4] * 12, None), events)["loss that is minimized"]
     marks = re.findall(r'<path class="mark ([\w ]+)" d="M([\d.]+) [^"]*"><title>(.*?)</title>', found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,10 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import DEVICES, assumed_rates
 from megatron_lcl.plan.predict import predict
 from megatron_lcl.report.events import MAX_EVENTS
-from megatron_lcl.report.page import write_report
+from megatron_lcl.report.page import _clock, _duration, write_report
 from megatron_lcl.report.runs import Run, find_runs
 from megatron_lcl.report.series import MAX_BUCKETS
-from megatron_lcl.report.slowest import MAX_NODES
+from megatron_lcl.report.slowest import MAX_NODES, MAX_RANKS, Slowest
 from megatron_lcl.run_folder import EXAMPLES, HELDOUT, PROGRESS, WEIGHTS
 from megatron_lcl.train.checkpoint.folder import Progress, progress_text, step_folder
 
@@ -95,7 +96,9 @@ def test_held_out_numbers_by_other_rules_are_told_apart(run: Path) -> None:
     assert section(page, "events").count(f"held-out numbers from step 201 on are {before}: {said}") == 1
     assert f"This run has numbers by an unrecorded version, then version 3: {said}." in section(page, "heldout")
     assert "heldout rules" not in section(page, "curves"), "a version is no curve"
-    assert Run.of(run).incidents.endswith("1 × held-out rules, 1 × step skipped, 1 × rewind")
+    incidents = Run.of(run).incidents
+    assert incidents.endswith("1 × held-out rules, 1 × step skipped, 1 × rewind")
+    assert "phase" not in incidents
 
 
 def test_nodes_are_told_by_how_often_others_waited_for_them(run: Path) -> None:
@@ -128,6 +131,13 @@ def test_nodes_are_told_by_how_often_others_waited_for_them(run: Path) -> None:
     assert not section(write_report(run).read_text(), "slowest").strip()
 
 
+def test_of_a_node_the_slowest_processes_are_named() -> None:
+    row = {"node": "a", "lag_seconds": 0.1, "phase": "data"}
+    slowest = Slowest()
+    slowest.add([{**row, "rank": rank, "last": 9 - rank} for rank in range(MAX_RANKS + 2)])
+    assert [node.ranks for node in slowest.rows()] == ["0 (9), 1 (8), 2 (7), 3 (6) and 2 more"]
+
+
 def test_what_was_planned_stands_beside_what_was_measured(run: Path) -> None:
     def with_hardware(device: str, processes: int, **more: int) -> str:
         facts = {"step": 200, "hardware": {"device": device, "processes": processes, "nodes": 2}, **more}
@@ -153,6 +163,25 @@ def test_what_was_planned_stands_beside_what_was_measured(run: Path) -> None:
         assert "</td><td>".join(row.split("|")) in found, row
     assert "tensor 2 on 4 processes (h100, by its data sheet)" in found
     assert "TFLOP a second" not in found, "the run has no such metric"
+    found = with_hardware("cpu", 8, flops_per_second=5 * 10**11)
+    assert "<td>TFLOP a second</td><td>1</td><td>0.5</td><td>0.50</td>" in found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(29, "29 s"), (31, "1 min"), (3599, "1 h 00 min"), (7265, "2 h 01 min"), (47 * 3600, "47 h 00 min"),
+     (60 * 3600, "2.5 days")],
+)  # fmt: skip
+def test_how_long_a_run_has_trained(seconds: float, said: str) -> None:
+    assert _duration(seconds) == said
+
+
+def test_times_are_those_of_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        assert _clock(1.7e9) == "2023-11-14 22:13 UTC"
+    time.tzset()
 
 
 def test_the_first_batch_is_left_out_where_its_corpora_are_not_as_they_were(run: Path, tmp_path: Path) -> None:
@@ -160,6 +189,7 @@ def test_the_first_batch_is_left_out_where_its_corpora_are_not_as_they_were(run:
     corpus = write_corpus(tmp_path / "corpus", random_documents(30, 1))
     config = configs.load(run / "config.yaml", {"data.corpora": str(corpus.path), "data.cache": str(tmp_path / "c")})
     (run / "config.yaml").write_text(configs.to_yaml(config))
+    assert "no checkpoint so far" not in section(write_report(run).read_text(), "documents"), "where none is there"
     folder = step_folder(run, 200)
     folder.mkdir(parents=True)
     (folder / PROGRESS).write_text(progress_text(Progress(200, 200, open_run_ledger(config).to_json())))
@@ -202,6 +232,9 @@ def test_what_a_run_read_before_its_settings_changed(run: Path, tmp_path: Path) 
     assert [said.startswith("(read earlier") for _, said in shown] == [False, False, True]
     assert "merged from format html, license GFDL; format jsonl</span>" in section(page, "documents")
     assert "no checkpoint so far" not in page
+    shutil.rmtree(corpora[2].path)
+    documents = section(write_report(run).read_text(), "documents")
+    assert re.findall("<p><code>(.*?)</code>", documents) == [str(corpora[n].path) for n in (1, 2, 0)], "each once"
 
 
 def test_the_first_batch_is_left_out_where_the_objective_is_not_installed(run: Path) -> None:
@@ -280,7 +313,7 @@ def test_names_are_given_after_a_step(run: Path) -> None:
     (run / "sketches").mkdir()
     for more, said in (({}, 0), ({"step": None}, 0), ({"step": 1200}, 1)):
         result = {**zero_shot, "metrics": shares, **more}
-        (run / "sketches" / "results.json").write_text(json.dumps([result]))
+        (run / "sketches" / "results.json").write_text(json.dumps([result, {"task": "k-NN"}]))
         (run / "gallery.json").write_text(json.dumps({"result": result, "num_right": 5}))
         names = section(write_report(run).read_text(), "names")
         assert names.count("Measured after 1,200 steps.") == said

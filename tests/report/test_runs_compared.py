@@ -14,7 +14,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.report.charts import BOTTOM, HEIGHT, TOP
 from megatron_lcl.report.page import changed_settings, settings_of
-from megatron_lcl.report.runs import Run, _lines, find_runs, group, write_runs_report
+from megatron_lcl.report.runs import Group, Run, RunsPage, _lines, find_runs, group, write_runs_report
 from megatron_lcl.report.series import Metrics
 
 
@@ -74,6 +74,18 @@ def test_weights_are_compared_as_they_count(objective: str, given: dict[str, flo
     assert changed == shown
 
 
+def test_what_any_run_has_written_is_taken_in_at_once(tmp_path: Path) -> None:
+    """And a run that has begun."""
+    folders = [write_lines(tmp_path / f"s/{n}", [{"step": 1, "loss": 1.0}], n) for n in range(2)]
+    page = RunsPage([tmp_path / "s"])
+    for folder in folders:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "loss": 1.0}\n')
+    assert [page.changed(), page.changed()] == [True, False]
+    write_lines(tmp_path / "s/2", [], 2)
+    assert [page.changed(), page.changed()] == [True, False]
+
+
 def test_groups_stand_in_the_order_of_what_differs() -> None:
     """Numbers by their size, before what is none."""
     groups = group([run_of({"model": {"vision": {"layer_scale": value}}}) for value in (None, 0.1, 1e-5, 0.02)])
@@ -103,6 +115,8 @@ def test_shares_are_in_percent_beside_chance(tmp_path: Path) -> None:
         group([Run.of(run)])[0].cell("heldout/image_to_context_recall_at_1") for run in find_runs([tmp_path / "s"])
     ]
     assert cells == [["40\u00a0%", "chance 2\u00a0%"], ["40\u00a0%", "chance 1.25\u00a0%"]]
+    of_both = Group([Run.of(run) for run in find_runs([tmp_path / "s"])], 0, {})
+    assert of_both.cell("heldout/image_to_context_recall_at_1")[-1] == "chance 1.25 to 2\u00a0%"
     differences, runs = page.split('<section id="runs">')
     assert '<td class="number">34\u00a0% <span class="quiet">chance 20\u00a0%</span></td>' in differences
     assert runs.count('<td class="number">34\u00a0%</td>') == 2

@@ -33,17 +33,18 @@ def test_stretches_say_what_all_values_say(number: int) -> None:
     series = Series()
     for step, value in zip(steps.tolist(), values.tolist(), strict=True):
         series.add(step, value)
-    points = series.points()
-    assert len(points.first) <= MAX_BUCKETS
-    for i, stretch in enumerate(np.unique(steps // series.width)):
-        inside = steps // series.width == stretch
-        assert (points.first[i], points.final[i]) == (steps[inside].min(), steps[inside].max())
-        there = values[inside & np.isfinite(values)]
-        if not len(there):
-            assert np.isnan([points.low[i], points.high[i], points.mean[i]]).all()
-            continue
-        assert (points.low[i], points.high[i]) == (there.min(), there.max())
-        assert points.mean[i] == pytest.approx(there.mean())
+    assert len(series.points().first) <= MAX_BUCKETS
+    for width in (1, 4 * series.width):
+        points, stretches = series.points(width), steps // max(width, series.width)
+        for i, stretch in enumerate(np.unique(stretches)):
+            inside = stretches == stretch
+            assert (points.first[i], points.final[i]) == (steps[inside].min(), steps[inside].max())
+            there = values[inside & np.isfinite(values)]
+            if not len(there):
+                assert np.isnan([points.low[i], points.high[i], points.mean[i]]).all()
+                continue
+            assert (points.low[i], points.high[i]) == (there.min(), there.max())
+            assert points.mean[i] == pytest.approx(there.mean())
     assert series.num_values == np.isfinite(values).sum()
 
 
@@ -120,6 +121,7 @@ def test_time_in_which_the_machine_sleeps_does_not_count(tmp_path: Path) -> None
     write(tmp_path, [start, *({"step": s, "loss": 1.0, "time": t, "clock": c} for s, t, c in steps), *again])
     metrics = Metrics.of(tmp_path)
     assert metrics.seconds == 45.0 + 8.0
+    assert (metrics.first_time, metrics.last_time) == (1e6, 2e6 + 8)
     assert "clock" not in metrics.series
     assert next(event.text for event in newest(metrics.events)) == "phase 1: image size 16"
 
@@ -136,14 +138,14 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
     write(
         tmp_path,
         [
-            {"step": 0, "attention": "dense", "loss_kernels": "torch", "time": 0.0},
+            {"step": 0, "attention": "dense", "loss_kernels": "torch", "hardware": {"device": "a"}, "time": 0.0},
             {"step": 0, "phase": 1, "image_size": 16, "time": 0.0},
             {"step": 1, "loss": math.nan, "grad_norm": math.inf, "num_pairs": 0, "contrastive": 0.0, "time": 5.0},
             {"step": 2, "skipped": "loss is nan", "lr": 0.1, "time": 6.0},
             {"step": 2, "bad_images": ["a: empty", "b: cut"], "time": 6.0},  # of an earlier version
             {"step": 3, "bad_images": ["a: empty", "b: cut"], "num_bad_images_since": 40, "time": 7.0},
             {"step": 3, "loss": 2.0, "num_pairs": 4, "contrastive": 1.0, "image_accuracy": 0.5, "time": 9.0},
-            {"step": 3, "attention": "dense", "loss_kernels": "torch", "time": 1000.0},
+            {"step": 3, "attention": "dense", "loss_kernels": "torch", "hardware": {"device": "b"}, "time": 1000.0},
             {"step": 4, "loss": 1.0, "num_targets": 0, "generation": 0.0, "time": 1003.0, "on": True, "words": "x"},
             {"step": 4, "health": {"metric": "latent_spread", "says": "all the same"}, "time": 1003.0},
             {
@@ -177,12 +179,31 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
     assert metrics.series["contrastive"].num_values == 1, "no mean over no pairs"
     assert metrics.series["generation"].num_values == 0, "nor over no targets"
     assert metrics.series["chance_accuracy"].last == 0.25, "earlier versions did not write it"
-    assert {"on", "words", "skipped", "phase", "step", "time", "num_bad_images_since"}.isdisjoint(metrics.series)
+    assert metrics.hardware == {"device": "b"}, "that of the last process"
+    others = {"on", "words", "skipped", "phase", "image_size", "step", "time", "num_bad_images_since"}
+    assert others.isdisjoint(metrics.series)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{damaged}\n[1]\n{"step": 8, "loss": NaN}\n')
+        file.write('{damaged}\n[1]\n{"step": 8, "loss": NaN}\n{"step": 7, "checkpoint_write_seconds": 9.0}\n')
     metrics = Metrics.of(tmp_path)
     assert metrics.damage == f"{tmp_path / 'metrics.jsonl'}: 2 damaged lines passed over (the first is line 12)"
     assert metrics.last_step == 8
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        ({"event": "stopped", "signal": 15, "saved": 1200}, "signal 15; saved at step 1,200"),
+        ({"event": "initial weights", "path": "runs/a"}, "runs/a"),
+        (
+            {"event": "checkpoint rejected", "folder": "runs/a/step-00000100", "faults": ["a: gone", "b: 3 bytes"]},
+            "step-00000100: a: gone; b: 3 bytes",
+        ),
+    ],
+)
+def test_what_is_said_of_an_event(event: dict[str, Any], said: str) -> None:
+    found = audited(json.dumps({"step": 3, "time": 1.0, **event}).encode())
+    assert found is not None
+    assert found.text == said
 
 
 def test_names_and_events_without_end_are_bounded(tmp_path: Path) -> None:

@@ -226,13 +226,14 @@ def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:
     good, secret = picture(0), tmp_path / "secret.png"
     secret.write_bytes(good)
     items = [
-        {"text": "first"}, {"image": "good.png"}, {"text": None}, {"text": " \n\t"}, {"text": 5}, {"other": 1},
+        {"text": "first \ud800"}, {"image": "good.png"}, {"text": None}, {"text": " \n\t"}, {"text": 5}, {"other": 1},
         {"image": "../secret.png"}, {"image": str(secret)}, {"image": "C:\\x.png"}, {"image": ""}, {"image": 7},
         {"image": "gone.png"}, {"image": "html.jpg"}, {"image": "lfs.webp"}, {"image": "dot.gif"}, {"image": "a\0b"},
         {"image": "row.gif"}, {"image": "column.gif"},
         {"text": "last \ud800."},
         {"image": "good.png", "similarity": 0.5, "matched_text_index": 4},
         {"image": "good.png", "similarity": float("nan"), "matched_text_index": 0},
+        {"image": "good.png", "similarity": True, "matched_text_index": 0},
         {"image": "good.png", "similarity": 0.5, "matched_text_index": 1},
         {"image": "good.png", "similarity": 0.5, "matched_text_index": 5},
         {"image": "good.png", "similarity": 0.5, "matched_text_index": -1},
@@ -252,7 +253,7 @@ def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:
         "image: file missing": 2,
         "image: HTML, not an image": 1,
         "image: Git-LFS pointer, not an image": 1,
-        "image: similarity is not a number": 1,
+        "image: similarity is not a number": 2,
         "image: matched text is blank": 1,
         "image: matched text out of range": 2,
         "document: nothing left, its images are missing or bad": 1,
@@ -262,7 +263,7 @@ def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:
         "document: cut last line": 1,
     }
     assert drops.left_out_counts == {"text: blank": 1, "image: 1x1 pixel": 1}
-    assert drops.noted_counts == {"text: invalid Unicode replaced": 1, "document: invalid UTF-8 replaced": 1}
+    assert drops.noted_counts == {"text: invalid Unicode replaced": 2, "document: invalid UTF-8 replaced": 1}
 
     log = [json.loads(line) for line in (tmp_path / "out" / "drops.jsonl").read_text("utf-8").splitlines()]
     counts = {what: {row["reason"]: row["count"] for row in log if row["what"] == what} for what in ("bad", "left out")}
@@ -277,7 +278,7 @@ def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:
     assert verify(tmp_path / "out")[0].startswith("drops.jsonl")
 
     first, second = open_corpus(tmp_path / "out")
-    assert [t.text for t in first.texts] == ["first", " \n\tlast \ufffd."]
+    assert [t.text for t in first.texts] == ["first \ufffd", " \n\tlast \ufffd."]
     assert [(i.data, i.similarity, i.matched_text) for i in first.images] == [
         (good, None, None),
         (images["row.gif"], None, None),

@@ -63,6 +63,8 @@ def test_a_move_that_is_interrupted_goes_on(corpus: Path, tmp_path: Path, monkey
             with pytest.raises(KeyboardInterrupt) if step < 17 else nullcontext():
                 merge([corpus, second], tmp_path / "both", move=True)
             assert verify(tmp_path / "both", quick=True) == []
+            for source in (corpus, second):
+                assert not (source / "corpus.json").exists() or not verify(source, quick=True), "complete or not there"
     assert not corpus.exists()
     assert [p.name for p in second.iterdir()] == ["diary.txt"]
     assert plain(list(open_corpus(tmp_path / "both"))) == plain(DOCUMENTS + DOCUMENTS[:2])

@@ -139,6 +139,8 @@ def test_json_lines_say_their_kind(tmp_path: Path) -> None:
     assert in_shards == [*first, ["text 7"], ["text 8", "only a text"]]
     assert [document.images[0].data for document in opened[:3]] == [picture(k) for k in (0, 3, 6)]
     assert verify(corpus) == []
+    unsaid = written(tmp_path / "unsaid", [mixed[0], text_only, NATURAL[0]])  # similarities of others say nothing of it
+    assert open_corpus(unsaid).kinds == ("matched", "pairs", "natural")
 
 
 def test_pairs_as_json_lines(tmp_path: Path) -> None:

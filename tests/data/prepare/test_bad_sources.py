@@ -27,7 +27,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.image_columns import FORMATS
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.prepare.importers import create, sorted_runs, sources
+from megatron_lcl.data.prepare.importers import create, lines, sorted_runs, sources
 from megatron_lcl.data.prepare.importers.row_groups import column_values
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
@@ -103,6 +103,15 @@ def test_mmc4_shards_in_number_order_with_gaps_and_images_in_tars(tmp_path: Path
     assert [d.texts[0].text for d in open_corpus(tmp_path / "out")] == ["shard 2", "shard 5", "shard 10"]
     assert [d.images[0].data for d in open_corpus(tmp_path / "out")] == [picture(2), picture(5), picture(10)]
     assert summary.drops.noted_counts == {"document: shards that are not there": 6}
+
+
+def test_missing_shards_of_mmc4_are_noted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many units the file behind them is."""
+    monkeypatch.setattr(lines, "RANGE", 50)
+    for shard in (0, 3):
+        (tmp_path / f"docs_shard_{shard}_v2.jsonl").write_text('{"text_list": ["a"], "image_info": []}\n' * 4)
+    found, drops = documents_of(create("mmc4", tmp_path, None, {}))
+    assert (len(found), drops.noted_counts) == (8, {"document: shards that are not there": 2})
 
 
 def test_mmc4_sample_without_its_images(shared: Path, tmp_path: Path) -> None:
@@ -294,7 +303,7 @@ def test_images_of_a_truncated_tar(tmp_path: Path) -> None:
     with open(tmp_path / "0.tar", "r+b") as file:
         file.truncate(start + 100)
     (tmp_path / "work").mkdir()
-    for prepared in (False, True):
+    for prepared in (False, True, True):  # the last finds what the one before has left
         source = ImageSource(tmp_path)
         if prepared:
             source.prepare(tmp_path / "work")
@@ -393,7 +402,13 @@ def random_line(rng: random.Random, format: str) -> tuple[bytes, int, int]:
     """A line of JSON, and how many texts and images a reader of the format's description finds in it."""
     kind = rng.random()
     if kind < 0.15:
-        return rng.choice((b"junk", b'{"items": [', b"4", b"[]", b"{}", b"\xff", b'{"a": NaN}')), 0, 0
+        return (
+            rng.choice(
+                (b"junk", b'{"items": [', b"4", b"[]", b"{}", b"\xff", b'{"a": NaN}', b'{"items": [{"text": "a"}]} 4')
+            ),
+            0,
+            0,
+        )
     texts = [rng.choice(("some text", "other", bad_value(rng))) for _ in range(rng.randrange(5))]
     names = [rng.choice(("0.png", "gone.png", "../x", bad_value(rng))) for _ in range(rng.randrange(5))]
     if format == "jsonl":

@@ -3,6 +3,7 @@ though each of them, on its processor and with its libraries, would choose other
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,9 @@ def test_what_is_prepared_stays_where_a_job_fails_in_its_first_task(
     with pytest.raises(UserError, match="run the same command again"):
         preprocess("jsonl", source, tmp_path / "alone", tokenizer="clip", task_bytes=1)
     assert not (tmp_path / "alone").exists()
+    with pytest.raises(UserError, match="run the same command again"):
+        preprocess("jsonl", source, tmp_path / "trained", vocab_size=400, task_bytes=1)
+    assert (tmp_path / "trained" / WORK / "chosen/tokenizer.model").exists()
 
 
 def test_of_two_that_choose_at_once_both_take_the_first_choice(
@@ -185,13 +189,23 @@ def test_a_half_that_is_written_again_has_the_tokenizer_of_the_other(
     with pytest.raises(ValueError, match=r"training was written with another .* other held-out documents than .* both"):
         run(source, tmp_path)
     assert not (tmp_path / "held-out/corpus.json").exists()
+    manifest = json.loads((tmp_path / "training/corpus.json").read_text())
+    del manifest["files"]["names-00000.bin"]  # as of earlier releases, which kept no names
+    (tmp_path / "training/corpus.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"training was made by another version's rules for jsonl, and its other half"):
+        run(source, tmp_path)
 
 
-def test_parts_of_two_choices_are_no_corpus(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of_groups_alone", [False, True])
+def test_parts_of_two_choices_are_no_corpus(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_groups_alone: bool
+) -> None:
     """The folder of what was chosen was removed between two jobs: whoever finds parts of another choice says so."""
+    if of_groups_alone:
+        other_tokenizer(monkeypatch)  # which is the same whatever is held out
     run(source, tmp_path, (0, 2))
     shutil.rmtree(tmp_path / "held-out" / WORK / "chosen")
-    other_tokenizer(monkeypatch)
+    (other_groups if of_groups_alone else other_tokenizer)(monkeypatch)
     said = f"{tmp_path}/training/{WORK}/part-000000-0000 was written with another tokenizer, .*; remove "
     said += f"{tmp_path}/training/{WORK} and {tmp_path}/held-out/{WORK}, and run"
     for job in ((1, 2), (0, 2)):

@@ -58,8 +58,9 @@ def write(tmp_path: Path, num_images: int = 9) -> Path:
     ids=["NaN", "mark", "no UTF-8", "surrogate"],
 )
 def test_what_other_parsers_read(
-    tmp_path: Path, change: Callable[[bytes], bytes], caption: str, noted: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes], caption: str, noted: list[str]
 ) -> None:
+    monkeypatch.setattr(coco, "_IMAGES_PER_UNIT", 4)  # what is of the file is noted once
     file = write(tmp_path)
     file.write_bytes(change(file.read_bytes()))
     summary = preprocess("coco", file, tmp_path / "out", images=tmp_path / "images", tokenizer=TOKENIZER)
@@ -123,7 +124,8 @@ def test_tars_beside_the_file_are_of_the_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_waiting_lines")
-def test_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(coco, "_IMAGES_PER_UNIT", 1)
     images = [{"id": 1, "file_name": "no.png"}, {"id": "x"}]
     annotations = [{"image_id": 1, "caption": "a"}, {"image_id": 9, "caption": "b"}, {"image_id": "x"}]
     (tmp_path / "in").mkdir()

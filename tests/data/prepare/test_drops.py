@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data import writers
-from data.helpers import TOKENIZER
+from data.helpers import TOKENIZER, corpus_of
 from data.writers import picture
 
 from megatron_lcl.cli import main
@@ -225,6 +225,12 @@ def test_missing_images_are_counted_apart_from_none(
     assert summary.counts["documents"] == 4
 
 
+def test_missing_images_where_no_document_has_one(tmp_path: Path) -> None:
+    """Then texts are written all at once."""
+    drops = corpus_of(tmp_path, [{"items": [{"text": "a"}, {"image": "gone"}]}, {"items": [{"text": "b"}]}], {}).drops
+    assert drops.noted_counts == {KEPT: 1}
+
+
 @pytest.mark.parametrize("format", ["webdataset", "mint1t"])
 def test_missing_images_in_tars(tmp_path: Path, format: str) -> None:
     (tmp_path / "in").mkdir()
@@ -287,7 +293,7 @@ def test_nothing_usable_leaves_the_list(tmp_path: Path, options: dict[str, Any])
     (tmp_path / "a.jsonl").write_text("bad\n" * 3)
     if "held_out" in options:
         options = {"held_out": tmp_path / options["held_out"]}
-    with pytest.raises(Unusable, match=r"no usable document: .*drops\.jsonl"):
+    with pytest.raises(Unusable, match=r"no usable document: .*\(e\.g\. a\.jsonl:1\).*drops\.jsonl"):
         preprocess("jsonl", tmp_path / "a.jsonl", tmp_path / "out", max_bad_fraction=1, **options)
     assert rows(tmp_path / "out")["document: not JSON"]["count"] == 3
     assert not (tmp_path / "held").exists()

@@ -434,9 +434,11 @@ def test_ids_of_an_arrow_file_that_are_not_utf8(tmp_path: Path, of: str, wrong: 
     }[of]()
     data = pa.table({"image": pa.array([image(0)] * 3, IMAGE), "id": ids, "text": list("abc")})
     with pa.ipc.new_stream(str(tmp_path / "a.arrow"), data.schema) as stream:
-        stream.write_table(data)
+        for _ in range(1 + wrong):
+            stream.write_table(data)
     found, drops = documents_of(create("hf", tmp_path / "a.arrow", None, {}))
     assert len(found) == (0 if wrong else 3)
-    assert drops.bad_counts == ({"document: lost in a damaged Arrow file": 3} if wrong else {})
+    assert drops.bad_counts == ({"document: lost in a damaged Arrow file": 6} if wrong else {})
+    assert drops.names.get("document: lost in a damaged Arrow file") == (["a.arrow:0", "a.arrow:3"] if wrong else None)
     if not wrong and "list" not in of:
         assert [d.metadata["id"] for d in found] == ["a", "\ufffd", "c"]

@@ -100,6 +100,14 @@ def test_a_section_named_so_by_its_own_heading_is_text(tmp_path: Path, section: 
     assert drops.left_out_counts == {}
 
 
+@pytest.mark.parametrize(("number", "stays"), [(5, True), (6, False)])
+def test_so_many_links_are_a_table_of_contents(tmp_path: Path, number: int, stays: bool) -> None:
+    links = "".join(f"<li><a href={k}.html>chapter {k}</a>" for k in range(number))
+    page = f"<p>text<img src=large.png></p><ul>{links}</ul>"
+    (document,), _ = read(tmp_path, {"a.html": page}, {"large.png": LARGE})
+    assert (len(document) == 3) == stays
+
+
 def test_lists_with_links_are_text(tmp_path: Path) -> None:
     items = "".join(f"<li><a href='http://x/{k}'>Name {k}</a>, who wrote about it at length</li>" for k in range(8))
     documents, _ = read(tmp_path, {"a.html": f"<ul>{items}</ul><img src=large.png>"}, {"large.png": LARGE})
@@ -288,7 +296,7 @@ def test_sizes_repeats_and_decoration(tmp_path: Path) -> None:
         for k in range(80)
     }
     files = {"logo.png": LARGE, "wide.png": WIDE, "often.png": OTHER}
-    files |= {f"own{k}.png": picture(100 + k, 70, 70) for k in range(80)}
+    files |= {f"own{k}.png": picture(100 + k, 64, 64 if k else 512) for k in range(80)}  # the least that stay
     documents, drops = read(tmp_path, pages, files, max_repeats=2)
     assert len(documents) == 80
     assert documents[2] == ["page 2", "[own2.png]"]
@@ -297,6 +305,15 @@ def test_sizes_repeats_and_decoration(tmp_path: Path) -> None:
         "image: stands on over 5% of the pages": 80,
         "image: aspect above 8": 80,
         "image: repeated (on a page, or on more than 2 pages)": 81,
+    }
+
+
+def test_of_no_repeats_no_image_stays(tmp_path: Path) -> None:
+    documents, drops = read(tmp_path, {"a.html": "<p>a<img src=large.png>"}, {"large.png": LARGE}, max_repeats=0)
+    assert documents == []
+    assert drops.left_out_counts == {
+        "image: repeated (on a page, or on more than 0 pages)": 1,
+        "document: page whose images were all left out": 1,
     }
 
 
@@ -360,7 +377,9 @@ def test_redirects_duplicates_and_pages_without_images(tmp_path: Path) -> None:
 
 def test_long_pages_are_cut_at_headings(tmp_path: Path) -> None:
     sections = "".join(f"<h2>Heading {k}</h2><p>{'word ' * 400}</p><p>end {k}</p>" for k in range(5))
-    documents, _ = read(tmp_path, {"a.html": f"<p>intro<img src=large.png></p>{sections}"}, {"large.png": LARGE})
+    pages = {"a.html": f"<p>intro<img src=large.png></p>{sections}"}
+    documents, _ = read(tmp_path, pages, {"large.png": LARGE})
+    assert documents == read(tmp_path, pages, {}, max_words=809)[0] != read(tmp_path, pages, {}, max_words=808)[0]
     assert [len(" ".join(t for t in d if t[0] != "[").split()) for d in documents] == [809, 808, 404]
     assert documents[0][:2] == ["intro", "[large.png]"]
     assert [d[0].split("\n")[0] for d in documents[1:]] == ["Heading 2", "Heading 4"]

@@ -12,6 +12,7 @@ from data.prepare.test_html import LARGE, picture, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_lcl.data.prepare.importers import html_repeats
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
 from megatron_lcl.data.prepare.importers.html_page import Block
 from megatron_lcl.data.prepare.importers.html_repeats import MIN_PAGES, EdgeTexts, edge_keys, without_repeated
@@ -188,6 +189,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_text_that_begins_on_a_late_page_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it had been forgotten after each window of pages before."""
+    monkeypatch.setattr(html_repeats, "_WINDOW", 4)
+    texts = EdgeTexts()
+    for page in range(400):
+        texts.add([1] * (page >= 40 and page % 2))
+    assert texts.repeated(0.25) == {1}
 
 
 def test_workers_do_not_matter(site: Path, tmp_path: Path) -> None:

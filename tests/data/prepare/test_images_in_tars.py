@@ -278,6 +278,20 @@ def test_corpora_with_images_in_tars_have_rules_of_their_own(tmp_path: Path) -> 
     assert rules == [2, 3]
 
 
+@pytest.mark.parametrize(
+    ("format", "name", "content"),
+    [("jsonl", "a.jsonl", '{"items": [{"image": "1.png"}]}'), ("table", "a.csv", "image,text\n1.png,a")],
+)
+def test_tars_beside_the_input_are_of_it(tmp_path: Path, format: str, name: str, content: str) -> None:
+    """What was made with others is no part of the same corpus."""
+    (tmp_path / name).write_text(content)
+    signatures = set()
+    for k in range(2):
+        source_of(tmp_path, {"0": {"1.png": picture(k)}})
+        signatures.add(create(format, tmp_path, None, {}).signature())
+    assert len(signatures) == 2
+
+
 class FailingFile(io.BytesIO):
     def read(self, _size: int | None = -1) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

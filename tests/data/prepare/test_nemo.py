@@ -91,6 +91,8 @@ def test_through_a_corpus_and_what_is_bad(tmp_path: Path) -> None:
     }
     assert summary.drops.left_out_counts == {"text: modality that is neither text nor image": 1}
     assert corpus.kinds == ("natural",)
+    found, _ = documents_of(create("nemo", tmp_path / "in", None, {}))
+    assert [document.metadata["lost_images"] for document in found] == [0, 1, 0, 0]
 
 
 def test_rows_without_a_sample_are_counted_once(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.budget import Unusable
 from megatron_lcl.data.prepare.importers import Unit, create, read_options
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
+from megatron_lcl.data.prepare.importers.mmc4 import Mmc4Importer
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.errors import UserError
 
@@ -80,6 +81,22 @@ def test_the_first_documents(tmp_path: Path) -> None:
             preprocess("jsonl", tmp_path / "in", output, tokenizer=TOKENIZER, **{name: 0})
 
 
+def test_the_first_documents_are_read_as_all_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their kind, what stands between texts, the lines of what is bad, and what is prepared before."""
+    prepared: list[Path] = []
+    monkeypatch.setattr(Mmc4Importer, "prepare", lambda self, folder: prepared.append(folder))
+    lines = [json.dumps({"text_list": [f"{k}.", "and more"], "image_info": []}) for k in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], "bad", *lines[1:]]))
+    manifests = []
+    for limit in (None, 3):
+        output = tmp_path / str(limit)
+        summary = preprocess("mmc4", tmp_path / "a.jsonl", output, tokenizer=TOKENIZER, max_bad_fraction=1, limit=limit)
+        assert summary.drops.names == {"document: not JSON": ["a.jsonl:2"]}
+        manifests.append({key: open_corpus(output).manifest[key] for key in ("shards", "files")})
+    assert manifests[0] == manifests[1]
+    assert prepared == [tmp_path / str(limit) / preprocess_module.WORK for limit in (None, 3)]
+
+
 def test_the_seed_draws_what_is_held_out(tmp_path: Path) -> None:
     writers.write_jsonl(DOCUMENTS, tmp_path / "in")
     drawn = []
@@ -88,6 +105,9 @@ def test_the_seed_draws_what_is_held_out(tmp_path: Path) -> None:
         preprocess("jsonl", tmp_path / "in", folders[0], held_out=folders[1], tokenizer=TOKENIZER, seed=seed)
         drawn.append([document.texts[0].text for document in open_corpus(folders[1])])
     assert drawn[0] == drawn[1] != drawn[2]
+    assert open_corpus(folders[0]).manifest["recipe"]["rules"] == 5  # two are of how images are compared
+    with pytest.raises(UserError, match=r"holds another corpus \(its held_out differ\)"):
+        preprocess("jsonl", tmp_path / "in", folders[0], held_out=folders[1], tokenizer=TOKENIZER, seed=0)
 
 
 def test_far_fewer_held_out_than_asked_for_is_said(tmp_path: Path) -> None:
@@ -102,15 +122,17 @@ def test_far_fewer_held_out_than_asked_for_is_said(tmp_path: Path) -> None:
     assert "asked for" not in str(replace(found, held_out_fraction=0.05)), "that is half of it"
 
 
-@pytest.mark.parametrize("kind", ["document", "image", "damaged image"])
+@pytest.mark.parametrize("kind", ["document", "text", "image", "damaged image"])
 def test_what_may_be_bad_is_the_same_with_held_out_documents(tmp_path: Path, kind: str) -> None:
-    """A fifth: of lines; of images that are missing, which the importer counts; or damaged, which each half counts."""
+    """A fifth: of lines; of texts, or images that are missing, which the importer counts; or damaged, which each half
+    counts."""
     (tmp_path / "in").mkdir()
     lines = []
     for k in range(20):
         if kind != "image" or k % 5:
             (tmp_path / f"in/{k}.png").write_bytes(picture(k)[: 60 if kind == "damaged image" and k % 5 == 0 else None])
-        lines.append(json.dumps({"items": [{"text": f"text {k}"}, {"image": f"{k}.png"}]}))
+        text = 3 if kind == "text" and k % 5 == 0 else f"text {k}"
+        lines.append(json.dumps({"items": [{"text": text}, {"image": f"{k}.png"}]}))
         if kind == "document" and k % 4 == 0:
             lines.append("bad line")
     for part in range(4):

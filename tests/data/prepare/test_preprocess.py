@@ -28,7 +28,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.engines import Engine
-from megatron_lcl.data.prepare import importers, jobs, preprocess_task, unfinished
+from megatron_lcl.data.prepare import finish, importers, jobs, preprocess_task, unfinished
 from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
@@ -262,6 +262,16 @@ def test_interrupted_after_every_step_of_finishing(
     assert (output / WORK).exists()
     assert preprocess("jsonl", two, output, tokenizer=TOKENIZER, **SMALL).reused
     assert contents(output) == expected
+
+
+def test_the_manifest_is_put_into_a_folder_that_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes to the disk itself: a machine that loses its power in between leaves no manifest without its files."""
+    synced: list[set[str]] = []
+    monkeypatch.setattr(finish, "sync", lambda folder: synced.append({path.name for path in folder.iterdir()} - {WORK}))
+    writers.write_jsonl([Document((Text("a"),))], tmp_path / "in")
+    preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)
+    whole = contents(tmp_path / "out").keys()
+    assert synced == [whole - {"corpus.json"}, whole]
 
 
 def interrupt(*_arguments: Any) -> None:

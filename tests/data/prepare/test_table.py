@@ -178,12 +178,16 @@ def test_images_by_url(tmp_path: Path) -> None:
     for prepared in (False, True):
         if prepared:
             importer.prepare(tmp_path / "work")
+            assert {path.name for path in (tmp_path / "work").iterdir()} == {"images-in-archives", "keys-of-urls"}
         found, drops = documents_of(importer)
         assert [row for row in plain(found) if len(row) == 2] == rows
         assert drops.bad_counts == {"image: file missing": 1}
         assert drops.names["image: file missing"] == [
             f"a.csv@{(tmp_path / 'a.csv').read_bytes().index(b'https://x.org/2')}: {URLS[2]}"
         ]
+    before = importer.signature()
+    min(images.glob("*.parquet")).touch()  # which says what image is of a URL
+    assert create("table", tmp_path / "a.csv", images, {}).signature() != before
 
 
 def test_images_by_key(tmp_path: Path) -> None:

@@ -130,6 +130,19 @@ def test_texts_beside_the_input_leave_room_for_it(tmp_path: Path, monkeypatch: p
     assert trained_on == ["own", "of another corpus"]
 
 
+def test_so_many_bytes_are_read_and_no_more_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_tokenizer, "MAX_BYTES", 10)
+    assert [*train_tokenizer._training_lines(["水水水水", "b"])] == ["水水水水"]
+
+
+def test_other_texts_beside_the_input_make_another_corpus(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"items": [{"text": "own"}]}))
+    options: dict[str, Any] = {"input": tmp_path / "a.jsonl", "output": tmp_path / "out", "vocab_size": 400}
+    preprocess("jsonl", **options, more_texts=["of another corpus"])
+    with pytest.raises(UserError, match=r"\(its tokenizer differ\)"):
+        preprocess("jsonl", **options, more_texts=["of a third one"])
+
+
 def test_texts_are_those_that_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what stands between the texts of a document."""
     (tmp_path / "in").mkdir()

@@ -8,6 +8,7 @@ import signal
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from megatron_lcl.data.corpus.corpus_manifest import write_manifest
 from megatron_lcl.data.corpus.document import Document, Text
 from megatron_lcl.data.corpus.shard import Shard
 from megatron_lcl.data.corpus.store import ShardWriter
+from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS
 from megatron_lcl.data.prepare import verify as verify_module
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -74,6 +76,38 @@ def test_images(tmp_path: Path, write: Callable[[ShardWriter], None], fault: str
 def test_matches(tmp_path: Path, match: dict[str, float], fault: str) -> None:
     corpus = written(tmp_path, lambda writer: image(writer, **match))
     assert verify(corpus, quick=True) == [f"shard 00000: {fault}"]
+
+
+@pytest.mark.parametrize("token", [-1, TOKENIZER.vocab_size - len(SPECIAL_TOKENS)])
+def test_ids_that_no_text_has(tmp_path: Path, token: int) -> None:
+    """Those of special tokens are behind the others'."""
+
+    def write(writer: ShardWriter) -> None:
+        writer.add_texts([array("i", [1, 2]).tobytes(), array("i", [1, token]).tobytes()])
+        writer.end_document()
+
+    fault = f"shard 00000: piece 1: token id {token} is out of range"
+    assert verify(written(tmp_path, write), quick=True) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (lambda m: m["counts"].update(documents=2), "corpus.json: the counts are not the sum of the shards'"),
+        (lambda m: m["files"].pop("tokenizer.model"), "tokenizer.model: not in the manifest"),
+        (lambda m: m.update(contents="0" * 32), "corpus.json: its `contents` are not those of the files that it names"),
+        (
+            lambda m: m["tokenizer"].update(fingerprint="x"),
+            "tokenizer.model: not the tokenizer that the manifest names",
+        ),
+    ],
+)
+def test_the_manifest(tmp_path: Path, edit: Callable[[dict[str, Any]], Any], fault: str) -> None:
+    corpus = written(tmp_path, image)
+    manifest = json.loads((corpus / "corpus.json").read_text())
+    edit(manifest)
+    (corpus / "corpus.json").write_text(json.dumps(manifest))
+    assert fault in verify(corpus, quick=True)
 
 
 def test_long_pieces_are_looked_at_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,10 +114,13 @@ def test_preprocess_and_curate(
     assert [name for name, content in files(tmp_path).items() if secret.encode() in content] == []
 
 
-def test_held_out_documents(s3: Proxy, place: str, tmp_path: Path) -> None:
+def test_held_out_documents(s3: Proxy, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["preprocess", "--format", "jsonl", "--input", str(source(tmp_path / "in")), "--tokenizer", "clip"]
     both = {name: ["--output", f"{at}/c", "--held-out", f"{at}/h"] for name, at in (("disk", tmp_path), ("s3", place))}
     assert [main([*words, *given]) for given in both.values()] == [0, 0]
+    said = capsys.readouterr().out
+    assert f"\n{place}/c: " in said
+    assert f"\nheld out: {place}/h: " in said
     for name in "ch":
         assert objects(f"{place}/{name}") == files(tmp_path / name)
 
