@@ -54,16 +54,34 @@ from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.settings import zero_options
 from megatron_lcl.train.storages import Storages
 
-_SIMULATED = 3
+_SIMULATED = 4
 """micro-batches of a simulated step, where a process keeps the graphs of all or of one: each one more takes as much as
-the last"""
+the last. With three the second backward, which finds the gradients of the first, is not the last"""
 REPLICAS = 64
 """at most, of a simulated step (`usage_of`); with `zero_hpz_partition_size` all"""
 
 
 @dataclass(frozen=True)
+class Peaks(Numbers):
+    """The most bytes at one time in a part of a step."""
+
+    tensors: float
+    small: float
+    """of tensors whose memory a process on a CPU keeps when they are freed (`keep_freed_memory`)"""
+    large: float
+    """of the others what is written, and what gloo copies"""
+    network: float
+    """of what is sent or received, but for what stays from step to step"""
+
+
+@dataclass(frozen=True)
 class Usage(Numbers):
-    """Bytes of a process, as tensors."""
+    """Bytes of a process, as tensors.
+
+    The peaks before the last backward and from it on are kept apart: each is linear in micro-batches and blocks, the
+    larger of the two is not. With few micro-batches it may be the buffers for the sums of gradients, with many their
+    graphs, of which the last backward has one.
+    """
 
     parameters: float
     """weights, in the type that computes"""
@@ -73,18 +91,38 @@ class Usage(Numbers):
     """images and integers of all micro-batches of a step, or of two (`usages_of`)"""
     graphs: float
     """what the forwards of all micro-batches keep for backward, where a step has all forwards first; else 0"""
-    peak: float
-    """the most at one time, all of the above included"""
-    touched: float
-    """the same on a CPU, where a process keeps the memory of small tensors when they are freed (`keep_freed_memory`)"""
-    kept: float
-    """of `touched`, the small tensors"""
+    before: Peaks
+    """the last backward, all of the above included"""
+    after: Peaks
+    """the beginning of the last backward, in which gradients are summed: with the optimizer's step"""
+    built: float
+    """on a CPU, until the step: while the engine is built, and in the first step, which makes the moments"""
+    kept_before: float
+    """of these, what the process keeps"""
     lost: float
     """what lies between them in the heap, less what it has of large ones, as a share of `kept`: no bytes"""
     losses: float
     """the most that a loss takes while it is computed, its gradients included"""
-    network: float
-    """the most at one time of what is sent or received in a step, but for what stays from step to step"""
+
+    @property
+    def peak(self) -> float:
+        """The most at one time in a step."""
+        return max(self.before.tensors, self.after.tensors)
+
+    @property
+    def kept(self) -> float:
+        """What a process on a CPU keeps of small tensors, however many of them are freed."""
+        return max(self.kept_before, self.before.small, self.after.small)
+
+    @property
+    def touched(self) -> float:
+        """The most at one time on a CPU."""
+        return max(self.built, self.kept + max(self.before.large, self.after.large))
+
+    @property
+    def network(self) -> float:
+        """The most at one time of what is sent or received in a step, but for what stays from step to step."""
+        return max(self.before.network, self.after.network)
 
     @property
     def process(self) -> float:
@@ -95,6 +133,11 @@ class Usage(Numbers):
     def temporary(self) -> float:
         """The rest of the peak: gradients and what is computed with."""
         return self.peak - self.parameters - self.optimizer - self.batches - self.graphs
+
+    def with_more(self, more: float, of_network: float = 0.0) -> Usage:
+        """With so many bytes more at every time, and of what is sent or received."""
+        peaks = Peaks(more, 0.0, more, of_network)
+        return replace(self, before=self.before + peaks, after=self.after + peaks, built=self.built + more)
 
 
 def extrapolated(usage: Usage, fewer: Usage, more: Usage, times: float) -> Usage:
@@ -146,7 +189,7 @@ def usages_of(config: Config, processes: int, images: int, on_gpu: bool, simulat
         usages = dict(zip(firsts, pool.map(of_stage, firsts.values()), strict=True))
     first, *others = (usages[kind] for kind in kinds)
     if on_gpu:
-        first = replace(first, batches=2 * first.batches, peak=first.peak + first.batches)
+        first = replace(first.with_more(first.batches), batches=2 * first.batches)
     return [first, *others]
 
 
@@ -170,9 +213,10 @@ def usage_of(config: Config, processes: int, images: int, stage: int, simulated:
         # of all pairs, and what the loss keeps of each, float32 (objectives/contrast.py)
         packs = config.train.global_batch - fewer.train.global_batch
         features = 4 * (2 * config.model.language.width + 2) * packs * images
-    changes = {"parameters": less["parameters"], "optimizer": less["optimizer"]}
-    changes |= dict.fromkeys(("peak", "touched"), sum(less.values()) + features) | {"network": features}
-    return replace(found, **{name: getattr(found, name) + change for name, change in changes.items()})
+    more = found.with_more(sum(less.values()) + features, features)
+    return replace(
+        more, parameters=found.parameters + less["parameters"], optimizer=found.optimizer + less["optimizer"]
+    )
 
 
 def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:
@@ -213,6 +257,7 @@ def _with(config: Config, data: int, micro_batches: int) -> Config:
 
 
 def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
+    from deepspeed.runtime.engine import DeepSpeedEngine
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     keep_freed_memory()
@@ -225,9 +270,11 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
         stepper = build_stepper(engine, config, mesh)
         stepper.run(batches, 1e-3)  # after it the optimizer's moments are there
         Averages(config, engine).update(config.train.steps, skipped=False)  # and after it all averages
+        built, kept_before = storages.touched, storages.kept
         resident = storages.begin_step()
         after_forwards = resident
-        forwards = stepper._first_forwards
+        forwards, backward, left = stepper._first_forwards, DeepSpeedEngine.backward, len(batches)
+        parts: list[Peaks] = []
 
         def counted(given: Sequence[PackedBatch]) -> Any:
             nonlocal after_forwards
@@ -235,21 +282,39 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
             after_forwards = storages.now
             return outputs
 
-        with mock.patch.object(stepper, "_first_forwards", counted), storages.watching_losses():
+        def end_part() -> None:
+            parts.append(Peaks(storages.peak, storages.small, storages.large, storages.network))
+            storages.begin_part()
+
+        def one_backward(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if not left:
+                end_part()
+            return backward(*arguments, **options)
+
+        with (
+            mock.patch.object(stepper, "_first_forwards", counted),
+            mock.patch.object(DeepSpeedEngine, "backward", one_backward),
+            storages.watching_losses(),
+        ):
             stepper.run(batches, 1e-3)
+        end_part()
+        before, after = parts
         parameters = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.module.parameters())
-        return Usage(
+        usage = Usage(
             parameters=parameters,
             optimizer=resident - parameters - of_batches,
             batches=of_batches,
             graphs=after_forwards - resident,
-            peak=storages.peak,
-            touched=storages.touched,
-            kept=storages.kept,
-            lost=(storages.process - storages.touched) / max(storages.kept, 1),
+            before=before,
+            after=after,
+            built=built,
+            kept_before=kept_before,
+            lost=0.0,
             losses=storages.losses,
-            network=storages.network,
         )
+        return replace(usage, lost=(storages.process - usage.touched) / max(usage.kept, 1))
 
 
 @contextlib.contextmanager

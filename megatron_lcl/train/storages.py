@@ -29,11 +29,11 @@ class Storages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.touched = self.process = 0
-        self._small = self.kept = 0
-        """of those whose memory is kept when they are freed, now and at most"""
+        self._small = self.small = self.kept = 0
+        """of those whose memory is kept when they are freed, now, at most in this part, and at most"""
         self._heap = Heap()
-        self._written = 0
-        """of the others, what was written"""
+        self._written = self.large = 0
+        """of the others, what was written, now; and at most in this part, with what gloo copies"""
         self._apart = 0
         """of those outside the heap, what was written"""
         self._copies = 0
@@ -54,8 +54,14 @@ class Storages(TorchDispatchMode):
         """The peaks are of what follows; returns the bytes that are there."""
         self._resident = set(self._sizes)
         self._sent.clear()
-        self.peak, self.losses, self.network, self._sending = self.now, 0, 0, 0
+        self.losses = self._sending = 0
+        self.begin_part()
         return self.now
+
+    def begin_part(self) -> None:
+        """The peaks are of what follows, but for that of the losses: of a part of a step."""
+        self.peak, self.small, self.network, self.large = self.now, self._small, self._sending, 0
+        self._look()
 
     @contextlib.contextmanager
     def watching_losses(self) -> Iterator[None]:
@@ -93,7 +99,7 @@ class Storages(TorchDispatchMode):
             self._places[key] = place
         if size <= KEPT:
             self._small += size
-            self.kept = max(self.kept, self._small)
+            self.small, self.kept = max(self.small, self._small), max(self.kept, self._small)
             self._apart += size if place is None else 0
         else:
             self._ranges[key] = []
@@ -146,6 +152,7 @@ class Storages(TorchDispatchMode):
 
     def _look(self, more: int = 0) -> None:
         more += self._copies
+        self.large = max(self.large, self._written + more)
         self.touched = max(self.touched, self.kept + self._written + more)
         self.process = max(self.process, self._heap.size + self._apart + more)
 

@@ -8,12 +8,13 @@ from plan.test_predict import CONTEXT, IMAGES, config_of, rates_of
 
 from megatron_lcl.config import Config
 from megatron_lcl.plan.layouts import Target
-from megatron_lcl.train.simulate import Usage
+from megatron_lcl.train.simulate import Peaks, Usage
 
 
 def needs(peak: float, **more: float) -> Usage:
-    nothing = dict.fromkeys(Usage.__dataclass_fields__, 0.0)
-    return Usage(**nothing | {"peak": peak, "touched": peak} | more)
+    before, after = Peaks(peak, 0.0, peak, 0.0), Peaks(0.0, 0.0, 0.0, 0.0)
+    numbers: dict[str, Any] = dict.fromkeys(Usage.__dataclass_fields__, 0.0)
+    return Usage(**numbers | {"before": before, "after": after} | more)
 
 
 def target_of(processes: int = 4, room: float = 1e12, **rates: Any) -> Target:

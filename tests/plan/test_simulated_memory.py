@@ -17,7 +17,7 @@ from megatron_lcl.plan.memory import simulate_shallow
 from megatron_lcl.train import simulate as simulation
 from megatron_lcl.train.fits import predicted
 from megatron_lcl.train.memory import estimate
-from megatron_lcl.train.simulate import Usage, simulate, usage_of, usages_of
+from megatron_lcl.train.simulate import Peaks, Usage, simulate, usage_of, usages_of
 
 
 def test_a_gpu_has_the_next_steps_batches_as_well(
@@ -100,13 +100,15 @@ def test_memory_is_linear_in_blocks_and_shared_by_replicas(monkeypatch: pytest.M
         vision, language = config.model.vision.layers, config.model.language.layers
         asked.append((vision, language, processes, config.train.global_batch))
         size = 100.0 + 7 * vision + 3 * language
-        return Usage(size, 2 * size, 5.0, size, 5 * size, 6 * size, size / 2, 0.1 + language / 100, 7.0, size)
+        before, after = Peaks(5 * size, size / 2, 6 * size, size), Peaks(3 * size, 4.0, 4 * size, 2.0)
+        return Usage(size, 2 * size, 5.0, size, before, after, 2 * size, 3.0, 0.1 + language / 100, 7.0)
 
     shallow = partial(simulate_shallow, simulated=simulated)
     found = usage_of(config, 32, IMAGES, 0, shallow)
     assert asked == [(2, 2, 32, 512), (4, 2, 32, 512), (2, 4, 32, 512)]
-    assert found == Usage(267.0, 534.0, 5.0, 267.0, 1335.0, 1602.0, 133.5, 0.14, 7.0, 267.0)
-    assert found.process == pytest.approx(1602.0 + 0.14 * 133.5), "the largest share of the heap, not extrapolated"
+    before, after = Peaks(1335.0, 133.5, 1602.0, 267.0), Peaks(801.0, 4.0, 1068.0, 2.0)
+    assert found == Usage(267.0, 534.0, 5.0, 267.0, before, after, 534.0, 3.0, 0.14, 7.0)
+    assert found.process == pytest.approx(1602.0 + 1.14 * 133.5), "the largest share of the heap, not extrapolated"
     asked.clear()
     many = usage_of(config, 256, IMAGES, 0, shallow)
     assert asked[0] == (2, 2, 64, 128), "as many micro-batches a replica"

@@ -20,7 +20,7 @@ from megatron_lcl.data.prepare.importers import create, hf, html, html_repeats
 from megatron_lcl.data.prepare.importers.files import Names
 
 PNG = picture(0, 70, 66)
-SIZES = (300, 900)  # from some 300 pages on, what is kept of the last ones is full
+SIZES = (300, 600)  # from some 300 pages on, what is kept of the last ones is full
 BYTES_A_PAGE = 200
 """measured: 50 to 77; where each page's path, images and hashes were kept, 690 to 1,070"""
 
