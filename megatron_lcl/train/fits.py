@@ -1,9 +1,9 @@
 """Whether a run fits into the memory there is, and if not, the nearest that does.
 
 A run is refused for its lower bound (`memory.estimate`), which takes no time, whenever it is started. Before its first
-step it is refused for a simulated step (`simulate`) as well, where the bound leaves it in doubt: that takes half a
-minute, of a deep model on many replicas a minute or two, for each stage of a pipeline that is simulated. What is named
-in its place has been simulated, too.
+step it is refused for a simulated step (`simulate`) as well, where the bound leaves it in doubt: that takes seconds, of
+a deep model on many replicas half a minute, for each stage of a pipeline that is simulated. What is named in its place
+has been simulated, too.
 """
 
 from __future__ import annotations

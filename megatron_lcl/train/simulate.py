@@ -92,13 +92,13 @@ class Usage(Numbers):
     graphs: float
     """what the forwards of all micro-batches keep for backward, where a step has all forwards first; else 0"""
     before: Peaks
-    """the last backward, all of the above included"""
+    """until the last backward begins, all of the above included"""
     after: Peaks
-    """the beginning of the last backward, in which gradients are summed: with the optimizer's step"""
+    """from then on: gradients are summed, and the optimizer steps"""
     built: float
     """on a CPU, until the step: while the engine is built, and in the first step, which makes the moments"""
-    kept_before: float
-    """of these, what the process keeps"""
+    kept_built: float
+    """of these, the small tensors"""
     lost: float
     """what lies between them in the heap, less what it has of large ones, as a share of `kept`: no bytes"""
     losses: float
@@ -112,7 +112,7 @@ class Usage(Numbers):
     @property
     def kept(self) -> float:
         """What a process on a CPU keeps of small tensors, however many of them are freed."""
-        return max(self.kept_before, self.before.small, self.after.small)
+        return max(self.kept_built, self.before.small, self.after.small)
 
     @property
     def touched(self) -> float:
@@ -270,7 +270,7 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
         stepper = build_stepper(engine, config, mesh)
         stepper.run(batches, 1e-3)  # after it the optimizer's moments are there
         Averages(config, engine).update(config.train.steps, skipped=False)  # and after it all averages
-        built, kept_before = storages.touched, storages.kept
+        built, kept_built = storages.touched, storages.kept
         resident = storages.begin_step()
         after_forwards = resident
         forwards, backward, left = stepper._first_forwards, DeepSpeedEngine.backward, len(batches)
@@ -310,7 +310,7 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
             before=before,
             after=after,
             built=built,
-            kept_before=kept_before,
+            kept_built=kept_built,
             lost=0.0,
             losses=storages.losses,
         )
