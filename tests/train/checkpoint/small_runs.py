@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +23,9 @@ from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 
 GLOBAL_BATCH = 6  # divides among one, two and three processes
-LR = (1e-2, 8e-3, 6e-3, 4e-3, 2e-3, 1e-3)  # of at least as many steps
+LR = (1e-2, 8e-3, 6e-3, 4e-3)
 PARTITION = (0, 4)  # of a pipeline of two stages
-FIRST, LAST = 3, 5  # steps before the checkpoint, and of a job in all: the last one has what the first updated
+FIRST, LAST = 2, 4  # steps before the checkpoint, and of a job in all: the last one has what the first updated
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Job:
     dtype: str = "float32"
     packs: int = GLOBAL_BATCH
     """of a step's global batch"""
+    micro_batch: int = 1
+    """packs of a micro-batch"""
     zero_options: dict[str, Any] = field(default_factory=dict)
     """of DeepSpeed's `zero_optimization`"""
     optimizer: str = "adamw"
@@ -72,32 +75,49 @@ def build_config(folder: Path, job: Job) -> Config:
         "deepspeed": {"zero_optimization": job.zero_options},
         "parallel": {"tensor": job.tensor, "pipeline": job.pipeline},
         "contrast": {"strategy": "recompute" if job.zero == 3 else "retain"},
-        "train": {"output": str(folder / job.name), "global_batch": job.packs, "dtype": job.dtype},
+        "train": {"output": str(folder / job.name), "dtype": job.dtype},
     }
+    tree["train"] |= {"global_batch": job.packs, "micro_batch": job.micro_batch}
     return configs.from_dict(tree)
 
 
 def pack(step: int, number: int, config: Config) -> PackedBatch:
     """Pack `number` of a step's global batch: two sequences, the first with an image behind its first words."""
+    return micro_batch(step, [number], config)
+
+
+def micro_batch(step: int, numbers: Sequence[int], config: Config) -> PackedBatch:
+    """Some packs of a step's global batch, as one."""
     special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_patches
-    draw = torch.Generator().manual_seed(100 * step + number)
-    words = torch.randint(1, config.model.language.vocab_size - 10, (20,), generator=draw)
     image = [special.soi, *[special.placeholder] * patches, special.eoi]
-    with_image = torch.tensor([*words[:5].tolist(), *image, *words[5:9].tolist()])
-    lengths = torch.tensor([len(with_image), 11])
-    tokens = torch.nn.utils.rnn.pad_sequence([with_image, words[9:]], batch_first=True)
-    images = torch.randint(0, 256, (1, 3, 16, 16), generator=draw, dtype=torch.uint8)
-    batch = pack_padded(tokens, lengths, images, config.model)
+    sequences, images = [], []
+    for number in numbers:
+        draw = torch.Generator().manual_seed(100 * step + number)
+        words = torch.randint(1, config.model.language.vocab_size - 10, (20,), generator=draw)
+        sequences += [torch.tensor([*words[:5].tolist(), *image, *words[5:9].tolist()]), words[9:]]
+        images.append(torch.randint(0, 256, (3, 16, 16), generator=draw, dtype=torch.uint8))
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    batch = pack_padded(tokens, lengths, torch.stack(images), config.model)
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     integers = {k: v.int() for k, v in fields.items() if isinstance(v, torch.Tensor) and v.dtype == torch.int64}
-    return dataclasses.replace(batch, **integers, packs=(step * GLOBAL_BATCH + number,))  # as the loader gives them
+    packs = tuple(step * GLOBAL_BATCH + number for number in numbers)
+    return dataclasses.replace(batch, **integers, packs=packs)  # as the loader gives them
 
 
 def run_jobs(rank: int, folder: str, jobs: list[Job]) -> dict[str, Any]:
     """Each job's losses and gradient norms after the checkpoint, and what resuming had to say."""
+    return run_each(run_job, Path(folder), jobs)
+
+
+def run_each(run: Callable[[Path, Any], Any], folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
+    """What `run(folder, job)` gives for one job after the other, by name."""
     import torch.distributed as dist
 
-    results = {job.name: run_job(Path(folder), job) for job in jobs}
+    results = {}
+    for job in jobs:
+        results[job.name] = run(folder, job)
+        gc.freeze()  # each engine is built with a full collection, which need not look at all those before it
     dist.destroy_process_group()
     return results
 
@@ -114,14 +134,16 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
         engine = build_engine(build_module(config, mesh, PARTITION if job.pipeline > 1 else None), config, mesh)
     stepper = build_stepper(engine, config, mesh)
     run, said = Path(config.train.output), []
-    each = job.packs // mesh.data.size
+    size = job.micro_batch
+    each = job.packs // mesh.data.size // size
 
     def steps(first: int, last: int) -> list[tuple[float, float, float]]:
         rows = []
         for step in range(first, last):
-            own = range(mesh.data.rank * each, (mesh.data.rank + 1) * each)
-            batches = [pack(step, number, config) for number in own] if mesh.loads_data else None
-            result = stepper.run(broadcast_batches(batches, each, 1, mesh, engine.device), LR[step])
+            firsts = range(mesh.data.rank * each * size, (mesh.data.rank + 1) * each * size, size)
+            own = [micro_batch(step, range(first, first + size), config) for first in firsts]
+            batches = own if mesh.loads_data else None
+            result = stepper.run(broadcast_batches(batches, each, size, mesh, engine.device), LR[step])
             rows.append((result.loss, result.metrics["contrastive"], result.grad_norm))
         return rows
 

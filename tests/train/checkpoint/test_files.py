@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_runs import JOBS, Job, build_config
+from small_runs import FIRST, JOBS, Job, build_config
 
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
@@ -40,7 +40,7 @@ def run(runs: Path, tmp_path: Path) -> Path:
 
 
 def two_checkpoints(runs: Path, folder: Path) -> Path:
-    original = checkpoint.step_folder(runs / "whole", 3)
+    original = checkpoint.step_folder(runs / "whole", FIRST)
     for step in (3, 4):
         shutil.copytree(original, checkpoint.step_folder(folder / "run", step))
     shutil.copy(original / "config.yaml", folder / "run" / "config.yaml")
@@ -109,9 +109,9 @@ def test_only_versions_that_differ_are_said() -> None:
 
 @pytest.mark.slow
 def test_contents(runs: Path) -> None:
-    folder = checkpoint.step_folder(runs / "whole", 3)
+    folder = checkpoint.step_folder(runs / "whole", FIRST)
     progress = checkpoint.read_progress(folder)
-    assert (progress.step, progress.packs) == (3, 18)
+    assert (progress.step, progress.packs) == (2, 12)
     assert str(progress.layout) == "2 data, ZeRO-1, float32"
     assert progress.code["torch"] == torch.__version__
     assert progress.code["source"] == source_hash(PACKAGE)
@@ -212,7 +212,7 @@ def test_parameters_and_moments_are_those_of_deepspeeds_own_converter(
 ) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
-    folder, model = checkpoint.step_folder(runs / job.name, 3) / "state", build_config(runs, job).model
+    folder, model = checkpoint.step_folder(runs / job.name, FIRST) / "state", build_config(runs, job).model
     arguments = {"input_folder": str(folder), "output_folder": str(tmp_path / "universal"), "keep_temp_folder": False}
     arguments |= {"num_extract_workers": 1, "num_merge_workers": 1, "inject_missing_state": True, "strict": False}
     ds_to_universal.main(argparse.Namespace(**arguments))

@@ -26,21 +26,27 @@ ON_CPU = {"device": "cpu"}
 # small ones too: DeepSpeed leaves them whole
 TWO_BY_TWO = {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
 
-# written by two processes each
+
+def joint(name: str, zero: int = 1, micro_batch: int = 3, **more: Any) -> Job:
+    """A job with one micro-batch a process, or two where both processes make one replica."""
+    return Job(name, zero, micro_batch=micro_batch, **more)
+
+
+# written by two processes each; the first three with three micro-batches a process
 SOURCES = {
     "zero1": Job("zero1", 1, again=True),
     "zero2": Job("zero2", 2, again=True),
     "zero3": Job("zero3", 3, again=True),
-    "offload": Job("offload", 3, zero_options={"offload_optimizer": ON_CPU, "offload_param": ON_CPU}, again=True),
-    "tensor": Job("tensor", 2, tensor=2, again=True),
-    "pipeline": Job("pipeline", pipeline=2, again=True),
-    "bfloat16": Job("bfloat16", 1, dtype="bfloat16", again=True),
-    "siglip": Job("siglip", tensor=2, objective="siglip", again=True),
-    "apex": Job("apex", 1, optimizer="apex_fused_adam", again=True),
+    "offload": joint("offload", 3, zero_options={"offload_optimizer": ON_CPU, "offload_param": ON_CPU}, again=True),
+    "tensor": joint("tensor", 2, tensor=2, again=True),
+    "pipeline": joint("pipeline", pipeline=2, again=True),
+    "bfloat16": joint("bfloat16", 1, dtype="bfloat16", again=True),
+    "siglip": joint("siglip", tensor=2, objective="siglip", again=True),
+    "apex": joint("apex", 1, optimizer="apex_fused_adam", again=True),
     # as it was written before: nothing but apex's own state
-    "apex, before": Job("apex, before", 1, optimizer="apex_fused_adam", before=True),
+    "apex, before": joint("apex, before", 1, optimizer="apex_fused_adam", before=True),
     # several pieces of each parameter group
-    "apex, zero3": Job("apex, zero3", 3, optimizer="apex_fused_adam", zero_options=SMALL_PIECES, again=True),
+    "apex, zero3": joint("apex, zero3", 3, optimizer="apex_fused_adam", zero_options=SMALL_PIECES, again=True),
 }
 BETAS = (0.8, 0.9)  # other ones than those of the sources
 Result = dict[str, dict[str, Any]]
@@ -108,37 +114,45 @@ def test_at_two_processes(saved: tuple[Path, Result]) -> None:
         2,
         saved,
         [
-            ("tensor", Job("a", 3)),
-            ("zero3", Job("b", 2, tensor=2)),
-            ("pipeline", Job("c", 1, tensor=2)),
-            ("tensor", Job("d", pipeline=2)),
-            ("siglip", Job("o", pipeline=2, objective="siglip")),
-            ("siglip", Job("p", 3, objective="siglip")),
-            ("zero1", Job("e", 3, zero_options=SMALL_PIECES)),
-            ("zero3", Job("f", 1)),
-            ("zero3", Job("s", 3, zero_options=SMALL_PIECES)),
-            ("zero1", Job("betas a", betas=BETAS)),
-            ("zero1", Job("betas b", 3, betas=BETAS)),
-            ("offload", Job("q", 1)),
-            ("zero3", Job("r", 2, zero_options={"offload_optimizer": ON_CPU})),
-            ("apex", Job("apex a", 3, optimizer="apex_fused_adam", zero_options=SMALL_PIECES)),
-            ("apex, before", Job("apex b", 2, tensor=2, optimizer="apex_fused_adam")),
+            ("tensor", joint("a", 3)),
+            ("zero3", joint("b", 2, tensor=2)),
+            ("pipeline", joint("c", 1, tensor=2)),
+            ("tensor", joint("d", pipeline=2)),
+            ("siglip", joint("o", pipeline=2, objective="siglip")),
+            ("siglip", joint("p", 3, objective="siglip")),
+            ("zero1", joint("e", 3, zero_options=SMALL_PIECES)),
+            ("zero3", joint("f", 1)),
+            ("zero3", joint("s", 3, zero_options=SMALL_PIECES)),
+            ("zero1", joint("betas a", betas=BETAS)),
+            ("zero1", joint("betas b", 3, betas=BETAS)),
+            ("offload", joint("q", 1)),
+            ("zero3", joint("r", 2, zero_options={"offload_optimizer": ON_CPU})),
+            ("apex", joint("apex a", 3, optimizer="apex_fused_adam", zero_options=SMALL_PIECES)),
+            ("apex, before", joint("apex b", 2, tensor=2, optimizer="apex_fused_adam")),
             # another optimizer, at the same layout
-            ("apex", Job("apex c")),
-            ("apex, before", Job("apex d")),
-            ("zero1", Job("apex e", optimizer="apex_fused_adam")),
+            ("apex", joint("apex c")),
+            ("apex, before", joint("apex d")),
+            ("zero1", joint("apex e", optimizer="apex_fused_adam")),
         ],
     )
 
 
 @pytest.mark.slow
 def test_at_one_process(saved: tuple[Path, Result]) -> None:
-    resume(1, saved, [("zero1", Job("g", 3)), ("pipeline", Job("h", 2)), ("tensor", Job("i", 1))])
+    resume(1, saved, [("zero1", joint("g", 3)), ("pipeline", joint("h", 2)), ("tensor", joint("i", 1))])
 
 
 @pytest.mark.slow
 def test_at_three_processes(saved: tuple[Path, Result]) -> None:
-    resume(3, saved, [("zero3", Job("j", 3)), ("zero2", Job("k", 2)), ("pipeline", Job("l", 3))])
+    resume(
+        3,
+        saved,
+        [
+            ("zero3", joint("j", 3, micro_batch=2)),
+            ("zero2", joint("k", 2, micro_batch=2)),
+            ("pipeline", joint("l", 3, micro_batch=2)),
+        ],
+    )
 
 
 @pytest.mark.slow
@@ -146,7 +160,7 @@ def test_at_four_processes_and_back(saved: tuple[Path, Result]) -> None:
     """Two by two, and from there to one process; two replicas, of two tensor ranks and of two stages, each from its own
     checkpoint and from the other's."""
     folder, expected = saved
-    split = Job("split", tensor=2, pipeline=2)
+    split = joint("split", tensor=2, pipeline=2)
     tensor, stages = Job("tensor ranks", 2, tensor=2, packs=4), Job("stages", pipeline=2, packs=4)
     again = [dataclasses.replace(job, name=f"{job.name}-fresh", source=job.name) for job in (tensor, stages)]
     into = [
@@ -154,7 +168,7 @@ def test_at_four_processes_and_back(saved: tuple[Path, Result]) -> None:
         dataclasses.replace(stages, name="from tensor ranks", source="tensor ranks"),
     ]
     four = [split, tensor, stages, *again, *into]
-    for results in resume(4, saved, [("zero3", Job("m", tensor=2, pipeline=2))], four):
+    for results in resume(4, saved, [("zero3", joint("m", tensor=2, pipeline=2))], four):
         assert_close(results["split"]["rows"], expected["zero1"]["rows"], split)
         for job in again:
             assert results[job.name]["rows"] == results[job.source or ""]["rows"]
@@ -163,7 +177,7 @@ def test_at_four_processes_and_back(saved: tuple[Path, Result]) -> None:
             assert_close(results[job.name]["rows"], results["tensor ranks"]["rows"], job)
         for job in four:
             assert results[job.name]["groups"] == groups_of(job), job
-    rows = run_processes(run_jobs, 1, str(folder), [Job("n", 3, source="split")])[0]["n"]["rows"]
+    rows = run_processes(run_jobs, 1, str(folder), [joint("n", 3, source="split")])[0]["n"]["rows"]
     assert_close(rows, expected["zero1"]["rows"], split)
 
 
@@ -178,7 +192,7 @@ def test_from_and_to_hierarchical_zero3(tmp_path: Path) -> None:
         Job("from", 1, packs=4, source="hierarchical"),
     ]
     # in processes of its own: once there is a hierarchy, DeepSpeed uses it in all that follows with ZeRO-3
-    back = Job("back", 3, packs=4, source="hierarchical")
+    back = Job("back", 3, packs=4, micro_batch=2, source="hierarchical")
     results = run_processes(run_jobs, 4, str(tmp_path), jobs)[0]
     results |= run_processes(run_jobs, 1, str(tmp_path), [back])[0]
     for job in (*jobs, back):
@@ -207,7 +221,7 @@ def resume(
             assert_close(results[job.name]["rows"][:same], expected[source]["rows"][:same], job)
             assert results[job.name]["groups"] == groups_of(job), job
     for source, _ in cases:  # converted in the folder of the run that goes on
-        assert not (folder / source / "checkpoints" / "step-00000003" / "universal").exists()
+        assert not (step_folder(folder / source, FIRST) / "universal").exists()
     return everyone
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run_processes
-from small_runs import FIRST, LR, PARTITION, Job, build_config, pack
+from small_runs import FIRST, LAST, LR, PARTITION, Job, build_config, pack, run_each
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
@@ -38,7 +39,7 @@ RECIPE = {
     "average__ema": (DECAY,),
     "average__tail": (0.5,),
     "evaluate__average": "ema_0.5",
-    "train__steps": 2 * FIRST,
+    "train__steps": LAST,
 }
 
 
@@ -53,20 +54,18 @@ class Run(Job):
     passes_on: bool = False
     """what it has loaded is saved again, as a checkpoint of this run, before its first step"""
     packs: int = 4
-    brief: bool = False
-    """weights after the last step alone, and no names of moments: to read them takes as long as a step"""
+    reads: frozenset[str] = frozenset({"every step", "averages", "inside", "loaded", "moments"})
+    """what is looked at beside the weights after the last step, each of which takes as long to read as a step: the
+    weights after every one, averages, what the model computes with, names of moments that were loaded and of the last
+    ones"""
 
     def config(self, folder: Path) -> Config:
         recipe = RECIPE | dict(self.other) | {"train__freeze": self.freeze, "train__seed": self.seed}
         return configs.replace(build_config(folder, self), **recipe)
 
 
-def run(rank: int, folder: str, jobs: list[Run]) -> list[dict[str, Any]]:
-    import torch.distributed as dist
-
-    results = [run_job(Path(folder), job) for job in jobs]
-    dist.destroy_process_group()
-    return results
+def run(rank: int, folder: str, jobs: list[Run]) -> dict[str, dict[str, Any]]:
+    return run_each(run_job, Path(folder), jobs)
 
 
 def run_job(folder: Path, job: Run) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
             averages.update(step + 1, pending.skipped)
             result, averaged = pending.read(), averages.count(step + 1, averaged)
             rows.append((result.loss, result.grad_norm))
-            if not job.brief or step == 2 * FIRST - 1:
+            if "every step" in job.reads or step == LAST - 1:
                 weights.append(arrays(read_parameters(engine, mesh)))
 
     with Checkpointer(engine, config, mesh, run) as checkpoints:
@@ -113,22 +112,23 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
             checkpoints.load(step_folder(folder / job.source, FIRST))
             averaged = read_progress(step_folder(folder / job.source, FIRST)).averaged
             assert averages.begin(averaged, config.train.steps) == averaged
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in ("exp_avg", "exp_avg_sq") if "loaded" in job.reads else ():
                 moments[kind] = {name for name, v in read_parameters(engine, mesh, kind).items() if v.any()}
             if job.passes_on:
                 checkpoints.save(Progress(FIRST, FIRST * job.packs, {}, averaged=averaged))
                 checkpoints.wait()
-        steps(FIRST, 2 * FIRST)
-    of_last = () if job.brief else ("exp_avg", "exp_avg_sq")
+        steps(FIRST, LAST)
+    of_last = ("exp_avg", "exp_avg_sq") if "moments" in job.reads else ()
     in_optimizer = sum(piece.length for each in partitions_of(engine.optimizer, mesh) for piece in each.pieces)
-    before = in_model(engine, mesh)
+    looks_inside = "inside" in job.reads
+    before = in_model(engine, mesh) if looks_inside else {}
     with averages.evaluated(averaged):
-        inside = in_model(engine, mesh)
-    after = in_model(engine, mesh)
+        inside = in_model(engine, mesh) if looks_inside else {}
+    after = in_model(engine, mesh) if looks_inside else {}
     return {
-        "rows": rows[-FIRST:],
+        "rows": rows[FIRST - LAST :],
         "weights": weights,
-        "averages": {name: arrays(read_parameters(engine, mesh, name)) for name in averaged},
+        "averages": {name: arrays(read_parameters(engine, mesh, name)) for name in averaged if "averages" in job.reads},
         "inside": inside,
         "moments at first": moments,
         "undone": all(np.array_equal(before[name], after[name]) for name in before),
@@ -215,20 +215,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict
     fresh = [again(SOURCES[name]) for name in AGAIN]
     # the last ones: once there is a hierarchy, DeepSpeed uses it in all that follows with ZeRO-3
     jobs = [
-        *SOURCES.values(),
-        *fresh,
-        *OTHERS,
-        *OF_MUON,
-        *OF_ADAMW,
-        *AND_BACK,
-        *FROZEN_TOWERS,
-        HIERARCHICAL,
-        again(HIERARCHICAL),
+        *reading(SOURCES.values(), "every step", "averages", "inside"),
+        *reading(fresh, "averages", "inside"),
+        *reading(OTHERS, "averages"),
+        *reading(OF_MUON, "every step", "loaded"),
+        *reading([*OF_ADAMW, *AND_BACK], "loaded"),
+        *reading(FROZEN_TOWERS, "averages", "moments"),
+        *reading([HIERARCHICAL, again(HIERARCHICAL)], "averages", "inside"),
     ]
-    looked_at = {"zero1", "zero3", "tensor", "pipeline", *(job.name for job in (*OF_MUON, *FROZEN_TOWERS))}
-    jobs = [dataclasses.replace(job, brief=job.name not in looked_at) for job in jobs]
-    results = run_processes(run, 2, str(folder), jobs, timeout=500.0)[0]
-    return folder, {job.name: result for job, result in zip(jobs, results, strict=True)}
+    return folder, run_processes(run, 2, str(folder), jobs, timeout=500.0)[0]
+
+
+def reading(jobs: Iterable[Run], *reads: str) -> list[Run]:
+    """Only what the tests look at."""
+    return [dataclasses.replace(job, reads=frozenset(reads)) for job in jobs]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 import torch
 from audit_lines import read_audit
 from processes import run_processes
-from small_runs import FIRST, GLOBAL_BATCH, LR, Job, build_config, pack
+from small_runs import GLOBAL_BATCH, LR, Job, build_config, pack
 
 from megatron_lcl import config as configs
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -46,14 +46,14 @@ def failing_saves(rank: int, folder: str, background: bool) -> dict[str, Any]:
         return engine, run_step
 
     _, undisturbed = prepare()
-    expected = [undisturbed(step) for step in range(FIRST)]
+    expected = [undisturbed(step) for step in range(3)]
     engine, run_step = prepare()
     run, rows, said = Path(config.train.output), [], []
     leftovers = run / "checkpoints" / ".step-00000099.tmp" / "state"  # of a run that was killed
     if mesh.is_first:
         leftovers.mkdir(parents=True)
     with Checkpointer(engine, config, mesh, run) as checkpoints:
-        for step in range(FIRST):
+        for step in range(3):
             rows.append(run_step(step))
             if rank == 1:
                 soft = 4096 if step == 1 else resource.RLIM_INFINITY

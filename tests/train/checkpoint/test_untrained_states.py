@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from processes import run_processes
-from small_runs import FIRST
+from small_runs import FIRST, run_each
 from test_recipe_states import Run, run_job
 
 from megatron_lcl import LCL, load_model
@@ -50,22 +50,18 @@ BEGUN = [job for job in JOBS if job.source is None and not job.trains_all]
 OF_EARLIER = [job for job in JOBS if job.source is not None and job.source.startswith("all of")]
 
 
-def run(rank: int, folder: str) -> list[dict[str, Any]]:
-    import torch.distributed as dist
-
-    results = []
-    for job in JOBS:
+def run(rank: int, folder: str) -> dict[str, dict[str, Any]]:
+    def run_of_version(folder: Path, job: Alone) -> dict[str, Any]:
         with patch.dict(parts._WITHOUT_GRADIENT, clear=job.trains_all):
-            results.append(run_job(Path(folder), job))
-    dist.destroy_process_group()
-    return results
+            return run_job(folder, job)
+
+    return run_each(run_of_version, Path(folder), JOBS)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("runs")
-    results = run_processes(run, 2, str(folder), timeout=300.0)[0]
-    return folder, {job.name: result for job, result in zip(JOBS, results, strict=True)}
+    return folder, run_processes(run, 2, str(folder), timeout=300.0)[0]
 
 
 def drawn(job: Run) -> dict[str, np.ndarray]:
