@@ -18,7 +18,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.train.parts import frozen_parameters
 
-STEPS = 3
+STEPS = 2
 BELOW_BOUND = math.log(99.95)
 
 
@@ -215,10 +215,8 @@ def run_case(file: str, case: Case) -> Run:
             batches.append(pack_padded(text, (text != 0).sum(1), images, model.config))
         result = stepper.run(batches, case.lr(settings))
         losses.append([result.metrics["generation"], result.metrics["contrastive"], result.grad_norm, result.log_scale])
-    unlike = []
-    for name, parameter in named.items():
-        value = parameter.detach().float().numpy().tobytes()
-        if not is_split(parameter) and len(set(mesh.tensor.gather_objects(value))) > 1:
-            unlike.append(name)
+    same = {name: p.detach().float().numpy().tobytes() for name, p in named.items() if not is_split(p)}
+    everyone = mesh.tensor.gather_objects(same)
+    unlike = [name for name in same if any(of_rank[name] != same[name] for of_rank in everyone)]
     parameters = {name: gather(safe_get_full_fp32_param(p), p) for name, p in named.items()}
     return Run(losses, gradients, parameters, unlike)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from planted_faults import FAULTS
 from processes import run_processes
-from tensor_layouts import Case, Run, differences, one_process, run_cases
+from tensor_layouts import STEPS, Case, Run, differences, one_process, run_cases
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def runs(file: str, cases: tuple[Case, ...]) -> dict[Case, Run]:
 
 
 @pytest.mark.parametrize("case", [*TWO, *FOUR], ids=str)
-def test_three_steps_equal_one_process(case: Case, file: str) -> None:
+def test_steps_equal_one_process(case: Case, file: str) -> None:
     run = runs(file, TWO if case in TWO else FOUR)[case]
     assert not differences(case, run, one_process(file, case))
 
@@ -61,7 +61,7 @@ def test_three_steps_equal_one_process(case: Case, file: str) -> None:
 @pytest.mark.parametrize("case", [case for case in (*TWO, *FOUR, *HALF) if case.climbs], ids=str)
 def test_a_scale_that_is_not_clamped_would_be_seen(case: Case, file: str) -> None:
     found = differences(case, one_process(file, case, clamp=False), one_process(file, case))
-    assert all(found[f"log scale of step {step}"] > 5e-5 for step in range(3))
+    assert all(found[f"log scale of step {step}"] > 5e-5 for step in range(STEPS))
 
 
 @pytest.mark.parametrize("case", HALF, ids=str)
@@ -70,7 +70,7 @@ def test_half_precision_stays_close(case: Case, file: str) -> None:
     run, truth = runs(file, HALF)[case], one_process(file, case)
     found = differences(case, run, truth)
     assert found["parameters"] < 5e-3
-    for step in range(3):
+    for step in range(STEPS):
         assert found.get(f"generation of step {step}", 0) < 2e-3
         assert found.get(f"gradient norm of step {step}", 0) < 3e-2
         assert found.get(f"log scale of step {step}", 0) < 5e-5
@@ -79,7 +79,7 @@ def test_half_precision_stays_close(case: Case, file: str) -> None:
         assert run.losses[0][2] == pytest.approx(whole, rel=1e-3), "the norm counts every parameter once"
     assert not run.unlike
     # the log scale trains in float32, and is clamped there: bfloat16 has no number between 4.59375 and 4.625
-    assert len({losses[3] for losses in run.losses}) == (1 if case.climbs else 3)
+    assert len({losses[3] for losses in run.losses}) == (1 if case.climbs else STEPS)
 
 
 def test_faults_are_found(file: str) -> None:

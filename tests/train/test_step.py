@@ -1,4 +1,4 @@
-"""Steps through DeepSpeed on real processes against the reference's five optimizer steps on one process."""
+"""Steps through DeepSpeed on real processes against the reference's optimizer steps on one process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SPLITS: dict[str, Any] = {
 }
 
 
-def five_steps(
+def steps_of(
     rank: int,
     reference: str,
     zero: int,
@@ -60,6 +60,7 @@ def five_steps(
     dtype: str = "float32",
     objective: str = "lcl",
     deepspeed: dict[str, Any] | None = None,
+    steps: int = 3,
 ) -> list[list[float]]:
     import torch.distributed as dist
 
@@ -96,7 +97,7 @@ def five_steps(
     with_gradients = zero < 3 and dtype == "float32" and objective == "lcl"
     gradients = record_gradients(engine, model) if with_gradients else []
     rows = []
-    for step in range(5):
+    for step in range(steps):
         text, images = (tensors[f"batch{step % 2}/{kind}"] for kind in ("text", "images"))
         num_images = (text == model.special.soi).sum(1).tolist()
         own_images = images.split(num_images)
@@ -167,12 +168,13 @@ def assert_gradients(ours: dict[str, torch.Tensor], tensors: dict[str, torch.Ten
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPLITS)
-def test_five_steps_equal_the_reference(name: str, shared: Path) -> None:
+def test_steps_equal_the_reference(name: str, shared: Path) -> None:
     zero, strategy, split, *zero_options = SPLITS[name]
     deepspeed = {"zero_optimization": zero_options[0]} if zero_options else {}
     file = str(shared / "reference" / "lcl_tiny.safetensors")
-    results = run_processes(five_steps, len(split), file, zero, strategy, split, "float32", "lcl", deepspeed)
-    expected = load_file(file)["traj"]
+    steps = 5 if name == "one process" else 3
+    results = run_processes(steps_of, len(split), file, zero, strategy, split, "float32", "lcl", deepspeed, steps)
+    expected = load_file(file)["traj"][:steps]
     for rows in results:
         ours = torch.tensor(rows, dtype=torch.float64)
         torch.testing.assert_close(ours[:, 2], expected[:, 2], rtol=5e-5, atol=0)
@@ -185,13 +187,13 @@ def test_five_steps_equal_the_reference(name: str, shared: Path) -> None:
 def test_in_bfloat16_the_log_scale_trains_in_float32(shared: Path) -> None:
     """Rounded to bfloat16 it would stand still: a step moves it by a tenth of the distance between two neighbors."""
     file = str(shared / "reference" / "lcl_tiny.safetensors")
-    results = run_processes(five_steps, 2, file, 1, "retain", [[[0], [2]], [[1], []]], "bfloat16")
-    expected = load_file(file)["traj"]
+    results = run_processes(steps_of, 2, file, 1, "retain", [[[0], [2]], [[1], []]], "bfloat16")
+    expected = load_file(file)["traj"][:3]
     for rows in results:
         ours = torch.tensor(rows, dtype=torch.float64)
         torch.testing.assert_close(ours[:, 3], expected[:, 3], rtol=0, atol=4e-4)
         torch.testing.assert_close(ours[:, 2], expected[:, 2], rtol=2e-2, atol=0)
-        assert len(set(ours[:, 3].tolist())) == 5
+        assert len(set(ours[:, 3].tolist())) == 3
 
 
 def numbers_in_bfloat16(rank: int) -> list[dict[str, float]]:
@@ -224,7 +226,7 @@ def test_without_a_contrast_zero3_accumulates_like_zero1(shared: Path) -> None:
     file = str(shared / "reference" / "lcl_tiny.safetensors")
     split = [[[0], [2]], [[1], []]]
     plain, sharded = (
-        run_processes(five_steps, 2, file, zero, "retain", split, "float32", "generation")[0] for zero in (1, 3)
+        run_processes(steps_of, 2, file, zero, "retain", split, "float32", "generation")[0] for zero in (1, 3)
     )
     ours, theirs = torch.tensor(sharded, dtype=torch.float64), torch.tensor(plain, dtype=torch.float64)
     torch.testing.assert_close(ours[:, 1], theirs[:, 1], rtol=1e-5, atol=0)
@@ -312,14 +314,14 @@ def test_float16_with_loss_scaling(zero: int, strategy: str, shared: Path) -> No
     """A scale that overflows is halved until it fits, and the steps that overflowed change nothing."""
     file = str(shared / "reference" / "lcl_tiny.safetensors")
     split = [[[0], []], [[1], [2]]]
-    expected = load_file(file)["traj"]
+    expected = load_file(file)["traj"][:3]
     fits = {"fp16": {"initial_scale_power": 8}}
-    for rows in run_processes(five_steps, 2, file, zero, strategy, split, "float16", "lcl", fits):
+    for rows in run_processes(steps_of, 2, file, zero, strategy, split, "float16", "lcl", fits):
         ours = torch.tensor(rows, dtype=torch.float64)
         torch.testing.assert_close(ours[:, 2], expected[:, 2], rtol=1e-3, atol=0)
         torch.testing.assert_close(ours[:, 3], expected[:, 3], rtol=0, atol=1e-4)
     too_large = {"fp16": {"initial_scale_power": 20, "hysteresis": 1}}
-    for rows in run_processes(five_steps, 2, file, zero, strategy, split, "float16", "lcl", too_large):
+    for rows in run_processes(steps_of, 2, file, zero, strategy, split, "float16", "lcl", too_large, 5):
         ours = torch.tensor(rows, dtype=torch.float64)
         start = math.log(1 / 0.07)
         torch.testing.assert_close(ours[:2, 3], torch.full((2,), start, dtype=torch.float64), rtol=0, atol=1e-6)

@@ -18,7 +18,7 @@ from megatron_lcl.model.lcl import LayerList, pack_padded
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.train.parts import frozen_parameters
 
-VOCABULARY, STEPS, LR = 61, 3, 3e-3
+VOCABULARY, LR = 61, 3e-3
 MODEL = {
     "vision": {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "heads": 2, "mlp_width": 40},
     "language": {
@@ -65,6 +65,7 @@ class Case:
     """see `pipeline_faults`"""
     limit: float = math.inf
     """of the loss"""
+    steps: int = 2
 
     @property
     def lr(self) -> float:
@@ -145,7 +146,7 @@ def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:
         group["lr"] = case.lr
     log_scale, untrained = named[f"{NUM_LAYERS - 1}.log_scale"], frozen_parameters(config)
     found: dict[str, Any] = {"rows": [], "contrast": []}
-    for step in range(STEPS):
+    for step in range(case.steps):
         batches = [batch for replica in global_batch(case, step) for batch in replica]
         outputs = [model(batch) for batch in batches]
         generation = sum(out.generation for out in outputs) / max(1, sum(batch.num_targets for batch in batches))
@@ -233,7 +234,7 @@ def run_case(case: Case) -> dict[str, Any]:
         count_graphs(engine.module) as graphs,
         planted(case.fault, engine, mesh),
     ):
-        for step in range(STEPS):
+        for step in range(case.steps):
             batches = global_batch(case, step)[mesh.data.rank]
             if mesh.pipeline.rank:
                 batches = [without_images(batch) for batch in batches]

@@ -73,6 +73,7 @@ OVERFLOW = Case(
     dtype="float16",
     fault="overflow_in_the_first_stage",
     deepspeed={"fp16": {"initial_scale_power": 8, "hysteresis": 1}},
+    steps=3,
 )
 OVERFLOW_ON_CPU = dataclasses.replace(OVERFLOW, tensor=1, deepspeed=OVERFLOW.deepspeed | OFFLOADED)
 
@@ -165,7 +166,7 @@ def test_half_precision_gives_what_replicas_give(dtype: str, strategy: str, tens
     assert pipeline[0]["rows"][0] == pytest.approx(expected["rows"][0], rel=1e-4)
     assert faults_of(pipeline, expected, bound=1e-2) == []
     assert distance(gathered(pipeline, "gradients"), expected["gradients"]) < 1e-4
-    assert len({row[4] for row in pipeline[0]["rows"]}) == 3  # the log scale moves
+    assert len({row[4] for row in pipeline[0]["rows"]}) == 2  # the log scale moves
 
 
 @pytest.mark.slow
@@ -205,6 +206,6 @@ def test_bytes_between_stages(two: Runs, four: Runs) -> None:
 def test_a_loss_above_the_limit_changes_nothing_in_any_stage(four: Runs) -> None:
     initial = {name: p.detach() for name, p in layers_of(REFUSED.config).named_parameters()}
     for result in four["refused"]:
-        assert result["applied"] == [False] * 3
+        assert result["applied"] == [False] * 2
         assert all((initial[name].numpy() == value).all() for name, value in result["parameters"].items())
     assert len({row[4] for row in four["refused"][0]["rows"]}) == 1
