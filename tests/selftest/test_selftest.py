@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
+from train.resilience.fleet import Fleet
 
 from megatron_lcl import attention, objectives
+from megatron_lcl.cli import main
 from megatron_lcl.parallel.mesh import Axis, Pending
-from megatron_lcl.selftest import reference, run
+from megatron_lcl.selftest import reference, run, worker
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase, compare_kernels
 from megatron_lcl.selftest.run import Verdict, compare, selftest, those_that_fit
@@ -34,22 +36,21 @@ TENSOR, PIPELINE, DATA = Case(tensor=2), Case(pipeline=2), Case(data=2)
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_layout_gives_what_one_process_gives() -> None:
-    command = [sys.executable, "-m", "megatron_lcl", "selftest", "--all", "--timeout", f"{PATIENCE:g}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1150, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    equal = [line for line in done.stdout.splitlines() if line.endswith("equal")]
+def test_every_layout_gives_what_one_process_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = main(["selftest", "--all", "--timeout", f"{PATIENCE:g}"]), capsys.readouterr().out
+    assert code == 0, said
+    equal = [line for line in said.splitlines() if line.endswith("equal")]
     rows = [line for line in equal if line.startswith("tp ")]
-    assert len(rows) == len(ALL), done.stdout
+    assert len(rows) == len(ALL), said
     kernels = {line.split("  ")[0] for line in equal if not line.startswith("tp ")}
     assert {"attention per_sequence, bfloat16", "contrastive loss torch, float32"} <= kernels
     if importlib.util.find_spec("triton"):
         assert "generation loss triton, interpreted, bfloat16" in kernels
-    last = done.stdout.splitlines()[-1]
+    last = said.splitlines()[-1]
     assert re.fullmatch(rf"all {len(ALL) + 1} checks passed in \d+ s on CPU \(4 processes, gloo\)", last)
-    header = next(line for line in done.stdout.splitlines() if line.startswith("layout"))
+    header = next(line for line in said.splitlines() if line.startswith("layout"))
     for column in re.split(r" {2,}", header)[1:]:  # each is explained above
-        assert re.search(rf"^  .*\b{column.split()[0]}\b", done.stdout.split(header)[0], re.M), column
+        assert re.search(rf"^  .*\b{column.split()[0]}\b", said.split(header)[0], re.M), column
     for case, row in zip(ALL, rows, strict=True):
         sent = float(row.removesuffix("equal").split()[-3])  # that it is the formula's is the selftest's own business
         assert bool(sent) == (case.processes > 1), row
@@ -322,13 +323,33 @@ def test_a_kernel_that_ends_its_process_is_a_fault() -> None:
     assert lines[-1].startswith("FAILED: 1 of 1 checks")
 
 
+def break_down(rank: int) -> None:
+    """In the second process of a layout with tensor ranks, before it meets the others."""
+    meet = worker.meet
+
+    def faulty(store: dist.Store, rank: int, processes: int, timeout: float) -> None:
+        if rank == 1 and processes == 2:
+            raise RuntimeError("a fault of this process alone")
+        meet(store, rank, processes, timeout)
+
+    worker.meet = faulty
+
+
+def with_a_fault(rank: int) -> None:
+    """One layout. Each launched process has imported everything, and what it starts is forked from it."""
+    whole = run.selftest
+    run.selftest = lambda _, timeout: whole([TENSOR], prepare=break_down, timeout=timeout)  # type: ignore[assignment]
+    run.forkserver = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment]
+
+
 @pytest.mark.slow
-def test_a_launch_goes_on_after_a_fault_and_uses_all_its_processes() -> None:
-    launched = Path(__file__).with_name("launched.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(launched)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
-    first, second, last = done.stdout.splitlines()[-3:]
-    assert "DIFFERS: process 1: a fault of this process alone" in first, done.stdout + done.stderr
-    assert second.startswith("tp 1  pp 1  dp 3"), done.stdout + done.stderr
+def test_a_launch_goes_on_after_a_fault_and_uses_all_its_processes(tmp_path: Path) -> None:
+    command = ("selftest", "--timeout", f"{PATIENCE:g}")
+    with Fleet(tmp_path / "run", size=3, plant=with_a_fault, command=command) as fleet:
+        assert fleet.wait(580) == [1, 0, 0], fleet.said()
+        said = [log.read_text().splitlines() for log in fleet.logs]
+    first, second, last = said[0][-3:]
+    assert "DIFFERS: process 1: a fault of this process alone" in first
+    assert second.startswith("tp 1  pp 1  dp 3")
     assert second.endswith("equal")
     assert last.startswith("FAILED: 1 of 2 checks"), last
