@@ -3,14 +3,16 @@ code, but not the script that started it once more."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.util
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from megatron_lcl.errors import UserError, describe_os_error
 
@@ -30,6 +32,29 @@ _LONGEST = 71
 _MADE = "megatron_lcl"
 """in what a process of `multiprocessing` hands on to those that it starts: who has made the folder of sockets, and
 which"""
+
+
+class _CollectingLater:
+    """What comes after it is imported in a process with no garbage collector."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return gc.disable, ()
+
+
+def importing_first(function: Callable[..., object], *arguments: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """(function, arguments) for a process that is spawned, to call this function with these arguments.
+
+    What it imports for them stays: looked at for garbage again and again it takes a quarter longer. Later garbage is
+    collected, as seldom as in the command itself.
+    """
+    return _call, (_CollectingLater(), function, *arguments)
+
+
+def _call(_: None, function: Callable[..., object], *arguments: Any) -> object:
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000)
+    return function(*arguments)
 
 
 def make_socket_folder(prefix: str, who: str) -> str:

@@ -1,8 +1,9 @@
-"""Sockets of the processes that are started, wherever temporary files lie."""
+"""Processes that are started: their sockets, wherever temporary files lie, and when their garbage is collected."""
 
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.processes import prepare_sockets
+from megatron_lcl.processes import importing_first, prepare_sockets
 
 FORKS = """
 import multiprocessing.util
@@ -85,3 +86,28 @@ def test_the_folder_of_sockets_does_not_outlive_a_process_that_ends_at_once() ->
         done = subprocess.run([sys.executable, "-c", LEAVES], env=given, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (3, "megatron-lcl: \nmegatron-lcl: ends\n")
         assert os.listdir(folder) == []
+
+
+class SaysWhetherGarbageIsCollected:
+    """In the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return gc.isenabled, ()
+
+
+def send_what_is_said(pipe: Any, said: bool) -> None:
+    pipe.send((said, gc.isenabled(), gc.get_threshold()[0], gc.get_freeze_count() > 1000))
+
+
+@pytest.mark.timeout(60)
+def test_garbage_is_collected_once_all_is_imported() -> None:
+    context = multiprocessing.get_context("spawn")
+    reading, writing = context.Pipe(duplex=False)
+    target, given = importing_first(send_what_is_said, writing, SaysWhetherGarbageIsCollected())
+    process = context.Process(target=target, args=given)
+    process.start()
+    try:
+        writing.close()
+        assert reading.recv() == (False, True, 20_000, True)
+    finally:
+        process.join()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +60,15 @@ class Join(Protocol):
         facts: the file of each range, in the order of the documents. scratch: an empty folder for what does not fit in
         memory. The same whatever `workers` is.
         """
+        ...
+
+
+@runtime_checkable
+class Matching(Protocol):
+    """A join that also says to which text each image is matched."""
+
+    def matches(self, file: Path) -> dict[int, dict[int, tuple[float, int]]]:
+        """Of a file of facts: similarity and number of the text, by document and item."""
         ...
 
 

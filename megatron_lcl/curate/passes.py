@@ -24,10 +24,9 @@ import xxhash
 from megatron_lcl.curate.documents import Range, Source, documents, read_ahead
 from megatron_lcl.curate.first_rule import Removal, first_rules
 from megatron_lcl.curate.joins import REMOVED as JOINED
-from megatron_lcl.curate.joins import Join, Places
+from megatron_lcl.curate.joins import Join, Matching, Places
 from megatron_lcl.curate.languages import context_of
 from megatron_lcl.curate.measures import Measured
-from megatron_lcl.curate.models.rules import Matched
 from megatron_lcl.curate.names import Form
 from megatron_lcl.curate.settings import Rule, Settings, files_of, rules_of
 from megatron_lcl.data.corpus.drops import Drops
@@ -322,7 +321,7 @@ def _removals(work: Work, task: Range) -> dict[int, dict[int, Removal]]:
 def matches_of(work: Work, task: Range) -> dict[int, dict[int, tuple[float, int]]] | None:
     """New matches of images to texts, by document and item; None where they stay."""
     for number, join in enumerate(work.joins):
-        if isinstance(join, Matched):
+        if isinstance(join, Matching):
             return join.matches(work.facts(task.number, number))
     return None
 

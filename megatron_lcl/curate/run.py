@@ -22,12 +22,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from megatron_lcl.curate.documents import Range, range_size, ranges
-from megatron_lcl.curate.duplicates.rules import Duplicates, EvaluationSets
 from megatron_lcl.curate.duplicates.settings import EVALUATION_RULES
 from megatron_lcl.curate.joins import REMOVED as JOINED
 from megatron_lcl.curate.joins import Join, Places
 from megatron_lcl.curate.languages import context_of, libraries
-from megatron_lcl.curate.models import rules as models
 from megatron_lcl.curate.passes import (
     REMOVED,
     REMOVED_FILE,
@@ -124,7 +122,7 @@ def curate(
     _check_names(source, settings)
     joins = (*_joins_of(settings), *joins)
     _check(settings, keep=workers == 1)
-    encoder = models.check(settings.models, keep=workers == 1)
+    encoder = _check_encoder(settings, keep=workers == 1)
     if output is None:
         remedy = "a dry run works in the folder for temporary files: set TMPDIR to one with more"
         with ExitStack() as made:
@@ -187,7 +185,7 @@ def curate_in_jobs(
     if not exists(output / MANIFEST):
         _joins_of(settings)
         _check(settings, keep=False)
-        models.check(settings.models, keep=False)
+        _check_encoder(settings, keep=False)
     arguments = {**options, "corpus": corpus, "output": output, "settings": settings, "workers": workers}
     reads = [] if url_of(corpus) else [Path(corpus)]
     run_jobs(curate, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress)
@@ -214,18 +212,39 @@ def read_curated(folder: str | Path, reused: bool = False) -> Curated:
 
 def _resolved(settings: Settings | None) -> Settings:
     settings = settings or Settings()
+    if settings.models.encoder is None:
+        return settings
+    from megatron_lcl.curate.models import rules as models  # half a second: imports numba and SciPy
+
     return replace(settings, models=models.resolved(settings.models))
+
+
+def _check_encoder(settings: Settings, *, keep: bool) -> dict[str, str]:
+    """As `models.rules.check` says."""
+    if settings.models.encoder is None:
+        return {}
+    from megatron_lcl.curate.models import rules as models
+
+    return models.check(settings.models, keep=keep)
 
 
 def _joins_of(settings: Settings) -> tuple[Join, ...]:
     joins: list[Join] = []
+    rules = settings.duplicates
+    duplicates = [each for each in (rules.images, rules.documents) if each.action is not None]
     if settings.image.max_places is not None:
         joins.append(Places(settings.image.max_places))
-    if settings.evaluation.sets:
-        joins.append(EvaluationSets(settings.evaluation))
-    rules = settings.duplicates
-    joins += [Duplicates(each, rules.against) for each in (rules.images, rules.documents) if each.action is not None]
-    return (*joins, *models.joins_of(settings.models, rules.against))
+    if settings.evaluation.sets or duplicates:
+        from megatron_lcl.curate.duplicates.rules import Duplicates, EvaluationSets  # imports numba and SciPy, too
+
+        if settings.evaluation.sets:
+            joins.append(EvaluationSets(settings.evaluation))
+        joins += [Duplicates(each, rules.against) for each in duplicates]
+    if settings.models.encoder is not None:
+        from megatron_lcl.curate.models import rules as models
+
+        joins += models.joins_of(settings.models, rules.against)
+    return tuple(joins)
 
 
 def _check(settings: Settings, *, keep: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lcl.curate.documents import Range, Source, documents, read_ahead
-from megatron_lcl.curate.models.rules import Matched
+from megatron_lcl.curate.joins import Matching
 from megatron_lcl.curate.passes import REMOVED_FILE, WHOLE, Work, matches_of, once, recorded
 from megatron_lcl.data.corpus.document import Kind
 from megatron_lcl.data.corpus.image_columns import FORMATS
@@ -36,7 +36,7 @@ def groups(work: Work, tasks: Sequence[Range]) -> list[Group]:
     found: list[Group] = []
     size = 0
     for task in tasks:
-        kind = "matched" if any(isinstance(join, Matched) for join in work.joins) else work.corpus.kinds[task.shard]
+        kind = "matched" if any(isinstance(join, Matching) for join in work.joins) else work.corpus.kinds[task.shard]
         if found and found[-1].kind == kind and size + task.size <= SHARD_BYTES:
             found[-1] = Group(found[-1].number, kind, (*found[-1].ranges, task))
             size += task.size

@@ -21,7 +21,7 @@ from megatron_lcl.evaluate.encoders.encoder import Encoder, check_device
 from megatron_lcl.evaluate.image_set import Blob
 from megatron_lcl.interrupts import ENDING, end_with_command, holding_interrupts
 from megatron_lcl.machine import num_cores
-from megatron_lcl.processes import NEVER_BEGAN, prepare_sockets
+from megatron_lcl.processes import NEVER_BEGAN, importing_first, prepare_sockets
 
 T = TypeVar("T")
 Work = Callable[[Encoder, int, torch.Tensor], T]
@@ -93,7 +93,8 @@ def in_processes(jobs: Sequence[Job[T]], bar: tqdm, remedy: str = "") -> list[T]
     try:
         with contextlib.ExitStack() as until_end:
             with holding_interrupts(ENDING):
-                pool = until_end.enter_context(ProcessPoolExecutor(processes, context, _start, (begun, done, stop)))
+                start = importing_first(_start, begun, done, stop)
+                pool = until_end.enter_context(ProcessPoolExecutor(processes, context, *start))
                 until_end.callback(setattr, stop, "value", 1)  # after an error or a signal the others need not go on
                 running = [pool.submit(_process, job, i, processes) for i, job in enumerate(jobs)]
             waiting = set(running)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import errno
-import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from curate.corpora_of_rules import files
 from data.corpora import random_documents, write_corpus
+from forks import status_of
 
 from megatron_lcl.curate import passes, run, write
 from megatron_lcl.curate.documents import ranges
@@ -28,23 +29,6 @@ from megatron_lcl.errors import UserError
 
 RULES = {"text.min_words": "4", "image.max_places": "6", "document.min_images": "1", "document.max_words": "15"}
 TASK_BYTES, SHARD_BYTES = 4000, 10_000
-RUN = """
-import json, os, signal, sys
-from importlib import import_module
-from megatron_lcl.curate import write
-from megatron_lcl.curate.run import curate
-from megatron_lcl.curate.settings import read_settings
-module, name, nth, source, output, rules, task_bytes, write.SHARD_BYTES = json.loads(sys.argv[1])
-module = import_module("megatron_lcl." + module)
-original, calls = getattr(module, name), []
-def killed(*arguments, **more):
-    calls.append(0)
-    if len(calls) == nth:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **more)
-setattr(module, name, killed)
-curate(source, output, read_settings(overrides=rules), task_bytes=task_bytes)
-"""
 POINTS = [
     ("curate.passes", "_judge", 3, "in pass 1"),
     ("curate.run", "_join", 1, "between the passes"),
@@ -98,6 +82,20 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def kill_at_call(module: ModuleType, name: str, nth: int) -> None:
+    """This process, when the function is called for the nth time."""
+    original, calls = getattr(module, name), 0
+
+    def killed(*arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **more)
+
+    setattr(module, name, killed)
+
+
 @pytest.mark.slow
 def test_three_processes_write_what_one_writes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     curate(source, tmp_path / "out", rules(), task_bytes=TASK_BYTES, workers=3)
@@ -117,9 +115,12 @@ def test_killed_and_gone_on_with(
     _when: str,
 ) -> None:
     output = tmp_path / "out"
-    arguments = json.dumps([module, name, nth, str(source), str(output), RULES, TASK_BYTES, SHARD_BYTES])
-    ended = subprocess.run([sys.executable, "-c", RUN, arguments], timeout=300, capture_output=True, text=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+    def curate_until_killed() -> None:
+        kill_at_call(import_module(f"megatron_lcl.{module}"), name, nth)
+        curate(source, output, rules(), task_bytes=TASK_BYTES)
+
+    assert status_of(curate_until_killed) == -signal.SIGKILL
     assert (output / WORK).is_dir()
     assert not (output / "corpus.json").exists()
     work = output / WORK

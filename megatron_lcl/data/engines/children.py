@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from megatron_lcl.interrupts import ENDING, end_with_command, holding_interrupts
+from megatron_lcl.processes import importing_first
 
 _PATIENCE = 10.0
 """seconds that processes have to end by themselves"""
@@ -42,7 +43,8 @@ class Children(Generic[K, R]):
     def start(self, key: K, function: Callable[..., R], *arguments: Any) -> None:
         """Call an importable function in a process of its own; what it returns can be pickled."""
         reading, writing = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_child, args=(writing, function, arguments))
+        target, given = importing_first(_child, writing, function, arguments)
+        process = self._context.Process(target=target, args=given)
         with holding_interrupts(ENDING):
             process.start()
             writing.close()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.interrupts import end_with_command, holding_interrupts
-from megatron_lcl.processes import NEVER_BEGAN
+from megatron_lcl.processes import NEVER_BEGAN, importing_first
 
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
@@ -67,7 +67,8 @@ def _from_processes(
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[Result]] = deque()
     begun = context.Value("b", lock=False)
-    with ProcessPoolExecutor(min(workers, len(items)), context, _start, (begun, function, shared)) as pool:
+    start = importing_first(_start, begun, function, shared)
+    with ProcessPoolExecutor(min(workers, len(items)), context, *start) as pool:
         try:
             for item in items:
                 with holding_interrupts():

@@ -1,4 +1,4 @@
-"""Protects the whole GIMP manual: what the importer finds, what is held out, and every format there and back."""
+"""Protects the whole GIMP manual: what the importer finds, what is held out; and every format, with a fourth of it."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_photograph_and_its_variants_stay_in_training(
 def test_manual_through_every_format(manual_documents: Read, manual_corpus: Summary, tmp_path: Path) -> None:
     documents, _ = manual_documents
     tokenizer = open_corpus(manual_corpus.path).tokenizer
-    check_all_formats([Document(d.items) for d in documents], tmp_path, tokenizer)
+    check_all_formats([Document(d.items) for d in documents[::4]], tmp_path, tokenizer)
 
 
 def test_corpus_holds_every_document_once(manual: Manual, manual_documents: Read, manual_corpus: Summary) -> None:
@@ -139,7 +139,7 @@ def test_corpus_holds_every_document_once(manual: Manual, manual_documents: Read
 
 
 def test_clip_tokenizer_on_the_manual(manual: Manual, manual_documents: Read, tmp_path: Path) -> None:
-    preprocess("html", manual.html, tmp_path / "clip", tokenizer="clip")
+    preprocess("html", manual.html, tmp_path / "clip", tokenizer="clip", limit=100)
     corpus = open_corpus(tmp_path / "clip")
     assert corpus.tokenizer.fingerprint == tokenizers.load("clip").fingerprint
     assert corpus.tokenizer.vocab_size == 49411
