@@ -54,9 +54,9 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def train(config: Path, output: Path, *arguments: str, processes: int = 2) -> str:
+def train(config: Path, output: Path, *arguments: str, processes: int = 2, **options: Any) -> str:
     """Processes as a launcher would start them; fast, see `fleet`."""
-    return fleet.train(output, "--config", str(config), *arguments, size=processes)
+    return fleet.train(output, "--config", str(config), *arguments, size=processes, **options)
 
 
 def launch(config: Path, output: Path, *arguments: str) -> str:
@@ -244,10 +244,10 @@ def test_a_run_begins_with_the_weights_of_another(
     assert "going on from" in said
     assert "beginning with" not in said
     assert losses(one) == before
-    for how in ([], ["--dry-run"]):
-        new = ["train", "--config", str(config_file), "--train.output", str(tmp_path / "new"), *asked, *how]
-        assert main(new) == 2
-        assert f"train.init_from = {weights} does not exist" in capfd.readouterr().err
+    fault, new = f"train.init_from = {weights} does not exist", tmp_path / "new"
+    assert fault in train(config_file, new, *asked, code=2)
+    assert main(["train", "--dry-run", "--config", str(config_file), "--train.output", str(new), *asked]) == 2
+    assert fault in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -297,18 +297,16 @@ def test_one_process_gives_the_same_losses(finished: Path, config_file: Path, tm
 
 
 @pytest.mark.slow
-def test_a_run_of_another_model_is_not_overwritten(
-    finished: Path, config_file: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    before = losses(finished)
-    command = ["train", "--config", str(config_file), "--train.output", str(finished), "--processes", "2"]
+def test_a_run_of_another_model_is_not_overwritten(finished: Path, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = losses(run)
     for change, words in (
         (["--model.language.layers", "1"], "model.language.layers 2 → 1"),
         (["--model.language.vocab_size", "500"], "set model.language.vocab_size to"),
     ):
-        assert main([*command, *change]) == 2
-        assert words in capfd.readouterr().err
-    assert losses(finished) == before
+        assert words in train(config_file, run, *change, code=2)
+    assert losses(run) == before
 
 
 def small_disk(rank: int) -> None:
@@ -378,20 +376,26 @@ class FusedLayerNorm(torch.nn.LayerNorm):
 }
 
 
+def import_from(_rank: int, folder: str) -> None:
+    sys.path.insert(0, folder)
+
+
 @pytest.mark.slow
 def test_apex_is_used_where_it_is_asked_for(
     finished: Path,
     config_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     asked = ["--optimizer.name", "apex_fused_adam", "--train.apex_layer_norm"]
     run = tmp_path / "run"
     for words, message in ((asked[:2], "optimizer.name is apex_fused_adam"), (asked[2:], "train.apex_layer_norm is")):
-        for how in (["--processes", "2"], ["--processes", "2", "--dry-run"]):
-            assert main(["train", "--config", str(config_file), "--train.output", str(run), *words, *how]) == 2
-            line = fleet.line_of(capfd.readouterr().err)
+        dry = ["train", "--dry-run", "--processes", "2", "--config", str(config_file), "--train.output", str(run)]
+        assert main([*dry, *words]) == 2
+        train(config_file, run, *words, code=2)
+        logs = "".join(log.read_text() for log in tmp_path.glob("run.*.log"))
+        for said in (capfd.readouterr().err, logs):
+            line = fleet.line_of(said)
             assert line.startswith(f"megatron-lcl train: {message}")
             assert "NVIDIA's apex is not installed" in line
     assert not run.exists()
@@ -399,8 +403,7 @@ def test_apex_is_used_where_it_is_asked_for(
         (tmp_path / "apex" / name).mkdir(parents=True)
         (tmp_path / "apex" / name / "__init__.py").write_text(text)
     (tmp_path / "apex" / "__init__.py").write_text("")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    said = launch(config_file, run, *asked, "--processes", "1")
+    said = train(config_file, run, *asked, processes=1, plant=import_from, planted=(str(tmp_path),))
     assert said.count("FusedAdam.step") == 4 * 2  # ZeRO steps group by group
     norms = [m for m in load_model(finished).modules() if isinstance(m, torch.nn.LayerNorm)]
     assert said.count("FusedLayerNorm()") == len(norms)
@@ -412,6 +415,7 @@ def plant_costs(_rank: int, compiled: float) -> None:
     """Compiled blocks take so many times as long. Nothing is made of their graphs: `test_compile.py` does, in C++."""
     kernel_choice.has_compiler = lambda: True
     torch.compile = functools.partial(torch.compile, backend="eager")
+    torch._inductor.config.compile_threads = 1  # else processes start that would compile for it
     agree = fastest.agree_on_costs
 
     def said(times: Sequence[Any], *more: Any) -> list[float]:
@@ -428,7 +432,7 @@ def plant_costs(_rank: int, compiled: float) -> None:
 def test_a_run_measures_its_own_layers_and_keeps_its_kernels(config_file: Path, tmp_path: Path) -> None:
     run, cache = tmp_path / "run", tmp_path / "cache"
     words = ["--config", str(config_file), "--data.cache", str(cache), "--train.measure_kernels", "true"]
-    words += ["--checkpoint.every", "1"]
+    words += ["--checkpoint.every", "1", "--model.language.layers", "1"]
     said = fleet.train(run, *words, "--train.steps", "1", size=1, plant=plant_costs, planted=(2.0,))
     assert "kernels measured: per_sequence (a micro-batch through all layers: per_sequence " in said
     train = configs.load(run / "config.yaml").train

@@ -45,7 +45,7 @@ def skip_steps(rank: int, layouts: list[Layout]) -> dict[Layout, dict[str, Any]]
 
 
 def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float, on_cpu: bool) -> dict[str, Any]:
-    """Three good steps, with bad ones of every kind before them, and the same without: all state of both, by bits.
+    """Two good steps, with bad ones of every kind before them, and the same without: all state of both, by bits.
 
     The faults come from the second process alone; the spike is one because of the limit. Without faults DeepSpeed asks
     on the host whether a gradient is not finite, as it comes, as it always does where the optimizer is on the CPU or is
@@ -64,7 +64,7 @@ def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float, 
 
     config = build_config(zero, dtype)
     config = configs.replace(config, optimizer__name=optimizer, optimizer__clip_norm=clip_norm)
-    config = configs.replace(config, train__steps=3, average__ema=(0.9,), average__tail=(0.5,))
+    config = configs.replace(config, train__steps=2, average__ema=(0.9,), average__tail=(0.5,))
     if on_cpu:
         config = configs.replace(config, deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
     apex = {"apex": ModuleType("apex"), "apex.optimizers": apex_stand_in}
@@ -78,7 +78,7 @@ def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float, 
             engine = build_engine(build_module(config, mesh), config, mesh)
         stepper, averages = Stepper(engine, config, mesh), Averages(config, engine)
         results = []
-        for step in range(3):
+        for step in range(2):
             for fault in faults:  # before the first the optimizer has no state
                 plant(engine, fault if rank == 1 else "")
                 limit = 0.5 if fault == "spike" else math.inf
@@ -146,7 +146,7 @@ def test_a_bad_step_changes_nothing() -> None:
             assert len(outcome["equal"]) > 50
             assert all(outcome["equal"]), layout
             bad = outcome["bad"]
-            assert len(bad) == 12
+            assert len(bad) == 8
             assert not any(applied for applied, _, _ in bad.values()), layout
             assert all(math.isinf(norm) for _, _, norm in bad.values()), layout
             assert bad["loss 1"][1] == math.inf

@@ -19,7 +19,8 @@ LONG = [pytest.mark.soak, pytest.mark.timeout(7200)]
 @pytest.mark.parametrize(("rounds", "steps"), [(25, 100), pytest.param(250, 1000, marks=LONG)])
 def test_killed_again_and_again(rounds: int, steps: int, config_file: str, tmp_path: Path) -> None:
     """Every step is saved in the background, so that most moments are moments of saving."""
-    words = ["--config", config_file, "--train.steps", str(steps), "--checkpoint.every", "1"]
+    words = ["--config", config_file, "--train.steps", str(steps), "--train.global_batch", "2"]
+    words += ["--checkpoint.every", "1"]
     started = time.time()
     train(tmp_path / "undisturbed", *words, timeout=600)
     times = [line["time"] for line in lines(tmp_path / "undisturbed") if "loss" in line]

@@ -110,6 +110,7 @@ def count(rank: int, layouts: list[dict[str, Any]]) -> list[list[Counter[str]]]:
         asks, ema, sigmas = layout.pop("asks", False), layout.pop("ema", ()), layout.pop("spike_sigmas", None)
         case = Case(**layout)
         config = configs.replace(case.config(), train__attention="dense")  # the one for CPU reads where sequences begin
+        config = configs.replace(config, model__vision__layers=1, model__language__layers=1)
         config = configs.replace(config, average__ema=ema, guard__spike_sigmas=sigmas, guard__spike_window=4)
         mesh = init_processes(config)
         with contextlib.ExitStack() as stack:
