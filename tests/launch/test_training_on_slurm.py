@@ -18,7 +18,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.run_folder import CONFIG
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "lcl_vitg.sh"
-STEPS = 60
+STEPS = 30
 SLOW = """
 import sys, time
 from pathlib import Path
@@ -31,7 +31,7 @@ if "train" in sys.orig_argv and "--dry-run" not in sys.orig_argv:
     def start(self, *arguments):
         calls.append(1)
         if len(calls) > 6 and Path(__file__).with_name("slow").exists():
-            time.sleep(1.0)
+            time.sleep(2.0)
         return plain(self, *arguments)
 
     Stepper.start = start
