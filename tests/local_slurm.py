@@ -100,7 +100,7 @@ class Slurm:
             except (AssertionError, subprocess.TimeoutExpired) as error:
                 failed = error
             assert time.monotonic() < deadline, f"not after {timeout} s: {what}; {failed}\n{self.logs()}"
-            time.sleep(0.2)
+            time.sleep(0.5)  # most look by a command of Slurm
 
     def logs(self) -> str:
         files = sorted(self.folder.glob("*.log"))
