@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +100,6 @@ def _export(
         rounded = ours if dtype == torch.float32 else our_features(model, images, dtype)
         writer.write(model, folder, dtype, card)
         del model  # one of the two models in memory at a time
-        gc.collect()
         facts = compare(writer.features(folder, size), ours, rounded)
         facts = {"dtype": dtype_name, "image_size": size, "num_images": len(images), "versions": versions, **facts}
         write_record(folder, format, facts)

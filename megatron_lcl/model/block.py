@@ -96,7 +96,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """The block on this tensor rank's shard of `num_rows` rows; factors: see `DropPath.factors`; none: nothing is
         left out."""
-        with self.shared.summing():
+        with self.shared.summing(self):
             return self._run("full", self._residual, hidden_SD, num_rows, attend, factors)
 
     def _residual(

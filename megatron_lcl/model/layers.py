@@ -80,7 +80,7 @@ class Patches(nn.Module):
         start = self.axis.rank * size
         first, last = start // length, -(-(start + size) // length)  # the images to which the own rows belong
         kept = x.kept_NK if x.kept_NK is None else x.kept_NK[first:last]
-        with self.shared.summing():
+        with self.shared.summing(self):
             rows_SV = self.encode(x.hidden[first:last], kept).flatten(0, 1)[start - first * length :][:size]
         return x._replace(hidden=pad_rows(rows_SV, size))
 
@@ -180,7 +180,7 @@ class PoolInterleave(nn.Module):
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
-        with self.shared.summing():
+        with self.shared.summing(self):
             return x._replace(hidden=self._rows(x))
 
     def _rows(self, x: Activations) -> torch.Tensor:
@@ -304,7 +304,7 @@ class Head(nn.Module):
         return self
 
     def forward(self, inputs: Activations) -> Outputs:
-        with self.shared.summing():
+        with self.shared.summing(self):
             return self._outputs(Activations(*inputs))
 
     def _outputs(self, x: Activations) -> Outputs:
@@ -417,8 +417,7 @@ def shared_parameters(model: Model) -> frozenset[str]:
     """The parameters `{index}.name` whose gradients tensor ranks add up (`SharedParameters`), computed once."""
     with torch.device("meta"):
         layers: list[Any] = build_layers(model, 0.0)
-    names = {p: f"{i}.{name}" for i, layer in enumerate(layers) for name, p in layer.named_parameters()}
-    return frozenset(names[getattr(owner, name)] for layer in layers for owner, name in layer.shared.slots)
+    return frozenset(f"{i}.{name}" for i, layer in enumerate(layers) for name in layer.shared.names)
 
 
 @functools.lru_cache(maxsize=64)

@@ -76,16 +76,18 @@ class SharedParameters:
 
     def __init__(self, module: nn.Module, axis: Axis) -> None:
         self.axis = axis
-        named = [(owner, owner.named_parameters(recurse=False)) for owner in module.modules()]
-        self.slots = [(owner, name) for owner, own in named for name, p in own if not is_split(p)]
+        # no references to the module, which has this object: a model is freed when nobody uses it, not by and by
+        self.names = [name for name, p in module.named_parameters() if not is_split(p)]
 
     @contextlib.contextmanager
-    def summing(self) -> Iterator[None]:
-        """The gradients of what the module computes in here are summed over ranks."""
+    def summing(self, module: nn.Module) -> Iterator[None]:
+        """The gradients of what the module, the same, computes in here are summed over ranks."""
         if self.axis.size == 1:
             yield
             return
-        slots = [(owner, name) for owner, name in self.slots if getattr(owner, name).requires_grad]
+        paths = [name.rpartition(".") for name in self.names]
+        named = [(module.get_submodule(path), name) for path, _, name in paths]
+        slots = [(owner, name) for owner, name in named if getattr(owner, name).requires_grad]
         parameters = [getattr(owner, name) for owner, name in slots]
         if parameters:
             _put(slots, copy_to_tensor_parallel(parameters, self.axis))

@@ -1,8 +1,11 @@
-"""What images a model takes, and that torch's defaults of device and dtype change nothing of what it computes."""
+"""What images a model takes, that torch's defaults of device and dtype change nothing of what it computes, and when its
+memory is free again."""
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +23,19 @@ CONFIG = Model(Vision(16, 8, 32, 1, 2, 64, registers=2), Language(16, 99, 24, 1,
 @pytest.fixture
 def pixels() -> torch.Tensor:
     return torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_a_model_is_freed_when_nobody_uses_it(pixels: torch.Tensor) -> None:
+    """At once, not when Python looks for circles of references: on a GPU two models would be there until then."""
+    model = LCL(CONFIG)
+    model.encode_image(pixels).sum().backward()
+    layers = [weakref.ref(layer) for layer in model.layers]
+    gc.disable()
+    try:
+        del model
+        assert [layer() for layer in layers] == [None] * len(layers)
+    finally:
+        gc.enable()
 
 
 def test_uint8_and_floats_from_0_to_1_are_normalized_alike(pixels: torch.Tensor) -> None:

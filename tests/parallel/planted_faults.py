@@ -38,8 +38,7 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
 
         def __init__(self, name: str, module: torch.nn.Module, axis: Axis) -> None:
             super().__init__(module, axis)
-            chosen = module.get_parameter(name)
-            self.slots = [(owner, leaf) for owner, leaf in self.slots if getattr(owner, leaf) is not chosen]
+            self.names.remove(name)
 
     def averaged(axis: Axis, tensor: torch.Tensor) -> torch.Tensor:
         return all_reduce(axis, tensor) / axis.size

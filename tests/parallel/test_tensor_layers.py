@@ -105,13 +105,14 @@ def check_layers(axis: Axis, num_rows: int) -> None:
             assert full_shape(own) == parameter.shape
             own.data.copy_(shard(parameter.data, own, axis))
             same(full_tensor(own.data, own, axis), parameter.data)
-    shared = SharedParameters(nn.ModuleList(split), axis)
+    together = nn.ModuleList(split)
+    shared = SharedParameters(together, axis)
     whole, weights = draw(num_rows, 4, seed=0).requires_grad_(), draw(num_rows, 5, seed=1)
     expected = full[2](F.gelu(full[0](whole)) * full[1](whole))
     (expected * weights).sum().backward()
 
     local = mappings.local_shard(whole.detach(), axis).requires_grad_()
-    with shared.summing():
+    with shared.summing(together):
         a, b = gathered_linear([local, local], split[:2], axis, num_rows)
         assert len(a) == num_rows
         out = split[2](F.gelu(a) * b)
@@ -224,7 +225,7 @@ def check_sums(axis: Axis, dtype: torch.dtype) -> None:
     norm.bias.register_post_accumulate_grad_hook(lambda parameter: calls.append(parameter.grad.clone()))
     losses = []
     for _ in range(2):  # both forwards before the first backward
-        with shared.summing():
+        with shared.summing(norm):
             losses.append((norm.bias * (1 + axis.rank) + norm.bias).sum())
     assert isinstance(norm.bias, nn.Parameter)
     for loss in losses:
@@ -246,7 +247,7 @@ def test_at_size_one_everything_is_itself() -> None:
     assert full_tensor(rows, rows, ALONE) is rows
     layer = nn.Linear(2, 2)
     weight = layer.weight
-    with SharedParameters(layer, ALONE).summing():
+    with SharedParameters(layer, ALONE).summing(layer):
         assert layer.weight is weight
 
 
