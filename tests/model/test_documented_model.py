@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from data.loading.test_drawn_by_hashes import key_of
+from data.documented_hashes import key_of
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Language, Model, Vision

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from corpora import MakeCorpus, jpeg, random_documents
+from documented_hashes import BITS, key_of, mix
 from hypothesis import given
 from hypothesis import strategies as st
 from small_loaders import SIZE, loader_of
@@ -22,24 +23,6 @@ from megatron_lcl.data.loading.reader import draw_patches
 from megatron_lcl.data.loading.rules import rules_for
 from megatron_lcl.data.loading.sequence import IMAGE_ROW, arrange, in_turn, select
 from megatron_lcl.data.loading.source import key
-
-BITS = (1 << 64) - 1
-
-
-def mix(k: int, v: int) -> int:
-    x = k + 0x9E3779B97F4A7C15 * (v + 1) & BITS
-    for _ in range(2):
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & BITS
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & BITS
-        x ^= x >> 31
-    return x
-
-
-def key_of(*values: int) -> int:
-    result = 0
-    for value in values:
-        result = mix(result, value)
-    return result
 
 
 def uniform(k: int, v: int) -> float:
