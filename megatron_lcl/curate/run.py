@@ -26,6 +26,7 @@ from megatron_lcl.curate.duplicates.settings import EVALUATION_RULES
 from megatron_lcl.curate.joins import REMOVED as JOINED
 from megatron_lcl.curate.joins import Join, Places
 from megatron_lcl.curate.languages import context_of, libraries
+from megatron_lcl.curate.models import resolve as models
 from megatron_lcl.curate.passes import (
     REMOVED,
     REMOVED_FILE,
@@ -122,7 +123,7 @@ def curate(
     _check_names(source, settings)
     joins = (*_joins_of(settings), *joins)
     _check(settings, keep=workers == 1)
-    encoder = _check_encoder(settings, keep=workers == 1)
+    encoder = models.check(settings.models, keep=workers == 1)
     if output is None:
         remedy = "a dry run works in the folder for temporary files: set TMPDIR to one with more"
         with ExitStack() as made:
@@ -185,7 +186,7 @@ def curate_in_jobs(
     if not exists(output / MANIFEST):
         _joins_of(settings)
         _check(settings, keep=False)
-        _check_encoder(settings, keep=False)
+        models.check(settings.models, keep=False)
     arguments = {**options, "corpus": corpus, "output": output, "settings": settings, "workers": workers}
     reads = [] if url_of(corpus) else [Path(corpus)]
     run_jobs(curate, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress)
@@ -212,20 +213,7 @@ def read_curated(folder: str | Path, reused: bool = False) -> Curated:
 
 def _resolved(settings: Settings | None) -> Settings:
     settings = settings or Settings()
-    if settings.models.encoder is None:
-        return settings
-    from megatron_lcl.curate.models import rules as models  # half a second: imports numba and SciPy
-
     return replace(settings, models=models.resolved(settings.models))
-
-
-def _check_encoder(settings: Settings, *, keep: bool) -> dict[str, str]:
-    """As `models.rules.check` says."""
-    if settings.models.encoder is None:
-        return {}
-    from megatron_lcl.curate.models import rules as models
-
-    return models.check(settings.models, keep=keep)
 
 
 def _joins_of(settings: Settings) -> tuple[Join, ...]:
@@ -241,9 +229,9 @@ def _joins_of(settings: Settings) -> tuple[Join, ...]:
             joins.append(EvaluationSets(settings.evaluation))
         joins += [Duplicates(each, rules.against) for each in duplicates]
     if settings.models.encoder is not None:
-        from megatron_lcl.curate.models import rules as models
+        from megatron_lcl.curate.models.rules import joins_of
 
-        joins += models.joins_of(settings.models, rules.against)
+        joins += joins_of(settings.models, rules.against)
     return tuple(joins)
 
 

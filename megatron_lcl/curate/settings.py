@@ -279,7 +279,7 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
 def as_recipe(settings: Settings) -> dict[str, Any]:
     """What of the settings decides the result, by dotted name: those that are not the defaults; of files and of a
     model's folder their hash; of other corpora and evaluation sets, which are named in the result, also what they hold.
-    Of an encoder its name (`models.rules.check` knows its weights).
+    Of an encoder its name (`models.resolve.check` knows its weights).
     """
     recipe = _not_default(settings)
     for name, path in files_of(settings):

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from megatron_lcl.convert.find import find_checkpoint
-from megatron_lcl.convert.remote import pinned
 from megatron_lcl.curate.documents import Gone, Range
 from megatron_lcl.curate.duplicates.facts import Facts
 from megatron_lcl.curate.duplicates.join import Removals
 from megatron_lcl.curate.duplicates.rules import Describing, table_of
-from megatron_lcl.curate.models.encoder import load
-from megatron_lcl.curate.models.features import check_width, feature_facts, join_features, join_scores, read_head
+from megatron_lcl.curate.models.features import feature_facts, join_features, join_scores, read_head
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore, ModelRules
 from megatron_lcl.data.corpus.store import Corpus
-from megatron_lcl.data.storage.store import url_of
-from megatron_lcl.evaluate.encoders.spec import parse_spec
 
 
 class _Asking(Describing):
@@ -111,9 +105,8 @@ class Matched(_Asking):
 
 
 def joins_of(rules: ModelRules, against: Sequence[str] = ()) -> Iterator[Scores | SameFeatures | Matched]:
-    """The rules that are on. against: corpora whose images are duplicates, too."""
-    if rules.encoder is None:
-        return
+    """The rules that are on, where there is an encoder. against: corpora whose images are duplicates, too."""
+    assert rules.encoder is not None
     encoder = (rules.encoder, rules.tokenizer)
     for name, head in rules.heads.items():
         yield Scores(*encoder, head, name)
@@ -121,34 +114,3 @@ def joins_of(rules: ModelRules, against: Sequence[str] = ()) -> Iterator[Scores 
         yield SameFeatures(*encoder, FeatureDuplicates(rules.min_cosine, rules.duplicates), against)
     if rules.match:
         yield Matched(*encoder, rules.min_similarity)
-
-
-def resolved(rules: ModelRules) -> ModelRules:
-    """With the newest checkpoint named in place of its run: all processes ask the same weights, and those that `check`
-    tells, while the run saves others. UserError where there is none."""
-    if rules.encoder is None or parse_spec(rules.encoder).kind:
-        return rules
-    url = url_of(rules.encoder)
-    return replace(rules, encoder=pinned(url) if url else str(find_checkpoint(Path(rules.encoder))))
-
-
-def check(rules: ModelRules, *, keep: bool) -> dict[str, str]:
-    """What the encoder's name stands for today, by the settings' dotted names, for the recipe: its weights change while
-    it is trained, and a folder's when it is exported again.
-
-    UserError where the encoder does not load, has no texts for `match`, or other features than a head.
-    keep: this process needs the encoder soon.
-    """
-    if rules.encoder is None:
-        return {}
-    load.cache_clear()  # the weights may have changed since this process read them
-    model, width = load(rules.encoder, rules.tokenizer)
-    found = {"models.encoder": model.fingerprint}
-    if not keep:
-        load.cache_clear()
-    if rules.match:
-        model.encode_texts(["a text"])
-        found["models.tokenizer"] = model.tokenizer_fingerprint
-    for head in rules.heads.values():
-        check_width(head.head, read_head(head.head)[0], width)
-    return found

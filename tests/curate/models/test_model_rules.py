@@ -18,7 +18,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.curate.documents import Range
-from megatron_lcl.curate.models import rules as models
+from megatron_lcl.curate.models import resolve as models
 from megatron_lcl.curate.models.features import feature_facts
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.run import curate, curate_in_jobs
