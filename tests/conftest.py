@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.context import ForkServerContext
@@ -67,6 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # processes forked from a server import the module of their test, and pytest with it: the server has it already
     preload = ForkServerContext.set_forkserver_preload
     ForkServerContext.set_forkserver_preload = lambda self, names: preload(self, [*names, "pytest"])
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of `bash launch/test.sh &` in a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
