@@ -90,7 +90,8 @@ FROZEN = {
 def counted_step(config: Config, batch: Any, partition: Sequence[int] = ()) -> float:
     """Operations of a real forward and backward, as torch counts them. partition: layers whose rows come from another
     process."""
-    layers = build_layers(config.model, 1.0, recompute=config.train.activation_checkpointing)
+    recompute = (config.train.activation_checkpointing, config.train.activation_checkpointing_every)
+    layers = build_layers(config.model, 1.0, recompute=recompute[0], recompute_every=recompute[1])
     initialize(dict(enumerate(layers)), config.model, 0)
     freeze(dict(nn.Sequential(*layers).named_parameters()), frozen_parameters(config))
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop.__wrapped__})
@@ -125,17 +126,20 @@ def test_operations_of_a_step_are_what_torch_counts(frozen: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "frozen", "scale"),
+    ("kind", "every", "frozen", "scale"),
     [
-        ("full", "nothing", None),
-        ("full", "all but the last block and the vocabulary", None),
-        ("full", "the vision tower", 0.1),
-        ("attention", "all but the last block and the vocabulary", None),
+        ("full", 1, "nothing", None),
+        ("full", 2, "nothing", None),
+        ("full", 1, "all but the last block and the vocabulary", None),
+        ("full", 1, "the vision tower", 0.1),
+        ("attention", 1, "all but the last block and the vocabulary", None),
     ],
 )
-def test_only_what_a_backward_reads_is_computed_again(kind: str, frozen: str, scale: float | None) -> None:
+def test_only_what_a_backward_reads_is_computed_again(kind: str, every: int, frozen: str, scale: float | None) -> None:
+    """In every block, or in the first and third of three and the first of two."""
     changes = {"train__freeze": FROZEN[frozen], "model__language__layer_scale": scale}
-    config = config_of(train__global_batch=1, train__activation_checkpointing=kind, **changes)
+    changes |= {"train__activation_checkpointing": kind, "train__activation_checkpointing_every": every}
+    config = config_of(train__global_batch=1, **changes)
     found = predict(config, 1, 1, as_counted(), IMAGES)
     assert found.again > 0
     assert found.compute + found.flops.loss == pytest.approx(counted_step(config, full_batch(config)), rel=0.01)

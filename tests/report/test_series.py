@@ -126,6 +126,13 @@ def test_time_in_which_the_machine_sleeps_does_not_count(tmp_path: Path) -> None
     assert next(event.text for event in newest(metrics.events)) == "phase 1: image size 16"
 
 
+def test_time_that_was_set_back_counts_for_nothing(tmp_path: Path) -> None:
+    """In lines of earlier versions, which have no clock."""
+    times = {0: 1000.0, 1: 1010.0, 2: 20.0, 3: 25.0}
+    write(tmp_path, [{"step": step, "loss": 1.0, "time": time} for step, time in times.items()])
+    assert Metrics.of(tmp_path).seconds == 10.0 + 5.0
+
+
 def test_a_phase_begins_where_another_is_told_of(tmp_path: Path) -> None:
     """Each start tells of the phase in which it goes on; with other settings it may be another one of that number."""
     phases = ((0, 1, 16), (7, 1, 16), (9, 2, 16), (12, 2, 16), (13, 1, 16), (14, 1, 32))
