@@ -263,3 +263,16 @@ def test_samples_are_few_and_say_what_was_removed(tmp_path: Path) -> None:
         text = source[sample["document"]].items[sample["item"]]
         assert sample["parts"] == [{"text": text.text}]
         assert sample["name"] == source.name(sample["document"])
+
+
+def test_a_sample_of_a_whole_document_is_what_was_left_of_it(tmp_path: Path) -> None:
+    """Cut at 1,200 characters of a text and 8 items; a text that another rule removed is not shown with it."""
+    long, short = "many words of one text " * 80, [f"words of text {k}" for k in range(8)]
+    texts = [Text(text) for text in ("two words", long, *short)]
+    documents = [Document((*texts[:2], Image(picture(1)), *texts[2:])), Document((Text("few words stay"),))]
+    settings = read_settings(overrides={"text.min_words": "3", "document.max_words": "100"})
+    found = curate(write(tmp_path, documents), tmp_path / "out", settings)
+    (parts,) = (sample["parts"] for sample in found.samples if sample["rule"] == "document.max_words")
+    assert parts[0] == {"text": long[:1200] + "…"}
+    assert parts[1]["image"].startswith("data:image/")
+    assert parts[2:] == [*({"text": text} for text in short[:6]), {"text": "… and 2 more"}]

@@ -226,22 +226,25 @@ def test_comparing_replicas_before_a_save_is_waited_for(tmp_path: Path) -> None:
 
 
 class Four(Axis):
-    """Process 0 of four in two replicas: of the others it is told that they waited 0, 0.2 and 0 s for data."""
+    """Process 0 of four in two replicas: of the others it is told that they waited 0, 0.2 and 0 s for data, and 0.3,
+    0.4 and 0 s for a checkpoint."""
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         rows = tensor.repeat(4, 1)
         rows[:, PHASES.index("data")] = torch.tensor([0.1, 0.0, 0.2, 0.0])
+        rows[:, -1] = torch.tensor([0.0, 0.3, 0.4, 0.0])
         return rows
 
     def gather_objects(self, obj: Any) -> list[Any]:
         return [Place("a", 0), Place("a", 1), Place("b", 0), Place("b", 1)]
 
 
-def test_the_wait_for_data_is_that_of_all_that_read(tmp_path: Path) -> None:
+def test_waits_for_data_and_for_checkpoints_are_those_of_all_that_wait(tmp_path: Path) -> None:
     with Telemetry(tmp_path, config_of(), True, 0) as telemetry:
         line = one_line(StepMeter(config_of(), Mesh(Four(None, 0, 4), ALONE), Clock(CPU), telemetry), 1)
     assert line["data_wait"] == pytest.approx(0.3 / 2 / 0.5)
     assert line["data_wait_max"] == pytest.approx(0.2 / 0.5)
+    assert line["checkpoint_wait_seconds"] == pytest.approx(0.4), "of the one that waits longest: all wait for it"
     assert (line["slowest_rank"], line["slowest_phase"]) == (2, "data")
     assert line["rank_work_seconds"] == [0.1, 0.0, 0.2, 0.0]
     assert 0 < max(line["rank_step_seconds"]) < 10, "seconds alone"
