@@ -16,7 +16,7 @@ LONG = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rounds", "steps"), [(25, 100), pytest.param(250, 1000, marks=LONG)])
+@pytest.mark.parametrize(("rounds", "steps"), [(25, 60), pytest.param(250, 600, marks=LONG)])
 def test_killed_again_and_again(rounds: int, steps: int, config_file: str, tmp_path: Path) -> None:
     """Every step is saved in the background, so that most moments are moments of saving."""
     words = ["--config", config_file, "--train.steps", str(steps), "--train.global_batch", "2"]
@@ -24,15 +24,15 @@ def test_killed_again_and_again(rounds: int, steps: int, config_file: str, tmp_p
     started = time.time()
     train(tmp_path / "undisturbed", *words, timeout=600)
     times = [line["time"] for line in lines(tmp_path / "undisturbed") if "loss" in line]
-    start, three_steps = times[0] - started, 3 * (times[-1] - times[0]) / steps
+    start, two_steps = times[0] - started, 2 * (times[-1] - times[0]) / steps
     run, draw, at = tmp_path / "killed", random.Random(7), 0
     for number in range(rounds):
         # a start may be quicker than the first one was, and so may steps: no round comes to the end of the run
-        most = max(at + 1, min(at + 5, steps * (number + 1) // (rounds + 10)))
+        most = max(at + 1, min(at + 5, steps * (number + 1) // (rounds + 5)))
         with Fleet(run, *words) as fleet:
             if number % 5:
-                fleet.wait_for_step(min(at + draw.randrange(1, 4), most))
-            end = time.monotonic() + draw.uniform(0, three_steps if number % 5 else start)
+                fleet.wait_for_step(min(at + draw.randrange(1, 3), most))
+            end = time.monotonic() + draw.uniform(0, two_steps if number % 5 else start)
             while time.monotonic() < end and last_step(run) < most:
                 time.sleep(0.01)
             assert fleet.is_alive(), f"round {number}: all had ended"

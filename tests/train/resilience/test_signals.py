@@ -16,6 +16,7 @@ from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 import pytest
 from audit_lines import read_audit
 from fleet import (
@@ -31,6 +32,7 @@ from fleet import (
     train,
     wait_while,
 )
+from processes import run_processes
 
 from megatron_lcl.interrupts import end_with_command
 from megatron_lcl.train import launch
@@ -363,26 +365,25 @@ def without_compilers(rank: int, marks: str) -> None:
     Stepper.start = run  # type: ignore[method-assign]
 
 
+def compile_workers(_rank: int) -> list[bool]:
+    """Of each process that is started to compile, whether all signals are blocked in it; in this one none is."""
+    signals.start_compilers()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(signals.SIGNALS)
+    found = []
+    for process in psutil.Process().children():
+        if "compile_worker" in " ".join(process.cmdline()):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            blocked = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk"))
+            found.append(all(blocked >> (number - 1) & 1 for number in signals.SIGNALS))
+    return found
+
+
 def test_processes_that_compile_for_gpus_are_not_ended_by_signals() -> None:
     """Inductor would wait for ever for what they were to compile."""
-    program = """if True:
-        import os, signal, time
-        import psutil, torch
-        from megatron_lcl.train.resilience.signals import SIGNALS, start_compilers
-
-        start_compilers()
-        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(SIGNALS)
-        pools = [p for p in psutil.Process().children() if "compile_worker" in " ".join(p.cmdline())]
-        for process in pools:
-            with open(f"/proc/{process.pid}/status") as file:
-                blocked = next(int(line.split()[1], 16) for line in file if line.startswith("SigBlk"))
-            assert all(blocked >> (number - 1) & 1 for number in SIGNALS)
-        print(len(pools))
-    """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    if done.stdout == "0\n":
+    (blocked,) = run_processes(compile_workers, 1)
+    if not blocked:
         pytest.skip("torch starts no processes to compile here: it has no Triton, or one core")
-    assert done.stdout == "1\n"
+    assert blocked == [True]
 
 
 @pytest.mark.slow
