@@ -65,9 +65,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Only `-m gpu` sees a machine's GPUs: other tests are of processes on CPUs, of more than it may have GPUs."""
     hypothesis.settings.load_profile("soak" if config.option.soak else "shared")
-    # what else each process forked from a server would import (the server finds it from the checkout's folder)
+    # what else each process forked from a server would import (it finds the second where tests run in the checkout)
     preload = ForkServerContext.set_forkserver_preload
-    ForkServerContext.set_forkserver_preload = lambda self, names: preload(self, [*names, "tests.prepared"])
+    ForkServerContext.set_forkserver_preload = lambda self, names: preload(self, [*names, "pytest", "tests.prepared"])
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of `bash launch/test.sh &` in a script
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
