@@ -145,7 +145,10 @@ def quiet_deepspeed() -> None:
     import_deepspeed()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime import bf16_optimizer
 
+    # it would collect Python's garbage each time before it prints, a second of each start in bfloat16
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
@@ -234,7 +237,7 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
     groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
     rules = rules_of(tensors_of(dict(module.named_parameters())), config)
     optimizer = build_optimizer(groups, config.optimizer, rules)
-    # DeepSpeed prints its topology and, for bfloat16, memory in use
+    # DeepSpeed prints its topology
     with contextlib.redirect_stdout(io.StringIO()), _refusals_in_one_line(config):
         if mesh.pipeline.size == 1:
             mpu = _grid(config, mesh)

@@ -17,16 +17,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def run_kernels(*words: str, **environment: str) -> None:
+def run_kernels(**environment: str) -> None:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     flags = ["-q", "-p", "no:cacheprovider", "-m", "gpu or not gpu"]  # all, and conftest.py hides no GPU
-    command = [sys.executable, "-m", "pytest", *flags, str(HERE / "kernels.py"), *words]
+    command = [sys.executable, "-m", "pytest", *flags, str(HERE / "kernels.py")]
     result = subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stdout[-5000:]
-
-
-def test_the_kernels_process_keeps_its_devices():
-    run_kernels("-k", "devices", CUDA_VISIBLE_DEVICES="0")
 
 
 @pytest.mark.skipif(
@@ -34,7 +30,8 @@ def test_the_kernels_process_keeps_its_devices():
     reason="the interpreter of this Triton converts arrays in a way that NumPy 2.5 does not have",
 )
 def test_interpreted_kernels_give_the_same():
-    run_kernels(TRITON_INTERPRET="1")
+    """In a process that, as on a machine with GPUs, keeps those that it is given."""
+    run_kernels(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="0")
 
 
 @pytest.mark.gpu
