@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,13 +29,14 @@ def measure(rank: int, size: int, folder: Path, port: int, ours: bool) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     dist.barrier()
     files, began = num_files(), time.monotonic()
-    everyone = dist.new_group()
+    everyone: Any = dist.new_group()
     made = time.monotonic()
     dist.all_reduce(torch.ones(1), group=everyone)
     dist.all_gather_object([None] * size, None, group=everyone)
     note = {"all": made - began, "files": num_files() - files}
     dist.barrier()
     pairs, began = [[k, k + 1] for k in range(0, size, 2)], time.monotonic()
+    pair: Any
     if ours:
         pair = dist.new_group(pairs[rank // 2], use_local_synchronization=True)
     else:

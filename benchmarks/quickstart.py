@@ -31,6 +31,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -85,7 +86,7 @@ def pairs(corpus: Path) -> tuple[np.ndarray, list[list[str]]]:
             elif isinstance(item, Image) and before:
                 rgb = decode_eval(item.data, 64).transpose(1, 2, 0)
                 small = np.asarray(PILImage.fromarray(rgb).resize((12, 12), PILImage.Resampling.BOX)) / 255
-                bins = (rgb // 64).reshape(-1, 3) @ (16, 4, 1)
+                bins: Any = (rgb // 64).reshape(-1, 3) @ (16, 4, 1)
                 pixels.append(np.concatenate([small.ravel(), np.bincount(bins, minlength=64) / len(bins) * 8]))
                 words.append(before[-40:])
     return np.array(pixels), words

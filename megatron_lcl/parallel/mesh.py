@@ -124,7 +124,7 @@ class Axis:
     @classmethod
     def of_all(cls) -> Axis:
         """All processes, which call it together."""
-        hosts = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+        hosts: Any = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
         return replace(cls.of_group(dist.group.WORLD), host_group=hosts)
 
     def _group_of(self, tensor: torch.Tensor) -> dist.ProcessGroup | None:
@@ -275,7 +275,8 @@ def _axis(lists: Sequence[Sequence[int]], hosts: dist.ProcessGroup | None) -> Ax
     """hosts: all processes, by gloo, where the groups of the run send from devices only."""
     rank = dist.get_rank()
     mine = tuple(next(ranks for ranks in lists if rank in ranks))
-    group = host_group = None
+    group: Any = None  # torch 2.15 says that a new group may be the number which it gives who is no member of it
+    host_group: Any = None
     if len(mine) == dist.get_world_size():
         group, host_group = dist.group.WORLD, hosts
     elif len(mine) > 1:

@@ -138,6 +138,7 @@ def _heldout(folder: Path) -> None:
     write_heldout(folder, HeldOut("corpus", 1, 1, 1), [Example(pair, 1, (pair,) * 4)])
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # seen from Python 3.13 on
 def test_a_run_goes_back_on_a_full_disk(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The lines of later steps go, also between those of earlier ones; what has no room waits."""
     with Telemetry(disk, load(None, {"train.progress": "false"}), True, 0) as telemetry:

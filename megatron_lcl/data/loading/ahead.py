@@ -6,6 +6,7 @@ Which documents a batch reads follows from its number; which images, from the do
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,6 +77,8 @@ class Ahead:
         without_waiting = {"wait": False, "cancel_futures": True}
         self.close = Finalize(self, self._pool.shutdown, kwargs=without_waiting, exitpriority=0)
         """what was asked for and has not begun is not read, which else this process would do before it can end"""
+        # from Python 3.14 on a worker's finalizers run after its threads have ended; this runs before, as pools' own
+        threading._register_atexit(self.close)  # type: ignore[attr-defined]
         self._tokens: dict[int, dict[Blocks, Future[None]]] = {}
         """what was asked for, by the micro-batches that need it"""
         self._images: dict[int, dict[Blocks, Future[None]]] = {}

@@ -81,10 +81,10 @@ class ObjectPath(PosixPath):
             raise UserError(f"{self} is being written, or was not finished ({UPLOADING} is there); finish it first")
         return found
 
-    def is_file(self) -> bool:
+    def is_file(self, **_: Any) -> bool:
         return self._head() is not None
 
-    def is_dir(self) -> bool:
+    def is_dir(self, **_: Any) -> bool:
         return not self.is_file() and bool(self._listed(deep=False))
 
     def exists(self, **_: Any) -> bool:

@@ -102,7 +102,7 @@ class Checkpointer:
         engine._get_all_ckpt_names = lambda folder, tag: all_names(engine, glob.escape(folder), tag)
         self._peers = Axis()
         if mesh.world.size > 1:
-            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
             self._peers = Axis(group, mesh.world.rank, mesh.world.size, mesh.world.ranks)
         self._thread: threading.Thread | None = None
         self._awaited = False

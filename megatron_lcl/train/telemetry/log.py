@@ -92,8 +92,13 @@ class Telemetry:
     def _close(self) -> None:
         self._bar.close()
         self._attempt(self._file.close)
-        if self._board is not None:
-            self._attempt(self._board.close, Exception)
+        self._close_board()
+
+    def _close_board(self) -> None:
+        """Not left to the garbage collector: what does not fit on the disk would be a traceback from Python 3.13 on."""
+        board, self._board = self._board, None
+        if board is not None:
+            self._attempt(board.close, Exception)
 
     def rewind(self, step: int) -> None:
         """Step number `step` is the last one done: lines about later ones are removed."""
@@ -182,7 +187,7 @@ class Telemetry:
         line = json.dumps({**values, "time": time.time(), "clock": time.monotonic()}) + "\n"
         written = self._attempt(lambda: self._file.write(line)) and self._attempt(self._file.flush)
         if written and not self._attempt(lambda: self._draw(values), Exception):
-            self._board = None  # half of a record may end its file; the next line opens another
+            self._close_board()  # half of a record may end its file; the next line opens another
             written = False
         if written:
             self._fault = ""

@@ -8,6 +8,7 @@ names it, and the folder, by which a copy of it is known that begins a tracker's
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -67,8 +68,13 @@ class TensorBoard:
         number = max([int(time.time()), *(int(name[1]) + 1 for name in there if name)])
         name = f"events.out.tfevents.{number:010}.{socket.gethostname()}.{os.getpid()}"
         self._records: Any = RecordWriter((folder / name).open("xb"))
-        self._add(file_version="brain.Event:2")
-        self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        try:
+            self._add(file_version="brain.Event:2")
+            self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        except BaseException:
+            with contextlib.suppress(OSError):  # the disk is full, which is raised already
+                self.close()
+            raise
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary

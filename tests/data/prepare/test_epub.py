@@ -103,7 +103,7 @@ class WithoutFlag(zipfile.ZipInfo):
     charset = "utf-8"
 
     def _encodeFilenameFlags(self) -> tuple[bytes, int]:
-        return self.filename.encode(self.charset), self.flag_bits
+        return self.filename.encode(self.charset), self.flag_bits & ~0x800  # which later Pythons set before
 
 
 class Cp437(WithoutFlag):

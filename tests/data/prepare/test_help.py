@@ -70,7 +70,7 @@ class LonelyImporter(JsonlImporter):
 
 @pytest.fixture
 def other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    classes = {"poem": "PoemImporter", "old": "OldImporter", "broken": "NoSuchImporter"}
+    classes = {"poem": "PoemImporter", "old": "OldImporter", "broken": "Missing"}
     classes |= {"half": "HalfImporter", "function": "help_of"}
     classes |= {"dialect": "DialectImporter", "lonely": "LonelyImporter"}
     points = [EntryPoint(name, f"{__name__}:{cls}", importers.ENTRY_POINTS) for name, cls in classes.items()]
@@ -145,7 +145,7 @@ def test_other_packages_importers_take_their_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "says"),
     [
-        ("broken", f"AttributeError: module '{__name__}' has no attribute 'NoSuchImporter'; mend that package"),
+        ("broken", f"AttributeError: module '{__name__}' has no attribute 'Missing'; mend that package"),
         ("half", "format 'half': the class HalfImporter does not define its documents, units"),
         ("function", "which is no class made of `Importer`"),
         (

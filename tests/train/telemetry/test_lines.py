@@ -61,7 +61,7 @@ def test_a_long_file_takes_no_memory(tmp_path: Path) -> None:
     try:
         keep_lines_before(path, 6_000)
         assert measured_after(tmp_path, 6_000) == {"step", "heldout", "text"}
-        assert tracemalloc.get_traced_memory()[1] < size / 50
+        assert tracemalloc.get_traced_memory()[1] < size / 20  # files' buffers, of 128 KiB each from Python 3.14 on
     finally:
         tracemalloc.stop()
     assert path.read_bytes() == expected

@@ -167,7 +167,7 @@ def test_only_a_logged_step_is_read_and_once() -> None:
                 assert deepspeed == [0, 0, 0], (layout, steps)
 
 
-OUTER = ("/torch/", "/deepspeed/accelerator/", "/warnings.py")
+OUTER = ("/torch/", "/deepspeed/accelerator/", "warnings.py")  # `_py_warnings.py` from Python 3.14 on
 """files whose callers wait"""
 
 

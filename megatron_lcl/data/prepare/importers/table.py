@@ -299,8 +299,10 @@ def _looks_quoted(field: str) -> bool:
 def _known(charset: str) -> str:
     """The name that Python's codecs have for a charset. UserError where there is none."""
     try:
-        bytes(range(256)).decode(charset, "replace")  # not one that is no charset of texts, as punycode
-        return codecs.lookup(charset).name
+        bytes(range(256)).decode(charset, "replace")  # not one that is no charset of texts, as rot13
+        if (name := codecs.lookup(charset).name) == "punycode":  # which takes any bytes from Python 3.14 on
+            raise LookupError(name)
+        return name
     except (LookupError, ValueError):
         raise UserError(
             f"--option encoding={charset}: Python knows no such charset; give one such as utf-8, gb18030, cp932, cp1252"
