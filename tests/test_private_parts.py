@@ -220,6 +220,7 @@ PARTS = [
     Part("torch", "ops.aten._local_scalar_dense", "a number that is asked of a tensor"),
     Part("torch", "ops.c10d._allgather_base_", "of which gloo copies what it gives"),
     Part("torch", "ops.c10d._reduce_scatter_base_", "of which gloo copies what it takes"),
+    Part("threading", "_register_atexit", "what is not read when a process ends, before its threads do", ("func",)),
     Part("multiprocessing.forkserver", "_forkserver", "the server of its processes, ended"),
     Part(
         "multiprocessing.spawn",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.util import Finalize
 
 import torch
 from torch.utils.data import Dataset
@@ -74,11 +74,9 @@ class Ahead:
         self._reader, self._packs_of, self._stride, self._stop = reader, packs_of, stride, stop
         self._depth = reader.data.look_ahead
         self._pool = ThreadPoolExecutor(_THREADS)
-        without_waiting = {"wait": False, "cancel_futures": True}
-        self.close = Finalize(self, self._pool.shutdown, kwargs=without_waiting, exitpriority=0)
-        """what was asked for and has not begun is not read, which else this process would do before it can end"""
-        # from Python 3.14 on a worker's finalizers run after its threads have ended; this runs before, as pools' own
-        threading._register_atexit(self.close)  # type: ignore[attr-defined]
+        self.close = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        """what was asked for and has not begun is not read"""
+        threading._register_atexit(self.close)  # type: ignore[attr-defined]  # later, a process waits for its threads
         self._tokens: dict[int, dict[Blocks, Future[None]]] = {}
         """what was asked for, by the micro-batches that need it"""
         self._images: dict[int, dict[Blocks, Future[None]]] = {}
