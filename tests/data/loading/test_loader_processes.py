@@ -35,6 +35,7 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import LoaderKilled, PackedLoader
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
+from megatron_lcl.train.forks import forkserver
 
 
 def _slow(seconds: float) -> Any:
@@ -373,10 +374,11 @@ def _serve(path: str, connection: Any) -> None:
 @pytest.mark.slow
 def test_workers_outlive_a_signal_to_the_whole_group(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("c", random_documents(50, 6))
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(str(corpus.path), there))
     process.start()
+    there.close()
     try:
         assert here.poll(240)
         assert here.recv() == "ready"
@@ -454,7 +456,7 @@ def _leaves(rank: int, path: str, port: int) -> None:
 def test_groups_are_left_while_loader_processes_run(make_corpus: MakeCorpus) -> None:
     """gloo aborted: it was told again of a connection that it had closed, a copy of which a loader process had."""
     path = str(make_corpus("c", random_documents(50, 6)).path)
-    context, held = multiprocessing.get_context("spawn"), hold_port()
+    context, held = forkserver(), hold_port()
     processes = [context.Process(target=_leaves, args=(rank, path, held.getsockname()[1])) for rank in range(2)]
     for process in processes:
         process.start()

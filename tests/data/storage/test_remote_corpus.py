@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -40,6 +39,7 @@ from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.data.storage.blocks import BLOCK, Blocks, Room
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
+from megatron_lcl.train.forks import forkserver
 
 STEPS = 12
 """more than two epochs"""
@@ -149,7 +149,8 @@ def test_what_a_disk_has_wrong_is_read_again(s3: Proxy, place: str, local: Path,
     assert ranges(s3)
 
 
-def reading(path: str, cache: Path) -> None:
+def reading(path: str, cache: Path, environment: dict[str, str]) -> None:
+    os.environ |= environment  # the server of the forks may have begun before it was so
     contents(loader(path, cache, look_ahead=1))
 
 
@@ -157,19 +158,20 @@ def reading(path: str, cache: Path) -> None:
 def test_killed_again_and_again(s3: Proxy, place: str, local: Path, tmp_path: Path) -> None:
     upload(local, place)
     expected = contents(loader(local, tmp_path / "local"))
-    context, draw = multiprocessing.get_context("spawn"), random.Random(1)
-    s3.latency, s3.cut = 0.02, 11
-    process = context.Process(target=reading, args=(place, tmp_path / "cache"))
-    process.start()  # two at once, on one cache
-    for _ in range(3):
-        other = context.Process(target=reading, args=(place, tmp_path / "cache"))
+    context, draw, arguments = forkserver(), random.Random(1), (place, tmp_path / "cache", dict(os.environ))
+    s3.latency, s3.cut = 0.05, 11
+    process = context.Process(target=reading, args=arguments)
+    for turn in range(3):
+        other = context.Process(target=reading, args=arguments)
         other.start()
-        seen = len(s3.requests)
-        while other.is_alive() and len(s3.requests) == seen:
+        seen = len(ranges(s3))
+        while other.is_alive() and len(ranges(s3)) == seen:
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 1.0))
-        os.kill(other.pid, signal.SIGKILL)
+        time.sleep(draw.uniform(0, 0.4))
+        other.kill()
         other.join(60)
+        if not turn:
+            process.start()  # from now on two at once, on one cache
     process.join(120)
     assert process.exitcode == 0
     assert contents(loader(place, tmp_path / "cache")) == expected
