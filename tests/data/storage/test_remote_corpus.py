@@ -36,7 +36,7 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.pages import inspect
 from megatron_lcl.data.prepare.verify import verify
-from megatron_lcl.data.storage.blocks import BLOCK, Blocks, Room
+from megatron_lcl.data.storage.blocks import BLOCK, Blocks, Room, disk_use
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.forks import forkserver
@@ -300,6 +300,19 @@ def test_what_is_read_from_is_not_deleted_for_room(
     del use
     make_room(tmp_path / "corpora-new", -1, "corpora-")
     assert (tmp_path / "corpora-used").exists() == (flock is without_locks)
+
+
+def test_what_nobody_has_used_for_longest_is_deleted_first(tmp_path: Path) -> None:
+    """Until there is room, and nothing that was used within a day."""
+    ages = {"a": 3e5, "b": 4e5, "c": 2e5, "d": 1e4}
+    for name, age in ages.items():
+        (tmp_path / f"corpora-{name}").mkdir()
+        (tmp_path / f"corpora-{name}" / "corpus.json").write_bytes(bytes(10_000))
+        os.utime(tmp_path / f"corpora-{name}", times=(time.time() - age,) * 2)
+    each = disk_use(tmp_path / "corpora-a")
+    for room, names in ((4 * each, "abcd"), (3 * each, "acd"), (2 * each, "cd"), (0, "d")):
+        make_room(tmp_path / "corpora-new", room, "corpora-")
+        assert {path.name for path in tmp_path.iterdir()} == {f"corpora-{name}" for name in names}
 
 
 def test_a_corpus_that_is_read_for_days_stays_a_used_one(

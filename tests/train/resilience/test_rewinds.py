@@ -102,6 +102,7 @@ def test_a_branch_that_was_stopped_between_bad_steps_goes_back_to_where_it_began
 def test_where_a_branch_began(tmp_path: Path) -> None:
     """Only with what `checkpoint.resume` named from the beginning, and from before the bad steps, 7 and 8."""
     trunk, later, seven = save(tmp_path / "trunk", 4), save(tmp_path / "trunk", 7), save(tmp_path / "run", 7)
+    last = save(tmp_path / "trunk", 6)
 
     def back(resume: Path, written: Path) -> Path | None:
         (seven / CONFIG).write_text(configs.to_yaml(configs.load(None, {"checkpoint.resume": str(written)})))
@@ -112,6 +113,7 @@ def test_where_a_branch_began(tmp_path: Path) -> None:
     assert back(trunk, trunk) == trunk
     assert back(trunk, Path("auto")) == seven, "it began with nothing"
     assert back(later, later) == seven
+    assert back(last, last) == last
     assert back(trunk.parents[1], trunk.parents[1]) == seven, "which of that run's is not known"
     five = save(tmp_path / "run", 5)
     shutil.copy(seven / CONFIG, five)
