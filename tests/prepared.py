@@ -3,6 +3,7 @@ process of a run would import, read or ask for again."""
 
 import gc
 import importlib
+import signal
 
 from PIL import Image
 
@@ -13,3 +14,4 @@ for name in ("megatron_lcl.cli.command", "megatron_lcl.objectives.built_in", "se
 code_versions()
 Image.preinit()
 gc.freeze()
+signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a test may hold signals back when the server begins

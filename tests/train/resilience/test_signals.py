@@ -367,7 +367,6 @@ def without_compilers(rank: int, marks: str) -> None:
 
 def compile_workers(_rank: int) -> list[bool]:
     """Of each process that is started to compile, whether all signals are blocked in it; in this one none is."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)  # which the server has if a test held them at its start
     signals.start_compilers()
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(signals.SIGNALS)
     found = []
