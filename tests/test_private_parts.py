@@ -144,7 +144,7 @@ PARTS = [
     Part("deepspeed.utils.groups", "mpu", "set to None or to the tensor ranks before an engine is built"),
     Part("deepspeed.ops", "__compatible_ops__", "switches the compiled all-reduce on CPU off"),
     Part("deepspeed.runtime.bf16_optimizer", "", "tells no memory"),
-    Part("deepspeed.runtime.bf16_optimizer", "see_memory_usage", "replaced", ("message", "force")),
+    Part("deepspeed.runtime.bf16_optimizer", "see_memory_usage", "replaced by what takes anything"),
     *(
         Part(f"deepspeed.runtime.{module}", f"{name}._lazy_init_hp_params_optimizer_state", "links states again")
         for module, name in (("zero.stage_1_and_2", "DeepSpeedZeroOptimizer"), ("bf16_optimizer", "BF16_Optimizer"))
