@@ -13,7 +13,6 @@ import glob
 import io
 import json
 import logging
-import random
 import shutil
 import sys
 import threading
@@ -26,7 +25,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -46,6 +44,7 @@ from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight, rescale
 from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
 from megatron_lcl.train.checkpoint.frozen import forget_group_copies, frozen_state, load_averages, load_universal
 from megatron_lcl.train.checkpoint.mirror import Mirror
+from megatron_lcl.train.checkpoint.random_state import random_state, set_random_state
 from megatron_lcl.train.checkpoint.state import PARTITION_DIMS, State, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restricted
 from megatron_lcl.train.master_weights import clear_moments
@@ -473,24 +472,6 @@ def write_files(files: list[tuple[Path, Any]], root: Path) -> dict[str, dict[str
         entries[path.relative_to(root).as_posix()] = save_hashed(path, content)
         sync(path)
     return entries
-
-
-def random_state() -> dict[str, Any]:
-    """States of all generators of this process; readable with weights_only."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    state |= {"numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}  # type: ignore
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back into the states that `random_state` read."""
-    name, keys, *rest = state["numpy"]
-    random.setstate(state["python"])
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def explain(error: BaseException, place: Path | None = None) -> str:
