@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_lcl.train.checkpoint.code_versions import code_versions
 
-for name in ("megatron_lcl.cli.command", "megatron_lcl.objectives.built_in", "sentencepiece"):
+for name in ("megatron_lcl.cli.command", "sentencepiece"):
     importlib.import_module(name)
 code_versions()
 Image.preinit()

@@ -14,6 +14,7 @@ importlib.import_module("megatron_lcl.train.uncompiled").import_deepspeed()
 for name in (
     "megatron_lcl.train.run",
     "megatron_lcl.train.pipeline.engine",
+    "megatron_lcl.objectives.built_in",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch._inductor.compile_fx",
