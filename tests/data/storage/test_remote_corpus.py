@@ -170,6 +170,7 @@ def test_killed_again_and_again(s3: Proxy, place: str, local: Path, tmp_path: Pa
         time.sleep(draw.uniform(0, 0.4))
         other.kill()
         other.join(60)
+        assert other.exitcode == -signal.SIGKILL, "it was done before"
         if not turn:
             process.start()  # from now on two at once, on one cache
     process.join(120)

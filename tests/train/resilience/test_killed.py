@@ -16,7 +16,7 @@ LONG = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rounds", "steps"), [(25, 60), pytest.param(250, 600, marks=LONG)])
+@pytest.mark.parametrize(("rounds", "steps"), [(25, 60), pytest.param(250, 1000, marks=LONG)])
 def test_killed_again_and_again(rounds: int, steps: int, config_file: str, tmp_path: Path) -> None:
     """Every step is saved in the background, so that most moments are moments of saving."""
     words = ["--config", config_file, "--train.steps", str(steps), "--train.global_batch", "2"]
